@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the targets make themselves; nothing is installed outside it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+ARGS   ?=
+WORKERS ?= 2
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lab prepare readme clean
+
+help:            ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+demo: $(VENV)/.library  ## install the library and run the whole loop (ARGS="--steps 100" adds flags)
+	$(BIN)/prompting-nb loop $(ARGS)
+
+test: $(VENV)/.dev  ## install everything, run every notebook and every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.dev  ## the pytest files alone, without the notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not notebook and not slow" $(ARGS)
+
+lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
+
+prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make README.md from the index
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+clean:           ## remove the environment and what was built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.library: settings.ini setup.py constraints.txt | $(BIN)/python
+	@echo "installing the library into $(VENV) (a few minutes the first time)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.library
+	@echo "installing the development tools into $(VENV)"
+	$(PIP) --editable ".[dev]"
+	@touch $@
