@@ -1,0 +1,834 @@
+"""What the miner pages promise and cannot show in prose: every flag, threads, order, chains that hang, Ctrl-C."""
+
+import argparse
+import asyncio
+import inspect
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import bittensor as bt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prompting_nb.baseminer.blacklist import Caller, RateLimiter, Verdict
+from prompting_nb.baseminer.cache import PromptCache
+from prompting_nb.baseminer.miner import _FLAGS, Miner, NotRegisteredError
+from prompting_nb.baseminer.miners import MINERS
+from prompting_nb.baseminer.priority import StakePriority
+from prompting_nb.config import Config, InputError, add_argument, make_parser, merge, read_config
+from prompting_nb.network.axon import Axon
+from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.protocol import Prompting, Synapse, Terminal
+
+SECONDS = 10  # longest wait for something that must happen; never a wait for something that must not
+VALIDATOR, SMALL, MINER, STRANGER = (make_wallet(name) for name in ("validator", "small", "miner", "stranger"))
+FAST = {"miner.poll_interval": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def no_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+
+
+class HangingChain(EmbeddedChain):
+    "A chain whose block number takes as long as `answering` is not set, and that counts what it is asked."
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.answering, self.asked, self.calls = threading.Event(), threading.Event(), []
+        self.answering.set()
+
+    async def block_number(self):
+        self.asked.set()
+        await asyncio.get_running_loop().run_in_executor(None, self.answering.wait, SECONDS)
+        self.calls.append("block")
+        return await super().block_number()
+
+    async def runtime_call(self, *args, **kwargs):
+        self.calls.append("metagraph")
+        return await super().runtime_call(*args, **kwargs)
+
+    async def submit(self, call, keypair, **more):
+        self.calls.append(call.function)
+        return await super().submit(call, keypair, **more)
+
+
+@pytest.fixture
+def chain():
+    chain = HangingChain(netuid=1)
+    chain.register(VALIDATOR, stake=1000.0, validator_permit=True)
+    chain.register(SMALL, stake=5.0)
+    chain.register(MINER)
+    yield chain
+    chain.answering.set()
+
+
+@pytest.fixture
+def client(chain):
+    with chain.client() as client:
+        yield client
+
+
+class Echo(Miner):
+    "Says the prompt back, and counts."
+
+    calls = 0
+
+    @classmethod
+    def add_args(cls, parser):
+        add_argument(parser, "--echo.suffix", type=str, default="", help="Said after it.")
+
+    def config(self):
+        return read_config(self.add_args)
+
+    def prompt(self, synapse):
+        self.calls += 1
+        synapse.completion = synapse.prompt + self.config.echo.suffix
+        return synapse
+
+
+@pytest.fixture
+def make(client):
+    "Makes miners that are stopped when the test is over."
+    made = []
+
+    def make(cls=Echo, config=None, **given):
+        given = {"wallet": MINER, "subtensor": client, **given}
+        made.append(cls(merge(FAST, config), **given))
+        return made[-1]
+
+    yield make
+    for miner in made:
+        miner.stop_run_thread()
+
+
+def header(wallet):
+    return Synapse(dendrite=Terminal(hotkey=wallet.hotkey.ss58_address))
+
+
+def ask(miner, wallet=VALIDATOR, text="Hello"):
+    with Dendrite(wallet) as dendrite:
+        return dendrite.query([miner.axon], Prompting.ask(text))[0]
+
+
+def threads(name):
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+# Construction and configuration
+
+
+def test_abstract_names_and_signature():
+    assert Miner.__abstractmethods__ == {"config", "add_args", "prompt"}
+    assert Miner.__init__.__code__.co_varnames[1:5] == ("config", "axon", "wallet", "subtensor")
+    assert Miner.__init__.__defaults__ == (None,) * 4
+    assert inspect.ismethod(Miner.add_args) and not inspect.ismethod(Miner.config)
+    with pytest.raises(TypeError, match="abstract"):
+        Miner()
+
+
+def test_given_parts_are_used_as_they_are(client):
+    axon = Axon(MINER)
+    miner = Echo(axon=axon, wallet=MINER, subtensor=client)
+    assert miner.axon is axon and miner.wallet is MINER and miner.subtensor is client
+
+
+def test_no_network_is_needed_with_stand_ins():
+    metagraph = SimpleNamespace(hotkeys=[MINER.hotkey.ss58_address])  # "whatever has hotkeys"
+    subtensor = SimpleNamespace(block=7, subnets=SimpleNamespace(metagraph=lambda netuid: metagraph))
+    attached = []
+    axon = SimpleNamespace(attach=lambda *functions: attached.append(functions), start=None, stop=None)
+    miner = Echo(axon=axon, wallet=MINER, subtensor=subtensor)
+    assert (miner.uid, miner.block, len(attached)) == (0, 7, 1)
+    assert miner.blacklist(header(STRANGER)) and not miner.blacklist(header(MINER))
+
+
+def test_functions_are_attached_once(make):
+    axon = Axon(MINER)
+    make(axon=axon)
+    with pytest.raises(RuntimeError, match="attached already"):
+        make(axon=axon)
+
+
+def test_who_wins(make, monkeypatch):
+    class Named(Echo):
+        def config(self):
+            return merge(read_config(self.add_args), {"miner.name": "subclass", "miner.retries": 3})
+
+    flags = ["--miner.name", "shell", "--miner.blocks_per_epoch=50"]
+    monkeypatch.setattr(sys, "argv", ["pytest", "-k", "x", "tests/", *flags])
+    monkeypatch.setenv("PROMPTING_NB_MINER__RETRIES", "4")
+    given = {"miner": {"blacklist": {"window": 5.0}}}
+    config = make(Named, given).config
+    assert (config.miner.name, config.miner.retries, config.miner.blacklist.window) == ("shell", 4, 5.0)
+    assert config.miner.blocks_per_epoch == 50 and type(config.miner.blocks_per_epoch) is int
+    assert given == {"miner": {"blacklist": {"window": 5.0}}}
+    assert make(Named).config().echo.suffix == ""  # callable, and with the subclass's own flags
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    assert make(Named).config.miner.name == "subclass"
+
+
+def test_a_default_of_the_subclass_beats_the_base(make):
+    class Patient(Echo):
+        @classmethod
+        def add_args(cls, parser):
+            super().add_args(parser)
+            add_argument(parser, "--miner.retries", type=int, default=77, help="More than usual.")
+
+    class Silent(Patient):
+        def config(self):
+            return Config()
+
+    assert make(Patient).config.miner.retries == make(Silent).config.miner.retries == 77
+
+
+@pytest.mark.parametrize("flag", sorted(_FLAGS))
+def test_flags_can_be_added_twice_to_either_parser(flag):
+    for parser in (argparse.ArgumentParser(), make_parser()):
+        Miner.add_base_args(parser)
+        Miner.add_base_args(parser)
+        assert flag in parser._option_string_actions
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "many", "1.5"])
+def test_blocks_per_epoch_must_be_positive(make, monkeypatch, value):
+    monkeypatch.setattr(sys, "argv", ["prog", "--miner.blocks_per_epoch", value])
+    with pytest.raises(ValueError, match="blocks_per_epoch"):
+        make()
+
+
+def test_an_unregistered_hotkey_is_a_named_exception(client):
+    with pytest.raises(NotRegisteredError, match="not registered on subnet 1"):
+        Echo(wallet=STRANGER, subtensor=client)
+
+
+def test_nothing_is_written(client, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for kind in MINERS.values():
+        kind.config()
+    with Echo(FAST, wallet=MINER, subtensor=client) as miner:
+        ask(miner)
+    with pytest.raises(InputError, match="choose another with --wallet.name"):
+        Echo(subtensor=client)
+    assert [path for path in tmp_path.rglob("*")] == [tmp_path / "work"]
+
+
+# Every flag has an effect. Each entry: what to write on the command line, and what to look at. The look must differ
+# from what it is without the flag.
+
+
+def refused(wallet, times=1):
+    return lambda miner, chain: [miner.blacklist(header(wallet)).reason for _ in range(times)][-1]
+
+
+def repeated(*wallets):
+    def look(miner, chain):
+        answered = []
+        for block in (0, 8):
+            miner.block += block
+            for wallet in wallets:
+                synapse = Prompting(roles=["user"], messages=["same"], dendrite=header(wallet).dendrite)
+                try:
+                    answered.append(miner._prompt(synapse).completion)
+                except ValueError:
+                    answered.append(None)
+        return answered
+
+    return look
+
+
+def running(look):
+    def wrapped(miner, chain):
+        with miner:
+            return look(miner, chain)
+
+    return wrapped
+
+
+def after_blocks(look, blocks):
+    def wrapped(miner, chain):
+        chain.calls.clear()
+        with miner:
+            chain.step(blocks)
+            miner.wait_for_block(chain.block)
+            return look(miner, chain)
+
+    return wrapped
+
+
+def first_wait(miner, chain):
+    "What the loop waits for, in seconds, after its first step."
+    waits = []
+
+    class Noting(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            self.set()
+
+    miner._stop = Noting()
+    miner.run()
+    return waits
+
+
+def outlasts_failures(miner, chain):
+    with miner:
+        chain.fail(3)
+        chain.step()
+        miner.wait_for_block(chain.block)
+    chain.fail(0)
+    return type(miner.error)
+
+
+def rested(wallet, gaps):
+    def look(miner, chain):
+        values = []
+        for gap in (0, *gaps):
+            miner.now[0] += gap
+            values.append(miner.priority(header(wallet)))
+        return values
+
+    return look
+
+
+def published(miner, chain):
+    with chain.client() as client:
+        return client.subnets.metagraph(miner.netuid).neuron(miner.uid).axon
+
+
+CACHE = ["--miner.blacklist.use_prompt_cache"]
+EFFECTS = {  # flag: (what is written, what else is written in both cases, what to look at)
+    "--axon.host": (["127.0.0.2"], [], running(lambda miner, chain: miner.axon.address.split(":")[0])),
+    "--axon.external_ip": (["10.1.2.3"], [], running(lambda m, c: published(m, c).split(":")[0])),
+    "--axon.external_port": (["4242"], [], running(lambda m, c: published(m, c).split(":")[1] == "4242")),
+    "--miner.name": (["carol"], [], running(lambda miner, chain: len(threads("carol-run")))),
+    "--miner.blocks_per_epoch": (["3"], [], after_blocks(lambda miner, chain: miner.synced_at, 5)),
+    "--miner.poll_interval": (["2.5"], [], first_wait),
+    "--miner.retries": (["1"], [], outlasts_failures),
+    "--miner.no_set_weights": ([], [], after_blocks(lambda m, c: "set_mechanism_weights" in c.calls, 100)),
+    "--miner.blacklist.whitelist": ([STRANGER.hotkey.ss58_address], [], refused(STRANGER)),
+    "--miner.blacklist.blacklist": ([VALIDATOR.hotkey.ss58_address, "another"], [], refused(VALIDATOR)),
+    "--miner.blacklist.allow_non_registered": ([], [], refused(STRANGER)),
+    "--miner.blacklist.force_validator_permit": ([], [], refused(SMALL)),
+    "--miner.blacklist.minimum_stake_requirement": (["1000"], [], refused(SMALL)),
+    "--miner.blacklist.quota": (["3"], [], refused(SMALL, times=4)),
+    "--miner.blacklist.window": (["3.5"], ["--miner.blacklist.quota", "1"], refused(SMALL, times=2)),
+    "--miner.blacklist.use_prompt_cache": ([], [], repeated(VALIDATOR, SMALL)),
+    "--miner.blacklist.prompt_cache_block_span": (["7"], CACHE, repeated(VALIDATOR)),
+    "--miner.blacklist.prompt_cache_per_caller": ([], CACHE, repeated(VALIDATOR, SMALL)),
+    "--miner.priority.default": (["0.25"], [], rested(STRANGER, [])),
+    "--miner.priority.idle_factor": (["3"], [], rested(VALIDATOR, [30, 30])),
+    "--miner.priority.rest": (["15"], [], rested(VALIDATOR, [30, 30])),
+    "--miner.priority.history": (["1"], [], rested(VALIDATOR, [50, 5, 5])),
+}
+WITHOUT_MINER = {"--netuid", "--subtensor.network", "--wallet.name", "--wallet.hotkey", "--wallet.path", "--axon.port"}
+
+
+class Clocked(Echo):
+    "A miner with a clock that stands still."
+
+    def __init__(self, *args, **kwargs):
+        self.now = [0.0]
+        self.clock = lambda: self.now[0]
+        super().__init__(*args, **kwargs)
+
+
+def test_the_parser_has_no_other_flags():
+    parser = make_parser(Miner.add_base_args)
+    flags = {flag for flag in parser._option_string_actions if "." in flag or flag == "--netuid"}
+    assert flags == set(EFFECTS) | WITHOUT_MINER == set(_FLAGS)
+
+
+@pytest.mark.parametrize("flag", sorted(EFFECTS))
+def test_flag_has_an_effect(flag, chain, client, monkeypatch):
+    values, always, look = EFFECTS[flag]
+    seen = []
+    for written in (always, [*always, flag, *values]):
+        poll = [] if flag == "--miner.poll_interval" else ["--miner.poll_interval", "0.01"]
+        monkeypatch.setattr(sys, "argv", ["prog", *poll, *written])
+        miner = Clocked(wallet=MINER, subtensor=client)
+        seen.append(look(miner, chain))
+        miner.stop_run_thread()
+    assert seen[0] != seen[1]
+
+
+def test_flag_port(make):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        miner = make(config={"axon.port": port})
+        with pytest.raises(OSError, match="in use"):
+            miner.run_in_background_thread()
+        assert not miner.is_running and miner.error is None
+    with miner:
+        assert miner.axon.port == port and ask(miner).completion == "Hello"
+
+
+def test_flag_netuid(client, make):
+    with pytest.raises(InputError, match="no subnet 2: choose another with --netuid"):
+        make(config={"netuid": 2})
+    chain = EmbeddedChain(netuid=2)
+    chain.register(MINER)
+    with chain.client() as client:
+        assert make(config={"netuid": 2}, subtensor=client).uid == 0
+
+
+def test_flags_of_wallet_and_network(chain, tmp_path, monkeypatch):
+    wallets = tmp_path / "wallets"
+    wallet = bt.Wallet("cold", "hot", str(wallets))
+    wallet.create_new_coldkey(use_password=False, suppress=True).create_new_hotkey(suppress=True)
+    chain.register(wallet)
+    networks = []
+    flags = ["--wallet.path", str(wallets), "--wallet.name", "cold", "--wallet.hotkey", "hot"]
+    monkeypatch.setattr(sys, "argv", ["prog", *flags, "--subtensor.network", "test"])
+    with chain.client() as client:
+        # The one thing that cannot be had here is a node of a public network.
+        monkeypatch.setattr(bt, "SyncClient", lambda network: networks.append(network) or client)
+        assert Echo().hotkey == wallet.hotkey.ss58_address and networks == ["test"]
+        for left_out in (0, 2, 4):
+            monkeypatch.setattr(sys, "argv", ["prog", *flags[:left_out], *flags[left_out + 2 :]])
+            with pytest.raises(InputError, match="does not exist"):
+                Echo()
+
+
+# Prompts and cache
+
+
+def test_of_32_equal_prompts_one_is_served(make):
+    miner = make(config={"miner.blacklist.use_prompt_cache": True})
+    start = threading.Barrier(32)
+
+    def send(_):
+        start.wait()
+        try:
+            return miner._prompt(Prompting.ask("the same")).completion
+        except ValueError:
+            return None
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(send, range(32)))
+    assert (answers.count("the same"), answers.count(None), miner.calls) == (1, 31, 1)
+
+
+def test_the_cache_follows_the_chain(make, chain):
+    config = {"miner.blacklist.use_prompt_cache": True, "miner.blacklist.prompt_cache_block_span": 5}
+    with make(config=config) as miner:
+        heard = []
+        for steps in (0, 0, 5, 1):
+            chain.step(steps)
+            miner.wait_for_block(chain.block)
+            heard.append(ask(miner).completion)
+    assert heard == ["Hello", None, None, "Hello"]
+
+
+def test_a_cached_prompt_does_not_reach_prompt(make):
+    miner = make(config={"miner.blacklist.use_prompt_cache": True})
+    miner._prompt(Prompting.ask("x"))
+    with pytest.raises(ValueError, match="within the last 7200 blocks"):
+        miner._prompt(Prompting.ask("x"))
+    assert miner.calls == 1
+    miner._prompt(Prompting(roles=["system"], messages=["x"]))  # other roles, another prompt
+    assert miner.calls == 2
+    assert make().cache is None  # off by default
+
+
+def test_a_prompt_that_failed_may_be_repeated(make):
+    class Shaky(Echo):
+        def prompt(self, synapse):
+            super().prompt(synapse)
+            if self.calls == 1:
+                raise MemoryError("the model is too large")
+            return synapse
+
+    with make(Shaky, {"miner.blacklist.use_prompt_cache": True}) as miner:
+        first, second, third = ask(miner), ask(miner), ask(miner)
+    assert (first.completion, second.completion, third.completion) == (None, "Hello", None)
+    assert "too large" in first.dendrite.status_message
+
+
+@pytest.mark.parametrize("overridden", ["prompt", "_prompt", "blacklist", "priority"])
+def test_coroutines_and_plain_functions_are_welcome(make, overridden):
+    class Awaited(Echo):
+        pass
+
+    async def coroutine(self, synapse):
+        await asyncio.sleep(0)
+        result = getattr(Echo, overridden)(self, synapse)
+        return result
+
+    setattr(Awaited, overridden, coroutine)
+    with make(Awaited) as miner:
+        assert ask(miner).completion == "Hello"
+        assert ask(miner, STRANGER).dendrite.status_message == "hotkey is not registered"
+
+
+def test_an_overridden_wrapper_is_used_around_a_coroutine(make):
+    class Wrapped(Echo):
+        async def prompt(self, synapse):
+            return super().prompt(synapse)
+
+        def _prompt(self, synapse):
+            answer = super()._prompt(synapse)
+            answer.completion += ", wrapped"
+            return answer
+
+    with make(Wrapped) as miner:
+        assert ask(miner).completion == "Hello, wrapped"
+
+
+def test_a_prompt_without_result_names_the_subclass(make):
+    class Forgetful(Echo):
+        def prompt(self, synapse):
+            super().prompt(synapse)
+
+    with make(Forgetful) as miner:
+        with pytest.raises(TypeError, match="Forgetful.prompt returned None"):
+            miner._prompt(Prompting.ask("x"))
+        assert "Forgetful.prompt returned None" in ask(miner).dendrite.status_message
+
+
+# Blacklist and priority
+
+
+def test_a_subclass_adds_one_rule(make):
+    class NoSmallTalk(Echo):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.rules.append(lambda caller: Verdict(True, "too small") if caller.stake < 100 else None)
+
+    miner = make(NoSmallTalk)
+    reasons = [miner.blacklist(header(wallet)).reason for wallet in (VALIDATOR, SMALL, STRANGER)]
+    assert reasons == ["admitted", "too small", "hotkey is not registered"]
+
+
+def test_a_broken_blacklist_refuses_and_is_logged(make, caplog):
+    class Broken(Echo):
+        def blacklist(self, synapse):
+            return synapse.messages == ()  # a blacklist sees no messages
+
+    with make(Broken) as miner:
+        answer = ask(miner)
+    assert (answer.dendrite.status_code, answer.dendrite.status_message) == (403, "the blacklist of this miner failed")
+    assert any("blacklist failed" in record.message and record.exc_info for record in caplog.records)
+
+
+def test_a_bare_pair_is_not_mistaken_for_true(make):
+    class Pairs(Echo):
+        def blacklist(self, synapse):
+            return (synapse.dendrite.hotkey == SMALL.hotkey.ss58_address, "not you")
+
+    with make(Pairs) as miner:
+        assert ask(miner).completion == "Hello"
+        assert ask(miner, SMALL).dendrite.status_message == "not you"
+
+
+def test_the_rate_limit_holds_without_the_default_priority(make):
+    class Fair(Echo):
+        def priority(self, synapse):
+            return 1.0
+
+    config = {"miner.blacklist": {"quota": 2, "window": 3600.0, "allow_non_registered": True}}
+    with make(Fair, config) as miner:
+        for wallet in (VALIDATOR, STRANGER):
+            codes = [ask(miner, wallet, text).dendrite.status_code for text in "abc"]
+            assert codes == [200, 200, 403]
+
+
+def test_interrupts_pass_through_the_rules(make):
+    miner = make()
+    for interrupt in (KeyboardInterrupt, SystemExit):
+        def rule(caller):
+            raise interrupt
+
+        miner.rules = [rule]
+        with pytest.raises(interrupt):
+            miner.blacklist(header(VALIDATOR))
+
+
+def test_higher_priority_is_served_first(chain, client, make):
+    wallets = {stake: make_wallet(f"stake {stake}") for stake in (10, 50, 30, 20)}
+    for stake, wallet in wallets.items():
+        chain.register(wallet, stake=float(stake))
+    served, busy, free, queued = [], threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    class OneByOne(Echo):
+        def priority(self, synapse):
+            queued.release()  # the axon queues the request before it looks at another
+            return super().priority(synapse)
+
+        def prompt(self, synapse):
+            if synapse.prompt == "first":
+                busy.set()
+                free.wait(SECONDS)
+            else:
+                served.append(synapse.prompt)
+            return super().prompt(synapse)
+
+    arrivals = [(10, "10"), (50, "50"), (30, "30 a"), (20, "20"), (30, "30 b")]
+    with make(OneByOne, {"miner.priority.idle_factor": 0.0}, axon=Axon(MINER, workers=1)) as miner:
+        with ThreadPoolExecutor() as pool:
+            waiting = [pool.submit(ask, miner, VALIDATOR, "first")]
+            assert busy.wait(SECONDS) and queued.acquire(timeout=SECONDS)
+            for stake, text in arrivals:
+                waiting.append(pool.submit(ask, miner, wallets[stake], text))
+                assert queued.acquire(timeout=SECONDS)
+            free.set()
+            assert all(answer.result().is_success for answer in waiting)
+    assert served == ["50", "30 a", "30 b", "20", "10"]
+
+
+def test_changed_stake_is_seen_after_an_epoch(make, chain):
+    with make() as miner:
+        before = miner.priority(header(SMALL))
+        chain.set_stake(SMALL, 2000.0)
+        unchanged = miner.caller(header(SMALL)).stake
+        chain.step(100)
+        miner.wait_for_block(chain.block)
+        assert (before, unchanged, miner.caller(header(SMALL)).stake) == (5.0, 5.0, 2000.0)
+
+
+# Running
+
+
+def test_a_second_start_starts_nothing(make):
+    miner = make(config={"miner.name": "only one"})
+    miner.run_in_background_thread()
+    port = miner.axon.port
+    assert miner.is_running
+    miner.run_in_background_thread()
+    assert len(threads("only one-run")) == 1 and miner.axon.port == port
+    with pytest.raises(RuntimeError, match="only one is running already"):
+        miner.run()
+
+
+def test_start_stop_start(make):
+    miner = make()
+    assert miner.stop_run_thread() and miner.stop_run_thread()  # nothing runs, nothing happens
+    for _ in range(3):
+        with miner as entered:
+            assert entered is miner and ask(miner).completion == "Hello"
+        assert not miner.is_running and not miner.axon.is_running and miner.stop_run_thread()
+
+
+def test_exit_lets_exceptions_through(make):
+    miner = make()
+    with pytest.raises(ZeroDivisionError):
+        with miner:
+            1 / 0
+    assert not miner.is_running
+    miner.run_in_background_thread()
+    assert miner.__exit__(None, None, None) is None and not miner.is_running
+
+
+def test_the_stop_does_not_wait_for_the_poll_interval(make):
+    with make(config={"miner.poll_interval": 3600.0}) as miner:
+        assert miner.stop_run_thread(timeout=SECONDS)
+
+
+def test_nothing_is_sent_to_the_chain_after_a_stop(make, chain):
+    miner = make(config={"miner.blocks_per_epoch": 1})
+    miner.run_in_background_thread()
+    miner.wait_for_block()
+    chain.answering.clear()
+    chain.asked.clear()
+    assert chain.asked.wait(SECONDS)  # a look at the block number is under way
+    chain.step(10)  # an epoch is due: metagraph and weights would be next
+    chain.calls.clear()
+    stopping = threading.Thread(target=miner.stop_run_thread)
+    stopping.start()
+    assert miner._stop.wait(SECONDS)
+    chain.answering.set()
+    stopping.join(SECONDS)
+    assert not miner.is_running and chain.calls == ["block"]
+
+
+def test_a_hanging_chain_is_reported(make, chain, caplog):
+    miner = make(config={"miner.name": "stuck"})
+    miner.run_in_background_thread()
+    miner.wait_for_block()
+    chain.answering.clear()
+    chain.asked.clear()
+    assert chain.asked.wait(SECONDS)
+    assert miner.stop_run_thread(timeout=0.05) is False
+    assert miner.is_running and not miner.axon.is_running
+    assert "stuck did not stop within 0.05 s" in caplog.text
+    with pytest.raises(RuntimeError, match="stuck has not stopped yet"):
+        miner.run_in_background_thread()
+    assert len(threads("stuck-run")) == 1
+    chain.answering.set()
+    assert miner.stop_run_thread() and not miner.is_running
+    with miner:
+        assert len(threads("stuck-run")) == 1 and ask(miner).completion == "Hello"
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_giving_up(make, chain, background):
+    miner = make(config={"miner.retries": 2})
+    chain.fail(100, ConnectionError("no route"))
+    if background:
+        with pytest.raises(ConnectionError, match="no route"):
+            miner.__enter__()
+    else:
+        with pytest.raises(ConnectionError, match="no route"):
+            miner.run()
+    assert str(miner.error) == "no route" and not miner.is_running and not miner.axon.is_running
+    chain.fail(2)  # which is not one too many
+    with miner:
+        assert miner.error is None and ask(miner).completion == "Hello"
+
+
+def test_back_off(make, chain):
+    class Waits(threading.Event):
+        noted = []
+
+        def wait(self, timeout=None):
+            self.noted.append(timeout)
+            if len(self.noted) == 6:
+                self.set()
+
+    miner = make(config={"miner.poll_interval": 10.0})
+    miner._stop, miner.longest_pause = Waits(), 70.0
+    chain.fail(4)
+    miner.run()
+    assert Waits.noted == [20.0, 40.0, 70.0, 70.0, 10.0, 10.0]
+
+
+def test_a_lost_uid_ends_a_run(make, chain):
+    miner = make()
+    chain.replace(2, make_wallet("usurper"))
+    chain.step(100)
+    with pytest.raises(NotRegisteredError):
+        miner.run()
+    assert miner.uid is None and not miner.axon.is_running and isinstance(miner.error, NotRegisteredError)
+
+
+def test_a_new_uid_is_found_and_the_address_published_again(make, chain, client):
+    with make() as miner:
+        chain.replace(2, make_wallet("usurper"))
+        uid = chain.register(MINER)
+        assert client.subnets.metagraph(1).neuron(uid).axon is None
+        chain.step(100)
+        miner.wait_for_block(chain.block)
+        assert miner.uid == uid == 3
+        assert client.subnets.metagraph(1).neuron(uid).axon == miner.axon.address
+        chain.calls.clear()
+        chain.step(100)
+        miner.wait_for_block(chain.block)
+        assert "serve_axon" not in chain.calls  # it stands there already
+
+
+def test_weights(make, chain, caplog):
+    class ForOthers(Echo):
+        def weights(self):
+            return {0: 1.0}
+
+    cases = (Echo, {"miner.no_set_weights": True}, {}), (ForOthers, None, {}), (Echo, None, {2: {2: 1.0}})
+    for cls, config, expected in cases:
+        with make(cls, config) as miner:
+            chain.step(100)
+            assert miner.wait_for_block(chain.block) and miner.is_running
+        assert chain.weights == expected
+    assert caplog.text.count("the chain refused the weights") == 1
+
+
+def test_a_miner_may_stop_itself(make, chain, caplog):
+    class Done(Echo):
+        def weights(self):
+            self.stop_run_thread()
+            return super().weights()
+
+    miner = make(Done)
+    chain.step(100)
+    miner.run()
+    assert not miner.is_running and miner.error is None and "did not stop" not in caplog.text
+
+
+def test_ctrl_c_ends_a_foreground_run():
+    program = textwrap.dedent("""
+        import signal, threading
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        from prompting_nb.baseminer.miners import TemplateMiner
+        from prompting_nb.network.chain import EmbeddedChain, make_wallet
+        chain, wallet = EmbeddedChain(), make_wallet("miner")
+        chain.register(wallet)
+        miner = TemplateMiner(wallet=wallet, subtensor=chain.client())
+        def announce():
+            miner.wait_for_block()
+            print("ready", flush=True)
+        threading.Timer(0.2, announce).start()
+        try:
+            miner.run()
+        except KeyboardInterrupt:
+            print("stopped", miner.axon.is_running, miner.is_running, flush=True)
+    """)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    assert (out, process.returncode) == ("stopped False False\n", 0), err
+
+
+def test_no_torch_before_a_model_is_made():
+    program = "import sys, prompting_nb.baseminer.miners; print({'torch', 'transformers'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "set()", run.stderr
+
+
+# Properties
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.booleans()), max_size=40), st.integers(0, 6))
+def test_cache_agrees_with_a_plain_dictionary(events, span):
+    cache, claimed, block = PromptCache(span=span), {}, 0
+    for ahead, key, failed in events:
+        block += ahead
+        free = key not in claimed or block > claimed[key] + span
+        assert cache.claim(bytes([key]), block) == free
+        if free:
+            claimed[key] = block
+            if failed:
+                cache.release(bytes([key]))
+                del claimed[key]
+        assert len(cache) <= len(claimed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=60), st.integers(1, 4), st.integers(1, 12))
+def test_no_window_holds_more_than_the_quota(events, quota, window):
+    now, admitted = 0, []
+    limiter = RateLimiter(quota, window, clock=lambda: now)
+    for gap, caller in events:
+        now += gap
+        recent = [t for t, c in admitted if c == caller and now - t < window]
+        assert limiter.admit(str(caller)) == (len(recent) < quota)
+        if len(recent) < quota:
+            admitted.append((now, caller))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=30),
+    st.floats(0, 1e9),
+    st.floats(0, 10),
+    st.integers(1, 8),
+    st.floats(1e-3, 1e6),
+)
+def test_priority_stays_within_its_band(times, stake, idle_factor, history, rest):
+    clock = iter(times)
+    priority = StakePriority(0.0, idle_factor, rest, history, clock=lambda: next(clock))
+    values = [priority(Caller("x", 0, stake=stake)) for _ in times]
+    assert values[0] == stake
+    assert all(stake <= value <= stake * (1 + idle_factor) for value in values)
