@@ -1,0 +1,320 @@
+"""The reward rooms: what does not read as prose. Numbers in comments are items of the list that the project is checked against."""
+import inspect
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (AutoModel, BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast,
+                          RobertaConfig)
+
+from prompting_nb.evaluation import best_of_k, calibration, evaluate
+from prompting_nb.preferences import Ranking, pairs, split
+from prompting_nb.reward import PairwiseLoss, RankingLoss, RewardModel, _fit, pack, pad
+from prompting_nb.training import Draw, TrainConfig, length_batches, train
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] what is the sum of two and three ? four five six it a sure maybe no good day sun thanks".split()
+SIZE = dict(vocab_size=40, initializer_range=0.2)
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64, **SIZE)
+CONFIGS = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **SIZE),
+    "gpt_neo": GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=4,
+                            intermediate_size=64, max_position_embeddings=64, **SIZE),
+    "llama": LlamaConfig(**SMALL),
+    "bert": BertConfig(**SMALL),
+    "roberta": RobertaConfig(pad_token_id=0, **SMALL)}
+CAUSAL = ("gpt2", "gpt_neo", "llama")
+PROMPTS = ["what is two and three ?", "good day", "what is the sum of two and two ?"]
+COMPLETIONS = ["five", "good day and good sun", "it is four sure"]
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory):
+    "Folders with tiny random models, by family."
+    folders = {}
+    for kind, config in CONFIGS.items():
+        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        special = dict(eos_token="[SEP]") if kind in CAUSAL else dict(cls_token="[CLS]", sep_token="[SEP]")
+        torch.manual_seed(1)
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        AutoModel.from_config(config).save_pretrained(folders[kind])
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special).save_pretrained(folders[kind])
+    return folders
+
+
+def toy(toys, kind, **kwargs):
+    torch.manual_seed(0)
+    return RewardModel(toys[kind], device="cpu", **kwargs).eval()
+
+
+# ---------------------------------------------------------------- RewardModel
+def test_signature():  # 116
+    parameters = list(inspect.signature(RewardModel).parameters.values())
+    assert [(p.name, p.default) for p in parameters[:3]] == [("model_name", inspect.Parameter.empty), ("dropout", 0.1), ("device", "cuda")]
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[3:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_falls_back_to_the_cpu(toys):  # 116
+    with pytest.warns(RuntimeWarning, match="no CUDA device"):
+        model = RewardModel(toys["bert"])
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_forward(toys, kind):  # 117
+    model = toy(toys, kind)
+    reward = model(torch.randint(4, 20, (3, 7)))
+    assert reward.shape == (3, 1) and reward.dtype == torch.float32
+    for wrong in (torch.ones(7), torch.ones(1, 3, 7)):
+        with pytest.raises(ValueError, match="input_ids should have 2 dimension"):
+            model(wrong.long())
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(torch.ones(3, 7).long(), torch.ones(3, 6).long())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_scores_do_not_depend_on_company(toys, kind, side):  # 118
+    model = toy(toys, kind)
+    rows = model.encode_texts(PROMPTS, COMPLETIONS)
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([row])) for row in rows])
+        for width in (20, 33, 60):
+            for token in (0, 3, 9):
+                ids, mask = torch.full((3, width), token), torch.zeros(3, width, dtype=torch.long)
+                for i, row in enumerate(rows):
+                    place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+                    ids[i, place], mask[i, place] = torch.tensor(row), 1
+                for dtype in (torch.long, torch.bool, torch.float32):
+                    torch.testing.assert_close(model(ids, mask.to(dtype)), alone, atol=1e-4, rtol=0)
+    for batch_size in (1, 2, 32):
+        torch.testing.assert_close(model.score(PROMPTS, COMPLETIONS, batch_size), alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_every_attended_token_counts(toys, kind):  # 118
+    model = toy(toys, kind)
+    row = model.encode_texts(PROMPTS[:1], COMPLETIONS[:1])[0]
+    changed = torch.tensor([row[:i] + [1] + row[i + 1 :] for i in range(len(row))])
+    with torch.no_grad():
+        assert (model(changed) - model(torch.tensor([row]))).abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_dropout_acts_in_train_mode_only(toys, kind):  # 119
+    model = toy(toys, kind, dropout=0.5)
+    batch = pad(model.encode_texts(PROMPTS, COMPLETIONS))
+    assert torch.equal(model(*batch), model(*batch))
+    model.train()
+    assert not torch.equal(model(*batch), model(*batch))
+    assert torch.equal(model.score(PROMPTS, COMPLETIONS), model.score(PROMPTS, COMPLETIONS)) and model.training
+
+
+def test_rewards_are_unbounded(toys):  # 119
+    model = toy(toys, "gpt2")
+    with torch.no_grad():
+        model.head[1].weight.mul_(1e4)
+    assert model.score(PROMPTS, COMPLETIONS).abs().max() > 100
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=5))
+def test_pack_keeps_tokens_and_their_order(masks):
+    mask = torch.tensor(masks)
+    ids = torch.arange(1, mask.numel() + 1).reshape(mask.shape)
+    packed, packed_mask = pack(ids, mask)
+    for row, keep, got, got_mask in zip(ids, mask, packed, packed_mask):
+        wanted = row[keep]
+        assert got[: len(wanted)].tolist() == wanted.tolist()
+        assert got_mask.tolist() == [1] * len(wanted) + [0] * (len(row) - len(wanted))
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(4, 50))
+def test_fit(prompt_length, completion_length, room):
+    prompt, completion = list(range(prompt_length)), list(range(completion_length))
+    p, c = _fit(prompt, completion, room)
+    assert len(p) + len(c) == min(room, prompt_length + completion_length)  # nothing is wasted
+    assert p == prompt[prompt_length - len(p) :] and c == completion[: len(c)]
+    assert len(p) >= min(prompt_length, room // 4)  # a quarter is the prompt's
+    assert len(p) == prompt_length or len(c) == completion_length or len(p) == room // 4  # the prompt gives way first
+
+
+# ---------------------------------------------------------------- losses
+@given(st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=8))
+def test_pairwise_loss(rows):  # 120
+    chosen, rejected = torch.tensor(rows, dtype=torch.float64).T[..., None]
+    found = PairwiseLoss()(chosen, rejected)
+    wanted = sum(math.log1p(math.exp(-(c - r))) for c, r in rows) / len(rows)
+    assert found.shape == (1,)
+    assert found.item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    copies = PairwiseLoss()(chosen.repeat(3, 1), rejected.repeat(3, 1))
+    torch.testing.assert_close(copies, found)
+
+
+@pytest.mark.parametrize("shapes", [((3,), (3,)), ((3, 1), (3,)), ((3, 1), (2, 1)), ((3, 2), (3, 2)), ((0, 1), (0, 1))])
+def test_pairwise_loss_refuses_other_shapes(shapes):  # 120
+    with pytest.raises(ValueError, match="batch|should be 1, got 2"):
+        PairwiseLoss()(*(torch.ones(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pairwise_loss_is_finite_at_large_margins(dtype):  # 120
+    rewards = torch.tensor([[1e4], [-1e4]], dtype=dtype, requires_grad=True)
+    loss = PairwiseLoss()(rewards, torch.zeros(2, 1, dtype=dtype))
+    loss.backward()
+    assert loss.isfinite().all() and rewards.grad.isfinite().all()
+
+
+def test_losses_compile_in_one_graph():
+    chosen, rejected = torch.randn(4, 1), torch.randn(4, 1)
+    compiled = torch.compile(PairwiseLoss(), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(chosen, rejected), PairwiseLoss()(chosen, rejected))
+
+
+prompts_with_scores = st.lists(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 3)), min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+@given(prompts_with_scores, st.randoms())
+def test_ranking_loss_is_the_sum_over_pairs(prompts, rng):  # 120: ragged K, ties, any order of rows
+    rows = [(reward, score, group) for group, answers in enumerate(prompts) for reward, score in answers]
+    rng.shuffle(rows)
+    rewards, scores, groups = (torch.tensor(column) for column in zip(*rows))
+    of_prompts = []
+    for answers in prompts:
+        terms = [math.log1p(math.exp(-(a[0] - b[0]))) for a in answers for b in answers if a[1] > b[1]]
+        of_prompts += [sum(terms) / len(terms)] if terms else []
+    if not of_prompts:
+        with pytest.raises(ValueError, match="nothing to rank"):
+            RankingLoss()(rewards[:, None], scores, groups)
+        return
+    found = RankingLoss()(rewards[:, None], scores, groups).item()
+    assert found == pytest.approx(sum(of_prompts) / len(of_prompts), rel=1e-4, abs=1e-6)
+
+
+# ---------------------------------------------------------------- batches, splits, measures
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(1, 500), st.integers(0, 9))
+def test_length_batches_keep_the_budget(lengths, budget, seed):
+    rows = [[[0] * length, [0]] for length in lengths]
+    draws = [Draw(i, [0, 1]) for i in range(len(lengths))]
+    batches = length_batches(draws, rows, budget, random.Random(seed), window=16)
+    assert sorted(one.ranking for batch in batches for one in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or 2 * len(batch) * max(lengths[one.ranking] for one in batch) <= budget
+
+
+@given(st.lists(st.text(max_size=3), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 99))
+def test_split_divides_prompts(prompts, test, seed):
+    rankings = [Ranking(prompt, ["a", "b"], [1.0, 0.0]) for prompt in prompts]
+    count = round(test * len(set(prompts)))
+    if not 0 < count < len(set(prompts)):
+        with pytest.raises(ValueError, match="leaves nothing on one side"):
+            split(rankings, test, seed)
+        return
+    kept, held_out = split(rankings, test, seed)
+    assert len(kept) + len(held_out) == len(rankings)
+    assert len({r.prompt for r in held_out}) == count
+    assert not {r.prompt for r in kept} & {r.prompt for r in held_out}
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(1, 7), st.randoms())
+def test_best_of_k_is_the_mean_over_subsets(judged, k, rng):
+    given_scores = rng.sample(range(100), len(judged))
+    subsets = list(combinations(range(len(judged)), min(k, len(judged))))
+    wanted = sum(judged[max(subset, key=given_scores.__getitem__)] for subset in subsets) / len(subsets)
+    assert best_of_k([given_scores], [Ranking("p", ["x"] * len(judged), judged)], k) == pytest.approx(wanted)
+
+
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=50), st.integers(1, 20))
+def test_calibration_bins_hold_every_pair(margins, bins):
+    error, found = calibration(torch.tensor(margins, dtype=torch.float64).numpy(), bins)
+    assert sum(b.n_pairs for b in found) == len(margins) and 0 <= error <= 1
+    assert all(b.low - 1e-9 <= b.confidence <= b.high + 1e-9 for b in found)
+
+
+# ---------------------------------------------------------------- training
+def kind_words(prompts, rng):
+    words = "good sure sun day it a no maybe".split()
+    for n in range(prompts):
+        answers = [" ".join(rng.choices(words, k=rng.randint(1, 10))) for _ in range(5)]
+        yield Ranking(f"what is {n}", answers, [answer.split().count("good") for answer in answers])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_training_improves_every_family(toys, kind):
+    model, rankings = toy(toys, kind), list(kind_words(40, random.Random(0)))
+    before = evaluate(model, rankings).accuracy
+    train(model, rankings, TrainConfig(epochs=4, lr=3e-3, tokens_per_batch=800, bf16=False), progress=False)
+    assert evaluate(model, rankings).accuracy > max(0.7, before)
+    assert not model.training
+
+
+def test_pairs_and_rankings_of_two_train_alike(toys):
+    rankings = [Ranking(r.prompt, r.completions[:2], r.scores[:2]) for r in kind_words(30, random.Random(0))]
+    as_pairs = [Ranking(pair.prompt, [pair.chosen, pair.rejected], [1.0, 0.0]) for pair in pairs(rankings)]
+    config, losses = TrainConfig(tokens_per_batch=10_000, max_steps=1, bf16=False), []
+    for data in (rankings, as_pairs):
+        losses.append(train(toy(toys, "bert", dropout=0.0), data, config, progress=False).steps[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+WORKER = """
+import json, random, sys
+sys.path.insert(0, sys.argv[3])
+from test_reward import RewardModel, TrainConfig, kind_words, torch, train
+torch.manual_seed(0)
+model = RewardModel(sys.argv[1], dropout=0.0, device="cpu")
+config = TrainConfig(epochs=2, lr=1e-3, tokens_per_batch=200, bf16=False, max_seconds=1e6)
+history = train(model, list(kind_words(13, random.Random(0))), config, progress=False)
+if history.processes == 1 or torch.distributed.get_rank() == 0:
+    score = model.score("what is 1", ["good", "sun"]).flatten().tolist()
+    json.dump({"processes": history.processes, "losses": [s["loss"] for s in history.steps], "score": score}, open(sys.argv[2], "w"))
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+def run_workers(folder, out, processes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", WORKER, folder, str(out), os.path.dirname(__file__)]
+    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+             if processes > 1 else {} for r in range(processes)]
+    running = [subprocess.Popen(command, env=env | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors[-2000:]
+    finally:
+        for process in running:
+            process.kill()
+    return json.loads(out.read_text())
+
+
+def test_two_processes_learn_what_one_learns(toys, tmp_path):
+    one, two = (run_workers(toys["bert"], tmp_path / f"{n}.json", n) for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert two["score"] == pytest.approx(one["score"], abs=1e-3)
+
+
+# ---------------------------------------------------------------- floors
+@pytest.mark.parametrize("module, unwanted", [
+    ("prompting_nb.preferences", ["torch", "bittensor", "aiohttp"]),
+    ("prompting_nb.evaluation", ["bittensor", "aiohttp", "starlette", "uvicorn", "sentence_transformers"]),
+    ("prompting_nb.training", ["bittensor", "aiohttp", "starlette", "uvicorn", "fastcore"])])
+def test_imports_only_floors_below(module, unwanted):
+    code = f"import sys, {module}; print([name for name in {unwanted!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
