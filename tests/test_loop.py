@@ -1,0 +1,210 @@
+"""The loop from the outside: the program `prompting-nb` in a process of its own, as a person runs it."""
+
+import gzip
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from prompting_nb.reward import RewardModel
+from prompting_nb.tasks import built_in
+from prompting_nb.validators.encoders import Encoder
+from prompting_nb.validators.loop import Judge, Loop
+from prompting_nb.validators.replay import ask_anyone, estimate, read_events
+
+PROGRAM = Path(sys.executable).with_name("prompting-nb")
+# a shell may have told its background jobs to ignore Ctrl-C, and children inherit that
+LISTENS_TO_CTRL_C = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    "A folder with a reward model that has learned nothing, which is enough to go round the loop."
+    folder = tmp_path_factory.mktemp("models") / "reward"
+    torch.manual_seed(0)
+    RewardModel("minilm", device=None).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    "Recorded completions of five models for thirty prompts; the last model is mute now and then."
+    path = tmp_path / "recorded.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for i in range(30):
+            responses = [{"model": f"model-{m}", "completion": f"answer {i} " + "and so on " * m, "score": round(0.2 * m, 1)}
+                         for m in range(5)]
+            responses[4]["completion"] *= i % 3 != 0
+            print(json.dumps({"prompt": f"question number {i}", "source": "made up", "responses": responses}), file=file)
+    return path
+
+
+def run(*args, **kwargs):
+    return subprocess.run([PROGRAM, "loop", "--quiet", *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def results(folder: Path):
+    "Events and summary, after checks that hold for every run."
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert [event["step"] for event in events] == list(range(len(events)))
+    assert summary["steps"] == len(events)
+    assert page.rstrip().endswith("</html>") and "http" not in page.split("</style>")[0]
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")], "no temporary file stays behind"
+    return events, summary
+
+
+@pytest.mark.slow
+def test_built_in_run_leaves_events_summary_and_report(tmp_path, reward):
+    out = tmp_path / "run"
+    done = run("--reward", reward, "--steps", 14, "--out", out)
+    assert done.returncode == 0, done.stderr
+    events, summary = results(out)
+    assert summary["status"] == "finished" and len(events) == 14
+    for name in ("reward_accuracy", "random", "best_fixed", "gate", "oracle"):
+        assert 0 <= summary[name] <= 1
+    assert summary["random"] <= summary["oracle"] and summary["best_fixed"] <= summary["oracle"]
+    for event in events:
+        assert len(set(event["uids"])) == 3 and 0 not in event["uids"], "the validator itself is never asked"
+        assert all(0 < p <= 1 for p in event["propensities"])
+        assert set(event["statuses"]) <= {200, 408, 500}
+        failed = [status != 200 for status in event["statuses"]]
+        assert all(reward == 0 and grade == 0 for reward, grade, bad in zip(event["rewards"], event["grades"], failed) if bad)
+    moved = summary["moved_uid"]
+    assert next(row["name"] for row in summary["uids"] if row["uid"] == moved).endswith("/ beginner")
+    assert sum(row["weight"] for row in summary["uids"]) == pytest.approx(1, abs=0.01)
+    assert "oracle" in done.stdout or "best for each prompt" in done.stdout
+    assert str(out / "report.html") in done.stdout
+    # the log answers questions about other policies
+    kept = read_events(out / "events.jsonl")
+    assert estimate(kept, ask_anyone(3)).answers == 3 * 14 or estimate(kept, ask_anyone(3)).effective_sample_size > 0
+
+
+@pytest.mark.slow
+def test_recorded_completions_go_through_the_same_loop(tmp_path, reward, recordings):
+    out = tmp_path / "run"
+    done = run("--reward", reward, "--prompts", recordings, "--steps", 12, "--top-k", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    events, summary = results(out)
+    assert summary["graded_by"] == "the recorded judge" and summary["arena"] == "recorded.jsonl.gz"
+    assert len(summary["uids"]) == 5
+    grades = {f"answer {i} " + "and so on " * m: round(0.2 * m, 1) for i in range(30) for m in range(5)}
+    for event in events:
+        for text, grade in zip(event["completions"], event["grades"]):
+            assert grade == (grades[text] if text else 0)
+
+
+@pytest.mark.slow
+def test_a_list_of_prompts_is_enough(tmp_path, reward):
+    (tmp_path / "mine.txt").write_text("".join(f"What is {i} plus 7?\n" for i in range(8)))
+    done = run("--reward", reward, "--prompts", tmp_path / "mine.txt", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    events, summary = results(tmp_path / "run")
+    assert len(events) == 8 and summary["graded_by"] == "the reward model"
+
+
+def _interrupted(tmp_path, reward, number):
+    "Start a run, send a signal after three events, and return the ended process with its output."
+    out = tmp_path / "run"
+    process = subprocess.Popen([PROGRAM, "loop", "--quiet", "--reward", reward, "--steps", "200", "--out", out],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **LISTENS_TO_CTRL_C)
+    try:
+        log = out / "events.jsonl"
+        while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+            time.sleep(0.05)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return out, process.returncode, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_leaves_what_was_learned_readable(tmp_path, reward, number):
+    out, status, (stdout, stderr) = _interrupted(tmp_path, reward, number)
+    assert status == 130, stderr
+    assert "interrupted" in stderr and "Traceback" not in stderr
+    events, summary = results(out)
+    assert summary["status"] == "interrupted" and 3 <= len(events) < 200
+    assert (out / "gate.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--nonsense", "1"], "--nonsense"),
+    (["--steps", "many"], "steps"),
+    (["--prompts", "there-is-no.jsonl"], "there-is-no.jsonl"),
+    (["--top-k", "77"], "--top-k 77"),
+    (["--timeout", "-1"], "--timeout"),
+    (["--reward", "there-is-none"], "there-is-none"),
+])
+def test_bad_input_is_one_line_and_status_2(tmp_path, args, says):
+    done = run(*args, "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+def test_existing_results_are_kept_unless_forced(tmp_path, reward):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("mine")
+    done = run("--reward", reward, "--steps", "4", "--out", tmp_path / "run")
+    assert done.returncode == 2 and "--force" in done.stderr
+    assert (tmp_path / "run" / "summary.json").read_text() == "mine"
+
+
+def test_help_teaches_and_imports_little():
+    done = subprocess.run([PROGRAM, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "loop" in done.stdout
+    probe = "import sys, prompting_nb.cli; print([m for m in ('torch', 'transformers', 'bittensor') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module, absent", [
+    ("prompting_nb", ["torch", "bittensor", "transformers"]),
+    ("prompting_nb.reward", ["bittensor", "aiohttp", "uvicorn"]),
+    ("prompting_nb.baseminer.miner", ["torch", "transformers"]),
+    ("prompting_nb.network.axon", ["torch"]),
+    ("prompting_nb.validators.gating", ["bittensor", "aiohttp", "uvicorn"]),
+])
+def test_rooms_import_only_what_they_need(module, absent):
+    probe = f"import sys, {module}; print([m for m in {absent} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+class Omniscient:
+    "Scores a completion with its checked grade: what a perfect reward model would do."
+
+    def __init__(self, arena):
+        self.arena = arena
+
+    def score(self, prompt, completions):
+        return torch.tensor([[self.arena.grade(prompt, completion)] for completion in completions])
+
+
+@pytest.mark.slow
+def test_the_gate_learns_for_three_seeds():
+    encoder = Encoder("minilm")
+    for seed in range(3):
+        arena = built_in(encoder, steps=180, seed=seed, train=12, test=12)
+        standing = Loop(arena, Judge(Omniscient(arena)), seed=seed).run(progress=False).standing()
+        assert standing.gap_closed > 0.5, (seed, standing)
+
+
+@pytest.mark.slow
+def test_nothing_listens_after_a_run():
+    arena = built_in(Encoder("minilm"), steps=6, train=12, test=12)
+    loop = Loop(arena, Judge(Omniscient(arena))).run(progress=False)
+    for neuron in loop.validator.metagraph.neurons[1:]:
+        host, port = neuron.axon.split(":")
+        with socket.socket() as probe:
+            assert probe.connect_ex((host, int(port))) != 0
