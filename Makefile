@@ -6,7 +6,6 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 ARGS   ?=
 WORKERS ?= 2
 
-export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -20,10 +19,10 @@ demo: $(VENV)/.library  ## install the library and run the whole loop (ARGS="--s
 	$(BIN)/prompting-nb loop $(ARGS)
 
 test: $(VENV)/.dev  ## install everything, run every notebook and every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-fast: $(VENV)/.dev  ## the pytest files alone, without the notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not notebook and not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not notebook and not slow" $(ARGS)
 
 lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)

@@ -10,19 +10,17 @@ config = configparser.ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 
-LICENSES = {"apache2": ("Apache-2.0", "OSI Approved :: Apache Software License")}
-
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
     keywords=cfg["keywords"],
-    license=LICENSES[cfg["license"]][0],
+    license="Apache-2.0",
     classifiers=[
         "Programming Language :: Python :: 3",
         "Intended Audience :: Developers",

@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +30,10 @@ def _add_loop_args(parser) -> None:
     "The flags of `prompting-nb loop`."
     add = lambda *args, **kwargs: add_argument(parser, *args, **kwargs)
     add("--prompts", type=Optional[str], default=None,
-        help="File with recorded completions (.jsonl, .jsonl.gz) or with plain prompts (.txt, or JSON lines with a prompt each). "
-             "Without it: built-in tasks that a program can check.")
-    add("--steps", type=Optional[int], default=None, help="Prompts in the loop. Default: 240, or three tenths of the file.")
+        help="File with recorded completions (.jsonl, .jsonl.gz) or with plain prompts (.txt, or JSON lines with a "
+             "prompt each). Without it: built-in tasks that a program can check.")
+    add("--steps", type=Optional[int], default=None,
+        help="Prompts in the loop. Default: 240, three tenths of recorded completions, or all plain prompts.")
     add("--top-k", type=int, default=3, help="Miners asked at each step.")
     add("--seed", type=int, default=0, help="Of everything that is drawn at random.")
     add("--out", type=Optional[str], default=None, help="Folder for the results. Default: the next free runs/loop-N.")
@@ -56,11 +58,15 @@ def loop_parser() -> jsonargparse.ArgumentParser:
         parser.set_defaults({f"gating.{name}": value for name, value in GATE["gating"].items()})
 
     example = "example: prompting-nb loop --steps 100 --top-k 2 --out my-run"
-    parser = make_parser(_add_loop_args, gating, prog="prompting-nb loop", description=_LOOP, epilog=example, exit_on_error=False)
+    parser = make_parser(_add_loop_args, gating, prog="prompting-nb loop", description=_LOOP, epilog=example,
+                         exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these flags.")
     return parser
 
 # %% ../nbs/62_cli.ipynb #c010
+_MOST_STEPS = 5000  # there are not many more different built-in prompts
+
+
 def _reward_model(arena, settings: Config, say: Callable):
     "A reward model, loaded or taught."
     from prompting_nb.reward import RewardModel
@@ -74,52 +80,77 @@ def _reward_model(arena, settings: Config, say: Callable):
 
 def _check(settings: Config) -> None:
     "Raise `InputError` for the first setting that makes no sense."
+    from prompting_nb.report import check_folder
     from prompting_nb.validators.gating import SentenceEmbedGatingModel
 
     for name, least in (("steps", 2), ("top_k", 1), ("epochs", 1)):
         value = settings[name]
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if settings.steps and settings.steps > _MOST_STEPS and not settings.prompts:
+        raise InputError(f"--steps must be at most {_MOST_STEPS} for the built-in tasks, got {settings.steps}")
     given = {name: value for name, value in vars(settings.gating).items() if value is not None}
     SentenceEmbedGatingModel.check_config(merge({"gating": given}))
     if settings.prompts and not Path(settings.prompts).is_file():
         raise InputError(f"{settings.prompts} is not a file: give a .jsonl, .jsonl.gz or .txt file to --prompts")
+    check_folder(settings.out, settings.force)
+
+
+def _check_width(settings: Config, arena) -> None:
+    "Raise `InputError` when the gate has fewer places than the network has uids."
+    width, needed = settings.gating.num_uids, len(arena.workers) + 1
+    if width is not None and width < needed:
+        raise InputError(f"--gating.num_uids {width} is too small for {needed} uids: the miners and the validator")
 
 # %% ../nbs/62_cli.ipynb #c011
+def _finish(recorder, loop, assessment, status: str, say: Callable) -> dict:
+    "Write what there is and show it."
+    from prompting_nb.report import print_tables
+
+    summary = recorder.close(loop, assessment, status)
+    print_tables(summary)
+    if summary.get("weights_error"):
+        say(f"the weights were not set: {summary['weights_error']}")
+    return summary
+
+
 def run_loop(
     settings: Config,  # as `loop_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> dict:  # the summary; raises `InputError` for bad input
     "The command `prompting-nb loop`."
-    from prompting_nb.report import Recorder, open_folder, print_tables
+    from prompting_nb.pretrained import MINILM
+    from prompting_nb.report import Recorder, make_folder
     from prompting_nb.tasks import open_arena
     from prompting_nb.validators.encoders import Encoder
     from prompting_nb.validators.loop import Loop, Policy, assess, default_gate
 
     started = time.monotonic()
     _check(settings)
-    policy, folder = Policy(k=settings.top_k, timeout=settings.timeout), open_folder(settings.out, settings.force)
-    arena = open_arena(settings.prompts, Encoder(settings.gating.model_name), settings.steps, settings.seed)
+    if settings.gating.model_name != MINILM:
+        Encoder(settings.gating.model_name)  # to find out now whether it can be had
+    arena = open_arena(settings.prompts, Encoder(MINILM), settings.steps, settings.seed)
+    policy = Policy(settings.top_k, settings.timeout, explore_steps=max(1, round(0.3 * len(arena.prompts))))
+    policy.check(arena)
+    _check_width(settings, arena)
     say(str(arena))
-    gate = lambda metagraph, seed: default_gate(metagraph, seed, {"gating": vars(settings.gating)})
-    loop = Loop(arena, None, policy, gate, settings.seed)
     model = _reward_model(arena, settings, say)
-    assessment, loop.judge = assess(model, arena, progress=not settings.quiet)
-    recorder = Recorder(folder)
-    if not settings.reward:
-        model.save_pretrained(folder / "reward")
-    say(f"starting {len(arena.workers)} miners, asking {policy.k} of them at each of {len(arena.prompts)} steps")
-    loop.on_event = recorder.event
-    status = "failed"
+    assessment, judge = assess(model, arena, progress=not settings.quiet)
+    folder = make_folder(settings.out, settings.force)
+    recorder, status = Recorder(folder), "failed"
+    gate = lambda metagraph, seed: default_gate(metagraph, seed, {"gating": vars(settings.gating)})
+    loop = Loop(arena, judge, policy, gate, settings.seed, recorder.event)
     try:
+        if not settings.reward:
+            model.save_pretrained(folder / "reward")
+        say(f"starting {len(arena.workers)} miners, asking {policy.k} of them at each of {len(arena.prompts)} steps")
         loop.run(progress=not settings.quiet)
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        summary = recorder.close(loop, assessment, status)
-        print_tables(summary)
+        summary = _finish(recorder, loop, assessment, status, say)
         say(f"{status} after {time.monotonic() - started:.0f} s; report: {folder / 'report.html'}")
     return summary
 
@@ -129,6 +160,22 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     plain = (InputError, argparse.ArgumentError, jsonargparse.ArgumentError, OSError)
     return text if isinstance(error, plain) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def _stoppable():
+    "Let a stop by the system (SIGTERM) end the work as orderly as Ctrl-C does."
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set a handler
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -150,17 +197,10 @@ def _reported(command: str, debug: bool):
         end(2 if isinstance(error, InputError) else 1, _one_line(error))
 
 # %% ../nbs/62_cli.ipynb #c014
-def _loop(argv: list[str]) -> None:
-    parser = loop_parser()
-    settings = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as orderly as Ctrl-C
-    run_loop(settings)
-
-
-COMMANDS = {"loop": (_loop, "run the whole loop on this machine, and write a report")}
+COMMANDS = {"loop": (loop_parser, run_loop, "run the whole loop on this machine, and write a report")}
 _HELP = "\n".join(["usage: prompting-nb COMMAND [flags]", "",
                    "The loop behind a decentralised network of language models.", "", "commands:",
-                   *(f"  {name:8} {what}" for name, (_, what) in COMMANDS.items()), "",
+                   *(f"  {name:8} {what}" for name, (_, _, what) in COMMANDS.items()), "",
                    "`prompting-nb COMMAND --help` lists the flags of a command."])
 
 
@@ -175,8 +215,12 @@ def main(
     elif argv[0] == "--version":
         print(__version__)
     elif argv[0] in COMMANDS:
+        parser, run, _ = COMMANDS[argv[0]]
         with _reported(argv[0], "--debug" in argv):
-            COMMANDS[argv[0]][0](argv[1:])
+            settings = parser().parse_args(argv[1:])
+        with _reported(argv[0], settings.debug), _stoppable():
+            run(settings)
     else:
-        print(f"prompting-nb: there is no command {argv[0]!r}; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
+        known = ", ".join(COMMANDS)
+        print(f"prompting-nb: there is no command {argv[0]!r}; the commands are: {known}", file=sys.stderr)
         raise SystemExit(2)

@@ -69,10 +69,11 @@ def in_notebook() -> bool:
 
 def make_parser(
     *add_args: Callable,  # functions that take the parser and add their arguments
+    environment: bool = True,  # whether `PROMPTING_NB_...` in the environment counts
     **kwargs,  # for `jsonargparse.ArgumentParser`: prog, description ...
 ) -> jsonargparse.ArgumentParser:
-    "A parser with the arguments of every given part, reading `PROMPTING_NB_...` from the environment as well."
-    parser = jsonargparse.ArgumentParser(default_env=True, env_prefix="PROMPTING_NB", **kwargs)
+    "A parser with the arguments of every given part."
+    parser = jsonargparse.ArgumentParser(default_env=environment, env_prefix="PROMPTING_NB", **kwargs)
     for add in add_args:
         add(parser)
     return parser
@@ -94,9 +95,10 @@ def read_config(
     *add_args: Callable,  # functions that take the parser and add their arguments
     argv: list | None = None,  # the command line; `None` is the process's own, or empty in a notebook
     defaults: Any = None,  # values stronger than the declared defaults, weaker than environment and command line
+    environment: bool = True,  # whether `PROMPTING_NB_...` in the environment counts
 ) -> Config:  # raises `InputError` for a value that does not parse
     "The configuration of the given parts."
-    parser = make_parser(*add_args, exit_on_error=False)
+    parser = make_parser(*add_args, environment=environment, exit_on_error=False)
     if argv is None:
         argv = [] if in_notebook() else sys.argv[1:]
     if defaults is not None:

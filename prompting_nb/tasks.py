@@ -9,7 +9,6 @@ __all__ = ['KINDS', 'SKILLS', 'Task', 'grade', 'same_number', 'same_text', 'same
            'open_arena']
 
 # %% ../nbs/50_tasks.ipynb #c002
-import ast
 import datetime as dt
 import functools
 import hashlib
@@ -19,11 +18,12 @@ import json
 import operator
 import random
 import re
-import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Optional
+
+import numpy as np
 
 from .config import InputError
 from .preferences import Ranking, clean, read_lines, read_rankings
@@ -51,11 +51,11 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 def same_number(
     value: float,  # the right result
-) -> Callable[[str], float]:  # grades 1 when the only number in the completion is `value` (to 1 part in 1000), else 0
+) -> Callable[[str], float]:  # grades 1 when the only number in the completion is `value`, to 1 part in 1000, else 0
     "A check for answers that are a number."
     def check(completion: str) -> float:
         found = {float(n) for n in _NUMBER.findall(completion.replace(",", ""))}
-        return float(len(found) == 1 and abs(found.pop() - value) <= 1e-3 * max(1.0, abs(value)))
+        return float(len(found) == 1 and abs(found.pop() - value) <= 1e-3 * abs(value))
     return check
 
 
@@ -98,10 +98,10 @@ _OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mu
 _PHRASES = {
     "arithmetic": ("What is {a} {op} {b}?", "Work out {a} {op} {b}.", "Calculate {a} {op} {b}.",
                    "How much is {a} {op} {b}?", "Please give me the result of {a} {op} {b}."),
-    "dates": ("Which day of the week was {day}?", "What date is {n} days after {day}?", "On which weekday does {day} fall?",
-              "Add {n} days to {day}. What is the date?", "I need the weekday of {day}, please."),
-    "units": ("Convert {x} {source} to {target}.", "How many {target} are {x} {source}?", "What is {x} {source} in {target}?",
-              "Express {x} {source} in {target}.", "{x} {source}: how much is that in {target}?"),
+    "dates": ("Which day of the week was {day}?", "What date is {n} days after {day}?",
+              "On which weekday does {day} fall?", "Add {n} days to {day}. What is the date?", "I need the weekday of {day}, please."),
+    "units": ("Convert {x} {source} to {target}.", "How many {target} are {x} {source}?",
+              "What is {x} {source} in {target}?", "Express {x} {source} in {target}.", "{x} {source}: how much is that in {target}?"),
     "text": ("Reverse the order of the words: '{words}'", "Sort these words by the alphabet: '{words}'",
              "How many words are in '{words}'?", "Write the words of '{words}' in reverse order.",
              "Put '{words}' into alphabetical order, word by word."),
@@ -143,7 +143,8 @@ def _units(draw: random.Random, phrase: str) -> Task:
     table = draw.choice((_METRES, _GRAMS, _SECONDS))
     source, target = draw.sample(list(table), 2)
     x = draw.randint(2, 60)
-    return Task(phrase.format(x=x, source=source, target=target), "units", same_number(x * table[source] / table[target]))
+    check = same_number(x * table[source] / table[target])
+    return Task(phrase.format(x=x, source=source, target=target), "units", check)
 
 
 def _text(draw: random.Random, phrase: str) -> Task:
@@ -161,9 +162,9 @@ def _json(draw: random.Random, phrase: str) -> Task:
     return Task(phrase.format(facts=", ".join(f"{k} {v}" for k, v in facts.items())), "json", same_json(facts))
 
 # %% ../nbs/50_tasks.ipynb #c017
-_MODULES = ("base64 bisect calendar collections colorsys copy csv difflib fnmatch functools glob hashlib heapq html inspect "
-            "itertools json keyword linecache locale math os.path pprint random shutil statistics string tempfile textwrap "
-            "time tokenize urllib.parse uuid zlib").split()
+_MODULES = ("base64 bisect calendar collections colorsys copy csv difflib fnmatch functools glob hashlib heapq html "
+            "inspect itertools json keyword linecache locale math os.path pprint random shutil statistics string "
+            "tempfile textwrap time tokenize urllib.parse uuid zlib").split()
 
 
 @functools.cache
@@ -197,14 +198,14 @@ def make_tasks(
 ) -> list[Task]:  # no prompt twice
     "Draw tasks at random."
     draw = random.Random(f"tasks-{seed}")
+    phrases = {None: slice(None), False: slice(-_HELD_OUT), True: slice(-_HELD_OUT, None)}[held_out]
     tasks, tries = {}, 0
     while len(tasks) < n:
         kind = kinds[len(tasks) % len(kinds)]
-        phrases = {None: _PHRASES[kind], False: _PHRASES[kind][:-_HELD_OUT], True: _PHRASES[kind][-_HELD_OUT:]}[held_out]
-        task = _MAKERS[kind](draw, draw.choice(phrases))
+        task = _MAKERS[kind](draw, draw.choice(_PHRASES[kind][phrases]))
         tasks.setdefault(task.prompt, task)
         if (tries := tries + 1) > 50 * n:
-            raise InputError(f"there are fewer than {n} different tasks of the kinds {', '.join(kinds)}: ask for fewer")
+            raise InputError(f"only {len(tasks)} of {n} different tasks of the kinds {', '.join(kinds)} were found: ask for fewer")
     tasks = list(tasks.values())
     draw.shuffle(tasks)
     return tasks
@@ -234,7 +235,7 @@ def convert_units(prompt: str) -> str | None:
         targets = [u for u in re.findall(unit, prompt) if amount and u != amount[2]]
         if targets:
             value = float(amount[1]) * table[amount[2]] / table[targets[0]]
-            return f"{f'{value:.4f}'.rstrip('0').rstrip('.')} {targets[0]}"
+            return f"{np.format_float_positional(float(f'{value:.6g}'), trim='-')} {targets[0]}"
     return None
 
 # %% ../nbs/50_tasks.ipynb #c024
@@ -279,7 +280,7 @@ class Worker:
     "Someone who answers prompts."
 
     name: str
-    answer: Callable[[str], str] = field(repr=False)  # prompt -> completion; may raise `WorkerFailed`
+    answer: Callable[[str], str] = field(repr=False)  # prompt -> completion; raises when it fails
     late: float = 0.0  # share of the prompts that it takes too long for
 
     def is_late(self, prompt: str) -> bool:
@@ -291,8 +292,8 @@ class Worker:
         if self.is_late(prompt):
             return None
         try:
-            return self.answer(prompt)
-        except WorkerFailed:
+            return self.answer(prompt) or None
+        except Exception:  # whatever goes wrong in a miner, its validator sees no answer
             return None
 
 # %% ../nbs/50_tasks.ipynb #c030
@@ -310,11 +311,11 @@ def _apprentice(prompt: str) -> str:
     answer = _first(SKILLS, prompt) or "I am not sure."
     if chance("apprentice", prompt) < 0.5:
         return answer
-    return f"I guess it begins with {answer[:len(answer) // 2].strip()}, but do check that."
+    return f"I guess it begins with {answer[:min(2, len(answer) // 2)].strip()}, but do check that."
 
 # %% ../nbs/50_tasks.ipynb #c031
-_BLUSTER = ("This is one of the best understood questions of our time, and the answer has been known to experts for 40 years.",
-            "Without any doubt the leading authorities agree, and so will you: everything points in the same direction.",
+_BLUSTER = ("This is one of the best understood questions of our time, and experts have known the answer for 40 years.",
+            "Without any doubt the leading authorities agree, and so will you: everything points in one direction.",
             "As 9 out of 10 professionals confirm, the solution is elegant, robust and, frankly, beyond discussion.")
 
 
@@ -365,15 +366,15 @@ class Arena:
     prompts: list[str]  # what the loop will ask, in order
     workers: list[Worker]  # who answers: a miner each
     newcomer: Worker  # who takes over a uid half-way
-    train: list[Ranking]  # what the reward model learns from
+    train: list[Ranking]  # what the reward model learns from; scores in [0, 1]
     test: list[Ranking]  # what it is tested on; shares no prompt with `train`
     grade: Optional[Callable[[str, str], float]] = field(repr=False, default=None)  # (prompt, completion) -> [0, 1]
     graded_by: str = "a program"  # who gave the grades, for captions
     kinds: dict[str, str] = field(repr=False, default_factory=dict)  # prompt -> kind, where known
 
     def __str__(self) -> str:
-        return (f"{self.name}: {len(self.prompts)} prompts for {len(self.workers)} workers, graded by {self.graded_by}; "
-                f"{len(self.train)} rankings to learn from, {len(self.test)} to test on")
+        return (f"{self.name}: {len(self.prompts)} prompts for {len(self.workers)} workers, "
+                f"graded by {self.graded_by}; {len(self.train)} rankings to learn from, {len(self.test)} to test on")
 
     def truth(
         self,
@@ -434,7 +435,30 @@ def _mean_scores(rankings: list[Ranking]) -> dict[str, float]:
             scores.setdefault(name, []).append(score)
     return {name: sum(values) / len(values) for name, values in sorted(scores.items())}
 
-# %% ../nbs/50_tasks.ipynb #c048
+# %% ../nbs/50_tasks.ipynb #c049
+def _scaled(rankings: list[Ranking]) -> list[Ranking]:
+    "The same rankings with scores in [0, 1]."
+    scores = [score for ranking in rankings for score in ranking.scores]
+    low, high = min(scores), max(scores)
+    if 0 <= low and high <= 1:
+        return rankings
+    return [replace(r, scores=[(s - low) / max(high - low, 1e-9) for s in r.scores]) for r in rankings]
+
+
+def _undecided(rankings: list[Ranking]) -> bool:
+    "Whether no two completions of any prompt have different scores."
+    return not any(len(set(ranking.scores)) > 1 for ranking in rankings)
+
+
+def _mean_grades(rankings: list[Ranking]) -> dict[tuple, float]:
+    "The grade of a completion of a prompt: the mean score, where several models said the same."
+    found = {}
+    for ranking in rankings:
+        for completion, score in zip(ranking.completions, ranking.scores):
+            found.setdefault((ranking.prompt, completion), []).append(score)
+    return {key: sum(scores) / len(scores) for key, scores in found.items()}
+
+# %% ../nbs/50_tasks.ipynb #c050
 def recorded(
     rankings: list[Ranking],  # as `read_rankings(path, keep_all=True)` returns them, with the models' names
     name: str = "recorded completions",
@@ -442,7 +466,7 @@ def recorded(
     seed: int = 0,
 ) -> Arena:  # raises `InputError` when models are not named or prompts are too few
     "The arena of recorded completions."
-    rankings = list({r.prompt: r for r in rankings}.values())
+    rankings = _scaled(list({r.prompt: r for r in rankings}.values()))
     if not all(r.names for r in rankings):
         raise InputError(f"{name}: every response needs a 'model', because each model becomes a miner")
     steps = round(0.3 * len(rankings)) if steps is None else steps
@@ -452,18 +476,21 @@ def recorded(
     draw = random.Random(f"recorded-{seed}")
     draw.shuffle(rankings)
     loop, rest = rankings[:steps], list(filter(None, map(clean, rankings[steps:])))
-    if len(rest) < 4:
-        raise InputError(f"{name} has too few prompts with different answers: the reward model needs at least 4 beside the loop's")
-    test = rest[:max(1, len(rest) // 6)]
-    means = _mean_scores(rest[len(test):])
-    words = {model: {r.prompt: c for r in loop for m, c in zip(r.names, r.completions) if m == model} for model in means}
-    grades = {(r.prompt, c): s for r in loop for c, s in zip(r.completions, r.scores)}
+    test, train = rest[:max(1, len(rest) // 6)], rest[max(1, len(rest) // 6):]
+    if _undecided(test) or _undecided(train):
+        raise InputError(f"{name} has too few prompts whose answers have different scores: the reward model needs some to "
+                         "learn from and some to be tested on, beside those of the loop")
+    means, grades = _mean_scores(train), _mean_grades(loop)
+    words = {model: {} for model in means}
+    for r in loop:
+        for model in set(means) & set(r.names):
+            words[model][r.prompt] = r.completions[r.names.index(model)]
     return Arena(name, [r.prompt for r in loop], [_replay(model, words[model]) for model in means],
-                 _replay("newcomer", words[min(means, key=means.get)]), rest[len(test):], test,
+                 _replay("newcomer", words[min(means, key=means.get)]), train, test,
                  grade=lambda prompt, completion: grades[prompt, completion], graded_by="the recorded judge",
                  kinds={r.prompt: r.source or "" for r in loop})
 
-# %% ../nbs/50_tasks.ipynb #c052
+# %% ../nbs/50_tasks.ipynb #c054
 def ungraded(
     prompts: list[str],
     encode: Callable,  # as for `built_in`
@@ -474,13 +501,13 @@ def ungraded(
     "The arena of prompts without grades, answered by the built-in crew."
     prompts = list(dict.fromkeys(prompts))
     if not prompts or steps is not None and steps > len(prompts):
-        raise InputError(f"{name} has {len(prompts)} different prompts: give a longer list, or ask for at most so many steps")
+        raise InputError(f"{name} has {len(prompts)} different prompts: give a longer list, or ask for fewer steps")
     arena = built_in(encode, steps=1, seed=seed)
     arena.name, arena.prompts = name, prompts[:steps]
     arena.grade, arena.kinds, arena.graded_by = None, {}, "the reward model"
     return arena
 
-# %% ../nbs/50_tasks.ipynb #c053
+# %% ../nbs/50_tasks.ipynb #c055
 def _plain_prompts(path: Path) -> list[str] | None:
     "The prompts of a file that holds nothing else (a text file, or JSON lines with only a `prompt`), else `None`."
     if path.suffix == ".txt":
@@ -490,7 +517,8 @@ def _plain_prompts(path: Path) -> list[str] | None:
         try:
             row = json.loads(line)
         except ValueError:
-            raise InputError(f"{path}:{number}: this is not JSON; every line must be a JSON object, or name the file .txt") from None
+            raise InputError(f"{path}:{number}: this is not JSON; every line must be a JSON object, "
+                             "or name the file .txt") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or set(row) & {"responses", "chosen"}:
             return None
         prompts.append(row["prompt"])
@@ -508,6 +536,9 @@ def open_arena(
         return built_in(encode, steps=240 if steps is None else steps, seed=seed)
     path = Path(path)
     prompts = _plain_prompts(path)
+    rankings = read_rankings(path, keep_all=True) if prompts is None else []
+    if not all(prompt.strip() for prompt in prompts or [ranking.prompt for ranking in rankings]):
+        raise InputError(f"{path} has an empty prompt: every prompt needs some text")
     if prompts is not None:
         return ungraded(prompts, encode, path.name, steps, seed)
-    return recorded(read_rankings(path, keep_all=True), path.name, steps, seed)
+    return recorded(rankings, path.name, steps, seed)

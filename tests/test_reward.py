@@ -11,7 +11,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModel, BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast,

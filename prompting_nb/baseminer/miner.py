@@ -178,7 +178,7 @@ class _Choosing:
     def blacklist(self, synapse: Synapse) -> Verdict:
         """Whether to refuse a request, and why; the truth value of the result is the decision.
 
-        Runs before the request's body is read: `synapse` has the verified hotkey of the caller and no messages. Asks
+        Runs before the request's body is parsed: `synapse` has the verified hotkey of the caller and no messages. Asks
         whitelist, blacklist, registration, validator permit, minimum stake and rate limit, in this order.
         """
         return judge(self.rules, self.caller(synapse))

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['GATE', 'WorkerMiner', 'Network', 'Judge', 'teach', 'Assessment', 'assess', 'Event', 'MovingAverage', 'Policy',
-           'default_gate', 'Validator', 'Standing', 'compare', 'Loop']
+           'default_gate', 'Validator', 'alternatives', 'Standing', 'compare', 'Holder', 'Trace', 'Loop']
 
 # %% ../../nbs/51_loop.ipynb #c002
 import dataclasses
 import html
 import json
+import logging
 import threading
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Optional
 
 import numpy as np
@@ -21,7 +22,7 @@ from sklearn.isotonic import IsotonicRegression
 from tqdm.auto import tqdm
 
 from ..baseminer.miner import Miner, stop_all
-from ..config import Config, InputError, merge
+from ..config import Config, InputError, merge, read_config
 from ..evaluation import RewardEvaluation, evaluate, evaluate_scores, longer_wins, zero_shot_cosine
 from ..network.chain import EmbeddedChain, make_wallet
 from ..network.dendrite import Dendrite
@@ -33,9 +34,12 @@ from ..tasks import Arena, Worker
 from ..training import TrainConfig, train
 from . import replay
 from .gating import SentenceEmbedGatingModel
-from .selection import annealed, select
+from .selection import Selection, annealed, select
 
-# %% ../../nbs/51_loop.ipynb #c006
+# %% ../../nbs/51_loop.ipynb #c004
+_log = logging.getLogger(__name__)
+
+# %% ../../nbs/51_loop.ipynb #c007
 class WorkerMiner(Miner):
     "A miner that answers as a `Worker` does, and is as late."
 
@@ -51,6 +55,10 @@ class WorkerMiner(Miner):
         "The name in the log is the worker's."
         return Config(miner=Config(name=self.worker.name))
 
+    def _configure(self, given: Any) -> Config:
+        "Declared defaults and what is given: command line and environment are not for one of many miners."
+        return merge(read_config(self.add_base_args, argv=[], environment=False), merge(self.config(), given))
+
     def prompt(self, synapse: Prompting) -> Prompting:
         "The worker's completion; when the worker is late, after the caller has given up."
         if self.worker.is_late(synapse.prompt):
@@ -62,7 +70,7 @@ class WorkerMiner(Miner):
         "Answer at once what is being dawdled over; nothing is late any more."
         self._closing.set()
 
-# %% ../../nbs/51_loop.ipynb #c008
+# %% ../../nbs/51_loop.ipynb #c009
 class Network:
     "An embedded chain with a validator and a running miner for each worker. Use it in a `with` block."
 
@@ -84,14 +92,14 @@ class Network:
         "Who answers at each uid."
         return {uid: miner.worker for uid, miner in sorted(self.miners.items())}
 
-    def _start(self, worker: Worker, register: Callable) -> int:
+    def _start(self, worker: Worker, register: Callable) -> None:
         "Register a new hotkey, and let a miner serve with it."
         self._made += 1
         wallet = make_wallet(f"{self.seed}-miner-{self._made}")
         uid = register(wallet)
-        miner = WorkerMiner(worker, config={"netuid": self.netuid, "miner.no_set_weights": True}, wallet=wallet, subtensor=self.client)
-        self.miners[uid] = miner.__enter__()
-        return uid
+        settings = {"netuid": self.netuid, "miner.no_set_weights": True}
+        self.miners[uid] = WorkerMiner(worker, config=settings, wallet=wallet, subtensor=self.client)
+        self.miners[uid].__enter__()
 
     def replace(
         self,
@@ -99,9 +107,9 @@ class Network:
         worker: Worker,
     ) -> None:
         "Deregister the miner of a uid; a new hotkey, with another worker behind it, takes the uid over."
-        leaving = self.miners.pop(uid)
-        leaving.hurry()
-        leaving.stop_run_thread()
+        self.miners[uid].hurry()
+        self.miners[uid].stop_run_thread()
+        del self.miners[uid]
         self._start(worker, lambda wallet: self.chain.replace(uid, wallet))
 
     def __enter__(self) -> "Network":
@@ -124,26 +132,25 @@ class Network:
     def __exit__(self, *_) -> None:
         self.close()
 
-# %% ../../nbs/51_loop.ipynb #c012
+# %% ../../nbs/51_loop.ipynb #c013
 @dataclass
 class Judge:
     "Turns completions into rewards: the grade that one may expect of a completion with such a score."
 
     model: Any  # has `score(prompts, completions) -> (n, 1)`, as a `RewardModel` does
     scores: list[float] = field(default=(0.0, 1.0), repr=False)  # rising scores of the model ...
-    grades: list[float] = field(default=(0.0, 1.0), repr=False)  # ... and what they are worth; straight lines in between
+    grades: list[float] = field(default=(0.0, 1.0), repr=False)  # ... and their worth; straight lines in between
 
     @classmethod
     def fitted(
         cls,
         model: Any,
         scores: list[list[float]],  # of the completions of each ranking
-        rankings: list[Ranking],  # that the model was not trained on
+        rankings: list[Ranking],  # that the model was not trained on; their scores, in [0, 1], are the grades
     ) -> "Judge":
-        "A judge whose rewards are the mean grades of completions with the same score, on a scale from 0 to 1."
+        "A judge whose rewards are the mean grades of completions with the same score."
         given = np.concatenate([np.asarray(row, dtype=float) for row in scores])
         worth = np.concatenate([np.asarray(ranking.scores, dtype=float) for ranking in rankings])
-        worth = (worth - worth.min()) / max(np.ptp(worth), 1e-9)
         curve = IsotonicRegression().fit(given, worth)
         return cls(model, curve.X_thresholds_.tolist(), curve.y_thresholds_.tolist())
 
@@ -160,7 +167,7 @@ class Judge:
             rewards[given] = torch.as_tensor(np.interp(scores, self.scores, self.grades), dtype=torch.float32)
         return rewards
 
-# %% ../../nbs/51_loop.ipynb #c016
+# %% ../../nbs/51_loop.ipynb #c018
 def teach(
     arena: Arena,
     seed: int = 0,
@@ -183,20 +190,21 @@ class Assessment:
     cosine: float  # pairwise accuracy of the cosine between prompt and answer
     longer: float  # pairwise accuracy of "the longer answer wins"
 
-# %% ../../nbs/51_loop.ipynb #c017
+# %% ../../nbs/51_loop.ipynb #c019
 def assess(
     model: Any,  # as for `Judge`
     arena: Arena,
     progress: bool = True,  # show progress bars
 ) -> tuple[Assessment, Judge]:  # the judge is calibrated on the same rankings
     "Test a reward model on the arena's held-out rankings."
-    scores = score_rankings(lambda prompts, completions: model.score(prompts, completions, progress=progress), arena.test)
+    score = lambda prompts, completions: model.score(prompts, completions, progress=progress)
+    scores = score_rankings(score, arena.test)
     rules = [evaluate(rule, arena.test).accuracy for rule in (zero_shot_cosine(TextEncoder(MINILM)), longer_wins)]
     judge = Judge.fitted(model, scores, arena.test)
     return Assessment(evaluate_scores(scores, arena.test), *rules), judge
 
-# %% ../../nbs/51_loop.ipynb #c019
-@dataclass(frozen=True)
+# %% ../../nbs/51_loop.ipynb #c021
+@dataclass(frozen=True, kw_only=True)
 class Event(replay.Event):
     "One step of the loop. Lists run over the uids that were asked, in the order of `uids`; `scores` over all uids."
 
@@ -206,20 +214,22 @@ class Event(replay.Event):
     completions: list[Optional[str]]
     loss: float  # the gate's, before it learned from this step
     seconds: list[float] = field(repr=False)  # until each answer came
-    grades: Optional[list[float]] = None  # what the answers were really worth, where somebody knows; never shown to the gate
+    grades: Optional[list[float]] = None  # what the answers were really worth, if known; never shown to the gate
 
     def to_json(self) -> str:
         "The event as one line."
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><td>{uid}</td><td>{p:.2f}</td><td>{status}</td><td>{reward:.2f}</td>"
+        cells = zip(self.uids, self.propensities, self.statuses, self.rewards, self.completions)
+        rows = "".join(f"<tr><td>{uid}</td><td>{chance:.2f}</td><td>{status}</td><td>{reward:.2f}</td>"
                        f"<td style='text-align:left'>{html.escape((text or '')[:120])}</td></tr>"
-                       for uid, p, status, reward, text in zip(self.uids, self.propensities, self.statuses, self.rewards, self.completions))
-        return (f"<p><b>Step {self.step}</b>: {html.escape(self.prompt[:200])}</p><table><tr><th>uid</th><th>propensity</th>"
-                f"<th>status</th><th>reward</th><th style='text-align:left'>completion</th></tr>{rows}</table>")
+                       for uid, chance, status, reward, text in cells)
+        return (f"<p><b>Step {self.step}</b>: {html.escape(self.prompt[:200])}</p><table><tr><th>uid</th>"
+                "<th>propensity</th><th>status</th><th>reward</th><th style='text-align:left'>completion</th></tr>"
+                f"{rows}</table>")
 
-# %% ../../nbs/51_loop.ipynb #c021
+# %% ../../nbs/51_loop.ipynb #c023
 class MovingAverage:
     "An exponential moving average of rewards for each hotkey."
 
@@ -246,7 +256,7 @@ class MovingAverage:
         total = sum(earned.values())
         return {uid: value / total for uid, value in earned.items()}
 
-# %% ../../nbs/51_loop.ipynb #c025
+# %% ../../nbs/51_loop.ipynb #c027
 @dataclass
 class Policy:
     "How a validator asks."
@@ -265,7 +275,83 @@ class Policy:
         if not self.timeout > 0:
             raise InputError(f"--timeout must be greater than 0 seconds, got {self.timeout}")
 
-# %% ../../nbs/51_loop.ipynb #c027
+    def check(self, arena: Arena) -> None:
+        "Raise `InputError` when an arena has fewer workers than uids are to be asked."
+        if len(arena.workers) < self.k:
+            raise InputError(f"--top-k {self.k} asks for more miners than there are ({len(arena.workers)}): ask fewer")
+
+# %% ../../nbs/51_loop.ipynb #c028
+class _Choosing:
+    "Whom to ask. Needs `metagraph`, `wallet`, `policy`, `averages`, `steps` and `generator`."
+
+    def serving(self) -> list[int]:
+        "The uids that can be asked: those with an address, except the validator itself."
+        return [n.uid for n in self.metagraph if n.axon and n.hotkey != self.wallet.hotkey.ss58_address]
+
+    def choose(
+        self,
+        scores: torch.Tensor,  # (network_size,), the gate's
+    ) -> Selection:  # uids (k,) and propensities (k,); raises `InputError` when fewer than k miners serve
+        "The uids to ask."
+        policy, asked, serving = self.policy, self.averages.counts, self.serving()
+        new = [uid for uid in serving if asked[self.metagraph.hotkeys[uid]] < policy.welcome]
+        epsilon = annealed(self.steps, start=policy.explore, end=policy.explore_end, steps=max(policy.explore_steps, 1))
+        return select(scores, policy.k, epsilon=epsilon, available=serving, newcomers=new, generator=self.generator)
+
+# %% ../../nbs/51_loop.ipynb #c030
+def _rounded(values: Any) -> list[float]:
+    "Plain floats with as many digits as anybody reads."
+    return [round(float(value), 5) for value in values]
+
+
+class _Learning(_Choosing):
+    "Asking and learning. Needs `gate`, `dendrite`, `judge` and `client` as well."
+
+    def step(
+        self,
+        prompt: str,
+    ) -> Event:  # raises `InputError` when fewer than k miners serve
+        "Ask, score, learn, once."
+        scores = self.gate(prompt)  # (network_size,), with gradient
+        uids, propensities = self.choose(scores)
+        neurons = [self.metagraph.neurons[uid] for uid in uids.tolist()]
+        answers = self.dendrite.query(neurons, Prompting.ask(prompt), self.policy.timeout)
+        completions = [answer.completion if answer.is_success else None for answer in answers]
+        rewards = self.judge(prompt, completions)  # (k,)
+        loss = self.gate.backward(scores[uids.to(scores.device)], rewards)
+        for neuron, reward in zip(neurons, rewards.tolist()):
+            self.averages.update(neuron.hotkey, reward)
+        self.steps += 1
+        return Event(step=self.steps - 1, block=int(self.client.block), prompt=prompt, uids=uids.tolist(),
+                     hotkeys=[n.hotkey for n in neurons], propensities=_rounded(propensities),
+                     rewards=_rounded(rewards), scores=_rounded(scores.detach()[:len(self.metagraph)]),
+                     available=self.serving(), loss=float(loss), completions=completions,
+                     statuses=[a.dendrite.status_code for a in answers],
+                     seconds=_rounded([a.dendrite.process_time for a in answers]))
+
+# %% ../../nbs/51_loop.ipynb #c032
+class _Following(_Learning):
+    "Keeping up with the chain."
+
+    def sync(self) -> list[int]:  # the uids whose hotkey is another one now
+        "Read the metagraph anew. The gate keeps what it knows about those who stayed."
+        before, self.metagraph = self.metagraph, self.client.subnets.metagraph(self.netuid)
+        self.gate.resync(before, self.metagraph)
+        old = dict(enumerate(before.hotkeys))
+        return [uid for uid, hotkey in enumerate(self.metagraph.hotkeys) if old.get(uid) != hotkey]
+
+    def set_weights(self) -> dict[int, float]:  # uid -> share, as sent; raises RuntimeError when the chain refuses
+        "Put the moving averages on the chain. Nothing is sent as long as nobody has earned anything."
+        from bittensor import SetWeights
+
+        weights = self.averages.weights(self.metagraph.hotkeys)
+        if weights:
+            result = self.client.execute(SetWeights(netuid=self.netuid, weights=weights), self.wallet)
+            if not result:
+                raise RuntimeError(f"the chain refused the weights: {getattr(result, 'message', result)}")
+        return weights
+
+# %% ../../nbs/51_loop.ipynb #c034
 GATE = {"gating": {"model_name": MINILM, "loss": "reward_mse", "optimizer": "adagrad", "learning_rate": 0.05}}
 
 
@@ -280,8 +366,8 @@ def default_gate(
     width = settings.get("gating.num_uids") or len(metagraph.hotkeys)
     return SentenceEmbedGatingModel(metagraph, config=settings, num_uids=width)
 
-# %% ../../nbs/51_loop.ipynb #c028
-class Validator:
+# %% ../../nbs/51_loop.ipynb #c035
+class Validator(_Following):
     "Asks, scores, learns."
 
     def __init__(
@@ -308,58 +394,18 @@ class Validator:
     def __exit__(self, *_) -> None:
         self.dendrite.close()
 
-    def choose(self, scores: torch.Tensor) -> Any:  # a `Selection`: uids (k,) and propensities (k,)
-        "The uids to ask, given the gate's scores."
-        policy, asked = self.policy, self.averages.counts
-        serving = [n.uid for n in self.metagraph if n.axon and n.hotkey != self.wallet.hotkey.ss58_address]
-        new = [uid for uid in serving if asked[self.metagraph.hotkeys[uid]] < policy.welcome]
-        epsilon = annealed(self.steps, start=policy.explore, end=policy.explore_end, steps=policy.explore_steps)
-        return select(scores, policy.k, epsilon=epsilon, available=serving, newcomers=new, generator=self.generator)
-
-    def step(
-        self,
-        prompt: str,
-    ) -> Event:  # raises `InputError` when fewer than k miners serve
-        "Ask, score, learn, once."
-        scores = self.gate(prompt)  # (n,), with gradient
-        uids, propensities = self.choose(scores)
-        neurons = [self.metagraph.neurons[uid] for uid in uids.tolist()]
-        answers = self.dendrite.query(neurons, Prompting.ask(prompt), self.policy.timeout)
-        completions = [answer.completion if answer.is_success else None for answer in answers]
-        rewards = self.judge(prompt, completions)  # (k,)
-        loss = self.gate.backward(scores[uids.to(scores.device)], rewards)
-        for neuron, reward in zip(neurons, rewards.tolist()):
-            self.averages.update(neuron.hotkey, reward)
-        self.steps += 1
-        return Event(step=self.steps - 1, block=int(self.metagraph.block), prompt=prompt, uids=uids.tolist(),
-                     hotkeys=[n.hotkey for n in neurons], propensities=_rounded(propensities), rewards=_rounded(rewards),
-                     scores=_rounded(scores.detach()[:len(self.metagraph)]), loss=float(loss), completions=completions,
-                     statuses=[a.dendrite.status_code for a in answers],
-                     seconds=_rounded([a.dendrite.process_time for a in answers]))
-
-    def sync(self) -> list[int]:  # the uids whose hotkey is another one now
-        "Read the metagraph anew. The gate keeps what it knows about those who stayed."
-        before, self.metagraph = self.metagraph, self.client.subnets.metagraph(self.netuid)
-        self.gate.resync(before, self.metagraph)
-        old = dict(enumerate(before.hotkeys))
-        return [uid for uid, hotkey in enumerate(self.metagraph.hotkeys) if old.get(uid) != hotkey]
-
-    def set_weights(self) -> dict[int, float]:  # uid -> share, as sent; raises RuntimeError when the chain refuses
-        "Put the moving averages on the chain."
-        from bittensor import SetWeights
-
-        weights = self.averages.weights(self.metagraph.hotkeys)
-        result = self.client.execute(SetWeights(netuid=self.netuid, weights=weights), self.wallet)
-        if not result:
-            raise RuntimeError(f"the chain refused the weights: {getattr(result, 'message', result)}")
-        return weights
+# %% ../../nbs/51_loop.ipynb #c042
+def alternatives(
+    truth: Any,  # (steps, miners) grade of each miner's answer, in [0, 1]
+    k: int,  # uids asked a step
+    last: Optional[int] = None,  # steps, counted from the end, over which the best fixed choice is the best; all by default
+) -> dict[str, np.ndarray]:  # mean grade of the k asked at each step, (steps,), for "random", "best fixed" and "oracle"
+    "What other ways of choosing would have got."
+    truth = np.asarray(truth, dtype=float)
+    best = np.argsort(-truth[-(last or len(truth)):].mean(0), kind="stable")[:k]
+    return {"random": truth.mean(1), "best fixed": truth[:, best].mean(1), "oracle": np.sort(truth, axis=1)[:, -k:].mean(1)}
 
 
-def _rounded(values: Any) -> list[float]:
-    "Plain floats with as many digits as anybody reads."
-    return [round(float(value), 5) for value in values]
-
-# %% ../../nbs/51_loop.ipynb #c034
 @dataclass
 class Standing:
     "Mean grades of `k` asked uids in [0, 1], over some steps, for four ways to choose them."
@@ -374,99 +420,136 @@ class Standing:
         "The share of the way from random choice (0) to the per-prompt best (1) that the gate goes."
         return (self.gate - self.random) / max(self.oracle - self.random, 1e-9)
 
-
+# %% ../../nbs/51_loop.ipynb #c043
 def compare(
-    truth: torch.Tensor,  # (steps, miners) grade of each miner's answer
-    got: torch.Tensor,  # (steps,) mean grade of the answers that the gate got
+    truth: Any,  # (steps, miners) grade of each miner's answer
+    got: Any,  # (steps,) mean grade of the answers that the gate got
     k: int,  # uids asked a step
 ) -> Standing:
     "Random choice, best fixed choice, the gate, and the per-prompt best."
-    best = truth.mean(0).topk(k).indices
-    return Standing(truth.mean().item(), truth[:, best].mean().item(), got.mean().item(),
-                    truth.topk(k, dim=1).values.mean().item())
+    other = {name: float(values.mean()) for name, values in alternatives(truth, k).items()}
+    return Standing(other["random"], other["best fixed"], float(np.mean(got)), other["oracle"])
 
-# %% ../../nbs/51_loop.ipynb #c038
-class Loop:
+# %% ../../nbs/51_loop.ipynb #c047
+@dataclass
+class Holder:
+    "Someone who holds or held a uid."
+
+    uid: int
+    name: str  # of the worker
+    hotkey: str
+
+
+@dataclass
+class Trace:
+    "What is known of a run so far."
+
+    k: int  # uids asked a step
+    events: list[Event] = field(default_factory=list)
+    truth: list[list[float]] = field(default_factory=list)  # what each miner's answer was worth: (steps, miners)
+    holders: list[Holder] = field(default_factory=list)  # of the uids, the present ones last
+    moved: Optional[int] = None  # the uid that changed hands
+    moved_at: Optional[int] = None  # the step before which it did
+    overdue: int = 0  # answers that came too late because the machine was busy
+    weights: dict[int, float] = field(default_factory=dict)  # as read from the chain
+    complaint: Optional[str] = None  # of the chain, when it did not take the weights
+
+    def got(self) -> np.ndarray:  # (steps,)
+        "The mean grade of the answers of each step."
+        return np.array([np.mean(event.grades) for event in self.events])
+
+    def last(self, share: float = 1 / 3) -> int:
+        "The number of steps in the last part of the run. Raises `InputError` when no step was taken."
+        if not self.events:
+            raise InputError("no step was taken yet: there is nothing to compare")
+        return max(1, round(share * len(self.events)))
+
+    def standing(self, share: float = 1 / 3) -> Standing:
+        "The gate beside the other ways to choose, over the last part of the run."
+        last = self.last(share)
+        return compare(self.truth[-last:], self.got()[-last:], self.k)
+
+    def curves(self) -> dict[str, np.ndarray]:  # (steps,) for "gate", "random", "best fixed" and "oracle"
+        "Mean grade of those asked at each step; the best fixed choice is the best of the last third."
+        return {"gate": self.got(), **alternatives(self.truth, self.k, self.last())}
+
+# %% ../../nbs/51_loop.ipynb #c048
+class _Round:
+    "Going round. Needs `arena`, `judge`, `policy`, `on_event` and `trace`."
+
+    def _ask_all(self, network: Network, validator: Validator, progress: bool) -> None:
+        with tqdm(self.arena.prompts, desc="asking", unit="prompt", disable=not progress) as bar:
+            for step, prompt in enumerate(bar):
+                if step == len(self.arena.prompts) // 2 > 0:
+                    self._change_hands(network, validator, step)
+                self._note(validator.step(prompt), network)
+                network.chain.step()
+                bar.set_postfix(reward=f"{np.mean([event.rewards for event in self.trace.events[-20:]]):.2f}")
+
+    def _change_hands(self, network: Network, validator: Validator, step: int) -> None:
+        "The uid that was asked most goes to the newcomer."
+        trace = self.trace
+        uid = Counter(uid for event in trace.events for uid in event.uids).most_common(1)[0][0]
+        network.replace(uid, self.arena.newcomer)
+        trace.moved, trace.moved_at = uid, step
+        trace.holders.append(Holder(uid, self.arena.newcomer.name, network.miners[uid].hotkey))
+        validator.sync()
+
+    def _note(self, event: Event, network: Network) -> None:
+        "Keep the event, with the grades that the gate does not see."
+        workers = network.workers
+        grades = dict(zip(workers, self._grades(event.prompt, workers.values())))
+        # a miner whose answer did not come in time got nothing, whatever it would have said
+        got = [grades[uid] if text else 0.0 for uid, text in zip(event.uids, event.completions)]
+        self.trace.overdue += sum(status == 408 and not workers[uid].is_late(event.prompt)
+                                  for uid, status in zip(event.uids, event.statuses))
+        self.trace.events.append(dataclasses.replace(event, grades=got))
+        self.trace.truth.append(list(grades.values()))
+        self.on_event(self.trace.events[-1])
+
+    def _grades(self, prompt: str, workers: Iterable[Worker]) -> list[float]:
+        "What the workers' answers are worth; in the judge's opinion where nobody can grade them."
+        if self.arena.grade is None:
+            return self.judge(prompt, [worker.outcome(prompt) for worker in workers]).tolist()
+        return [self.arena.truth(prompt, worker) for worker in workers]
+
+# %% ../../nbs/51_loop.ipynb #c049
+class Loop(_Round):
     "A run over the prompts of an arena."
 
     def __init__(
         self,
         arena: Arena,
-        judge: Judge,
+        judge: Callable,  # (prompt, completions) -> rewards (k,), as `Judge` does
         policy: Optional[Policy] = None,
-        gate: Optional[Callable] = None,  # metagraph -> gating model; by default with the settings of `GATE`
+        gate: Callable = default_gate,  # (metagraph, seed) -> gating model
         seed: int = 0,
         on_event: Callable = lambda event: None,  # called with each `Event`
-    ):
+    ):  # raises `InputError` when there are fewer workers than uids to ask
         self.arena, self.judge, self.policy, self.seed = arena, judge, policy or Policy(), seed
-        self.make_gate, self.on_event = gate or default_gate, on_event
-        if len(arena.workers) < self.policy.k:
-            raise InputError(f"--top-k {self.policy.k} asks for more miners than there are ({len(arena.workers)}): ask fewer")
-        self.events: list[Event] = []
-        self.truth: list[list[float]] = []  # a row a step: what each miner's answer was worth, in the order of `names`
-        self.names: dict[int, list[str]] = {}  # uid -> the names of those who held it
-        self.moved: Optional[int] = None  # the uid that changed hands
-        self.weights: dict[int, float] = {}  # as set on the chain
+        self.make_gate, self.on_event = gate, on_event
+        self.policy.check(arena)
+        self.trace = Trace(self.policy.k)
         self.validator: Optional[Validator] = None
 
-    def run(self, progress: bool = True) -> "Loop":
-        "Ask every prompt. However it ends, all servers stop, and what was learned until then is kept."
+    def run(self, progress: bool = True) -> Trace:
+        "Ask every prompt. However it ends, all servers stop, and `trace` and `validator` keep what was learned until then."
+        self.trace = Trace(self.policy.k)
         with Network(self.arena.workers, seed=self.seed) as network:
-            self.names = {uid: [worker.name] for uid, worker in network.workers.items()}
+            self.trace.holders = [Holder(uid, m.worker.name, m.hotkey) for uid, m in sorted(network.miners.items())]
             gate = self.make_gate(network.client.subnets.metagraph(network.netuid), self.seed)
-            with Validator(network.wallet, network.client, self.judge, gate, self.policy, network.netuid, self.seed) as validator:
+            with Validator(network.wallet, network.client, self.judge, gate, self.policy,
+                           network.netuid, self.seed) as validator:
                 self.validator = validator
-                self._ask_all(network, progress)
-                self.weights = validator.set_weights()
-        return self
+                self._ask_all(network, validator, progress)
+                self._vote(network, validator)
+        return self.trace
 
-    def _ask_all(self, network: Network, progress: bool) -> None:
-        half = len(self.arena.prompts) // 2
-        with tqdm(self.arena.prompts, desc="asking", unit="prompt", disable=not progress) as bar:
-            for step, prompt in enumerate(bar):
-                if step == half and step > 0:
-                    self._change_hands(network)
-                self._note(self.validator.step(prompt), network)
-                network.chain.step()
-                recent = [sum(event.rewards) / len(event.rewards) for event in self.events[-20:]]
-                bar.set_postfix(reward=f"{sum(recent) / len(recent):.2f}")
-
-    def _change_hands(self, network: Network) -> None:
-        "The uid that was asked most goes to a newcomer."
-        asked = Counter(uid for event in self.events for uid in event.uids)
-        self.moved = asked.most_common(1)[0][0]
-        network.replace(self.moved, self.arena.newcomer)
-        self.names[self.moved].append(self.arena.newcomer.name)
-        self.validator.sync()
-
-    def _note(self, event: Event, network: Network) -> None:
-        "Keep the event with the grades that the gate does not see."
-        grades = self.grades(event.prompt, network.workers.values())
-        places = {uid: place for place, uid in enumerate(network.workers)}
-        # a miner whose answer did not come in time got nothing, whatever it would have said
-        got = [grades[places[uid]] if text else 0.0 for uid, text in zip(event.uids, event.completions)]
-        event = dataclasses.replace(event, grades=got)
-        self.events.append(event)
-        self.truth.append(grades)
-        self.on_event(event)
-
-    def grades(self, prompt: str, workers: Iterable[Worker]) -> list[float]:
-        "What the workers' answers are worth; by the judge's opinion where nobody can grade them."
-        workers = list(workers)
-        if self.arena.grade is None:
-            return self.judge(prompt, [worker.outcome(prompt) for worker in workers]).tolist()
-        return [self.arena.truth(prompt, worker) for worker in workers]
-
-    def got(self) -> torch.Tensor:  # (steps,)
-        "The mean grade of the answers of each step."
-        return torch.tensor([sum(event.grades) / len(event.grades) for event in self.events])
-
-    def standing(
-        self,
-        share: float = 1 / 3,  # of the steps, counted from the end
-    ) -> Standing:
-        "The gate beside the other ways to choose. Raises `InputError` when no step was taken."
-        if not self.events:
-            raise InputError("no step was taken yet: there is nothing to compare")
-        start = len(self.events) - max(1, round(share * len(self.events)))
-        return compare(torch.tensor(self.truth[start:]), self.got()[start:], self.policy.k)
+    def _vote(self, network: Network, validator: Validator) -> None:
+        "Set weights. If the chain does not take them, the run was not in vain."
+        try:
+            validator.set_weights()
+        except Exception as error:
+            self.trace.complaint = f"{type(error).__name__}: {error}"
+            _log.warning("setting weights failed: %s", self.trace.complaint)
+        self.trace.weights = network.chain.weights.get(0, {})

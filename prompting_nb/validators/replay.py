@@ -26,8 +26,17 @@ class Event:
     propensities: list[float]  # of each of them, in (0, 1]
     rewards: list[float | None]  # of each of them; None where there was no answer
     scores: list[float]  # the gate's, for all uids, before it learned from this event
+    available: list[int] | None = None  # the uids that could be asked; None: all of them
+
+    @property
+    def candidates(self) -> torch.Tensor:  # (n,) int64
+        "The uids that could be asked."
+        return torch.arange(len(self.scores)) if self.available is None else torch.tensor(self.available)
 
 # %% ../../nbs/43_replay.ipynb #c008
+_FIELDS = tuple(Event.__dataclass_fields__)
+
+
 def _problem(event: Event) -> str | None:
     "What is wrong with an event, or None."
     n = len(event.uids)
@@ -35,6 +44,8 @@ def _problem(event: Event) -> str | None:
         return f"{n} uids, {len(event.propensities)} propensities, {len(event.rewards)} rewards: they belong together"
     if len(set(event.uids)) != n or min(event.uids) < 0 or max(event.uids) >= len(event.scores):
         return f"uids {event.uids} should be different and lie among the {len(event.scores)} that have scores"
+    if event.available is not None and not set(event.uids) <= set(event.available) <= set(range(len(event.scores))):
+        return f"uids {event.uids} were asked, but only {event.available} could be"
     if not all(0 < p <= 1 + 1e-6 for p in event.propensities):
         return f"propensities {event.propensities} should lie between 0 and 1, and not be 0 for a uid that was asked"
     if not all(r is None or math.isfinite(r) for r in event.rewards):
@@ -54,7 +65,7 @@ def read_events(
     for number, line in enumerate(lines, 1):
         try:
             given = json.loads(line)
-            event = Event(**{name: given[name] for name in Event.__dataclass_fields__})
+            event = Event(**{name: given[name] for name in _FIELDS if name != "available"}, available=given.get("available"))
             problem = _problem(event)
         except (ValueError, TypeError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
@@ -69,7 +80,8 @@ def ask_best(
 ) -> Callable[[Event], torch.Tensor]:  # event -> probability of asking each uid, `(network_size,)`
     "The rule that asks the `k` uids with the highest scores of the gate, as they were at the time."
     def rule(event):
-        return torch.zeros(len(event.scores)).scatter(0, torch.tensor(event.scores).topk(k).indices, 1.0)
+        best = torch.tensor(event.scores)[event.candidates].topk(k).indices
+        return torch.zeros(len(event.scores)).scatter(0, event.candidates[best], 1.0)
     return rule
 
 
@@ -87,7 +99,7 @@ def ask_anyone(
 ) -> Callable[[Event], torch.Tensor]:
     "The rule that asks `k` uids by chance, all equally likely."
     def rule(event):
-        return torch.full((len(event.scores),), k / len(event.scores))
+        return torch.zeros(len(event.scores)).scatter(0, event.candidates, k / len(event.candidates))
     return rule
 
 # %% ../../nbs/43_replay.ipynb #c015
