@@ -1,5 +1,6 @@
 """Notebooks, package and README say the same: exporting, cleaning and making the README again changes no file."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -29,3 +30,10 @@ def test_export_clean_and_readme_change_nothing(tmp_path):
     after = _files(copy)
     assert sorted(before) == sorted(after)
     assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_sidebar_lists_every_page():
+    listed = set(re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text()))
+    pages = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
+             if ".ipynb_checkpoints" not in p.parts}
+    assert listed == pages
