@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp|export)\b", re.M)
+LINK = re.compile(r"\]\((?!\w+:)([\w./-]+\.ipynb)")  # to another page, as seen from nbs/
 
 
 def _output(cell: dict) -> str:
@@ -22,7 +23,7 @@ def readme(notebook: dict) -> str:
     for cell in notebook["cells"]:
         source = "".join(cell["source"]).strip()
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(LINK.sub(r"](nbs/\1", source))
         elif source and not HIDDEN.search(source):
             code = "\n".join(line for line in source.splitlines() if not line.startswith("#|"))
             parts.append(f"```python\n{code}\n```" + _output(cell))
