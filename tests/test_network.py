@@ -150,7 +150,8 @@ def test_chain_takes_concurrent_writes():
             wallets[i].hotkey.ss58_address, f"127.0.0.1:{1000 + i}")
 
 
-@pytest.mark.parametrize("signature", [b"", b"\0" * 64, None, STRANGER.hotkey.sign(b"something else")])
+@pytest.mark.parametrize("signature", [b"", b"\0" * 64, None, STRANGER.hotkey.sign(b"something else")],
+                         ids=["empty", "zeros", "none", "of something else"])
 def test_chain_refuses_a_signature_that_does_not_verify(signature):
     chain = EmbeddedChain()
     chain.register(MINER)
