@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 from .config import InputError
-from .pretrained import load
+from .pretrained import load, no_bars
 from .shapes import check_shapes
 
 # %% ../nbs/10_reward.ipynb #c009
@@ -226,7 +226,8 @@ class _Stored:
         "Write weights (safetensors), configuration, tokenizer, head and settings."
         folder = Path(folder)
         (folder / "reward.json").unlink(missing_ok=True)
-        self.model.save_pretrained(folder)
+        with no_bars():  # a file that is written at once needs none
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         save_file(self.head.state_dict(), folder / "reward_head.safetensors")
         settings = {"dropout": self.head[0].p, "pooling": self.pooling, "max_length": self.max_length, "bound": self.bound}
