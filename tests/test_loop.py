@@ -232,3 +232,21 @@ def test_a_chain_that_refuses_weights_does_not_waste_the_run(monkeypatch):
     monkeypatch.setattr(Validator, "set_weights", lambda self: (_ for _ in ()).throw(RuntimeError("rate limit")))
     trace = Loop(arena, Judge(Omniscient(arena))).run(progress=False)
     assert len(trace.events) == 4 and "rate limit" in trace.complaint and trace.weights == {}
+
+
+def test_sync_starts_anew_for_the_uid_that_changed_hands_and_only_there():
+    workers = [Worker(name, lambda prompt: "yes") for name in ("a", "b", "c")]
+    give_one = lambda prompt, completions: torch.ones(len(completions))
+    with Network(workers) as network, Validator(network.wallet, network.client, give_one, policy=Policy(k=2)) as validator:
+        for step in range(6):
+            validator.step(f"prompt {step}")
+        before = validator.gate.head.weight.detach().clone()
+        old = validator.metagraph.hotkeys[2]
+        network.replace(2, Worker("d", lambda prompt: "no"))
+        assert validator.sync() == [2]
+        after = validator.gate.head.weight.detach()
+        assert [uid for uid in range(4) if not torch.equal(before[uid], after[uid])] == [2]
+        new = validator.metagraph.hotkeys[2]
+        assert old != new and validator.averages.counts[new] == 0 < validator.averages.counts[old]
+        event = validator.step("and now?")
+        assert event.available == [1, 2, 3]
