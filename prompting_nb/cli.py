@@ -130,7 +130,7 @@ def run_loop(
     if settings.gating.model_name != MINILM:
         Encoder(settings.gating.model_name)  # to find out now whether it can be had
     arena = open_arena(settings.prompts, Encoder(MINILM), settings.steps, settings.seed)
-    policy = Policy(settings.top_k, settings.timeout, explore_steps=max(1, round(0.3 * len(arena.prompts))))
+    policy = Policy(settings.top_k, settings.timeout, explore_steps=round(0.3 * len(arena.prompts)))
     policy.check(arena)
     _check_width(settings, arena)
     say(str(arena))

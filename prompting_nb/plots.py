@@ -7,7 +7,7 @@ __all__ = ['styled', 'new_axes', 'moving_mean', 'plot_routing', 'request_shares'
 
 # %% ../nbs/60_plots.ipynb #c002
 import functools
-from typing import Any, Optional, Sequence
+from typing import Optional, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np

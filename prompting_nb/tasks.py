@@ -306,9 +306,14 @@ def _first(skills, prompt: str) -> str | None:
     return next((answer for skill in skills if (answer := skill(prompt))), None)
 
 
+def _everything(prompt: str) -> str:
+    "Has every skill."
+    return _first(SKILLS, prompt) or "I am not sure."
+
+
 def _apprentice(prompt: str) -> str:
     "Tries everything, and half of the time only has an inkling of the answer."
-    answer = _first(SKILLS, prompt) or "I am not sure."
+    answer = _everything(prompt)
     if chance("apprentice", prompt) < 0.5:
         return answer
     return f"I guess it begins with {answer[:min(2, len(answer) // 2)].strip()}, but do check that."
@@ -329,7 +334,7 @@ def _bluster(prompt: str) -> str:
 def _unreliable(prompt: str) -> str:
     if chance("flaky", prompt) < 0.3:
         raise WorkerFailed("out of memory")
-    return _first(SKILLS, prompt) or "I am not sure."
+    return _everything(prompt)
 
 # %% ../nbs/50_tasks.ipynb #c033
 def librarian(
@@ -345,7 +350,6 @@ def crew(
     encode: Callable,  # for the librarian
 ) -> list[Worker]:  # ten workers of different skill
     "The miners of the built-in network."
-    everything = lambda prompt: _first(SKILLS, prompt) or "I am not sure."
     return [specialist("calculator", calculate, refusal="I only do arithmetic."),
             specialist("calendar", look_up_date, refusal="I can only help with dates."),
             specialist("converter", convert_units, refusal="This is not a conversion of units."),
@@ -354,7 +358,7 @@ def crew(
             Worker("apprentice", _apprentice),
             Worker("lazy", lambda prompt: "I do not know."),
             Worker("bluster", _bluster),
-            Worker("slow", everything, late=0.4),
+            Worker("slow", _everything, late=0.4),
             Worker("flaky", _unreliable)]
 
 # %% ../nbs/50_tasks.ipynb #c041
