@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED', 'VALIDATOR', 'miner_parser', 'make_miner', 'run_miner']
 # %% ../../nbs/36_miner_command.ipynb #c002
 import logging
 import sys
-from typing import Callable, Optional
+from typing import Callable, Literal, Optional
 
 import jsonargparse
 
@@ -31,7 +31,7 @@ _EXAMPLES = """examples: prompting-nb miner --ask "What is 6 times 7?"  |  promp
 
 def _add_command_args(parser) -> None:
     "The flags of the command itself."
-    add_argument(parser, "--miner.kind", type=str, default="template", choices=list(MINERS), help="What answers.")
+    add_argument(parser, "--miner.kind", type=Literal[tuple(MINERS)], default="template", help="What answers.")
     add_argument(parser, "--ask", type=Optional[str], default=None,
                  help="Ask the miner this, show its answer and end. On the chain in memory only.")
     add_argument(parser, "--debug", action="store_true", help="Show the traceback of an error, and more in the log.")
@@ -39,8 +39,8 @@ def _add_command_args(parser) -> None:
 
 def miner_parser() -> jsonargparse.ArgumentParser:
     "The parser of `prompting-nb miner`."
-    parser = make_parser(_add_command_args, prog="prompting-nb miner", description=_ABOUT, epilog=_EXAMPLES,
-                         exit_on_error=False)
+    parser = make_parser(_add_command_args, prog="prompting-nb miner", usage="%(prog)s [--miner.kind KIND] [flags]",
+                         description=_ABOUT, epilog=_EXAMPLES, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these flags.")
     for name, kind in MINERS.items():
         kind.add_args(parser.add_argument_group(f"--miner.kind {name}", kind.__doc__.splitlines()[0]))
@@ -91,8 +91,9 @@ def run_miner(
     say: Callable[[str], None] = print,  # told what happens
 ) -> None:
     "The command `prompting-nb miner`."
-    logging.basicConfig(level=logging.DEBUG if settings.debug else logging.INFO, stream=sys.stderr,
-                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for chatty in ("uvicorn", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.DEBUG if settings.debug else logging.WARNING)
     miner = make_miner(settings)
     try:
         with miner:
