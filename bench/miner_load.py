@@ -6,6 +6,7 @@ an answer beyond its status, so that the server and not the client is what is me
 
 import asyncio
 import time
+from typing import Any
 
 import httptools
 from bittensor import http_auth
@@ -14,22 +15,24 @@ from prompting_nb.network.chain import make_wallet
 from prompting_nb.protocol import Prompting, write_body
 
 
+def request(text: str, hotkey: str | None = None, wallet: Any = None) -> bytes:
+    "One question as bytes, signed by `wallet` for the miner `hotkey` where one is given."
+    body = write_body(Prompting.ask(text, timeout=10.0))
+    lines = [f"POST {Prompting.path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json",
+             f"Content-Length: {len(body)}"]
+    if hotkey is not None:
+        signed = http_auth.sign(wallet, method="POST", path=Prompting.path, body=body, receiver_ss58=hotkey)
+        lines += [f"{name}: {value}" for name, value in signed.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
 def requests(count: int, first: int, hotkey: str | None, wallets: list) -> list:
     """`count` different requests as bytes, signed in turn by `wallets` for the miner `hotkey`; unsigned where that is None.
 
     To be made shortly before they are sent: a signature is fresh for ten seconds.
     """
-    made = []
-    for number in range(first, first + count):
-        body = write_body(Prompting.ask(f"Question {number}: what is the meaning of life?", timeout=10.0))
-        lines = [f"POST {Prompting.path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json",
-                 f"Content-Length: {len(body)}"]
-        if hotkey is not None:
-            signed = http_auth.sign(wallets[number % len(wallets)], method="POST", path=Prompting.path, body=body,
-                                    receiver_ss58=hotkey)
-            lines += [f"{name}: {value}" for name, value in signed.items()]
-        made.append("\r\n".join([*lines, "", ""]).encode() + body)
-    return made
+    return [request(f"Question {number}: what is the meaning of life?", hotkey, wallets[number % len(wallets)])
+            for number in range(first, first + count)]
 
 
 def wallets(count: int = 4095) -> list:

@@ -25,7 +25,7 @@ POLICY = {  # everything on
 
 
 class BenchMiner(Miner):
-    "Answers at once, or after `--bench.seconds` of doing nothing."
+    "Answers at once, or after `--bench.seconds` of doing nothing, or after a second where it is asked to hold."
 
     @classmethod
     def add_args(cls, parser):
@@ -37,8 +37,9 @@ class BenchMiner(Miner):
 
     async def prompt(self, synapse: Prompting) -> Prompting:
         served.append(synapse.prompt)
-        if self.config.bench.seconds:
-            await asyncio.sleep(self.config.bench.seconds)
+        seconds = 1.0 if synapse.prompt.startswith("Hold") else self.config.bench.seconds
+        if seconds:
+            await asyncio.sleep(seconds)
         synapse.completion = ANSWER
         return synapse
 

@@ -6,6 +6,8 @@ them be used, which makes it a little faster than as installed.
 
 import asyncio
 import json
+import random
+import socket
 import sys
 import time
 from types import SimpleNamespace
@@ -13,30 +15,35 @@ from typing import Tuple
 
 import uvloop
 
+OUT, sys.stdout = sys.stdout, sys.stderr  # bittensor writes its log to stdout
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the stock server takes its loop from the policy
 
 import bittensor as bt
 from reference import Prompting, keypair  # tests/legacy, on PYTHONPATH
 
+bt.logging.off()
 SERVER, CLIENT = keypair("bench server"), keypair("bench client")
+CALLERS = [keypair(f"caller {number}") for number in range(64)]  # of rising stake
 
 
 def serve() -> None:
     "A stock Axon with blacklist and priority functions as its documentation shows them, on a free port."
     wallet = SimpleNamespace(hotkey=SERVER, coldkeypub=SERVER)
-    hotkeys = {CLIENT.ss58_address, *(keypair(f"caller {number}").ss58_address for number in range(255))}
+    stakes = {CLIENT.ss58_address: 1.0, **{key.ss58_address: float(number) for number, key in enumerate(CALLERS)}}
+    served = []
 
     async def forward(synapse: Prompting) -> Prompting:
+        served.append(synapse.messages[-1])
+        if synapse.messages[-1].startswith("Order"):
+            time.sleep(0.005)  # one at a time, as a model would
         synapse.completion = "The meaning of life is 42."
         return synapse
 
     def blacklist(synapse: Prompting) -> Tuple[bool, str]:
-        return synapse.dendrite.hotkey not in hotkeys, "registered"
+        return synapse.dendrite.hotkey not in stakes, "registered"
 
     def priority(synapse: Prompting) -> float:
-        return 1.0
-
-    import socket
+        return stakes[synapse.dendrite.hotkey]
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,9 +53,10 @@ def serve() -> None:
     axon.start()
     while not axon.fast_server.started:
         time.sleep(0.01)
-    print(json.dumps({"port": port, "hotkey": SERVER.ss58_address}), flush=True)
-    for line in sys.stdin:  # each line asks for the seconds of processor time used so far
-        print(json.dumps({"cpu": time.process_time()}), flush=True)
+    print(json.dumps({"port": port, "hotkey": SERVER.ss58_address}), file=OUT, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps({"cpu": time.process_time(), "served": list(served)}), file=OUT, flush=True)
+        served.clear()
     axon.stop()
 
 
@@ -78,6 +86,17 @@ class Asker:
         await asyncio.gather(*(caller() for _ in range(at_a_time)))
         return seen
 
+    async def order(self) -> list:
+        "Every caller asks once, all at the same time and in random order."
+        async def one(number):
+            async with bt.Dendrite(CALLERS[number]) as dendrite:
+                question = Prompting(roles=["user"], messages=[f"Order {number}"])
+                answer = await dendrite(self.target, question, timeout=30.0, deserialize=False)
+                return 0.0, int(answer.dendrite.status_code or 0)
+
+        numbers = random.sample(range(len(CALLERS)), len(CALLERS))
+        return await asyncio.gather(*(one(number) for number in numbers))
+
     async def open(self, gaps: list) -> list:
         "One request after each gap in seconds, whatever became of those before it."
         due, asked = time.perf_counter(), []
@@ -96,9 +115,14 @@ async def ask(port: int, hotkey: str) -> None:
             job = json.loads(line)
             asker.dendrite.synapse_history.clear()  # grows for ever otherwise
             begin, cpu = time.perf_counter(), time.process_time()
-            seen = await (asker.open(job["gaps"]) if "gaps" in job else asker.closed(job["at_a_time"], job["seconds"]))
+            if "gaps" in job:
+                seen = await asker.open(job["gaps"])
+            elif "order" in job:
+                seen = await asker.order()
+            else:
+                seen = await asker.closed(job["at_a_time"], job["seconds"])
             wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-            print(json.dumps({"seen": seen, "wall": wall, "cpu": cpu}), flush=True)
+            print(json.dumps({"seen": seen, "wall": wall, "cpu": cpu}), file=OUT, flush=True)
 
 
 if __name__ == "__main__":
