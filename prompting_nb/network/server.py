@@ -61,6 +61,7 @@ class _Guarded(HttpToolsProtocol):
     def __init__(self, *args: Any, limits: Limits, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._limits, self._size, self._timer = limits, 0, None  # _size: bytes since the request began
+        self._part = ""  # of a request that is not complete: "head" or "body"
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -77,18 +78,14 @@ class _Guarded(HttpToolsProtocol):
         self._whole()
         super().connection_lost(exc)
 
-    def _between(self) -> bool:
-        "Whether no request is being worked on, so that what comes belongs to the head of the next."
-        return self.cycle is None or self.cycle.response_complete
-
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._size += len(data)
-        if self._timer is None and self._between():
-            self._wait()
-        if self._size > self._limits.max_head and self._between():
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._wait()  # for the next head, or for the rest of a body that nobody wants
+        if self._part == "head" and self._size > self._limits.max_head:
             self._refuse(431, f"the headers are longer than {self._limits.max_head} bytes")
-        elif self._size > self._limits.max_message:
+        elif self._part and self._size > self._limits.max_message:
             self._limits.refused("message")
             self.transport.abort()
 
@@ -97,12 +94,17 @@ class Guarded(_Guarded):
     "The parser's callbacks, and how it ends."
 
     def on_message_begin(self) -> None:
-        self._size = 0
+        self._part, self._size = "head", 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._whole()
+        self._part = "body"
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._part = ""
+        super().on_message_complete()
 
     def _wait(self) -> None:
         "From now on the head of a request has to come."
