@@ -23,6 +23,7 @@ from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting
 
 SECONDS = 60
+PROGRAM = "from prompting_nb.cli import main; main()"
 MINER, VALIDATOR = make_wallet("miner"), make_wallet("validator")
 
 
@@ -112,7 +113,7 @@ def test_the_pieces_are_the_answer(models, family, place):
     miner = transformers_miner(models, family, place, max_new_tokens=60)
 
     async def pieces(text):
-        return [piece async for piece in miner.stream(Prompting.ask(text))]
+        return [piece async for piece in miner.prompt(Prompting.ask(text))]
 
     for text in TEXTS:
         said = asyncio.run(pieces(text))
@@ -151,12 +152,8 @@ def test_a_caller_who_leaves_frees_the_model(models, place):
         done.set()
         return texts
 
-    async def leave():
-        async for _ in miner.stream(Prompting.ask("Hi")):
-            break  # after the first piece
-
     async def asking():
-        stream = miner.stream(Prompting.ask("Hi"))
+        stream = miner.prompt(Prompting.ask("Hi"))
         await anext(stream)
         await stream.aclose()
 
@@ -212,7 +209,7 @@ def event(text):
 
 
 async def collect(miner, timeout=10.0):
-    return [piece async for piece in miner.stream(Prompting.ask("Hi", timeout=timeout))]
+    return [piece async for piece in miner.prompt(Prompting.ask("Hi", timeout=timeout))]
 
 
 def test_events_may_be_cut_anywhere(place):
@@ -241,7 +238,7 @@ def test_what_the_settings_say_is_what_is_asked(place):
         assert miner._prompt(Prompting(roles=["system", "user"], messages=["s", "u"])).completion == "ok"
     headers, asked = heard[0]
     assert headers["authorization"] == "Bearer key"
-    assert asked == {"model": "m", "max_tokens": 7, "temperature": 0.25, "stream": False,
+    assert asked == {"model": "m", "max_tokens": 7, "temperature": 0.25, "stream": True,
                      "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}
 
 
@@ -286,7 +283,7 @@ def test_the_key_is_in_no_message(place):
 
 def start(*flags):
     "The command in a process of its own, and the port on which it listens."
-    command = [sys.executable, "-m", "prompting_nb.cli", "miner", *flags]
+    command = [sys.executable, "-c", PROGRAM, "miner", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     match = re.search(r"listens on 127\.0\.0\.1:(\d+)", line)
@@ -317,13 +314,13 @@ def test_the_command_ends_orderly(end):
 
 def test_a_port_in_use_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [sys.executable, "-m", "prompting_nb.cli", "miner", "--axon.port", str(taken.getsockname()[1])]
+        command = [sys.executable, "-c", PROGRAM, "miner", "--axon.port", str(taken.getsockname()[1])]
         run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and "the port is in use" in run.stderr, run.stderr
 
 
 def test_the_environment_counts():
-    command = [sys.executable, "-m", "prompting_nb.cli", "miner", "--ask", "Hi"]
+    command = [sys.executable, "-c", PROGRAM, "miner", "--ask", "Hi"]
     environment = {**os.environ, "PROMPTING_NB_TEMPLATE__COMPLETION": "Good day."}
     run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     assert run.stdout.splitlines()[-1] == "Good day." and run.returncode == 0, run.stderr
