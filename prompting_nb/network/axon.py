@@ -454,6 +454,8 @@ class _Lifecycle:
         end = time.monotonic() + self.drain
         while self._admitted and time.monotonic() < end:
             await asyncio.sleep(0.005)
+        if self._admitted:
+            _log.warning("stopping: %d requests did not end within %g s and are given up", len(self._admitted), self.drain)
         for patience in list(self._admitted):
             patience.give_up(Refusal(503, "the miner is stopping", "stopping", _CLOSE))
 
@@ -462,6 +464,7 @@ class _Lifecycle:
         with self._lock:
             if self._server is not None:
                 self._stopping = True
+                _log.info("stopping: %d requests are let end, new ones refused", len(self._admitted))
                 self._server.stop(self._drain, limit=self.drain + 3)
                 self._threads.close()
                 self._gate.nonces.close()
