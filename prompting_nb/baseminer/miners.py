@@ -362,7 +362,8 @@ class OpenAICompatibleMiner(PreparedMiner):
                     return
                 async for line in answer.aiter_lines():
                     if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
-                        yield _said(_answer(answer.status_code, data), "delta")
+                        if piece := _said(_answer(answer.status_code, data), "delta"):
+                            yield piece
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeDecodeError) as error:
             raise UpstreamError(f"the model server cannot be reached: {type(error).__name__}") from error
 
