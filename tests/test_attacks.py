@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 from bittensor import http_auth
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from prompting_nb.baseminer.miner import Miner, NotRegisteredError
@@ -344,7 +344,7 @@ def test_headers_of_100_kb(axon):
     body = b"2\r\n{}\r\n0\r\n" + many * 4 + b"\r\n"  # trailers are headers, too
     with connect(axon) as line:
         line.sendall(b"POST /Prompting HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" + body)
-        assert read_status(line) in (None, 401)
+        assert read_status(line) in (None, 401, 431)
 
 
 @pytest.mark.slow
@@ -406,37 +406,88 @@ def test_malformed_json_wrong_types_deep_nesting(axon, body):
     assert status(axon, body, old()) == 400
 
 
-heads = st.sampled_from([b"", b"x-bittensor-version: 1\r\n", b"bt_header_dendrite_hotkey: x\r\n", b"a: b\r\n", b":\r\n",
-                         b"content-length: 5\r\n", b"transfer-encoding: chunked\r\n", b"content-length: -1\r\n",
-                         b"content-length: 1\r\ncontent-length: 2\r\n", b"expect: 100-continue\r\n", b"connection: close\r\n",
-                         b"upgrade: websocket\r\nconnection: upgrade\r\n", b"host: \xff\r\n", b"bt_header_dendrite_nonce: 1\r\n"])
-lines = st.sampled_from([b"POST /Prompting HTTP/1.1", b"POST /StreamPrompting HTTP/1.1", b"GET /Prompting HTTP/1.0",
-                         b"POST /%ff%00/../Prompting HTTP/1.1", b"POST * HTTP/1.1", b"POST http://x/Prompting HTTP/1.1",
-                         b"OPTIONS /Prompting HTTP/1.1", b"POST /Prompting?\xc3\xa4 HTTP/1.1", b"POST /Prompting", b"PRI * HTTP/2.0",
-                         b"CONNECT x:1 HTTP/1.1", b"GET /metrics/ HTTP/1.1", b"DELETE /health HTTP/1.1"])  # fmt: skip
-signed_heads = st.fixed_dictionaries({}, optional={
-    "X-Bittensor-Nonce": st.text("0123456789-+_e. ", max_size=30), "X-Bittensor-Hotkey": st.text("5abcXYZ ", max_size=60),
-    "X-Bittensor-Signature": st.text("0xabcdefg", max_size=140), "X-Bittensor-Crypto": st.sampled_from(["", "ed25519", "rsa"]),
-    "X-Bittensor-Version": st.sampled_from(["1", "2", "", "1.0"]), "X-Bittensor-Receiver": st.sampled_from([ME, "", "-"]),
-    "bt_header_dendrite_nonce": st.text("0123456789-. ", max_size=30), "computed_body_hash": st.text("0abc", max_size=70),
-    "timeout": st.sampled_from(["1", "-1", "nan", "1e999", ""]),
-})  # fmt: skip
-values = st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-                      max_leaves=6)  # fmt: skip
-asked = st.fixed_dictionaries({}, optional={key: values for key in ("roles", "messages", "timeout", "completion", "dendrite")})
-raw_requests = st.builds(lambda line, head, body: line + b"\r\n" + b"".join(head) + b"\r\n" + body,
-                         lines, st.lists(heads, max_size=4), st.binary(max_size=60))  # fmt: skip
+heads = st.sampled_from(
+    [
+        b"",
+        b"x-bittensor-version: 1\r\n",
+        b"bt_header_dendrite_hotkey: x\r\n",
+        b"a: b\r\n",
+        b":\r\n",
+        b"content-length: 5\r\n",
+        b"transfer-encoding: chunked\r\n",
+        b"content-length: -1\r\n",
+        b"content-length: 1\r\ncontent-length: 2\r\n",
+        b"expect: 100-continue\r\n",
+        b"connection: close\r\n",
+        b"upgrade: websocket\r\nconnection: upgrade\r\n",
+        b"host: \xff\r\n",
+        b"bt_header_dendrite_nonce: 1\r\n",
+    ]
+)
+lines = st.sampled_from(
+    [
+        b"POST /Prompting HTTP/1.1",
+        b"POST /StreamPrompting HTTP/1.1",
+        b"GET /Prompting HTTP/1.0",
+        b"POST /%ff%00/../Prompting HTTP/1.1",
+        b"POST * HTTP/1.1",
+        b"POST http://x/Prompting HTTP/1.1",
+        b"OPTIONS /Prompting HTTP/1.1",
+        b"POST /Prompting?\xc3\xa4 HTTP/1.1",
+        b"POST /Prompting",
+        b"PRI * HTTP/2.0",
+        b"CONNECT x:1 HTTP/1.1",
+        b"GET /metrics/ HTTP/1.1",
+        b"DELETE /health HTTP/1.1",
+    ]
+)
+signed_heads = st.fixed_dictionaries(
+    {},
+    optional={
+        "X-Bittensor-Nonce": st.text("0123456789-+_e. ", max_size=30),
+        "X-Bittensor-Hotkey": st.text("5abcXYZ ", max_size=60),
+        "X-Bittensor-Signature": st.text("0xabcdefg", max_size=140),
+        "X-Bittensor-Crypto": st.sampled_from(["", "ed25519", "rsa"]),
+        "X-Bittensor-Version": st.sampled_from(["1", "2", "", "1.0"]),
+        "X-Bittensor-Receiver": st.sampled_from([ME, "", "-"]),
+        "bt_header_dendrite_nonce": st.text("0123456789-. ", max_size=30),
+        "computed_body_hash": st.text("0abc", max_size=70),
+        "timeout": st.sampled_from(["1", "-1", "nan", "1e999", ""]),
+    },
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+asked = st.fixed_dictionaries(
+    {}, optional={key: values for key in ("roles", "messages", "timeout", "completion", "dendrite")}
+)
+raw_requests = st.builds(
+    lambda line, head, body: line + b"\r\n" + b"".join(head) + b"\r\n" + body,
+    lines,
+    st.lists(heads, max_size=4),
+    st.binary(max_size=60),
+)
 edited_requests = st.builds(lambda edits: request(headers=sign() | edits), signed_heads)
 old_requests = st.builds(lambda edits: request(OLD, old() | edits), signed_heads)
 typed_requests = st.builds(lambda fields: request(json.dumps(fields).encode()), asked)
-generated = st.lists(st.one_of(raw_requests, edited_requests, old_requests, typed_requests, st.binary(max_size=80)),
-                     min_size=20, max_size=20)  # fmt: skip
+generated = st.lists(
+    st.one_of(raw_requests, edited_requests, old_requests, typed_requests, st.binary(max_size=80)),
+    min_size=20,
+    max_size=20,
+)
 COUNT = {"sent": 0}
 
 
-@pytest.mark.slow
-@settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=520,
+    phases=[Phase.generate],
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(batch=generated)
 def fuzz(axon, batch):
     "Twenty requests, each on a line of its own, all sent before any answer is read."
@@ -447,8 +498,10 @@ def fuzz(axon, batch):
             line.shutdown(socket.SHUT_WR)
         for line, data in zip(open_lines, batch):
             code = read_status(line)
-            assert code is None or 200 <= code < 500, (code, data)
+            assert code is None or 100 <= code < 500, (code, data)  # 100: go on
             COUNT["sent"] += 1
+        if "memory" not in COUNT and COUNT["sent"] >= 5_000:
+            COUNT["memory"] = memory()
     finally:
         for line in open_lines:
             line.close()
@@ -462,10 +515,8 @@ def test_10_000_generated_malformed_requests(caplog):
     with Axon(MINER, body_timeout=0.3, limits=Limits(head_timeout=0.3)).attach(aecho) as axon:
         COUNT["sent"] = 0
         fuzz(axon)
-        before = memory()
-        assert COUNT["sent"] >= 9_000
-        fuzz(axon)
-        assert memory() - before < 30  # MB, of which hypothesis itself keeps most
+        assert COUNT["sent"] >= 10_000
+        assert memory() - COUNT["memory"] < 60  # MB over the second half, of which hypothesis itself keeps most
         assert status(axon) == 200
         until(lambda: axon._server.connections <= 1)
         assert axon.health()["running"] == axon.health()["waiting"] == 0
@@ -691,6 +742,7 @@ def test_pieces_arrive_whole_and_as_they_are_made(dendrite):
 def test_old_stream_is_plain_text():
     """The older format's stream: text as it comes, each chunk whole characters.
     Older server: the same."""
+
     def speak(synapse):
         yield from ("zwei\n", "Wörter 😀")
 
@@ -731,7 +783,11 @@ def test_chain_away(chain, caplog):
     """The chain is away for fifty calls in a row.
     Older miner: the loop's exception ends it."""
     settings = {"miner": {"poll_interval": 0.001, "retries": 100}}
-    with chain.client() as client, Echo(settings, wallet=MINER, subtensor=client) as miner, Dendrite(VALIDATOR) as dendrite:
+    with (
+        chain.client() as client,
+        Echo(settings, wallet=MINER, subtensor=client) as miner,
+        Dendrite(VALIDATOR) as dendrite,
+    ):
         miner.longest_pause = 0.002
         chain.fail(50)
         chain.step()
@@ -796,7 +852,11 @@ def test_sigterm_under_load(tmp_path):
         miner = Slow({{"miner.poll_interval": 0.05}}, wallet=wallet, subtensor=chain.client())
         miner.axon.drain = 20.0
         import threading
-        threading.Thread(target=lambda: (miner.wait_for_block(), print(miner.axon.port, flush=True))).start()
+        def say_port():
+            while not miner.axon.is_running:
+                time.sleep(0.01)
+            print(miner.axon.port, flush=True)
+        threading.Thread(target=say_port).start()
         miner.run()
         print("ended", flush=True)
     """
@@ -804,7 +864,6 @@ def test_sigterm_under_load(tmp_path):
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes) as process:
         there = SimpleNamespace(hotkey=ME, axon=f"127.0.0.1:{int(process.stdout.readline())}")
         with Dendrite(VALIDATOR) as dendrite, ThreadPoolExecutor(1) as pool:
-            rounds = [pool.submit(lambda: None)]
             questions = [Prompting.ask(f"{i}", timeout=SECONDS) for i in range(300)]
 
             async def all_of_them():
@@ -846,7 +905,8 @@ def test_100_000_requests_leave_memory_flat():
             return {"type": "http.request", "body": BODY if good else b"{}", "more_body": False}
 
         good = i % 10 == 0
-        headers = bad if not good else [(k.lower().encode(), v.encode()) for k, v in sign(wallet=wallets[i % 1000]).items()]
+        signed = sign(wallet=wallets[i % 1000]) if good else {}
+        headers = [(k.lower().encode(), v.encode()) for k, v in signed.items()] or bad
         await axon({**scope, "headers": headers}, receive, send)
 
     async def many(start, n):

@@ -423,7 +423,7 @@ def _stopped_by_sigterm(stop: threading.Event, name: str):
 
     def on_signal(number, frame):
         _log.warning("%s: SIGTERM; requests under way are answered, then it stops", name)
-        stop.set()
+        threading.Thread(target=stop.set).start()  # the interrupted thread may be waiting for this very event
 
     before = signal.signal(signal.SIGTERM, on_signal)
     try:

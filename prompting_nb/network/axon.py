@@ -14,8 +14,7 @@ import logging
 import math
 import threading
 import time
-from contextlib import aclosing, suppress
-from functools import partial
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, AsyncIterator, Callable
 
@@ -455,7 +454,8 @@ class _Lifecycle:
         while self._admitted and time.monotonic() < end:
             await asyncio.sleep(0.005)
         if self._admitted:
-            _log.warning("stopping: %d requests did not end within %g s and are given up", len(self._admitted), self.drain)
+            count = len(self._admitted)
+            _log.warning("stopping: %d requests did not end within %g s and are given up", count, self.drain)
         for patience in list(self._admitted):
             patience.give_up(Refusal(503, "the miner is stopping", "stopping", _CLOSE))
 
