@@ -296,9 +296,12 @@ def open_loops(peers: list, capacity: dict, shares: tuple, seconds: float, repet
             for (name, share, rate), rows in seen.items()]
 
 
-def overload(wallets: list, python: str, seconds: float, repetitions: int) -> dict:
-    "A handler of 20 ms, eight at a time: what becomes of those who are served, and of the rest, as the load rises."
-    settings = {"seconds": 0.02, "workers": 8, "max_queue": 16}
+def overload(wallets: list, python: str, rising: bool, seconds: float, repetitions: int) -> dict:
+    """A handler of 20 ms, eight at a time: what becomes of those who are served, and of the rest, as the load rises.
+
+    With `rising` stakes a caller who waits may lose the place to one with more, and hears of it then and not at once.
+    """
+    settings = {"seconds": 0.02, "workers": 8, "max_queue": 16, "rising": rising}
     server = Server(python, "miner_servers.py", "ours", json.dumps(settings))
     peer = Peer("ours", LoadClient(server, wallets), server)
     try:
@@ -426,10 +429,11 @@ def report(found: dict) -> None:
         "peer": ("peer", "{}"), "at_a_time": ("at a time", "{}"), **LATENCY}))
     out.print(table("Open loop, arrivals at random", found["open"], {
         "peer": ("peer", "{}"), "share": ("of capacity", "{:.0%}"), "offered": ("offered/s", "{:,.0f}"), **LATENCY}))
-    out.print(table("Overload: a handler of 20 ms, 8 at a time, 16 may wait", found["overload"]["rows"], {
-        "load": ("x capacity", "{:.1f}"), "rate": LATENCY["rate"], "p50": LATENCY["p50"], "p99": LATENCY["p99"],
-        "refused": ("refused", "{:.1%}"), "refusal_p50": ("refusal p50 ms", "{:.2f}"),
-        "refusal_p99": ("refusal p99 ms", "{:.2f}")}))
+    for name, stakes in (("overload", "equal stakes"), ("overload_rising", "all stakes different")):
+        out.print(table(f"Overload: a handler of 20 ms, 8 at a time, 16 may wait, {stakes}", found[name]["rows"], {
+            "load": ("x capacity", "{:.1f}"), "rate": LATENCY["rate"], "p50": LATENCY["p50"], "p99": LATENCY["p99"],
+            "refused": ("refused", "{:.1%}"), "refusal_p50": ("refusal p50 ms", "{:.2f}"),
+            "refusal_p99": ("refusal p99 ms", "{:.2f}")}))
     parts = found["policy"]
     out.print(f"policy with {parts['hotkeys']} hotkeys: blacklist and rate limit {parts['blacklist']:.1f} us, priority "
               f"{parts['priority']:.1f} us, cache {parts['cache']:.1f} us")
@@ -481,7 +485,8 @@ def run(options) -> dict:
         for server in (stock, ours, starlette):
             server.close()
     found["inversions"] = our_order(python)
-    found["overload"] = overload(wallets, python, seconds, repetitions)
+    found["overload"] = overload(wallets, python, False, seconds, repetitions)
+    found["overload_rising"] = overload(wallets, python, True, seconds, repetitions)
     summarize(found)
     found["seconds"], found["quick"] = time.time() - started, options.quick
     return found
