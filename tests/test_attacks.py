@@ -912,6 +912,8 @@ def test_100_000_requests_leave_memory_flat():
     async def many(start, n):
         for i in range(start, start + n):
             await one(i)
+            if i % 100 == 0:
+                await asyncio.sleep(0)  # nothing here waits; asyncio drops cancelled timers when the loop turns
 
     async def all_of_them():
         sizes = []
@@ -922,4 +924,4 @@ def test_100_000_requests_leave_memory_flat():
 
     sizes = asyncio.run(all_of_them())
     assert codes == {200: 10_000, 401: 90_000}
-    assert sizes[-1] - sizes[1] < 20, sizes  # MB over the last 60 000; twelve seconds of nonces are kept
+    assert sizes[-1] - sizes[1] < 10, sizes  # MB over the last 60 000; twelve seconds of nonces are kept
