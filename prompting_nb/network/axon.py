@@ -541,7 +541,7 @@ class Axon(_Status, _Lifecycle, _Published):
         self._memory = MemoryNonces(clock)
         self._gate = Gatekeeper(self.hotkey, self._memory, clock)
         self._forward = self._blacklist = self._priority = self._check = self._server = self._threads = None
-        self._stopping, self._lock = False, threading.Lock()
+        self._stopping, self._admitted, self._lock = False, set(), threading.Lock()
         self._work = WorkQueue(workers, max_queue, ageing)
         self.metrics = Metrics(lambda: self._work.waiting, lambda: self._work.running)
         self._limits.refused = lambda kind: self.metrics.connections.labels(kind).inc()
