@@ -24,6 +24,7 @@ from bittensor import http_auth
 from yarl import URL
 
 from .auth import SIGNATURE, answer_fits
+from .server import _new_loop
 from ..protocol import Prompting, StreamPrompting, Terminal, read_event, read_reply, write_body
 
 # %% ../../nbs/27_dendrite.ipynb #c004
@@ -224,7 +225,7 @@ class _Background:
     "The loop, its thread and its connections."
 
     def __init__(self, connections: int):
-        self._loop = asyncio.new_event_loop()
+        self._loop = _new_loop()
         self._thread = threading.Thread(target=_run, args=(self._loop,), name="dendrite", daemon=True)
         self._thread.start()
         self._session = asyncio.run_coroutine_threadsafe(_open(connections), self._loop).result()
@@ -351,6 +352,8 @@ class Dendrite(_Calls, _Asking, _Background):
 
     async def _ask_all(self, targets: list, synapse: Prompting) -> list[Prompting]:
         body = write_body(synapse)
+        if len(targets) == 1:  # needs no task of its own
+            return [await self._ask(targets[0], synapse, body)]
         return await asyncio.gather(*(self._ask(target, synapse, body) for target in targets))
 
     def _open(self) -> None:
