@@ -10,7 +10,7 @@ __all__ = ['topic_centres', 'topic_shares', 'Prior', 'posterior', 'observe', 'Lo
 import argparse
 import json
 import math
-from collections import deque
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def learn_prior(
         off = means - mean
         covariance = (off.T @ off + covariances.sum(0) + _PINCH * neutral) / weight
         missed = (log.rewards - (log.phi * means[place]).sum(1)).square().sum() + (covariances * squares).sum()
-        prior = Prior(mean, (covariance + covariance.T) / 2, (missed / len(log.rewards)).clamp(min=1e-4))
+        prior = Prior(mean, (covariance + covariance.T) / 2, (missed / len(log.rewards)).clamp(min=1e-3))
     return prior
 
 # %% ../../nbs/44_bayes.ipynb #c024
@@ -160,7 +160,7 @@ class _Knowledge(BaseGatingModel):
     def _begin(self, hidden_size: int, memory: int) -> None:
         "Know nothing."
         d, n = 1 + self.topics, self.num_uids
-        self.log, self.seen, self.review = deque(maxlen=memory), 0, next_review(0, memory)
+        self.log, self.memory, self.seen, self.review = OrderedDict(), memory, 0, next_review(0, memory)
         self.head = torch.nn.Linear(d, n, bias=False)
         neutral = Prior(torch.eye(d)[0] * 0.5, _VARIANCE * torch.eye(d), torch.tensor(0.02))
         for name, value in neutral._asdict().items():
@@ -190,19 +190,38 @@ class _Knowledge(BaseGatingModel):
 class _Learning(_Knowledge):
     "Taking in what was asked and answered."
 
+    def _earlier(self, key: bytes, uids: torch.Tensor) -> torch.Tensor:  # (k,), nan where there is none
+        "The rewards that uids had for a question when it was last asked."
+        if key not in self.log:
+            return torch.full(uids.shape, torch.nan, device=uids.device)
+        _, asked, rewards = self.log[key]
+        same = uids[:, None] == asked
+        return torch.where(same.any(1), rewards[same.int().argmax(1)], torch.nan)
+
+    def _remember(self, key: bytes, question: Question) -> None:
+        "Keep a question, with earlier answers of those who were not asked now; drop the oldest."
+        if earlier := self.log.pop(key, None):
+            others = ~torch.isin(earlier.uids, question.uids)
+            question = Question(question.x, torch.cat([earlier.uids[others], question.uids]),
+                                torch.cat([earlier.rewards[others], question.rewards]))
+        self.log[key] = question
+        if len(self.log) > self.memory:
+            self.log.popitem(last=False)
+
     def remembered(self) -> Log:
         "All remembered answers of uids that are still there."
-        phi = self.features(torch.stack([q.x for q in self.log]))
-        sizes = torch.tensor([len(q.uids) for q in self.log], device=phi.device)
-        uids = torch.cat([q.uids for q in self.log])
+        phi = self.features(torch.stack([q.x for q in self.log.values()]))
+        sizes = torch.tensor([len(q.uids) for q in self.log.values()], device=phi.device)
+        uids = torch.cat([q.uids for q in self.log.values()])
+        rewards = torch.cat([q.rewards for q in self.log.values()])
         there = uids >= 0
-        return Log(phi.repeat_interleave(sizes, 0)[there], uids[there], torch.cat([q.rewards for q in self.log])[there])
+        return Log(phi.repeat_interleave(sizes, 0)[there], uids[there], rewards[there])
 
     @torch.no_grad()
     def reflect(self) -> None:
         "Work out groups, prior and posteriors from everything remembered."
-        self.review = next_review(self.seen, self.log.maxlen)
-        self.centres = topic_centres(torch.stack([q.x for q in self.log]), self.topics)
+        self.review = next_review(self.seen, self.memory)
+        self.centres = topic_centres(torch.stack([q.x for q in self.log.values()]), self.topics)
         log = self.remembered()
         if len(log.uids):
             prior = learn_prior(log, self.num_uids, float(self.prior_noise))
@@ -218,11 +237,16 @@ class _Learning(_Knowledge):
         rewards: TensorType["k"],
     ) -> None:
         "Take in the rewards of those who were asked."
-        phi = self.features(x)
-        self.squares[uids] += phi[:, None] * phi
-        self.products[uids] += rewards[:, None] * phi
-        observe(self.head.weight, self.covariances, phi, uids, rewards, self.prior_noise)
-        self.log.append(Question(x, uids, rewards))
+        phi, key = self.features(x), x.cpu().numpy().tobytes()
+        earlier = self._earlier(key, uids)
+        new, again = uids[earlier.isnan()], uids[~earlier.isnan()]
+        change = (rewards - earlier)[~earlier.isnan()]
+        self.products[again] += change[:, None] * phi
+        self.head.weight[again] += (self.covariances[again] @ phi) * (change / self.prior_noise)[:, None]
+        self.squares[new] += phi[:, None] * phi
+        self.products[new] += rewards[earlier.isnan(), None] * phi
+        observe(self.head.weight, self.covariances, phi, new, rewards[earlier.isnan()], self.prior_noise)
+        self._remember(key, Question(x, uids, rewards))
         self.seen += 1
         if self.seen >= self.review:
             self.reflect()
@@ -291,8 +315,8 @@ class _Moving(_Learning):
         kept = (sources >= 0).nonzero().flatten()
         place[sources[kept]] = kept
         if len(changed):
-            self.log = deque((q._replace(uids=torch.where(q.uids < 0, q.uids, place[q.uids])) for q in self.log),
-                             maxlen=self.log.maxlen)
+            for key, q in self.log.items():
+                self.log[key] = q._replace(uids=torch.where(q.uids < 0, q.uids, place[q.uids]))
 
     def resync(
         self,
@@ -328,9 +352,9 @@ class _Saving(_Moving):
         "Write posteriors, prior, groups, memory and hotkeys to a safetensors file."
         tensors = self._tensors()
         if self.log:
-            tensors |= {"log_x": torch.stack([q.x for q in self.log]), "log_uids": torch.cat([q.uids for q in self.log]),
-                        "log_rewards": torch.cat([q.rewards for q in self.log]),
-                        "log_sizes": torch.tensor([len(q.uids) for q in self.log])}
+            x, uids, rewards = zip(*self.log.values())
+            tensors |= {"log_x": torch.stack(x), "log_uids": torch.cat(uids), "log_rewards": torch.cat(rewards),
+                        "log_sizes": torch.tensor([len(part) for part in uids])}
         about = {"hotkeys": json.dumps(self.hotkeys), "seen": str(self.seen), "review": str(self.review)}
         _write(path, tensors, self._identity() | about)
 
@@ -351,7 +375,8 @@ class _Saving(_Moving):
             sizes = tensors["log_sizes"].tolist()
             parts = (tensors["log_x"].to(self.squares), tensors["log_uids"].to(self.squares.device).split(sizes),
                      tensors["log_rewards"].to(self.squares).split(sizes))
-            self.log.extend(Question(*each) for each in zip(*parts))
+            for question in map(Question, *parts):
+                self.log[question.x.cpu().numpy().tobytes()] = question
         self._move(_row_sources(_saved_hotkeys(about), self.hotkeys, self.num_uids))
 
 # %% ../../nbs/44_bayes.ipynb #c038
