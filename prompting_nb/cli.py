@@ -7,6 +7,7 @@ __all__ = ['COMMANDS', 'loop_parser', 'run_loop', 'main']
 
 # %% ../nbs/62_cli.ipynb #c002
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -197,7 +198,16 @@ def _reported(command: str, debug: bool):
         end(2 if isinstance(error, InputError) else 1, _one_line(error))
 
 # %% ../nbs/62_cli.ipynb #c014
-COMMANDS = {"loop": (loop_parser, run_loop, "run the whole loop on this machine, and write a report")}
+def _later(module: str, name: str) -> Callable:
+    "A function of one of our modules, which is imported when it is called."
+    return lambda *args: getattr(importlib.import_module(f"prompting_nb.{module}"), name)(*args)
+
+
+COMMANDS = {
+    "loop": (loop_parser, run_loop, "run the whole loop on this machine, and write a report"),
+    "miner": (_later("baseminer.command", "miner_parser"), _later("baseminer.command", "run_miner"),
+              "run a miner, on a chain in memory or a real one"),
+}
 _HELP = "\n".join(["usage: prompting-nb COMMAND [flags]", "",
                    "The loop behind a decentralised network of language models.", "", "commands:",
                    *(f"  {name:8} {what}" for name, (_, _, what) in COMMANDS.items()), "",
