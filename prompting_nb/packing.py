@@ -196,14 +196,15 @@ def run_layout(
     encoder: TextEncoder,  # inside `packed`
     layout: Layout,
     embeddings: torch.Tensor,  # (1, tokens, size), of the layout's tokens
-) -> torch.Tensor:  # (texts, size) float32
+) -> torch.Tensor:  # (texts, size), float32 where the model computes with less
     "The vector of each text of a layout."
     output = encoder.model(inputs_embeds=embeddings, position_ids=layout.position_ids, layout=layout)
     hidden = output.last_hidden_state[0]  # (tokens, size)
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if encoder.pooling == "last":
-        return hidden[layout.last].float()
+        return hidden[layout.last]
     sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared where the mean is taken
-    return torch.stack([text.float().mean(dim=0) for text in hidden.split(sizes)])
+    return torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
 
 # %% ../nbs/14_packing.ipynb #c027
 def divide(
