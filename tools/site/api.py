@@ -173,8 +173,14 @@ def _described(text: str) -> dict[str, str]:
     return {name: " ".join(meaning.split()) for name, meaning in rows}
 
 
+def _straight(text: str) -> str:
+    "Quotes as they are: in a docstring they hold values more often than speech."
+    parts = re.split(r"(`[^`]*`|\$[^$\n]*\$)", text)
+    return "".join(re.sub(r"(?<!\\)(['\"])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
+
+
 def _tabled(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|") if "`" not in text else " ".join(text.split())
+    return _straight(" ".join(text.split()).replace("|", r"\|") if "`" not in text else " ".join(text.split()))
 
 
 def anchor(name: str) -> str:
@@ -215,8 +221,8 @@ def _spread(name: str, sig: Signature, arrow: bool) -> str:
 class Renderer(BasicMarkdownRenderer):
     "The entry of a name on a page of the site; nbdev's `show_doc` uses it through `renderer` in settings.ini."
 
-    def __init__(self, sym, name: str | None = None, title_level: int = 3, skip: frozenset = frozenset(), raw=None):
-        self.raw, self.skip, self.level = raw if raw is not None else sym, skip, title_level
+    def __init__(self, sym, name: str | None = None, title_level: int = 3, skip: frozenset = frozenset()):
+        self.raw, self.skip, self.level = sym, skip, title_level
         self.sym = _function(sym) or sym
         self.nm = name or self.sym.__qualname__
         self.module = self.sym.__module__
@@ -283,7 +289,8 @@ class Renderer(BasicMarkdownRenderer):
                 blocks.append(f"**{name}**\n\n" + (_example(body) if code else _prose(body)))
         return [b for b in blocks if b]
 
-    def _repr_markdown_(self) -> str:
+    def _entry_markdown(self) -> str:
+        "The entry of the name alone."
         sig = signature(self.sym)
         if "." in self.nm and sig.parameters and not isinstance(self.raw, staticmethod) and not inspect.isclass(self.sym):
             sig.parameters = sig.parameters[1:]
@@ -299,20 +306,23 @@ class Renderer(BasicMarkdownRenderer):
             code = ("class " if "class" in kinds else "async " if "async" in kinds else "") + _spread(shown, sig, True)
         title = f"{'#' * self.level} {self.nm.replace('_', chr(92) + '_')} {{#{anchor(self.nm)} .api-name}}"
         body = "\n\n".join([head, f"```{{.python .api-signature}}\n{code}\n```", *self._entry(sig)])
-        blocks = [title, f"::: {{.api}}\n{body}\n:::"]
-        if inspect.isclass(self.sym):
-            for name, raw in members(self.sym).items():
-                full = f"{self.nm}.{name}"
-                if full not in self.skip:
-                    blocks.append(Renderer(raw, full, self.level + 1, raw=raw)._repr_markdown_())
-        return "\n\n".join(blocks)
+        return f"{title}\n\n::: {{.api}}\n{body}\n:::"
+
+    def methods(self) -> str:
+        "The entries of a class's methods, but for those of `skip`, which have a place of their own."
+        raws = {f"{self.nm}.{name}": raw for name, raw in members(self.sym).items()} if inspect.isclass(self.sym) else {}
+        return "\n\n".join(Renderer(raw, full, self.level + 1)._entry_markdown()
+                           for full, raw in raws.items() if full not in self.skip)
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(filter(None, [self._entry_markdown(), self.methods()]))
 
 
 def _prose(text: str) -> str:
     "A docstring's text as Markdown: lists get their blank line, and what is indented in one block is no code."
     text = re.sub(r"(?<!\n)\n(?=[ ]{0,8}[-*] )", "\n\n", "\n" + text, count=1).strip("\n")
     lines = [re.sub(r"^ {9,}", "  ", line) for line in text.splitlines()]
-    return textwrap.dedent("\n".join(lines)).strip()
+    return _straight(textwrap.dedent("\n".join(lines)).strip())
 
 
 def _example(text: str) -> str:

@@ -124,14 +124,13 @@ class Page(Processor):
         names = [showdoc_nm(node) for node in ast.parse(cell.source).body if isinstance(node, kinds)]
         return [n for n in names if not n.rpartition(".")[2].startswith("_") or n.rpartition(".")[2] in DOCUMENTED]
 
-    def _entry(self, name: str):
+    def _entry(self, name: str) -> Renderer:
         value = self.space.get(name.split(".")[0])
         if value is None:
             raise LookupError(f"{self.notebook} documents {name}, which {self.module} does not have: run nbdev_export")
         raw = vars(value)[name.split(".")[1]] if "." in name and name.split(".")[1] in vars(value) else value
         self.entries.append(name)
-        rendered = Renderer(raw, name, 4 if "." in name else 3, skip=self.skip, raw=raw)
-        return mk_cell(rendered._repr_markdown_(), "markdown")
+        return Renderer(raw, name, 4 if "." in name else 3, skip=self.skip)
 
     def _methods(self, name: str) -> list[str]:
         value = self.space.get(name)
@@ -149,7 +148,7 @@ class Page(Processor):
                 raise RuntimeError(f"{self.notebook} failed at:\n{cell.source}") from self.shell.exc
             return [cell]
         if (asked := _SHOW.search(cell.source)):
-            return [self._entry(asked[1])]
+            return [mk_cell(self._entry(asked[1])._repr_markdown_(), "markdown")]
         if not {"export", "exports", "exporti"} & set(directives):
             return [] if "default_exp" in directives else [cell]
         nodes = ast.parse(cell.source).body
@@ -157,9 +156,13 @@ class Page(Processor):
             return []
         names = [name for name in self._defined(cell) if name not in shown]
         cell.outputs = []
-        if names:
-            cell.source = f'#| code-fold: true\n#| code-summary: "Source"\n{cell.source}'
-        return [*map(self._entry, names), cell]
+        if not names:
+            return [cell]  # private helpers are part of the story that the page tells: their code stays in sight
+        cell.source = f'#| code-fold: true\n#| code-summary: "Source of {", ".join(names)}"\n{cell.source}'
+        *first, last = map(self._entry, names)
+        texts = ["\n\n".join([*map(repr, first), last._entry_markdown()]), last.methods()]
+        before, after = (mk_cell(text, "markdown") for text in texts)
+        return [before, cell, after] if after.source else [before, cell]
 
     def _index(self) -> str:
         "Module name, classes with their first lines, functions."

@@ -194,6 +194,10 @@ class Made:
     sections: list = field(default_factory=list)
 
     @property
+    def lede(self) -> str:
+        return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.description))
+
+    @property
     def url(self) -> str:
         return address(self.notebook)
 

@@ -104,7 +104,7 @@ function find() {
   const found = words.length && window.searchIndex
     ? searchIndex.map((entry) => [score(entry, words), entry]).filter(([s]) => s > 0).sort((a, b) => b[0] - a[0]).slice(0, 20) : [];
   results.innerHTML = found.map(([, [url, title, name, api, text]], i) =>
-    `<li role="option" id="result-${i}" aria-selected="false"><a tabindex="-1" href="${up}${url}"><i>${name === title ? "" : escape(title)}</i><b${api ? ' class="api"' : ""}>${mark(name, words)}</b><small>${snippet(text, words)}</small></a></li>`).join("");
+    `<li role="option" id="result-${i}" aria-selected="false"><a tabindex="-1" href="${up}${url}"><i>${name === title ? "" : escape(title)}</i><b${api ? ' class="name"' : ""}>${mark(name, words)}</b><small>${snippet(text, words)}</small></a></li>`).join("");
   hint.textContent = !words.length ? idle : found.length ? `${found.length}${found.length === 20 ? " best" : ""} results` : `Nothing has “${input.value}”.`;
   input.setAttribute("aria-expanded", found.length > 0);
   choose(found.length ? 0 : -1);
