@@ -266,8 +266,8 @@ def write(out: Path, menu: list, settings: dict) -> None:
         for name, data in page.figures.items():
             (path.parent / name).parent.mkdir(exist_ok=True)
             (path.parent / name).write_bytes(data)
-    for name in ("style.css", "api.css", "site.js"):
-        shutil.copy(HERE / name, out / name)
+    for path in (HERE / "style.css", HERE / "site.js", get_config().nbs_path / "api.css"):  # the last is Quarto's too
+        shutil.copy(path, out / path.name)
     index = [[f"{page.url}#{s['id']}".rstrip("#"), page.title, s["name"], int(s["api"]), " ".join(s["text"])[:4000]]
              for page in pages for s in page.sections]
     (out / "search.js").write_text(f"window.searchIndex={json.dumps(index, ensure_ascii=False)}", encoding="utf-8")
