@@ -278,10 +278,10 @@ class Renderer(BasicMarkdownRenderer):
         parts, raises = sections(inspect.getdoc(self.sym) if self.sym.__doc__ else ""), []
         table = self._table(sig, parts, raises) if sig.parameters or sig.returns else ""
         raises += [r for r in re.split(r"\n(?=\S)", parts.get("Raises", "")) if r]
-        blocks = [self._bases(), _prose(parts[""]), table and f"::: {{.api-table}}\n{table}\n:::"]
+        blocks = [self._bases(), _prose(parts[""]), table and f"::: {{.api-table}}\n{table}\n\n:::"]
         if raises:
             listed = "\n".join("- " + " ".join(r.lstrip("- ").split()) for r in raises)
-            blocks.append(f"::: {{.api-raises}}\n**Raises**\n\n{listed}\n:::")
+            blocks.append(f"::: {{.api-raises}}\n**Raises**\n\n{listed}\n\n:::")
         for name in ("Notes", "Example"):
             if name in parts:
                 body = parts[name]
@@ -306,7 +306,7 @@ class Renderer(BasicMarkdownRenderer):
             code = ("class " if "class" in kinds else "async " if "async" in kinds else "") + _spread(shown, sig, True)
         title = f"{'#' * self.level} {self.nm.replace('_', chr(92) + '_')} {{#{anchor(self.nm)} .api-name}}"
         body = "\n\n".join([head, f"```{{.python .api-signature}}\n{code}\n```", *self._entry(sig)])
-        return f"{title}\n\n::: {{.api}}\n{body}\n:::"
+        return f"{title}\n\n::: {{.api}}\n{body}\n\n:::"
 
     def methods(self) -> str:
         "The entries of a class's methods, but for those of `skip`, which have a place of their own."

@@ -104,7 +104,8 @@ class Writer:
                 parts = [_raw(f'<details class="code-fold"><summary>{label}</summary>'), *parts, _raw("</details>")]
         if option.get("output") != "false" and option.get("include") != "false":
             shown = [self.output(out, option) for out in cell.get("outputs", [])]
-            parts += [f"::: {{.cell-output}}\n{text}\n:::" for text in shown if text]
+            wrap = "{text}" if option.get("output") == "asis" else "::: {{.cell-output}}\n{text}\n\n:::"
+            parts += [wrap.format(text=text) for text in shown if text]
         if parts:
             self.blocks.append("\n\n".join(["::: {.cell}", *parts, ":::"]))
 
