@@ -16,25 +16,29 @@ ROOT = Path(__file__).resolve().parents[2]
 NBS, OUT, CACHE = ROOT / "nbs", ROOT / "_docs", ROOT / "_proc" / "pandoc"
 
 
-def with_quarto() -> None:
+def with_quarto(out: Path) -> None:
     "nbdev_docs, which is only called when Quarto is there: it would install it otherwise; then what goes with a site."
     from tools.site import render
 
     subprocess.run([sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"], cwd=ROOT, check=True)
     render.add_text(NBS, OUT)
+    if out != OUT:
+        OUT.rename(out)
 
 
-def alone() -> None:
+def alone(out: Path) -> None:
     from tools.site import render
 
-    render.build(NBS, OUT, CACHE)
+    render.build(NBS, out, CACHE)
 
 
-def docs() -> None:
+def docs(out: Path = OUT) -> None:
+    "Make the site, and say in a line who did."
     start, quarto = time.monotonic(), shutil.which("quarto")
-    (with_quarto if quarto else alone)()
+    (with_quarto if quarto else alone)(out)
     who = f"Quarto ({quarto})" if quarto else "our own renderer and pandoc, as Quarto is not installed"
-    print(f"_docs made by {who}: {len(list(OUT.rglob('*.html')))} pages, {time.monotonic() - start:.0f} s")
+    pages = len(list(out.rglob("*.html")))
+    print(f"{out.name}/ made by {who}: {pages} pages, {time.monotonic() - start:.0f} s")
 
 
 def stamp() -> float:
@@ -84,8 +88,9 @@ def preview(port: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tools.site", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("build", help="make _docs/")
+    make = commands.add_parser("build", help="make _docs/")
+    make.add_argument("--out", type=Path, default=OUT, help="another folder for it")
     serve = commands.add_parser("preview", help="make it, serve it on loopback, make it again on change")
     serve.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1; 0 takes one that is free")
     args = parser.parse_args()
-    docs() if args.command == "build" else preview(args.port)
+    docs(args.out) if args.command == "build" else preview(args.port)

@@ -5,6 +5,7 @@ import functools
 import inspect
 import io
 import re
+import sys
 import textwrap
 import tokenize
 from dataclasses import dataclass, field
@@ -183,8 +184,11 @@ def _tabled(text: str) -> str:
     return _straight(" ".join(text.split()).replace("|", r"\|") if "`" not in text else " ".join(text.split()))
 
 
-def anchor(name: str) -> str:
-    return name.lower()
+def anchor(name: str, module: str) -> str:
+    "Lower case, as nbdev has it; a function beside a class of the same letters gives way."
+    first, names = name.split(".")[0], getattr(sys.modules.get(module), "__all__", ())
+    taken = first.islower() and any(other != first and other.lower() == first for other in names)
+    return name.lower() + "-function" * taken
 
 
 def summary(symbol) -> str:
@@ -304,7 +308,7 @@ class Renderer(BasicMarkdownRenderer):
             sig.parameters, sig.returns.type = [], sig.returns.details and sig.returns.type
         else:
             code = ("class " if "class" in kinds else "async " if "async" in kinds else "") + _spread(shown, sig, True)
-        title = f"{'#' * self.level} {self.nm.replace('_', chr(92) + '_')} {{#{anchor(self.nm)} .api-name}}"
+        title = f"{'#' * self.level} {self.nm.replace('_', chr(92) + '_')} {{#{anchor(self.nm, self.module)} .api-name}}"
         body = "\n\n".join([head, f"```{{.python .api-signature}}\n{code}\n```", *self._entry(sig)])
         return f"{title}\n\n::: {{.api}}\n{body}\n\n:::"
 

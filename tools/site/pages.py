@@ -56,7 +56,7 @@ def target(name: str, here: str | None = None) -> tuple[str, str] | None:
     cls = getattr(importlib.import_module(homes[0]), first)
     if method and not (isinstance(cls, type) and method in members(cls)):
         return None
-    return modules()[homes[0]][0], anchor(name)
+    return modules()[homes[0]][0], anchor(name, homes[0])
 
 
 def linked(markdown: str, notebook: str, module: str | None) -> str:
@@ -108,7 +108,7 @@ class Page(Processor):
         self.skip = shown | frozenset(n for c in self.nb.cells for n in self._defined(c) if "." in n)
         for cell in self.nb.cells:
             cells += self._cells(cell, shown)
-        anchors = {anchor(name) for entry in self.entries for name in (entry, *self._methods(entry))}
+        anchors = {anchor(name, self.module) for entry in self.entries for name in (entry, *self._methods(entry))}
         for cell in cells:
             if cell.cell_type == "markdown":
                 cell.source = linked(_clear(cell.source, anchors), self.notebook, self.module)
@@ -170,12 +170,12 @@ class Page(Processor):
             return ""
         classes = [n for n in self.entries if isinstance(self.space[n.split(".")[0]], type) and "." not in n]
         others = [n for n in self.entries if n not in classes and "." not in n]
-        rows = [f"| [`{name}`](#{anchor(name)}) | {summary(self.space[name])} |" for name in classes]
+        rows = [f"| [`{name}`](#{anchor(name, self.module)}) | {summary(self.space[name])} |" for name in classes]
         parts = [f"::: {{.module-index}}\nModule `{self.module}`"]
         if rows:
             parts.append("\n".join(["| Classes | |", "|---|---|", *rows]))
         if others:
-            parts.append("Functions: " + ", ".join(f"[`{name}`](#{anchor(name)})" for name in others))
+            parts.append("Functions: " + ", ".join(f"[`{name}`](#{anchor(name, self.module)})" for name in others))
         return "\n\n".join([*parts, ":::"])
 
 

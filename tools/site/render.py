@@ -127,6 +127,7 @@ def plain_markdown(title: str, description: str, blocks: list[str]) -> str:
     text = re.sub(r"^:::.*\n?", "", text, flags=re.M)
     text = re.sub(r"^(`{3,})\{\.python[^}]*\}", r"\1python", text, flags=re.M)
     text = re.sub(r"\[([\w ]+)\]\{\.api-kind\}", r"*\1*", text)
+    text = re.sub(r"\\(['\"_])", r"\1", text)
     text = re.sub(r"(?<=[\w)])[ ]?\{[#.][^}\n]*\}", "", text)
     text = re.sub(r"(\]\([\w./-]*?)(\w+)\.ipynb", lambda m: m[1] + address(m[2] + ".ipynb") + ".md", text)
     return re.sub(r"\n{3,}", "\n\n", f"# {title}\n\n> {description}\n\n{text}".strip()) + "\n"
