@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lab prepare readme clean
+.PHONY: help demo test test-fast bench-gating lab prepare readme clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -23,6 +23,10 @@ test: $(VENV)/.dev  ## install everything, run every notebook and every test
 
 test-fast: $(VENV)/.dev  ## the pytest files alone, without the notebooks
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not notebook and not slow" $(ARGS)
+
+JSON ?= bench/results/gating.json
+bench-gating: $(VENV)/.dev  ## how well and how fast gates learn (JSON=FILE; ten minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/gating.py --json $(JSON) $(ARGS)
 
 lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
