@@ -16,7 +16,7 @@ RULES = {
 
 def exact(cdf, density, grid, k):
     "P(uid among the k largest), by integrating over its own value the chance that fewer than k others exceed it."
-    step = grid[1] - grid[0]
+    step = float(grid[1] - grid[0])
     below = cdf(grid)  # (nodes, m)
     out = []
     for u in range(below.shape[1]):
