@@ -37,7 +37,7 @@ from prompting_nb.validators.selection import gumbel_top_k, select, thompson
 ROOT = Path(__file__).resolve().parent.parent
 SCORES = ROOT.parent / "shared/data/alpacaeval/prompts-scores.csv.gz"
 
-# The settings of the peers are the best of `--tune` (other seeds, other templates).
+# The settings of the peers: those that did best in `--tune`, which has seeds and templates of its own.
 METHODS = {
     "ours": lambda s, x, known: learning.Ours(s, x),
     "LinUCB": lambda s, x, known: learning.Linear(s, x, known, "ucb", **TUNED[s.n]["LinUCB"]),

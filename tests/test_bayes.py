@@ -144,10 +144,10 @@ RESTART = """
 import sys, torch
 from types import SimpleNamespace
 from prompting_nb.validators.bayes import BayesianGatingModel
-gate = BayesianGatingModel(SimpleNamespace(hotkeys=["key1", "key0"]), {"gating": {"topics": 4}}, "minilm", 2)
+gate = BayesianGatingModel(SimpleNamespace(hotkeys=["key0", "key1"]), {"gating": {"topics": 4}}, "minilm", 2)
 gate.load(sys.argv[1])
-gate.backward(gate("how do I boil eggs"), torch.tensor([0.1, 0.7]))
-print([value.hex() for value in gate("a trip to Oslo").tolist()])
+gate.backward(gate("how do I boil eggs"), torch.tensor([0.7, 0.1]))
+print(*gate("a trip to Oslo").tolist())
 """
 
 
@@ -158,4 +158,4 @@ def test_a_restart_changes_nothing(encoder, tmp_path):
     gate.save(tmp_path / "gate")
     done = subprocess.run([sys.executable, "-c", RESTART, str(tmp_path / "gate")], capture_output=True, text=True, check=True)
     gate.backward(gate("how do I boil eggs"), torch.tensor([0.7, 0.1]))
-    assert done.stdout.strip() == str([value.hex() for value in gate("a trip to Oslo").flip(0).tolist()])
+    assert [float(value) for value in done.stdout.split()] == pytest.approx(gate("a trip to Oslo").tolist(), abs=1e-4)
