@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-legacy bench-miner lab prepare readme clean
+.PHONY: help demo test test-fast test-legacy bench-reward bench-gating bench-miner lab docs preview screenshots prepare readme clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -30,6 +30,9 @@ test-legacy: $(VENV)/.library $(LEGACY)/.stock  ## let a stock Dendrite of bitte
 
 bench-miner: $(VENV)/.library $(LEGACY)/.stock  ## measure the miner beside Starlette and bittensor 10.5.0 (JSON=FILE keeps the figures)
 	$(BIN)/python bench/miner.py $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-gating: $(VENV)/.dev  ## measure how well and how fast gates learn (JSON=FILE keeps the figures; ten minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/gating.py $(if $(JSON),--json $(JSON)) $(ARGS)
 
 lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
