@@ -130,13 +130,17 @@ def interval(values):
     return {"mean": mean, "low": mean - half, "high": mean + half, "values": list(values)}
 
 
-def rules(data, seed):
-    "The evaluations of the rules that need no training."
-    from prompting_nb.evaluation import evaluate, longer_wins, zero_shot_cosine
+def rules(data, seeds):
+    "For each seed the evaluations of the rules that need no training; every text is embedded once."
+    from prompting_nb.evaluation import evaluate_scores, longer_wins, zero_shot_cosine
+    from prompting_nb.preferences import read_rankings, score_rankings
     from prompting_nb.reward import TextEncoder
 
-    _, test = division(data, seed)
-    return {"length": evaluate(longer_wins, test), "cosine": evaluate(zero_shot_cosine(TextEncoder("minilm")), test)}
+    every = read_rankings(data)
+    scorers = {"length": longer_wins, "cosine": zero_shot_cosine(TextEncoder("minilm", device="cpu"))}
+    scores = {name: dict(zip((r.prompt for r in every), score_rankings(scorer, every))) for name, scorer in scorers.items()}
+    tests = [division(data, seed)[1] for seed in range(seeds)]
+    return {name: [evaluate_scores([given[r.prompt] for r in test], test) for test in tests] for name, given in scores.items()}
 
 
 def measure(progress=True, seeds=5, data=DATA, completions=4, epochs=1, max_length=256, trl_python=None, trl_lr=1e-4,
@@ -162,9 +166,7 @@ def measure(progress=True, seeds=5, data=DATA, completions=4, epochs=1, max_leng
                 seconds.setdefault(kind, []).append(result["cpu_seconds"])
                 by_length.setdefault(kind, accuracy_by_length(result["scores"], test))
                 bar.update()
-    for seed in range(seeds):
-        for kind, evaluation in rules(data, seed).items():
-            found.setdefault(kind, []).append(evaluation)
+    found |= rules(data, seeds)
     _, test = division(data, 0)
     by_length["length"] = accuracy_by_length([[len(text) for text in ranking.completions] for ranking in test], test)
     table = {kind: {figure: interval([getattr(e, figure) for e in evaluations]) for figure in FIGURES}

@@ -506,7 +506,7 @@ class RewardModel(_Stored, _Exported, TextEncoder):
         self.bound = bound
         size = self.model.config.get_text_config().hidden_size
         self.head = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(size, 1, bias=False))
-        torch.nn.init.normal_(self.head[1].weight, std=(size + 1) ** -0.5)
+        torch.nn.init.normal_(self.head[1].weight, std=0.02)
         self.length = None if length is None else torch.nn.Parameter(torch.tensor([float(length)]))
         self.to(self.device)
 
