@@ -191,6 +191,20 @@ def in_batches(
     return result
 
 # %% ../nbs/10_reward.ipynb #c051
+def _keep_layers(model: torch.nn.Module, depth: int) -> None:
+    "Cut a transformer down to its first layers."
+    count = model.config.num_hidden_layers
+    if not 1 <= depth <= count:
+        raise InputError(f"depth is {depth}; this model has 1 to {count} layers")
+    stacks = [(module, name) for module in model.modules() for name, child in module.named_children()
+              if isinstance(child, torch.nn.ModuleList) and len(child) == count]
+    if len(stacks) != 1:
+        raise InputError(f"depth: the layers of {model.config.model_type} were not found: leave depth out")
+    [(module, name)] = stacks
+    setattr(module, name, getattr(module, name)[:depth])
+    model.config.num_hidden_layers = depth
+
+# %% ../nbs/10_reward.ipynb #c052
 class TextEncoder(torch.nn.Module):
     "A pretrained transformer with its tokenizer: one vector for each text."
 
@@ -199,15 +213,19 @@ class TextEncoder(torch.nn.Module):
         model_name: str,  # transformers' model name, a local folder, or "minilm" for the built-in encoder
         device: str | None = None,  # as for `pick_device`
         *,
-        pooling: str = "auto",  # "last", "mean", "pooler" (the model's own), or the one that suits the model
+        pooling: str = "auto",  # "last", "mean", "layers", "pooler" (the model's own), or the one that suits the model
         max_length: int | None = None,  # tokens of prompt and completion together; at most 256 by default
+        depth: int | None = None,  # take only the first layers of the transformer, so many; by default all
     ):
         super().__init__()
-        if pooling not in ("auto", "last", "mean", "pooler"):
-            raise InputError(f"pooling is {pooling!r}; it can be 'auto', 'last', 'mean' or 'pooler'")
+        if pooling not in ("auto", "last", "mean", "layers", "pooler"):
+            raise InputError(f"pooling is {pooling!r}; it can be 'auto', 'last', 'mean', 'layers' or 'pooler'")
         target = pick_device(device)
         self.model_name = model_name
         self.model = load(AutoModel.from_pretrained, model_name, dtype=torch.float32)
+        if depth is not None:
+            _keep_layers(self.model, depth)
+        self.depth = depth
         self.model.config.use_cache = False  # nothing is generated, so no keys and values need to be kept
         self.tokenizer = load(AutoTokenizer.from_pretrained, model_name)
         self.pooling = pooling_of(self.model.config) if pooling == "auto" else pooling
@@ -229,12 +247,16 @@ class TextEncoder(torch.nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = pack(input_ids, attention_mask)
+        if self.pooling == "layers":
+            states = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True).hidden_states
+            mean = pool(torch.stack(states[1:]).mean(dim=0), attention_mask, "mean")
+            return torch.nn.functional.layer_norm(mean, mean.shape[-1:])
         output = self.model(input_ids=input_ids, attention_mask=attention_mask)
         if self.pooling == "pooler":
             return output.pooler_output
         return pool(output.last_hidden_state, attention_mask, self.pooling)
 
-# %% ../nbs/10_reward.ipynb #c054
+# %% ../nbs/10_reward.ipynb #c055
 @contextmanager
 def evaluating(module: torch.nn.Module):
     "Put a module into eval mode for a `with` block."
@@ -257,7 +279,7 @@ def embed(
     with evaluating(encoder):
         return in_batches(encoder.features, rows, encoder.device, batch_size, progress)
 
-# %% ../nbs/10_reward.ipynb #c057
+# %% ../nbs/10_reward.ipynb #c058
 _CARD_NUMBERS = {"accuracy": "pairwise accuracy", "shorter_accuracy": "pairwise accuracy, shorter preferred",
                  "best_of": "judge's score of the best of all", "ece": "expected calibration error"}
 
@@ -287,7 +309,7 @@ def model_card(
                       f'model = RewardModel.from_pretrained("{name}")',
                       "model.score(prompts, completions)", "```", *table, ""])
 
-# %% ../nbs/10_reward.ipynb #c058
+# %% ../nbs/10_reward.ipynb #c059
 def _settings(folder: Path) -> dict:
     "The settings of a saved reward model; raises `InputError` where there is none."
     if not (folder / "reward.json").is_file():
@@ -310,10 +332,11 @@ class _Stored:
         with no_bars():  # a file that is written at once needs none
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        save_file(self.head.state_dict(), folder / "reward_head.safetensors")
+        length = {} if self.length is None else {"length": self.length.detach()}
+        save_file({**self.head.state_dict(), **length}, folder / "reward_head.safetensors")
         (folder / "README.md").write_text(model_card(self, evaluation, name or folder.name))
         settings = {"model_name": self.model_name, "dropout": self.head[0].p, "pooling": self.pooling,
-                    "max_length": self.max_length, "bound": self.bound}
+                    "max_length": self.max_length, "depth": self.depth, "bound": self.bound}
         (folder / "reward.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
@@ -334,7 +357,10 @@ class _Stored:
                 model.model = PeftModel.from_pretrained(model.model, str(folder), is_trainable=True)
                 model.tokenizer = AutoTokenizer.from_pretrained(str(folder))
             model.model_name = base
-            model.head.load_state_dict(load_file(folder / "reward_head.safetensors"))
+            weights = load_file(folder / "reward_head.safetensors")
+            if "length" in weights:
+                model.length = torch.nn.Parameter(weights.pop("length").clone().to(model.device))  # not a view of the file
+            model.head.load_state_dict(weights)
         except InputError:
             raise
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -368,7 +394,7 @@ def _download(name: str, **kwargs) -> str:
 
     return snapshot_download(name, **kwargs)
 
-# %% ../nbs/10_reward.ipynb #c060
+# %% ../nbs/10_reward.ipynb #c061
 def _classifier_of(model: "RewardModel", tokenizer) -> torch.nn.Module:
     "A sequence classifier with the weights of a reward model."
     config = copy.deepcopy(model.model.config)
@@ -403,7 +429,7 @@ def _same_scores(model: "RewardModel", classifier, tokenizer) -> bool:
         ours = model(ids.to(model.device), mask.to(model.device)).cpu()
         return torch.allclose(classifier(input_ids=ids, attention_mask=mask).logits, ours, atol=1e-5, rtol=1e-5)
 
-# %% ../nbs/10_reward.ipynb #c061
+# %% ../nbs/10_reward.ipynb #c062
 class _Exported:
     "A reward model for other programs, and with adapters."
 
@@ -412,16 +438,18 @@ class _Exported:
         folder: str | Path | None = None,  # write the checkpoint and its tokenizer here
     ) -> torch.nn.Module:  # on the CPU; raises `InputError` for what a sequence classifier cannot express
         "The same model as transformers' `AutoModelForSequenceClassification`, with rewards as logits."
-        if self.bound is not None or self.pooling == "mean":
-            what = "a bounded reward" if self.bound is not None else "mean pooling"
-            raise InputError(f"a sequence classifier cannot express {what}: train with bound=None and pooling='last' "
-                             "for causal models, 'pooler' for BERT and RoBERTa")
+        cannot = {"a bounded reward": self.bound is not None, "a term for the length": self.length is not None,
+                  f"{self.pooling!r} pooling": self.pooling in ("mean", "layers")}
+        if any(cannot.values()):
+            raise InputError(f"a sequence classifier cannot express {' and '.join(what for what, is_so in cannot.items() if is_so)}"
+                             ": train without, and with pooling='last' for causal models, 'pooler' for BERT and RoBERTa")
         if hasattr(self.model, "merge_and_unload"):
             raise InputError("a sequence classifier holds whole weights: call merge_lora() first")
         tokenizer = copy.deepcopy(self.tokenizer)
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # the last token that is not padding is read
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids", "attention_mask"]
+        tokenizer.padding_side = "right"
+        tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]  # we tell no segments apart
         classifier = _classifier_of(self, tokenizer)
         if not _same_scores(self, classifier, tokenizer):
             raise InputError(f"the sequence classifier of {classifier.config.model_type} computes something else than "
@@ -456,7 +484,7 @@ class _Exported:
         self.model = self.model.merge_and_unload()
         return self
 
-# %% ../nbs/10_reward.ipynb #c063
+# %% ../nbs/10_reward.ipynb #c064
 class RewardModel(_Stored, _Exported, TextEncoder):
     "Reward model: one number, unbounded unless asked otherwise, for a prompt with its completion."
 
@@ -466,18 +494,21 @@ class RewardModel(_Stored, _Exported, TextEncoder):
         dropout: float = 0.1,  # in front of the head, in train mode only
         device: str = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
         *,
-        pooling: str = "auto",  # by model type, or "last" attended token, "mean" over attended tokens, "pooler"
+        pooling: str = "auto",  # by model type, or "last" attended token, "mean", "layers", "pooler"
         max_length: int | None = None,  # tokens of prompt and completion together; at most 256 by default
+        depth: int | None = None,  # take only so many layers of the transformer
+        length: float | None = None,  # add so much times log(attended tokens), a weight that is trained with the rest
         bound: float | None = None,  # rewards stay between -bound and bound, by tanh; `None`: they are unbounded
     ):
-        super().__init__(model_name, device, pooling=pooling, max_length=max_length)
+        super().__init__(model_name, device, pooling=pooling, max_length=max_length, depth=depth)
         if bound is not None and not 0 < bound < float("inf"):
             raise InputError(f"bound is {bound}; it must be greater than 0, or None for unbounded rewards")
         self.bound = bound
         size = self.model.config.get_text_config().hidden_size
         self.head = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(size, 1, bias=False))
-        torch.nn.init.normal_(self.head[1].weight, std=(size + 1) ** -0.5)
-        self.head.to(self.device)
+        torch.nn.init.normal_(self.head[1].weight, std=0.02)
+        self.length = None if length is None else torch.nn.Parameter(torch.tensor([float(length)]))
+        self.to(self.device)
 
     @check_shapes
     def forward(
@@ -486,7 +517,18 @@ class RewardModel(_Stored, _Exported, TextEncoder):
         attention_mask: TensorType["batch_size", "seq_len"] = None,  # nonzero where a token is real; `None`: all are
     ) -> TensorType["batch_size", 1]:  # a reward for each item in the batch, float32; raises ShapeError, a ValueError
         "Calculate the reward of each item in a batch."
-        rewards = self.head(self.features(input_ids, attention_mask)).float()
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.rewards_of(self.features(input_ids, mask), mask.ne(0).sum(dim=1))
+
+    def rewards_of(
+        self,
+        features: torch.Tensor,  # (batch_size, hidden_size), as `features` returns them
+        lengths: torch.Tensor,  # (batch_size,) attended tokens of each text
+    ) -> torch.Tensor:  # (batch_size, 1) float32
+        "The rewards of texts whose features are known."
+        rewards = self.head(features).float()
+        if self.length is not None:
+            rewards = rewards + self.length * lengths.clamp(min=1).log()[:, None]
         return rewards if self.bound is None else self.bound * torch.tanh(rewards / self.bound)
 
     def encode_texts(
@@ -512,7 +554,7 @@ class RewardModel(_Stored, _Exported, TextEncoder):
         with evaluating(self), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             return in_batches(self, rows, self.device, batch_size, progress) if rows else torch.empty(0, 1)
 
-# %% ../nbs/10_reward.ipynb #c086
+# %% ../nbs/10_reward.ipynb #c089
 class PairwiseLoss(torch.nn.Module):
     r"""Pairwise loss function: $-\operatorname{mean}(\log \sigma(r_{chosen} - r_{rejected}))$.
 
@@ -544,7 +586,7 @@ def _with_centring(losses: torch.Tensor, sums: torch.Tensor, weight: float) -> t
     "The losses of pairs, with the term that pulls the sum of two rewards to 0."
     return losses + weight * sums.square() if weight else losses
 
-# %% ../nbs/10_reward.ipynb #c097
+# %% ../nbs/10_reward.ipynb #c100
 def decided_pairs(
     scores: torch.Tensor,  # (n,) the judge's scores
     groups: torch.Tensor,  # (n,) which prompt a completion belongs to, any integers
@@ -555,7 +597,7 @@ def decided_pairs(
     pairs_of_prompt = same.float() @ better.float().sum(dim=1)  # (n,)
     return better / pairs_of_prompt.clamp(min=1)[:, None]
 
-# %% ../nbs/10_reward.ipynb #c099
+# %% ../nbs/10_reward.ipynb #c102
 class RankingLoss(torch.nn.Module):
     r"""The pairwise loss of K ranked completions a prompt, for any mixture of K.
 

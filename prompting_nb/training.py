@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'Draw', 'draw', 'length_batches', 'plan_batches', 'tokenise', 'collate', 'schedule', 'bf16_pays',
-           'measure', 'share_of', 'History', 'validate', 'train']
+           'measure', 'share_of', 'History', 'validate', 'parameter_groups', 'train']
 
 # %% ../nbs/16_training.ipynb #c002
 import logging
@@ -32,6 +32,7 @@ class TrainConfig:
 
     epochs: int = 1  # times that every prompt is seen
     lr: float = 1e-4  # of AdamW, at its highest
+    head_lr: float | None = None  # of what is not the pretrained transformer; `None`: the same
     completions_per_prompt: int = 4  # at most, drawn anew for each prompt in every epoch
     tokens_per_batch: int = 4096  # padding included; a prompt that needs more is a batch of its own
     weight_decay: float = 0.01
@@ -48,7 +49,7 @@ class TrainConfig:
             least = 2 if name == "completions_per_prompt" else 1
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name} is {value}; it should be at least {least}")
-        for name in ("lr", "clip", "max_seconds"):
+        for name in ("lr", "head_lr", "clip", "max_seconds"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise InputError(f"{name} is {value}; it should be above 0")
         if not 0 <= self.warmup < 1:
@@ -251,14 +252,25 @@ def validate(
     return dict(zip(("loss", "accuracy", "margin"), torch.stack(means).mean(dim=0).tolist()))
 
 # %% ../nbs/16_training.ipynb #c056
+def parameter_groups(
+    model: RewardModel,
+    config: TrainConfig,
+) -> list[dict]:  # for the optimiser: `params`, `lr`, and `share`, the rate as a multiple of `config.lr`
+    "The parameters that learn: those of the transformer, and the others."
+    inside = {id(parameter) for parameter in model.model.parameters()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = [[p for p in trainable if (id(p) in inside) == pretrained] for pretrained in (True, False)]
+    shares = [1.0, (config.head_lr or config.lr) / config.lr]
+    return [{"params": part, "lr": config.lr * share, "share": share} for part, share in zip(parts, shares) if part]
+
+# %% ../nbs/16_training.ipynb #c060
 class _Run:
     "The accelerator, the optimiser and the record of one run."
 
     def __init__(self, model: RewardModel, config: TrainConfig):
         self.accelerator = _accelerator(model.device)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fused = model.device.type in ("cpu", "cuda")  # one kernel for all parameters
-        optimizer = torch.optim.AdamW(trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.device, self.rank, self.clip = model.device, self.accelerator.process_index, config.clip
         bf16 = bf16_pays(self.device) if config.bf16 == "auto" else config.bf16
@@ -270,7 +282,7 @@ class _Run:
         "Learn from a collated batch; the measures are those of all processes together."
         input_ids, attention_mask, scores, groups = batch
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.history.bf16):
             rewards = self.model(input_ids, attention_mask)
         loss, means = measure(rewards, scores, groups)
@@ -285,7 +297,7 @@ class _Run:
     def bar(self, total: int, progress: bool) -> tqdm:
         return tqdm(total=total, desc="training", disable=not (progress and self.rank == 0))
 
-# %% ../nbs/16_training.ipynb #c057
+# %% ../nbs/16_training.ipynb #c061
 def train(
     model: RewardModel,  # trained in place; parameters with `requires_grad` False are left alone
     rankings: list[Ranking],  # pairs are rankings of two
