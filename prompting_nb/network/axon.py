@@ -14,8 +14,7 @@ import logging
 import math
 import threading
 import time
-from contextlib import aclosing, suppress
-from functools import partial
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, AsyncIterator, Callable
 
@@ -454,6 +453,9 @@ class _Lifecycle:
         end = time.monotonic() + self.drain
         while self._admitted and time.monotonic() < end:
             await asyncio.sleep(0.005)
+        if self._admitted:
+            count = len(self._admitted)
+            _log.warning("stopping: %d requests did not end within %g s and are given up", count, self.drain)
         for patience in list(self._admitted):
             patience.give_up(Refusal(503, "the miner is stopping", "stopping", _CLOSE))
 
@@ -462,6 +464,7 @@ class _Lifecycle:
         with self._lock:
             if self._server is not None:
                 self._stopping = True
+                _log.info("stopping: %d requests are let end, new ones refused", len(self._admitted))
                 self._server.stop(self._drain, limit=self.drain + 3)
                 self._threads.close()
                 self._gate.nonces.close()
@@ -538,7 +541,7 @@ class Axon(_Status, _Lifecycle, _Published):
         self._memory = MemoryNonces(clock)
         self._gate = Gatekeeper(self.hotkey, self._memory, clock)
         self._forward = self._blacklist = self._priority = self._check = self._server = self._threads = None
-        self._stopping, self._lock = False, threading.Lock()
+        self._stopping, self._admitted, self._lock = False, set(), threading.Lock()
         self._work = WorkQueue(workers, max_queue, ageing)
         self.metrics = Metrics(lambda: self._work.waiting, lambda: self._work.running)
         self._limits.refused = lambda kind: self.metrics.connections.labels(kind).inc()

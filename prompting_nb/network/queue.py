@@ -206,7 +206,8 @@ async def work(
 ) -> Any:  # what it returns; an iterator of pieces when it is a generator
     "`fn(synapse)`, wherever it belongs."
     try:
-        plain = not (inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn))
+        kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+        plain = not any(kind(fn) for kind in kinds)
         result = await _in_thread(slot, threads, fn, synapse) if plain else fn(synapse)
         result = await result if inspect.isawaitable(result) else result
     except (KeyboardInterrupt, SystemExit) as error:  # would end the loop, and with it everybody's requests
