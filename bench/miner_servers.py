@@ -48,13 +48,14 @@ served = []  # prompts in the order in which they were begun
 
 
 def make_miner(settings: dict) -> BenchMiner:
-    "A miner on a subnet of `hotkeys` validators, with stakes from 1 upwards in the order of their numbers."
-    chain, wallet = EmbeddedChain(max_uids=8192), make_wallet("bench miner")
+    "A miner on a subnet of `hotkeys` validators, with `rising` stakes in the order of their numbers or all the same."
+    chain, wallet, rising = EmbeddedChain(max_uids=8192), make_wallet("bench miner"), settings.get("rising", True)
     chain.register(wallet)
     for number in range(settings.get("hotkeys", 4095)):
-        chain.register(make_wallet(f"caller {number}"), stake=1.0 + number, validator_permit=True)
+        chain.register(make_wallet(f"caller {number}"), stake=1.0 + number * rising, validator_permit=True)
     limits = {name: settings[name] for name in ("workers", "max_queue") if name in settings}
-    return BenchMiner({**POLICY, "bench.seconds": settings.get("seconds", 0.0)}, Axon(wallet, **limits), wallet,
+    return BenchMiner({**POLICY, "bench.seconds": settings.get("seconds", 0.0),
+                       "miner.priority.idle_factor": float(rising)}, Axon(wallet, **limits), wallet,
                       chain.client())
 
 

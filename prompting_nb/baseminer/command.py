@@ -8,6 +8,7 @@ __all__ = ['EMBEDDED', 'VALIDATOR', 'miner_parser', 'make_miner', 'run_miner']
 # %% ../../nbs/36_miner_command.ipynb #c002
 import logging
 import sys
+from functools import partial
 from typing import Callable, Literal, Optional
 
 import jsonargparse
@@ -88,7 +89,7 @@ def _ask(miner: Miner, text: str) -> str:
 
 def run_miner(
     settings: Config,  # as `miner_parser` reads it
-    say: Callable[[str], None] = print,  # told what happens
+    say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "The command `prompting-nb miner`."
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

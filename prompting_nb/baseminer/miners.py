@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import threading
-from contextlib import asynccontextmanager
+from contextlib import aclosing, suppress
 from typing import Any, AsyncIterator, Callable, Iterable, Mapping, Optional
 from weakref import WeakKeyDictionary
 
@@ -217,6 +217,26 @@ class _Request:
         self.synapse, self.tell, self.left = synapse, tell, False
 
 
+async def _told(batcher: Batcher, synapse: Prompting) -> AsyncIterator[str]:
+    "What the model's thread tells about one request, heard in the event loop."
+    loop, told = asyncio.get_running_loop(), asyncio.Queue()
+
+    def tell(piece: str) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody hears it, and the others in the batch need not know
+            loop.call_soon_threadsafe(told.put_nowait, piece)
+
+    request = _Request(synapse, tell)
+    work = asyncio.wrap_future(batcher.submit(request))
+    work.add_done_callback(lambda _: told.put_nowait(None))
+    try:
+        while (piece := await told.get()) is not None:
+            yield piece
+        await work  # raises what went wrong
+    finally:
+        request.left = True
+        work.cancel()
+
+# %% ../../nbs/34_miners.ipynb #c043
 class TransformersMiner(PreparedMiner):
     "Answers with a causal language model; requests that wait at the same time are one batch."
 
@@ -265,27 +285,13 @@ class TransformersMiner(PreparedMiner):
             )
         return pieces.texts
 
-    async def stream(self, synapse: Prompting) -> AsyncIterator[str]:
-        "The same, piece by piece."
-        loop, told = asyncio.get_running_loop(), asyncio.Queue()
-        tell = lambda piece: loop.call_soon_threadsafe(told.put_nowait, piece)
-        request = _Request(synapse, tell)
-        work = asyncio.wrap_future(self.batcher.submit(request))
-        work.add_done_callback(lambda _: told.put_nowait(None))
-        try:
-            while (piece := await told.get()) is not None:
+    async def prompt(self, synapse: Prompting) -> AsyncIterator[str]:
+        "What the model writes after the conversation, as it is written."
+        async with aclosing(_told(self.batcher, synapse)) as pieces:
+            async for piece in pieces:
                 yield piece
-            await work
-        finally:
-            request.left = True
-            work.cancel()
 
-    async def prompt(self, synapse: Prompting) -> Prompting:
-        "What the model writes after the conversation."
-        synapse.completion = "".join([piece async for piece in self.stream(synapse)])
-        return synapse
-
-# %% ../../nbs/34_miners.ipynb #c051
+# %% ../../nbs/34_miners.ipynb #c052
 class UpstreamError(RuntimeError):
     "The server that has the model did not answer as it should; the message is safe to pass on."
 
@@ -294,7 +300,7 @@ def _answer(status: int, text: str) -> dict:
     "The JSON of an answer, or `UpstreamError` with its status."
     try:
         answer = json.loads(text)
-        if status == 200 and isinstance(answer, dict):
+        if status == 200 and isinstance(answer, dict) and "error" not in answer:
             return answer
         reason = answer["error"]["message"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -309,7 +315,7 @@ def _said(choice: Any, part: str) -> str:
     except (LookupError, TypeError, AttributeError):
         raise UpstreamError("the model server answered without a choice") from None
 
-# %% ../../nbs/34_miners.ipynb #c054
+# %% ../../nbs/34_miners.ipynb #c055
 class OpenAICompatibleMiner(PreparedMiner):
     "Answers with a model behind a server that speaks OpenAI's chat completions: vLLM, Ollama, OpenAI ..."
 
@@ -338,35 +344,30 @@ class OpenAICompatibleMiner(PreparedMiner):
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._clients = WeakKeyDictionary()  # event loop -> its connections
 
-    @asynccontextmanager
-    async def _asked(self, synapse: Prompting, stream: bool):
-        "The answer to the conversation as it comes in; `UpstreamError` where there is none."
+    def _asked(self, synapse: Prompting) -> Any:
+        "The request to the server, not sent yet."
         settings, turns = self.config.openai, zip(synapse.roles, synapse.messages)
         loop, url = asyncio.get_running_loop(), settings.base_url.rstrip("/") + "/chat/completions"
         client = self._clients.get(loop) or self._clients.setdefault(loop, httpx.AsyncClient(headers=self._headers))
         asked = {"model": settings.model, "messages": [{"role": role, "content": text} for role, text in turns],
-                 "max_tokens": settings.max_tokens, "temperature": settings.temperature, "stream": stream}
+                 "max_tokens": settings.max_tokens, "temperature": settings.temperature, "stream": True}
+        return client.stream("POST", url, json=asked, timeout=synapse.timeout)
+
+    async def prompt(self, synapse: Prompting) -> AsyncIterator[str]:
+        "What the model says, as it says it. `UpstreamError` where it does not."
         try:
-            async with client.stream("POST", url, json=asked, timeout=synapse.timeout) as answer:
-                yield answer if answer.status_code == 200 else _answer(answer.status_code, (await answer.aread()).decode())
+            async with self._asked(synapse) as answer:
+                if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+                    yield _said(_answer(answer.status_code, (await answer.aread()).decode()), "message")
+                    return
+                async for line in answer.aiter_lines():
+                    if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
+                        if piece := _said(_answer(answer.status_code, data), "delta"):
+                            yield piece
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeDecodeError) as error:
             raise UpstreamError(f"the model server cannot be reached: {type(error).__name__}") from error
 
-    async def stream(self, synapse: Prompting) -> AsyncIterator[str]:
-        "What the model says, piece by piece."
-        async with self._asked(synapse, stream=True) as answer:
-            async for line in answer.aiter_lines():
-                if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
-                    if piece := _said(_answer(200, data), "delta"):
-                        yield piece
-
-    async def prompt(self, synapse: Prompting) -> Prompting:
-        "What the model says."
-        async with self._asked(synapse, stream=False) as answer:
-            synapse.completion = _said(_answer(200, (await answer.aread()).decode()), "message")
-        return synapse
-
-# %% ../../nbs/34_miners.ipynb #c066
+# %% ../../nbs/34_miners.ipynb #c067
 MINERS = {
     "template": TemplateMiner,
     "replay": ReplayMiner,

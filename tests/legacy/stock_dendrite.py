@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def miner():
     "A running miner that serves one validator, as what a metagraph says about it."
-    command = [os.environ["MINER_PYTHON"], "-m", "prompting_nb.cli", "miner", "--template.completion", ANSWER,
+    command = [os.environ["MINER_PYTHON"], "-c", "from prompting_nb.cli import main; main()", "miner",
+               "--template.completion", ANSWER,
                "--miner.blacklist.whitelist", VALIDATOR.ss58_address]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
