@@ -74,9 +74,8 @@ def cut(
     max_windows: int = 16,  # of longer texts the middle is left out
 ) -> list[list[int]]:
     "Cut a text into windows of nearly equal length."
-    if len(ids) > room * max_windows:
-        half = room * max_windows // 2
-        ids = ids[:half] + ids[-half:]
+    if len(ids) > (most := room * max_windows):
+        ids = ids[:most - most // 2] + ids[len(ids) - most // 2:]
     count = -(-len(ids) // room)  # rounded up
     edges = [len(ids) * i // count for i in range(count + 1)]
     return [ids[a:b] for a, b in zip(edges, edges[1:])]
