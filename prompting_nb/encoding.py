@@ -7,6 +7,7 @@ __all__ = ['PRECISIONS', 'mean_pooling', 'last_token', 'context_size', 'cut', 'w
            'EmbeddingCache', 'micro_batches', 'in_threads', 'OneDnnLinear', 'use_onednn', 'Encoder']
 
 # %% ../nbs/04_encoding.ipynb #c002
+import functools
 import hashlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,7 @@ def context_size(
     return limit
 
 # %% ../nbs/04_encoding.ipynb #c020
+@functools.lru_cache(maxsize=8)  # two calls of the tokenizer, as long as reading the text itself
 def _special_tokens(tokenizer) -> tuple:
     "The token ids that a tokenizer puts before and after a text."
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
