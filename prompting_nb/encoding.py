@@ -7,6 +7,7 @@ __all__ = ['PRECISIONS', 'mean_pooling', 'last_token', 'context_size', 'cut', 'w
            'EmbeddingCache', 'micro_batches', 'in_threads', 'OneDnnLinear', 'use_onednn', 'Encoder']
 
 # %% ../nbs/04_encoding.ipynb #c002
+import functools
 import hashlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,7 @@ def context_size(
     return limit
 
 # %% ../nbs/04_encoding.ipynb #c020
+@functools.lru_cache(maxsize=8)  # two calls of the tokenizer, as long as reading the text itself
 def _special_tokens(tokenizer) -> tuple:
     "The token ids that a tokenizer puts before and after a text."
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -74,9 +76,8 @@ def cut(
     max_windows: int = 16,  # of longer texts the middle is left out
 ) -> list[list[int]]:
     "Cut a text into windows of nearly equal length."
-    if len(ids) > room * max_windows:
-        half = room * max_windows // 2
-        ids = ids[:half] + ids[-half:]
+    if len(ids) > (most := room * max_windows):
+        ids = ids[:most - most // 2] + ids[len(ids) - most // 2:]
     count = -(-len(ids) // room)  # rounded up
     edges = [len(ids) * i // count for i in range(count + 1)]
     return [ids[a:b] for a, b in zip(edges, edges[1:])]

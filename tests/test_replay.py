@@ -42,9 +42,9 @@ def earned(events, grades, rule):
     pytest.param(lambda scores, k, generator: gumbel_top_k(scores, k, temperature=0.2, generator=generator), id="gumbel"),
 ])
 def test_intervals_hold_the_truth_while_the_gate_learns(draw):
-    "Over 60 subnets of 10 uids: IPS and DR are right on average, 95 % intervals hold the truth nearly as often as they say."
+    "Over 30 subnets of 10 uids: IPS and DR are right on average, 95 % intervals hold the truth nearly as often as they say."
     misses, held = {"ips": [], "dr": []}, {"ips": [], "snips": [], "dr": []}
-    for seed in range(60):
+    for seed in range(30):
         dice = torch.Generator().manual_seed(seed)
         skill = torch.rand(3, 10, generator=dice)
         grades = skill[torch.randint(3, (250,), generator=dice)]  # (events, uids)
@@ -65,15 +65,21 @@ def test_intervals_hold_the_truth_while_the_gate_learns(draw):
 
 
 def test_doubly_robust_survives_a_model_that_is_wrong():
-    "With a reward model that says 5 for everybody, DM is far off and DR is not."
-    dice = torch.Generator().manual_seed(0)
-    grades = torch.rand(8, generator=dice).expand(3000, 8)
-    draw = lambda scores, k, generator: select(scores, k, epsilon=0.5, generator=generator)
-    events = log(grades, torch.rand(8, generator=dice), draw, 3, 0.1, dice)
-    found = estimate(events, ask_always([1, 2]), fit=lambda events: lambda event: torch.full((8,), 5.0))
-    truth = grades[0, [1, 2]].mean().item()
-    low, high = found.dr_interval
-    assert found.dm == pytest.approx(5.0) and low < truth < high and high - low < 1.2
+    "With a reward model that says 5 for everybody, DM is far off; over 40 logs DR is not."
+    misses, held = [], []
+    for seed in range(40):
+        dice = torch.Generator().manual_seed(seed)
+        grades = torch.rand(8, generator=dice).expand(500, 8)
+        draw = lambda scores, k, generator: select(scores, k, epsilon=0.5, generator=generator)
+        events = log(grades, torch.rand(8, generator=dice), draw, 3, 0.1, dice)
+        found = estimate(events, ask_always([1, 2]), fit=lambda events: lambda event: torch.full((8,), 5.0))
+        truth = grades[0, [1, 2]].mean().item()
+        assert found.dm == pytest.approx(5.0)
+        misses.append(found.dr - truth)
+        held.append(found.dr_interval[0] < truth < found.dr_interval[1])
+    misses = torch.tensor(misses)
+    assert abs(misses.mean()) < 4 * misses.std() / len(misses)**0.5 and misses.std() < 1
+    assert sum(held) >= 36
 
 
 def test_propensities_that_are_wrong_show_in_what_is_covered():
@@ -105,7 +111,7 @@ def test_recorded_models(recorded):
     Of 20 logs, for four rules: DR's interval holds what the rule would really have earned in at least nine of ten, DR is
     right on average, and nearer to the truth than the mean of the logged rewards.
     """
-    held, misses, naive = [], [], []
+    held, misses, naive, warnings = [], [], [], 0
     n = recorded.shape[1]
     for seed in range(20):
         dice = torch.Generator().manual_seed(seed)
@@ -117,12 +123,15 @@ def test_recorded_models(recorded):
         middle = belief.argsort()[n // 2 - 5:n // 2 + 5].tolist()
         for rule in (ask_best(3), ask_anyone(3), ask_always(middle), ask_always(worst + middle)):
             found, truth = estimate(events, rule), earned(events, grades, rule)
-            assert found.warning is None, found
+            warnings += found.warning is not None
             held.append(found.dr_interval[0] <= truth <= found.dr_interval[1])
             misses.append(found.dr - truth)
             pairs = [(rule(e)[uid].item(), r) for e in events for uid, r in zip(e.uids, e.rewards)]
             naive.append(sum(w * r for w, r in pairs) / sum(w for w, _ in pairs) - truth)
     misses, naive = torch.tensor(misses), torch.tensor(naive)
+    assert warnings <= 0.1 * len(held)  # these logs can answer; chance may make one look as if it could not
+    print(f"held {sum(held) / len(held):.2f}, root mean squared error {misses.square().mean().sqrt():.3f}, "
+          f"of the naive mean {naive.square().mean().sqrt():.3f}, warnings {warnings} of {len(held)}")
     assert sum(held) / len(held) >= 0.9
     assert abs(misses.mean()) < 4 * misses.std() / len(misses)**0.5
     assert misses.square().mean() < naive.square().mean()
