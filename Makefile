@@ -37,13 +37,22 @@ bench-gating: $(VENV)/.dev  ## measure how well and how fast gates learn (JSON=F
 lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
 
+docs: $(VENV)/.dev  ## build the documentation into _docs/, with Quarto where it is installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.site build $(ARGS)
+
+preview: $(VENV)/.dev  ## serve the documentation on loopback, build again on change (ARGS="--port 8001")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.site preview $(ARGS)
+
+screenshots: $(VENV)/.dev  ## take the pictures anew that tests/test_site.py compares with
+	REFRESH_SCREENSHOTS=1 $(BIN)/python -m pytest tests/test_site.py -k look $(ARGS)
+
 prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make README.md from the index
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/readme.py
 
 clean:           ## remove the environment and what was built
-	rm -rf $(VENV) $(LEGACY) build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEGACY) _docs _proc build *.egg-info .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

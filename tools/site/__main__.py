@@ -20,7 +20,9 @@ def with_quarto(out: Path) -> None:
     "nbdev_docs, which is only called when Quarto is there: it would install it otherwise; then what goes with a site."
     from tools.site import render
 
+    readme = (ROOT / "README.md").read_bytes()  # nbdev_docs would make it too; ours comes from tools/readme.py
     subprocess.run([sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"], cwd=ROOT, check=True)
+    (ROOT / "README.md").write_bytes(readme)
     render.add_text(NBS, OUT)
     if out != OUT:
         OUT.rename(out)

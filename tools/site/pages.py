@@ -9,6 +9,7 @@ import ast
 import functools
 import html
 import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -53,8 +54,10 @@ def target(name: str, here: str | None = None) -> tuple[str, str] | None:
     homes = [here] if here in homes else homes
     if len(homes) != 1:
         return None
-    cls = getattr(importlib.import_module(homes[0]), first)
-    if method and not (isinstance(cls, type) and method in members(cls)):
+    value = getattr(importlib.import_module(homes[0]), first)
+    if not inspect.isroutine(value) and not isinstance(value, type):
+        return None  # a constant or an alias, which has no entry
+    if method and not (isinstance(value, type) and method in members(value)):
         return None
     return modules()[homes[0]][0], anchor(name, homes[0])
 
@@ -104,7 +107,7 @@ class Page(Processor):
         self.module = f"{cfg.lib_path.name}.{exports[0]}" if exports else None
         self.space = vars(importlib.import_module(self.module)) if self.module else {}
         shown = frozenset(name for c in self.nb.cells if c.cell_type == "code" for name in _SHOW.findall(c.source))
-        self.entries, cells = [], []
+        self.entries, cells, self.level = [], [], 1  # the level of the newest heading, 2 at most
         self.skip = shown | frozenset(n for c in self.nb.cells for n in self._defined(c) if "." in n)
         for cell in self.nb.cells:
             cells += self._cells(cell, shown)
@@ -130,7 +133,7 @@ class Page(Processor):
             raise LookupError(f"{self.notebook} documents {name}, which {self.module} does not have: run nbdev_export")
         raw = vars(value)[name.split(".")[1]] if "." in name and name.split(".")[1] in vars(value) else value
         self.entries.append(name)
-        return Renderer(raw, name, 4 if "." in name else 3, skip=self.skip)
+        return Renderer(raw, name, self.level + 1 + ("." in name), skip=self.skip)
 
     def _methods(self, name: str) -> list[str]:
         value = self.space.get(name)
@@ -139,6 +142,7 @@ class Page(Processor):
     def _cells(self, cell, shown: frozenset) -> list:
         directives = cell.get("directives_", {})
         if cell.cell_type != "code":
+            self.level = 2 if re.search("^##", cell.source, re.M) else self.level
             return [cell]
         if "exec_doc" in directives:  # what the page shows is worked out when the site is built
             if not hasattr(self, "shell"):

@@ -29,9 +29,8 @@ if (current) sidebar.scrollTop = current.offsetTop - sidebar.clientHeight / 2;
 
 // what scrolls sideways can be reached with the keyboard
 const reachable = () => all("pre, .table-wrap, .cell-output-html, math[display=block]").forEach((box) => {
-  const wide = box.scrollWidth > box.clientWidth + 1;
-  if (wide) { box.tabIndex = 0; box.role = "region"; box.ariaLabel = box.matches("pre") ? "Code" : "Table" }
-  else if (box.tabIndex === 0) { box.removeAttribute("tabindex"); box.removeAttribute("role"); box.removeAttribute("aria-label") }
+  const wide = box.scrollWidth > box.clientWidth;
+  wide ? box.setAttribute("tabindex", 0) : box.removeAttribute("tabindex");
 });
 reachable();
 addEventListener("resize", reachable);
@@ -104,7 +103,7 @@ function find() {
   const found = words.length && window.searchIndex
     ? searchIndex.map((entry) => [score(entry, words), entry]).filter(([s]) => s > 0).sort((a, b) => b[0] - a[0]).slice(0, 20) : [];
   results.innerHTML = found.map(([, [url, title, name, api, text]], i) =>
-    `<li role="option" id="result-${i}" aria-selected="false"><a tabindex="-1" href="${up}${url}"><i>${name === title ? "" : escape(title)}</i><b${api ? ' class="name"' : ""}>${mark(name, words)}</b><small>${snippet(text, words)}</small></a></li>`).join("");
+    `<li role="option" id="result-${i}" aria-selected="false" data-url="${up}${url}"><i>${name === title ? "" : escape(title)}</i><b${api ? ' class="name"' : ""}>${mark(name, words)}</b><small>${snippet(text, words)}</small></li>`).join("");
   hint.textContent = !words.length ? idle : found.length ? `${found.length}${found.length === 20 ? " best" : ""} results` : `Nothing has “${input.value}”.`;
   input.setAttribute("aria-expanded", found.length > 0);
   choose(found.length ? 0 : -1);
@@ -122,9 +121,12 @@ input.oninput = find;
 input.onkeydown = (event) => {
   const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   if (step) { event.preventDefault(); choose(chosen + step) }
-  if (event.key === "Enter" && chosen >= 0) { event.preventDefault(); $("a", results.children[chosen]).click() }
+  if (event.key === "Enter" && chosen >= 0) { event.preventDefault(); results.children[chosen].click() }
 };
-results.onclick = () => dialog.close();
+results.onclick = (event) => {
+  const item = event.target.closest("[data-url]");
+  if (item) { dialog.close(); location.href = item.dataset.url }
+};
 dialog.onclick = (event) => { if (event.target === dialog) dialog.close() };
 addEventListener("keydown", (event) => {
   const typing = event.target.matches("input, textarea, select, [contenteditable]");
