@@ -78,7 +78,11 @@ def subjects() -> dict:
 
 
 def one_message(gate, plain, messages: list[str], rounds: int) -> dict:
-    "A gate's `forward` beside the forward of its encoder alone, which gets its tokens ready made; and a repeated message."
+    """A gate's `forward` beside the forward of its encoder alone, which gets its tokens ready made; and a repeated message.
+
+    The encoder alone is the model as transformers loads and runs it. `forward_vs_own_encoder` is stricter: beside the same
+    model with the faster layers that the gate gave it, where tokens, pooling and a cold head of 4096 rows weigh more.
+    """
     gate.encoder.cache = EmbeddingCache(0)
     rows = []
     for message in messages:
@@ -93,8 +97,8 @@ def one_message(gate, plain, messages: list[str], rounds: int) -> dict:
     repeated = seconds({"repeat": lambda: gate(messages[0])}, 200)["repeat"]
     median = statistics.median
     return {
-        "forward_vs_encoder": median(row["gate"] / row["encoder"] for row in rows),
-        "forward_vs_transformers": median(row["gate"] / row["transformers"] for row in rows),
+        "forward_vs_encoder": median(row["gate"] / row["transformers"] for row in rows),
+        "forward_vs_own_encoder": median(row["gate"] / row["encoder"] for row in rows),
         "forward_ms": 1e3 * median(row["gate"] for row in rows),
         "encoder_ms": 1e3 * median(row["encoder"] for row in rows),
         "transformers_ms": 1e3 * median(row["transformers"] for row in rows),
@@ -208,11 +212,12 @@ def machine() -> dict:
 def show(result: dict, console: Console) -> None:
     "The tables."
     table = Table("one message, 4096 uids", "ms", title="One message", title_justify="left")
-    for text, key in (("forward of a gate", "forward_ms"), ("its encoder alone, tokens ready", "encoder_ms"),
-                      ("the encoder as transformers runs it", "transformers_ms")):
+    for text, key in (("forward of a gate", "forward_ms"), ("the encoder alone, as transformers runs it", "transformers_ms"),
+                      ("the encoder alone, with the gate's faster layers", "encoder_ms")):
         table.add_row(text, f"{result[key]:.2f}")
     table.add_row("a repeated message", f"{result['repeat_us'] / 1e3:.3f}")
-    table.add_row("forward / encoder alone", f"x {result['forward_vs_encoder']:.2f}")
+    table.add_row("forward / encoder as transformers runs it", f"x {result['forward_vs_encoder']:.2f}")
+    table.add_row("forward / encoder with faster layers", f"x {result['forward_vs_own_encoder']:.2f}")
     console.print(table)
     table = Table("messages a second", *result["mixes"], title=f"{MESSAGES} messages", title_justify="left")
     names = {"one by one": "one at a time, float32", **{p: f"at once, {p}" for p in PRECISIONS},

@@ -129,13 +129,12 @@ def run_loop(
     from prompting_nb.pretrained import MINILM
     from prompting_nb.report import Recorder, make_folder
     from prompting_nb.tasks import open_arena
-    from prompting_nb.validators.encoders import Encoder
+    from prompting_nb.validators.encoders import Encoder, check_encoder
     from prompting_nb.validators.loop import Loop, Policy, assess, default_gate
 
     started = time.monotonic()
     _check(settings)
-    if settings.gating.model_name != MINILM:
-        Encoder(settings.gating.model_name)  # to find out now whether it can be had
+    check_encoder(settings.gating.model_name)  # to find out now whether it can be had
     arena = open_arena(settings.prompts, Encoder(MINILM), settings.steps, settings.seed)
     policy = Policy(settings.top_k, settings.timeout, settings.rule, explore_steps=round(0.3 * len(arena.prompts)))
     policy.check(arena)

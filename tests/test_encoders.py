@@ -1,4 +1,4 @@
-"""The encoder under load: groupings, threads, precisions and compilation, in all combinations that a page would not bear."""
+"""The encoder under load: groupings, threads, precisions, compilation, in combinations that a page would not bear."""
 
 import shutil
 import threading

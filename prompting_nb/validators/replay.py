@@ -188,7 +188,7 @@ def _doubts(unknown: int, events: int, covered: float, at_most: float, effective
 
 
 def _sums(events: list, rule: Callable, expected: list) -> torch.Tensor:
-    "For each event `w r`, `w`, `w^2`, `sum pi`, `sum pi q` and `w (r - q)`, summed over its answers: `(events, 6)`."
+    "For each event, summed over answers: `w r`, `w`, `w^2`, `sum pi`, `sum pi q`, `w (r - q)`. Shape `(events, 6)`."
     rows = []
     for event, q in zip(events, expected):
         wanted = rule(event).double()  # (network_size,)
