@@ -81,7 +81,8 @@ class HeadEnsemble:
         "Fit every head on a sample of the prompts, drawn with replacement."
         rankings = [ranking for ranking in rankings if any(decisions(ranking))]
         if heads < 2 or not rankings:
-            raise InputError(f"an ensemble needs at least 2 heads and a decided prompt, got {heads} and {len(rankings)}")
+            found = f"{heads} and {len(rankings)}"
+            raise InputError(f"an ensemble needs at least 2 heads and a decided prompt, got {found}")
         features, draw = text_features(model, rankings, progress=progress), torch.Generator().manual_seed(seed)
         weights = []
         for _ in range(heads):

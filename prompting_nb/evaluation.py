@@ -123,7 +123,8 @@ def best_of_k_accuracy(
     correct: list[int],  # for each prompt the index of the correct completion
 ) -> float:
     "The share of prompts whose correct completion has the highest score; ties for it count in part."
-    hits = [(given[right] == max(given)) / given.count(max(given)) for given, right in zip(scores, correct, strict=True)]
+    pairs = zip(scores, correct, strict=True)
+    hits = [(given[right] == max(given)) / given.count(max(given)) for given, right in pairs]
     return sum(hits) / len(hits)
 
 # %% ../nbs/13_evaluation.ipynb #c031

@@ -248,8 +248,8 @@ class TextEncoder(torch.nn.Module):
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = pack(input_ids, attention_mask)
         if self.pooling == "layers":
-            states = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True).hidden_states
-            mean = pool(torch.stack(states[1:]).mean(dim=0), attention_mask, "mean")
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+            mean = pool(torch.stack(output.hidden_states[1:]).mean(dim=0), attention_mask, "mean")
             return torch.nn.functional.layer_norm(mean, mean.shape[-1:])
         output = self.model(input_ids=input_ids, attention_mask=attention_mask)
         if self.pooling == "pooler":
@@ -303,8 +303,8 @@ def model_card(
     lines = [f"| {label} | {value:.3f} |" for label, value in found.items()]
     table = ["", f"## Evaluation: {dataset}", "", "| | |", "|---|---|", *lines] if lines else []
     return "\n".join(["---", metadata.strip(), "---", "", f"# {name}", "",
-                      f"A reward model: {kind}, {model.pooling} pooling, at most {model.max_length} tokens. Rewards compare "
-                      "completions of the same prompt; their zero means nothing.", "", "```python",
+                      f"A reward model: {kind}, {model.pooling} pooling, at most {model.max_length} tokens. Rewards "
+                      "compare completions of the same prompt; their zero means nothing.", "", "```python",
                       "from prompting_nb.reward import RewardModel", "",
                       f'model = RewardModel.from_pretrained("{name}")',
                       "model.score(prompts, completions)", "```", *table, ""])
@@ -359,7 +359,8 @@ class _Stored:
             model.model_name = base
             weights = load_file(folder / "reward_head.safetensors")
             if "length" in weights:
-                model.length = torch.nn.Parameter(weights.pop("length").clone().to(model.device))  # not a view of the file
+                length = weights.pop("length").clone()  # a copy: what was loaded is a view of the file
+                model.length = torch.nn.Parameter(length.to(model.device))
             model.head.load_state_dict(weights)
         except InputError:
             raise
@@ -384,8 +385,8 @@ class _Stored:
                 return str(HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A reward model"))
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(f"cannot push to {repo_id} ({reason}): log in with `hf auth login`, and check the name "
-                                 "and the connection") from error
+                raise InputError(f"cannot push to {repo_id} ({reason}): log in with `hf auth login`, and check the "
+                                 "name and the connection") from error
 
 
 def _download(name: str, **kwargs) -> str:
@@ -398,7 +399,7 @@ def _download(name: str, **kwargs) -> str:
 def _classifier_of(model: "RewardModel", tokenizer) -> torch.nn.Module:
     "A sequence classifier with the weights of a reward model."
     config = copy.deepcopy(model.model.config)
-    config.num_labels, config.problem_type, config.pad_token_id = 1, "regression", tokenizer.pad_token_id
+    config.num_labels, config.problem_type = 1, "regression"
     try:
         classifier = AutoModelForSequenceClassification.from_config(config).float().eval()
     except ValueError as error:
@@ -416,6 +417,7 @@ def _classifier_of(model: "RewardModel", tokenizer) -> torch.nn.Module:
             head.bias.zero_()
     if len(tokenizer) > classifier.get_input_embeddings().num_embeddings:
         classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    classifier.config.pad_token_id = tokenizer.pad_token_id  # only now: the table may have been too small for it
     return classifier
 
 
@@ -426,7 +428,7 @@ def _same_scores(model: "RewardModel", classifier, tokenizer) -> bool:
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     with torch.no_grad(), evaluating(model):
-        ours = model(ids.to(model.device), mask.to(model.device)).cpu()
+        ours = model(*pad(rows, model.device)).cpu()  # our own padding: the classifier's token is new to our model
         return torch.allclose(classifier(input_ids=ids, attention_mask=mask).logits, ours, atol=1e-5, rtol=1e-5)
 
 # %% ../nbs/10_reward.ipynb #c062
@@ -441,15 +443,17 @@ class _Exported:
         cannot = {"a bounded reward": self.bound is not None, "a term for the length": self.length is not None,
                   f"{self.pooling!r} pooling": self.pooling in ("mean", "layers")}
         if any(cannot.values()):
-            raise InputError(f"a sequence classifier cannot express {' and '.join(what for what, is_so in cannot.items() if is_so)}"
-                             ": train without, and with pooling='last' for causal models, 'pooler' for BERT and RoBERTa")
+            what = " and ".join(name for name, is_so in cannot.items() if is_so)
+            raise InputError(f"a sequence classifier cannot express {what}: train without, and with pooling='last' for "
+                             "causal models, 'pooler' for BERT and RoBERTa")
         if hasattr(self.model, "merge_and_unload"):
             raise InputError("a sequence classifier holds whole weights: call merge_lora() first")
         tokenizer = copy.deepcopy(self.tokenizer)
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # the last token that is not padding is read
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         tokenizer.padding_side = "right"
-        tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]  # we tell no segments apart
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # we tell no segments apart ...
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # ... and this is what is saved
         classifier = _classifier_of(self, tokenizer)
         if not _same_scores(self, classifier, tokenizer):
             raise InputError(f"the sequence classifier of {classifier.config.model_type} computes something else than "

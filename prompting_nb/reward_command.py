@@ -22,8 +22,8 @@ _ABOUT = {
     "eval": "Say how good a reward model is on rankings or pairs that it was not trained on.",
     "score": "Write the rewards of completions, one JSON line for each line read.",
 }
-_DATA = """Data: JSON lines, plain or .gz. A ranking is {"prompt": ..., "responses": [{"completion": ..., "score": ...}, ...]}, a
-pair {"prompt": ..., "chosen": ..., "rejected": ...}; texts can also be lists of {"role": ..., "content": ...}."""
+_DATA = """Data: JSON lines, plain or .gz. A ranking is {"prompt": ..., "responses": [{"completion": ..., "score": ...}, ...]},
+a pair {"prompt": ..., "chosen": ..., "rejected": ...}; texts can also be lists of {"role": ..., "content": ...}."""
 _EXAMPLES = {
     "train": "example: prompting-nb reward train --data pairs.jsonl --out my-reward --epochs 2",
     "eval": "example: prompting-nb reward eval --model my-reward --data held-out.jsonl --json figures.json",
@@ -34,7 +34,8 @@ _TRAINING = {
     "head_lr": "Learning rate of the head. Default: the same.",
     "completions_per_prompt": "Completions of a prompt that are read in an epoch, at most.",
     "tokens_per_batch": "Tokens in a batch, padding included.", "warmup": "Share of the run in which the rate rises.",
-    "clip": "Norm that gradients are cut down to.", "bf16": "Compute in bfloat16: true, false, or auto (where it pays).",
+    "clip": "Norm that gradients are cut down to.",
+    "bf16": "Compute in bfloat16: true, false, or auto (where it pays).",
     "seed": "Of everything that is drawn at random.", "max_steps": "Stop after so many batches.",
     "max_seconds": "Stop after so much time.",
 }
@@ -48,18 +49,18 @@ def _add_training(parser) -> None:
     add("--data", type=str, required=True, help="Rankings or pairs to learn from.")
     add("--out", type=str, required=True, help="Folder for the model.")
     add("--force", action="store_true", help="Overwrite --out if it holds a model.")
-    add("--eval-data", type=Optional[str], default=None, help="Rankings or pairs to evaluate on. Default: see --held-out.")
+    add("--eval-data", type=Optional[str], default=None, help="Rankings or pairs to evaluate on.")
     add("--held-out", type=float, default=0.1, help="Share of the prompts to evaluate on, or 0 for none.")
     add("--model", type=str, default="minilm", help="Model to start from: a folder, a name on the hub, or minilm.")
-    add("--max-length", type=Optional[int], default=None, help="Tokens of a text. Default: 256, or what the model takes.")
+    add("--max-length", type=Optional[int], default=None, help="Tokens of a text. Default: at most 256.")
     add("--pooling", type=str, default="auto", help="auto, last, mean, layers or pooler.")
     add("--depth", type=Optional[int], default=None, help="Layers to use, from the first. Default: all.")
-    add("--length", type=Optional[float], default=None, help="First weight of a term for the length. Default: no such term.")
+    add("--length", type=Optional[float], default=None, help="First weight of a term for the length.")
     add("--lora", type=Optional[int], default=None, help="Rank of low-rank adapters to train instead of all weights.")
     for field in dataclasses.fields(TrainConfig):
         if field.name in _TRAINING:
-            kind = Any if field.name == "bf16" else type(field.default) if field.default is not None else Optional[float]
-            kind = Optional[int] if field.name == "max_steps" else kind
+            special = {"bf16": Any, "max_steps": Optional[int], "max_seconds": Optional[float], "head_lr": Optional[float]}
+            kind = special.get(field.name, type(field.default))
             add(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=_TRAINING[field.name])
 
 # %% ../nbs/19_reward_command.ipynb #c006

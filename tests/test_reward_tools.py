@@ -36,13 +36,14 @@ def test_a_prompt_keeps_its_messages(messages):
 
 
 def test_conversations_score_as_their_template_writes_them(minilm):
-    conversations = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in (("a", "b"), ("c d", "e"))]
+    pairs = [("a", "b"), ("c d", "e")]
+    conversations = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
     plain = minilm.score(conversations)
     assert torch.equal(plain, minilm.score(["a", "c d"], ["b", "e"]))
     minilm.tokenizer.chat_template = CHATML
     try:
         templated = minilm.score(conversations)
-        texts = [f"<|user|>{q}[SEP]<|assistant|>{a}[SEP]" for q, a in (("a", "b"), ("c d", "e"))]
+        texts = [f"<|user|>{q}[SEP]<|assistant|>{a}[SEP]" for q, a in pairs]
         rows = minilm.tokenizer(texts, add_special_tokens=False)["input_ids"]
         assert minilm.encode_texts(conversations) == rows
         assert not torch.allclose(templated, plain)
@@ -69,7 +70,10 @@ def test_losses_are_finite_at_large_margins_with_everything_on(dtype):
     assert loss.isfinite().all() and far.grad.isfinite().all()
 
 
-@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9), st.floats(0, 3)), min_size=1, max_size=6), st.floats(0, 1))
+rewards = st.floats(-9, 9)
+
+
+@given(st.lists(st.tuples(rewards, rewards, st.floats(0, 3)), min_size=1, max_size=6), st.floats(0, 1))
 def test_pairwise_loss_with_margin_and_centring(rows, centring):
     chosen, rejected, margin = (torch.tensor(column, dtype=torch.float64)[:, None] for column in zip(*rows))
     wanted = sum(math.log1p(math.exp(-(c - r - m))) + centring * (c + r) ** 2 for c, r, m in rows) / len(rows)
