@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-legacy bench-miner lab prepare readme clean
+.PHONY: help demo test test-fast test-legacy bench-reward bench-gating bench-miner lab docs preview screenshots prepare readme clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -31,8 +31,20 @@ test-legacy: $(VENV)/.library $(LEGACY)/.stock  ## let a stock Dendrite of bitte
 bench-miner: $(VENV)/.library $(LEGACY)/.stock  ## measure the miner beside Starlette and bittensor 10.5.0 (JSON=FILE keeps the figures)
 	$(BIN)/python bench/miner.py $(if $(JSON),--json $(JSON)) $(ARGS)
 
+bench-gating: $(VENV)/.dev  ## measure how well and how fast gates learn (JSON=FILE keeps the figures; ten minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/gating.py $(if $(JSON),--json $(JSON)) $(ARGS)
+
 lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
+
+docs: $(VENV)/.dev  ## build the documentation into _docs/, with Quarto where it is installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.site build $(ARGS)
+
+preview: $(VENV)/.dev  ## serve the documentation on loopback, build again on change (ARGS="--port 8001")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.site preview $(ARGS)
+
+screenshots: $(VENV)/.dev  ## take the pictures anew that tests/test_site.py compares with
+	REFRESH_SCREENSHOTS=1 $(BIN)/python -m pytest tests/test_site.py -k look $(ARGS)
 
 prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make README.md from the index
 	$(BIN)/nbdev_export
@@ -40,7 +52,7 @@ prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make 
 	$(BIN)/python tools/readme.py
 
 clean:           ## remove the environment and what was built
-	rm -rf $(VENV) $(LEGACY) build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEGACY) _docs _proc build *.egg-info .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
