@@ -11,6 +11,8 @@ from typing import Any
 import httptools
 from bittensor import http_auth
 
+from miner_servers import question
+
 from prompting_nb.network.chain import make_wallet
 from prompting_nb.protocol import Prompting, write_body
 
@@ -31,7 +33,7 @@ def requests(count: int, first: int, hotkey: str | None, wallets: list) -> list:
 
     To be made shortly before they are sent: a signature is fresh for ten seconds.
     """
-    return [request(f"Question {number}: what is the meaning of life?", hotkey, wallets[number % len(wallets)])
+    return [request(question(number), hotkey, wallets[number % len(wallets)])
             for number in range(first, first + count)]
 
 

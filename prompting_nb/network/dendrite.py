@@ -15,9 +15,8 @@ import time
 import weakref
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, AsyncIterator, Callable, Iterable
+from typing import Any, AsyncIterator, Callable, Iterable, NamedTuple
 
 import aiohttp
 import bittensor as bt
@@ -81,8 +80,7 @@ def _completion(status: int, body: bytes) -> str:
         raise _Failure(422, f"not a completion: {error}") from None
 
 # %% ../../nbs/27_dendrite.ipynb #c014
-@dataclass(frozen=True)
-class _Question:
+class _Question(NamedTuple):
     "What an answer's signature is tied to."
 
     miner: str
@@ -96,7 +94,7 @@ class _Question:
             if required:
                 raise _Failure(422, "the answer is not signed")
             return "Success, unsigned"
-        if not answer_fits(signature, answer, **self.__dict__):
+        if not answer_fits(signature, answer, **self._asdict()):
             raise _Failure(422, "the answer is not signed by the miner that was asked")
         return "Success"
 

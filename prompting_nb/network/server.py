@@ -32,8 +32,11 @@ class Limits:
     head_timeout: float = 10.0  # seconds from the first moment to the end of the headers
     idle_timeout: float = 75.0  # seconds between requests; longer than our client keeps an idle connection
     max_connections: int = 4096
+    max_waiting: int = 64_000_000  # bytes of all requests together that are not complete
     refused: Callable[[str], None] = lambda kind: None  # is told of each connection that was closed for this
     waiting: dict = field(default_factory=dict, repr=False)  # connections that have not sent a whole head, oldest first
+    begun: dict = field(default_factory=dict, repr=False)  # connection -> bytes of a request that is not complete
+    size: int = 0  # bytes of those together
 
 
 def open_files() -> int:
@@ -102,6 +105,7 @@ class _Guarded(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._whole()
+        self._let_go()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -114,6 +118,22 @@ class _Guarded(HttpToolsProtocol):
         elif self._part and self._size > self._limits.max_message:
             self._limits.refused("message")
             self.transport.abort()
+        elif self._part:
+            self._hold(len(data))
+
+    def _hold(self, size: int) -> None:
+        "So much more is in memory of requests that are not complete. If it is too much, the oldest has to go."
+        limits = self._limits
+        limits.begun[self] = limits.begun.get(self, 0) + size
+        limits.size += size
+        while limits.size > limits.max_waiting:
+            oldest = next(iter(limits.begun))
+            oldest._let_go()
+            limits.refused("memory")
+            oldest.transport.abort()
+
+    def _let_go(self) -> None:
+        self._limits.size -= self._limits.begun.pop(self, 0)
 
 # %% ../../nbs/24_server.ipynb #c009
 class Guarded(_Guarded):
@@ -130,6 +150,7 @@ class Guarded(_Guarded):
 
     def on_message_complete(self) -> None:
         self._part = ""
+        self._let_go()
         super().on_message_complete()
 
     def _wait(self) -> None:
