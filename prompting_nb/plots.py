@@ -207,9 +207,7 @@ def plot_training(
     ax = new_axes(ax)
     for (name, losses), (colour, stroke, _) in zip(curves.items(), _STROKES):
         ax.plot(moving_mean(losses, window), stroke, color=colour, lw=1.8, label=name)
-    ax.axhline(np.log(2), color="#555555", lw=0.8)
-    ax.annotate("a coin", (1, np.log(2)), xycoords=("axes fraction", "data"), xytext=(-32, 4), textcoords="offset points",
-                fontsize=8, color="#555555")
+    ax.axhline(np.log(2), color="#555555", lw=0.8, label="no preference (log 2)")
     ax.set(xlabel="step (batches)", ylabel="loss" + (f" (mean of {window} steps)" if window > 1 else ""),
            title="Does it learn?", ylim=(0, None))
     ax.legend(loc="upper right")
@@ -238,26 +236,27 @@ def plot_regret(
     return ax
 
 # %% ../nbs/60_plots.ipynb #c034
+_SHADES = ("#c8102e", "#aaaaaa", "#1f6fb4", "#333333")  # neighbours differ in grey as well
+
+
 @styled
 def plot_queue(
     visits: Sequence[tuple],  # (who, arrived, began, ended) in seconds; `began` is None for one that was turned away
     ax: Optional[plt.Axes] = None,
 ) -> plt.Axes:
     "Who waited how long, and who was turned away."
-    kinds = dict(zip(dict.fromkeys(visit[0] for visit in visits), _STROKES))
+    colours = dict(zip(dict.fromkeys(visit[0] for visit in visits), _SHADES))
     ax = new_axes(ax, figsize=(7.0, 1.4 + 0.09 * len(visits)))
     for place, (kind, arrived, began, ended) in enumerate(sorted(visits, key=lambda visit: visit[1])):
-        colour, stroke, marker = kinds[kind]
+        waited = ended if began is None else began
+        ax.plot([arrived, waited], [place] * 2, color=colours[kind], lw=0.9)
         if began is None:
-            ax.plot([arrived, ended], [place] * 2, ":", color=colour, lw=0.9)
-            ax.plot(ended, place, "x", color=colour, ms=5)
+            ax.plot(ended, place, "x", color=colours[kind], ms=5)
         else:
-            ax.plot([arrived, began], [place] * 2, color=colour, lw=0.9)
-            ax.plot([began, ended], [place] * 2, color=colour, lw=4, solid_capstyle="butt")
-            ax.plot(ended, place, marker, color=colour, ms=3)
-    for kind, (colour, _, marker) in kinds.items():
-        ax.plot([], [], marker=marker, ms=3, color=colour, lw=4, label=kind)
-    ax.plot([], [], "x", color="#555555", ls=":", label="turned away")
+            ax.plot([began, ended], [place] * 2, color=colours[kind], lw=4, solid_capstyle="butt")
+    for kind, colour in colours.items():
+        ax.plot([], [], color=colour, lw=4, label=kind)
+    ax.plot([], [], "x", color="#555555", ls="", label="turned away")
     ax.invert_yaxis()
     ax.set(xlabel="time (s)", ylabel="request, in order of arrival", title="Who waits?")
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
