@@ -20,6 +20,7 @@ import jsonargparse
 
 from . import __version__
 from .config import Config, InputError, add_argument, make_parser, merge
+from .reward_command import reward_parser, run_reward
 
 # %% ../nbs/62_cli.ipynb #c005
 _LOOP = """Run the whole loop on this machine: a reward model learns from preferences, miners are started on an
@@ -197,7 +198,8 @@ def _reported(command: str, debug: bool):
         end(2 if isinstance(error, InputError) else 1, _one_line(error))
 
 # %% ../nbs/62_cli.ipynb #c014
-COMMANDS = {"loop": (loop_parser, run_loop, "run the whole loop on this machine, and write a report")}
+COMMANDS = {"loop": (loop_parser, run_loop, "run the whole loop on this machine, and write a report"),
+            "reward": (reward_parser, run_reward, "train, evaluate and use a reward model")}
 _HELP = "\n".join(["usage: prompting-nb COMMAND [flags]", "",
                    "The loop behind a decentralised network of language models.", "", "commands:",
                    *(f"  {name:8} {what}" for name, (_, _, what) in COMMANDS.items()), "",

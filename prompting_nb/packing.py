@@ -319,8 +319,8 @@ def packed_rewards(
     **options,  # as for `features`
 ) -> torch.Tensor:  # (texts, 1), what `RewardModel.forward` returns for each text
     "The rewards of texts, differentiable."
-    rewards = model.head(features(model, groups, **options)).float()
-    return rewards if model.bound is None else model.bound * torch.tanh(rewards / model.bound)
+    lengths = torch.tensor([len(row) for rows in groups for row in rows], device=model.device)
+    return model.rewards_of(features(model, groups, **options), lengths)
 
 
 def score_packed(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'Draw', 'draw', 'length_batches', 'token_batches', 'plan_batches', 'tokenise', 'collate', 'schedule',
            'bf16_pays', 'measure', 'share_of', 'History', 'validate', 'write_checkpoint', 'read_checkpoint',
-           'run_digest', 'train']
+           'run_digest', 'parameter_groups', 'train']
 
 # %% ../nbs/16_training.ipynb #c002
 import hashlib
@@ -40,6 +40,7 @@ class TrainConfig:
 
     epochs: int = 1  # times that every prompt is seen
     lr: float = 1e-4  # of AdamW, at its highest
+    head_lr: float | None = None  # of what is not the pretrained transformer; `None`: the same
     completions_per_prompt: int = 4  # at most, drawn anew for each prompt in every epoch
     tokens_per_batch: int = 4096  # that are computed at once; a prompt that needs more is a batch of its own
     accumulate: int = 1  # batches a step of the optimiser: larger steps in the same memory
@@ -48,7 +49,7 @@ class TrainConfig:
     clip: float = 1.0  # norm that gradients are cut down to
     bf16: bool | str = "auto"  # compute in bfloat16, weights in float32; "auto": where the hardware is built for it
     encoder_dropout: bool = False  # dropout inside the transformer as well, not only in front of the head
-    packed: bool = True  # without padding and with shared prompts, where the model allows it: same result, less time
+    packed: bool = True  # without padding and with shared prompts, where the model allows it: the same function, less time
     seed: int = 0  # of order, draws and dropout
     eval_every: int | None = None  # steps between evaluations; `None`: after every epoch
     patience: int | None = None  # stop after so many evaluations without a lower loss, and take the best weights
@@ -62,7 +63,7 @@ class TrainConfig:
             least = 2 if name == "completions_per_prompt" else 1
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name} is {value}; it should be at least {least}")
-        for name in ("lr", "clip", "max_seconds"):
+        for name in ("lr", "head_lr", "clip", "max_seconds"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise InputError(f"{name} is {value}; it should be above 0")
         if not 0 <= self.warmup < 1:
@@ -337,14 +338,25 @@ class _Learner(torch.nn.Module):
             return self.model(*pad([row for rows in groups for row in rows], device))
 
 # %% ../nbs/16_training.ipynb #c064
+def parameter_groups(
+    model: RewardModel,
+    config: TrainConfig,
+) -> list[dict]:  # for the optimiser: `params`, `lr`, and `share`, the rate as a multiple of `config.lr`
+    "The parameters that learn: those of the transformer, and the others."
+    inside = {id(parameter) for parameter in model.model.parameters()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = [[p for p in trainable if (id(p) in inside) == pretrained] for pretrained in (True, False)]
+    shares = [1.0, (config.head_lr or config.lr) / config.lr]
+    return [{"params": part, "lr": config.lr * share, "share": share} for part, share in zip(parts, shares) if part]
+
+# %% ../nbs/16_training.ipynb #c068
 class _Run:
     "The accelerator, the optimiser and the record of one run."
 
     def __init__(self, model: RewardModel, config: TrainConfig, trackers: list[str] | None, folder: str | None):
         self.accelerator = _accelerator(model.device, trackers, folder)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         fused = model.device.type in ("cpu", "cuda")  # one kernel for all parameters
-        optimizer = torch.optim.AdamW(trainable, config.lr, weight_decay=config.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
         bf16 = bf16_pays(model.device) if config.bf16 == "auto" else config.bf16
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
         packed = config.packed and can_pack(model) and not config.encoder_dropout and not sharded
@@ -382,7 +394,7 @@ class _Run:
         norm = float(self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip))
         _finite(norm, "norm of the gradient", number)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["share"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -399,7 +411,7 @@ class _Run:
         "Numbers for the trackers, under `train/` or `eval/`."
         self.accelerator.log({f"{kind}/{name}": value for name, value in values.items() if name != "step"}, step=step)
 
-# %% ../nbs/16_training.ipynb #c066
+# %% ../nbs/16_training.ipynb #c070
 class _Course(_Run):
     "A run with its evaluations and checkpoints."
 
@@ -438,7 +450,7 @@ class _Course(_Run):
         self.best, self.before, self.history.resumed = state["best"], state["seconds"], state["step"]
         return state["step"]
 
-# %% ../nbs/16_training.ipynb #c067
+# %% ../nbs/16_training.ipynb #c071
 def train(
     model: RewardModel,  # trained in place; parameters with `requires_grad` False are left alone
     rankings: list[Ranking],  # pairs are rankings of two

@@ -1,0 +1,113 @@
+"""What surrounds the reward model: conversations, losses, rows, files, RewardBench 2's measures, the command."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prompting_nb.cli import main
+from prompting_nb.config import InputError
+from prompting_nb.conversations import Conversation, messages_of, prompt_of
+from prompting_nb.evaluation import Answers, best_of_k_accuracy, ties_score
+from prompting_nb.preferences import parse_ranking, rankings_from
+from prompting_nb.reward import PairwiseLoss, RankingLoss, RewardModel
+
+PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A carrot."}
+CHATML = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}[SEP]{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    torch.manual_seed(0)
+    return RewardModel("minilm", device="cpu", depth=1, max_length=32)
+
+
+roles = st.sampled_from(["system", "user", "assistant"])
+
+
+@given(st.lists(st.fixed_dictionaries({"role": roles, "content": st.text(max_size=5)}), min_size=1, max_size=4))
+def test_a_prompt_keeps_its_messages(messages):
+    assert messages_of(prompt_of(messages)) == messages
+    assert prompt_of(messages) == prompt_of(prompt_of(messages))
+
+
+def test_conversations_score_as_their_template_writes_them(minilm):
+    pairs = [("a", "b"), ("c d", "e")]
+    conversations = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    plain = minilm.score(conversations)
+    assert torch.equal(plain, minilm.score(["a", "c d"], ["b", "e"]))
+    minilm.tokenizer.chat_template = CHATML
+    try:
+        templated = minilm.score(conversations)
+        texts = [f"<|user|>{q}[SEP]<|assistant|>{a}[SEP]" for q, a in pairs]
+        rows = minilm.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        assert minilm.encode_texts(conversations) == rows
+        assert not torch.allclose(templated, plain)
+        [row] = minilm.encode_texts([[*conversations[0][:1], {"role": "assistant", "content": "b " * 100}]])
+        assert len(row) == 32 and row[-1] == minilm.tokenizer.sep_token_id  # cut, and still closed
+    finally:
+        minilm.tokenizer.chat_template = None
+
+
+def test_a_loaded_model_does_not_hang_on_its_file(tmp_path):
+    torch.manual_seed(0)
+    model = RewardModel("minilm", device="cpu", depth=1, max_length=32, length=0.5)
+    model.save_pretrained(tmp_path)
+    loaded = RewardModel.from_pretrained(tmp_path, device="cpu")
+    (tmp_path / "reward_head.safetensors").write_bytes(b"something else")
+    assert torch.equal(loaded.score(["a"], ["b"]), model.score(["a"], ["b"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_are_finite_at_large_margins_with_everything_on(dtype):
+    far = torch.tensor([[1e4], [-1e4], [0.0]], dtype=dtype, requires_grad=True)
+    loss = RankingLoss(margin=1.0, centring=0.01)(far, torch.tensor([0.0, 1.0, 0.5]), torch.zeros(3))
+    loss.backward()
+    assert loss.isfinite().all() and far.grad.isfinite().all()
+
+
+rewards = st.floats(-9, 9)
+
+
+@given(st.lists(st.tuples(rewards, rewards, st.floats(0, 3)), min_size=1, max_size=6), st.floats(0, 1))
+def test_pairwise_loss_with_margin_and_centring(rows, centring):
+    chosen, rejected, margin = (torch.tensor(column, dtype=torch.float64)[:, None] for column in zip(*rows))
+    wanted = sum(math.log1p(math.exp(-(c - r - m))) + centring * (c + r) ** 2 for c, r, m in rows) / len(rows)
+    assert PairwiseLoss(centring)(chosen, rejected, margin).item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_rows_without_a_prompt():
+    ask, yes, no = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "yes"), ("assistant", "no")))
+    ranking = parse_ranking({"chosen": [ask, yes, ask, yes], "rejected": [ask, yes, ask, no]})
+    assert isinstance(ranking.prompt, Conversation) and ranking.completions == ["yes", "no"]
+    hh = parse_ranking({"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"})
+    assert (hh.prompt, hh.completions) == ("\n\nHuman: q\n\nAssistant: ", ["yes", "no"])
+    with pytest.raises(InputError, match="row 1: 'rejected' is missing"):
+        rankings_from([PAIR, {"prompt": "p", "chosen": "a"}])
+
+
+def test_rewardbench_measures():
+    assert best_of_k_accuracy([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], [0, 0, 0]) == pytest.approx(0.5)
+    flat = Answers([1.0, 1.0], [1.0])
+    assert ties_score([flat], [Answers([1.0], [1.0])]) == pytest.approx(0.0)
+    assert ties_score([Answers([2.0, 2.0], [0.0])], [Answers([2.0], [0.0])]) == pytest.approx(1.01)
+
+
+@pytest.mark.parametrize("argv, reason", [
+    (["fly"], "train, eval or score"), (["train", "--data", "none.jsonl", "--out", "m"], "cannot read none.jsonl"),
+    (["train", "--data", "pairs.jsonl", "--out", "m", "--lr", "-1"], "lr is -1"),
+    (["train", "--data", "pairs.jsonl", "--out", "m", "--pooling", "max"], "pooling is 'max'"),
+    (["eval", "--model", ".", "--data", "pairs.jsonl"], "no reward model"), (["score", "--model", "."], "data")])
+def test_the_command_says_what_is_wrong_in_one_line(argv, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{**PAIR, "prompt": f"{n}"} for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit) as end:
+        main(["reward", *argv])
+    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert end.value.code == 2 and reason in line
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
