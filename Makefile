@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+LEGACY := .venv-legacy
 ARGS   ?=
 WORKERS ?= 2
 
@@ -10,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lab prepare readme clean
+.PHONY: help demo test test-fast test-legacy bench-reward bench-gating bench-miner lab docs preview screenshots prepare readme clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -24,8 +25,26 @@ test: $(VENV)/.dev  ## install everything, run every notebook and every test
 test-fast: $(VENV)/.dev  ## the pytest files alone, without the notebooks
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not notebook and not slow" $(ARGS)
 
+test-legacy: $(VENV)/.library $(LEGACY)/.stock  ## let a stock Dendrite of bittensor 10.5.0 ask our miner (it has an environment of its own)
+	MINER_PYTHON=$(abspath $(BIN)/python) $(LEGACY)/bin/python -m pytest tests/legacy/stock_dendrite.py $(ARGS)
+
+bench-miner: $(VENV)/.library $(LEGACY)/.stock  ## measure the miner beside Starlette and bittensor 10.5.0 (JSON=FILE keeps the figures)
+	$(BIN)/python bench/miner.py $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-gating: $(VENV)/.dev  ## measure how well and how fast gates learn (JSON=FILE keeps the figures; ten minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/gating.py $(if $(JSON),--json $(JSON)) $(ARGS)
+
 lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
+
+docs: $(VENV)/.dev  ## build the documentation into _docs/, with Quarto where it is installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.site build $(ARGS)
+
+preview: $(VENV)/.dev  ## serve the documentation on loopback, build again on change (ARGS="--port 8001")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.site preview $(ARGS)
+
+screenshots: $(VENV)/.dev  ## take the pictures anew that tests/test_site.py compares with
+	REFRESH_SCREENSHOTS=1 $(BIN)/python -m pytest tests/test_site.py -k look $(ARGS)
 
 prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make README.md from the index
 	$(BIN)/nbdev_export
@@ -33,7 +52,7 @@ prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make 
 	$(BIN)/python tools/readme.py
 
 clean:           ## remove the environment and what was built
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEGACY) _docs _proc build *.egg-info .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,4 +65,11 @@ $(VENV)/.library: settings.ini setup.py constraints.txt | $(BIN)/python
 $(VENV)/.dev: $(VENV)/.library
 	@echo "installing the development tools into $(VENV)"
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(LEGACY)/.stock: tests/legacy/constraints.txt
+	@echo "installing bittensor 10.5.0 into $(LEGACY)"
+	$(PYTHON) -m venv $(LEGACY)
+	$(LEGACY)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $< bittensor==10.5.0 \
+	  uvloop httptools pytest
 	@touch $@

@@ -7,6 +7,7 @@ __all__ = ['COMMANDS', 'loop_parser', 'run_loop', 'main']
 
 # %% ../nbs/62_cli.ipynb #c002
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -20,7 +21,6 @@ import jsonargparse
 
 from . import __version__
 from .config import Config, InputError, add_argument, make_parser, merge
-from .reward_command import reward_parser, run_reward
 
 # %% ../nbs/62_cli.ipynb #c005
 _LOOP = """Run the whole loop on this machine: a reward model learns from preferences, miners are started on an
@@ -36,6 +36,9 @@ def _add_loop_args(parser) -> None:
     add("--steps", type=Optional[int], default=None,
         help="Prompts in the loop. Default: 240, three tenths of recorded completions, or all plain prompts.")
     add("--top-k", type=int, default=3, help="Miners asked at each step.")
+    add("--gate", type=str, default="bayes", help="Who chooses: bayes, sentence or last-token.")
+    add("--rule", type=str, default="thompson",
+        help="How chance has a part: thompson, ucb (both need --gate bayes), gumbel or epsilon.")
     add("--seed", type=int, default=0, help="Of everything that is drawn at random.")
     add("--out", type=Optional[str], default=None, help="Folder for the results. Default: the next free runs/loop-N.")
     add("--force", action="store_true", help="Overwrite --out if it exists.")
@@ -49,13 +52,13 @@ def _add_loop_args(parser) -> None:
 # %% ../nbs/62_cli.ipynb #c006
 def loop_parser() -> jsonargparse.ArgumentParser:
     "The parser of `prompting-nb loop`."
-    from prompting_nb.validators.gating import SentenceEmbedGatingModel
+    from prompting_nb.validators.bayes import BayesianGatingModel
     from prompting_nb.validators.loop import GATE
 
     def gating(parser):
         add_argument(parser, "--gating.num_uids", type=Optional[int], default=None,
                      help="Number of uids to gate on. Default: as many as the network has.")
-        SentenceEmbedGatingModel.add_args(parser)
+        BayesianGatingModel.add_args(parser)
         parser.set_defaults({f"gating.{name}": value for name, value in GATE["gating"].items()})
 
     example = "example: prompting-nb loop --steps 100 --top-k 2 --out my-run"
@@ -82,8 +85,11 @@ def _reward_model(arena, settings: Config, say: Callable):
 def _check(settings: Config) -> None:
     "Raise `InputError` for the first setting that makes no sense."
     from prompting_nb.report import check_folder
-    from prompting_nb.validators.gating import SentenceEmbedGatingModel
+    from prompting_nb.validators.bayes import BayesianGatingModel
+    from prompting_nb.validators.loop import GATES
 
+    if settings.gate not in GATES:
+        raise InputError(f"--gate must be one of {', '.join(GATES)}, got {settings.gate!r}")
     for name, least in (("steps", 2), ("top_k", 1), ("epochs", 1)):
         value = settings[name]
         if value is not None and value < least:
@@ -91,7 +97,7 @@ def _check(settings: Config) -> None:
     if settings.steps and settings.steps > _MOST_STEPS and not settings.prompts:
         raise InputError(f"--steps must be at most {_MOST_STEPS} for the built-in tasks, got {settings.steps}")
     given = {name: value for name, value in vars(settings.gating).items() if value is not None}
-    SentenceEmbedGatingModel.check_config(merge({"gating": given}))
+    BayesianGatingModel.check_config(merge({"gating": given}))
     if settings.prompts and not Path(settings.prompts).is_file():
         raise InputError(f"{settings.prompts} is not a file: give a .jsonl, .jsonl.gz or .txt file to --prompts")
     check_folder(settings.out, settings.force)
@@ -123,15 +129,14 @@ def run_loop(
     from prompting_nb.pretrained import MINILM
     from prompting_nb.report import Recorder, make_folder
     from prompting_nb.tasks import open_arena
-    from prompting_nb.validators.encoders import Encoder
+    from prompting_nb.validators.encoders import Encoder, check_encoder
     from prompting_nb.validators.loop import Loop, Policy, assess, default_gate
 
     started = time.monotonic()
     _check(settings)
-    if settings.gating.model_name != MINILM:
-        Encoder(settings.gating.model_name)  # to find out now whether it can be had
+    check_encoder(settings.gating.model_name)  # to find out now whether it can be had
     arena = open_arena(settings.prompts, Encoder(MINILM), settings.steps, settings.seed)
-    policy = Policy(settings.top_k, settings.timeout, explore_steps=round(0.3 * len(arena.prompts)))
+    policy = Policy(settings.top_k, settings.timeout, settings.rule, explore_steps=round(0.3 * len(arena.prompts)))
     policy.check(arena)
     _check_width(settings, arena)
     say(str(arena))
@@ -139,7 +144,7 @@ def run_loop(
     assessment, judge = assess(model, arena, progress=not settings.quiet)
     folder = make_folder(settings.out, settings.force)
     recorder, status = Recorder(folder), "failed"
-    gate = lambda metagraph, seed: default_gate(metagraph, seed, {"gating": vars(settings.gating)})
+    gate = lambda metagraph, seed: default_gate(metagraph, seed, {"gating": vars(settings.gating)}, settings.gate)
     loop = Loop(arena, judge, policy, gate, settings.seed, recorder.event)
     try:
         if not settings.reward:
@@ -198,8 +203,18 @@ def _reported(command: str, debug: bool):
         end(2 if isinstance(error, InputError) else 1, _one_line(error))
 
 # %% ../nbs/62_cli.ipynb #c014
-COMMANDS = {"loop": (loop_parser, run_loop, "run the whole loop on this machine, and write a report"),
-            "reward": (reward_parser, run_reward, "train, evaluate and use a reward model")}
+def _later(module: str, name: str) -> Callable:
+    "A function of one of our modules, which is imported when it is called."
+    return lambda *args: getattr(importlib.import_module(f"prompting_nb.{module}"), name)(*args)
+
+
+COMMANDS = {
+    "loop": (loop_parser, run_loop, "run the whole loop on this machine, and write a report"),
+    "miner": (_later("baseminer.command", "miner_parser"), _later("baseminer.command", "run_miner"),
+              "run a miner, on a chain in memory or a real one"),
+    "reward": (_later("reward_command", "reward_parser"), _later("reward_command", "run_reward"),
+               "train, evaluate and use a reward model"),
+}
 _HELP = "\n".join(["usage: prompting-nb COMMAND [flags]", "",
                    "The loop behind a decentralised network of language models.", "", "commands:",
                    *(f"  {name:8} {what}" for name, (_, _, what) in COMMANDS.items()), "",

@@ -399,7 +399,7 @@ def _download(name: str, **kwargs) -> str:
 def _classifier_of(model: "RewardModel", tokenizer) -> torch.nn.Module:
     "A sequence classifier with the weights of a reward model."
     config = copy.deepcopy(model.model.config)
-    config.num_labels, config.problem_type, config.pad_token_id = 1, "regression", tokenizer.pad_token_id
+    config.num_labels, config.problem_type = 1, "regression"
     try:
         classifier = AutoModelForSequenceClassification.from_config(config).float().eval()
     except ValueError as error:
@@ -417,6 +417,7 @@ def _classifier_of(model: "RewardModel", tokenizer) -> torch.nn.Module:
             head.bias.zero_()
     if len(tokenizer) > classifier.get_input_embeddings().num_embeddings:
         classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    classifier.config.pad_token_id = tokenizer.pad_token_id  # only now: the table may have been too small for it
     return classifier
 
 
@@ -427,7 +428,7 @@ def _same_scores(model: "RewardModel", classifier, tokenizer) -> bool:
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     with torch.no_grad(), evaluating(model):
-        ours = model(ids.to(model.device), mask.to(model.device)).cpu()
+        ours = model(*pad(rows, model.device)).cpu()  # our own padding: the classifier's token is new to our model
         return torch.allclose(classifier(input_ids=ids, attention_mask=mask).logits, ours, atol=1e-5, rtol=1e-5)
 
 # %% ../nbs/10_reward.ipynb #c062
@@ -451,7 +452,8 @@ class _Exported:
         if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # the last token that is not padding is read
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         tokenizer.padding_side = "right"
-        tokenizer.init_kwargs["model_input_names"] = ["input_ids", "attention_mask"]  # we tell no segments apart
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # we tell no segments apart ...
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # ... and this is what is saved
         classifier = _classifier_of(self, tokenizer)
         if not _same_scores(self, classifier, tokenizer):
             raise InputError(f"the sequence classifier of {classifier.config.model_type} computes something else than "

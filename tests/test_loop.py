@@ -200,7 +200,7 @@ def test_the_gate_learns_for_three_seeds():
     encoder = Encoder("minilm")
     for seed in range(3):
         arena = built_in(encoder, steps=180, seed=seed, train=12, test=12)
-        trace = Loop(arena, Judge(Omniscient(arena)), Policy(explore_steps=54), seed=seed).run(progress=False)
+        trace = Loop(arena, Judge(Omniscient(arena)), seed=seed).run(progress=False)
         standing = trace.standing()
         assert standing.gap_closed > 0.5, (seed, standing)
 

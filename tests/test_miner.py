@@ -310,6 +310,8 @@ EFFECTS = {  # flag: (what is written, what else is written in both cases, what 
     "--axon.host": (["127.0.0.2"], [], running(lambda miner, chain: miner.axon.address.split(":")[0])),
     "--axon.external_ip": (["10.1.2.3"], [], running(lambda m, c: published(m, c).split(":")[0])),
     "--axon.external_port": (["4242"], [], running(lambda m, c: published(m, c).split(":")[1] == "4242")),
+    "--axon.no_legacy": ([], [], lambda miner, chain: miner.axon.legacy),
+    "--axon.nonces": (["made_here.sqlite"], [], lambda miner, chain: miner.axon.nonces),
     "--miner.name": (["carol"], [], running(lambda miner, chain: len(threads("carol-run")))),
     "--miner.blocks_per_epoch": (["3"], [], after_blocks(lambda miner, chain: miner.synced_at, 5)),
     "--miner.poll_interval": (["2.5"], [], first_wait),
@@ -539,7 +541,7 @@ def test_the_rate_limit_holds_without_the_default_priority(make):
     with make(Fair, config) as miner:
         for wallet in (VALIDATOR, STRANGER):
             codes = [ask(miner, wallet, text).dendrite.status_code for text in "abc"]
-            assert codes == [200, 200, 403]
+            assert codes == [200, 200, 429]
 
 
 def test_interrupts_pass_through_the_rules(make):

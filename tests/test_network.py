@@ -14,7 +14,6 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import bittensor as bt
@@ -23,9 +22,10 @@ from bittensor import http_auth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompting_nb.network.axon import Axon, WorkQueue
+from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.queue import WorkQueue
 from prompting_nb.protocol import Prompting, write_body
 
 MINER, VALIDATOR, STRANGER = (make_wallet(name) for name in ("miner", "validator", "stranger"))
@@ -272,7 +272,7 @@ def test_a_request_is_good_once_also_across_a_restart(axon):
     assert post(axon.start(), BODY, headers)[0] == 401
     with Axon(MINER).attach(echo) as reborn:  # another process with the same key knows no nonces
         status, answer, _ = post(reborn, BODY, headers)
-    assert status == 401 and "before this server started" in answer["error"]
+    assert status == 401 and "before this miner began" in answer["error"]
 
 
 def test_freshness_follows_the_given_clock():
@@ -333,7 +333,8 @@ def test_health_is_for_this_machine_only(axon):
         async def send(message):
             sent.append(message)
 
-        await axon({"type": "http", "method": "GET", "path": "/health", "client": client}, None, send)
+        scope = {"type": "http", "method": "GET", "path": "/health", "client": client, "headers": []}
+        await axon(scope, None, send)
         return sent[0]["status"]
 
     callers = [("127.0.0.1", 1), ("::1", 1), ("192.0.2.7", 1), None]
@@ -419,15 +420,19 @@ def test_priority_orders_what_waits_without_inversions():
 @given(st.lists(st.integers(-3, 3), max_size=30), st.integers(1, 4))
 def test_work_queue_serves_by_priority_then_arrival(priorities, workers):
     async def serve():
-        line, free, served = WorkQueue(workers, limit=100), asyncio.Event(), []
+        line, served = WorkQueue(workers, limit=100), []
 
         async def work(i):
+            slot = await line.slot(priorities[i])
             served.append(i)
+            slot.release()
 
-        busy = [line.submit(0, free.wait) for _ in range(workers)]
-        rest = [line.submit(p, partial(work, i)) for i, p in enumerate(priorities)]
-        free.set()
-        await asyncio.gather(*busy, *rest)
+        busy = [await line.slot(0) for _ in range(workers)]
+        rest = [asyncio.ensure_future(work(i)) for i in range(len(priorities))]
+        await asyncio.sleep(0)
+        for slot in busy:
+            slot.release()
+        await asyncio.gather(*rest)
         return served
 
     assert asyncio.run(serve()) == sorted(range(len(priorities)), key=lambda i: (-priorities[i], i))

@@ -41,6 +41,11 @@ class PromptCache:
     def __len__(self) -> int:
         return len(self._claims)
 
+    def recent(self, key: bytes, block: int) -> bool:
+        "Whether the prompt was claimed at most `span` blocks ago. A look only: nothing is claimed by it."
+        claimed = self._claims.get(key)
+        return claimed is not None and block <= claimed + self.span
+
     def claim(
         self,
         key: bytes,  # from `prompt_key`
@@ -48,8 +53,7 @@ class PromptCache:
     ) -> bool:  # True: it was not there, and now is. False: it was claimed at most `span` blocks ago
         "Take a prompt to answer it, unless someone did so lately."
         with self._lock:
-            claimed = self._claims.get(key)
-            if claimed is not None and block <= claimed + self.span:
+            if self.recent(key, block):
                 return False
             self._claims[key] = block
             self._claims.move_to_end(key)

@@ -12,12 +12,15 @@ import asyncio
 import inspect
 import logging
 import math
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any, Callable, Iterable, Optional
+from pathlib import Path
+from typing import Any, AsyncIterator, Callable, Iterable, Iterator, Optional
 
 from prompting_nb.baseminer.blacklist import (
     Caller, Verdict, as_verdict, find_caller, index_callers, judge, standard_rules,
@@ -25,6 +28,7 @@ from prompting_nb.baseminer.blacklist import (
 from .cache import PromptCache, prompt_key
 from .priority import StakePriority
 from ..config import Config, InputError, add_argument, merge, read_config
+from ..network.auth import Refusal
 from ..network.axon import Axon
 from ..protocol import Prompting, Synapse
 
@@ -41,6 +45,8 @@ _FLAGS = {  # flag: type, default, least value, meaning
     "--axon.port": (int, 0, 0, "Port to listen on; 0 takes one that is free."),
     "--axon.external_ip": (str, "", None, "IP to publish on the chain, if not that of the interface."),
     "--axon.external_port": (int, 0, 0, "Port to publish on the chain, if not the one that is listened on."),
+    "--axon.no_legacy": (bool, False, None, "Do not answer validators of bittensor 7 to 10.5."),
+    "--axon.nonces": (str, "", None, "File of accepted nonces; memory; or empty: a file if the wallet is one."),
     "--miner.name": (str, "miner", None, "Name in the log and of the thread."),
     "--miner.blocks_per_epoch": (int, 100, 1, "Blocks between two readings of the metagraph."),
     "--miner.poll_interval": (float, 6.0, _ABOVE_ZERO, "Seconds between two looks at the block number."),
@@ -101,17 +107,22 @@ class _Configured:
         return config
 
 # %% ../../nbs/33_miner.ipynb #c016
-class RepeatedPrompt(ValueError):
-    "The prompt was sent within the span of the cache."
+class RepeatedPrompt(Refusal, ValueError):
+    "The prompt was sent within the span of the cache. On the wire: status 409."
+
+    def __init__(self, reason: str):
+        super().__init__(409, reason, "repeated")
 
 
 def _finished(result: Any) -> Any:
-    "The result itself, or what it becomes when it is awaited."
-    if not inspect.isawaitable(result):
+    "The result itself, what it becomes when it is awaited, or the text that its pieces make."
+    if inspect.isgenerator(result):
+        return "".join(result)
+    if not (inspect.isawaitable(result) or inspect.isasyncgen(result)):
         return result
 
     async def wait():
-        return await result
+        return await result if inspect.isawaitable(result) else "".join([piece async for piece in result])
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, wait()).result()
@@ -123,6 +134,11 @@ class _Cached:
     cache: Optional[PromptCache] = None  # None: every prompt is answered, repeated or not
     per_caller: bool = False  # whether the cache is kept for each caller
     block: int = 0  # the chain's present block
+
+    def _refuse_repeated(self, synapse: Prompting) -> None:
+        "`RepeatedPrompt` if the prompt is in the cache. The axon asks before a request takes a place in its queue."
+        if self.cache is not None and self.cache.recent(prompt_key(synapse, self.per_caller), self.block):
+            raise RepeatedPrompt(f"this prompt was sent within the last {self.cache.span} blocks")
 
     @contextmanager
     def _claimed(self, synapse: Prompting):
@@ -152,20 +168,40 @@ class _Answering(_Cached):
         raise TypeError(f"{name}.prompt returned {what}; it must set synapse.completion and return synapse")
 
     def _prompt(self, synapse: Prompting) -> Prompting:
-        """The answer of `prompt` to a request, unless the prompt is in the cache.
+        """The answer of `prompt` to a request, unless the prompt is in the cache; pieces are put together.
 
         Called by the axon for every admitted request, from several threads at once.
         Raises ValueError (`RepeatedPrompt`) when the prompt was sent recently, TypeError when `prompt` gives no answer.
         """
         with self._claimed(synapse):
-            return self._checked(_finished(self.prompt(synapse)))
+            result = _finished(self.prompt(synapse))
+            return synapse.model_copy(update={"completion": result}) if type(result) is str else self._checked(result)
 
     async def _prompt_async(self, synapse: Prompting) -> Prompting:
         "`_prompt` for a `prompt` that is a coroutine, awaited in the axon's own loop."
         with self._claimed(synapse):
             return self._checked(await self.prompt(synapse))
 
-# %% ../../nbs/33_miner.ipynb #c030
+    def _pieces(self, synapse: Prompting) -> Iterator[str]:
+        "`_prompt` for a `prompt` that is a generator."
+        with self._claimed(synapse):
+            yield from self.prompt(synapse)
+
+    async def _pieces_async(self, synapse: Prompting) -> AsyncIterator[str]:
+        "`_prompt` for a `prompt` that is an asynchronous generator."
+        with self._claimed(synapse):
+            async for piece in self.prompt(synapse):
+                yield piece
+
+    def _handler(self) -> Callable:
+        "What the axon calls: the wrapper that fits the subclass's `prompt`, or a `_prompt` of its own."
+        if type(self)._prompt is not _Answering._prompt:
+            return self._prompt
+        kinds = {inspect.isasyncgenfunction: self._pieces_async, inspect.isgeneratorfunction: self._pieces,
+                 inspect.iscoroutinefunction: self._prompt_async}  # fmt: skip
+        return next((wrapper for is_kind, wrapper in kinds.items() if is_kind(self.prompt)), self._prompt)
+
+# %% ../../nbs/33_miner.ipynb #c031
 class _Choosing:
     "Decides about callers. Needs `rules`, `stake_priority` and the callers of the metagraph."
 
@@ -187,7 +223,7 @@ class _Choosing:
         "The place of a request in the queue, higher first: the caller's stake, and a bonus for asking seldom."
         return self.stake_priority(self.caller(synapse))
 
-# %% ../../nbs/33_miner.ipynb #c034
+# %% ../../nbs/33_miner.ipynb #c035
 _log = logging.getLogger(__name__)
 
 
@@ -216,7 +252,7 @@ def _guarded(
 
     return coroutine if inspect.iscoroutinefunction(function) else plain
 
-# %% ../../nbs/33_miner.ipynb #c040
+# %% ../../nbs/33_miner.ipynb #c041
 class NotRegisteredError(RuntimeError):
     "The miner's hotkey has no uid on its subnet."
 
@@ -257,7 +293,7 @@ class _Following:
             raise NotRegisteredError(f"hotkey {self.hotkey} is not registered on subnet {self.netuid} of {network}: "
                                      "register it, or choose another with --wallet.name and --wallet.hotkey")
 
-# %% ../../nbs/33_miner.ipynb #c046
+# %% ../../nbs/33_miner.ipynb #c047
 class _Voting:
     "Weights. Needs what `_Following` has."
 
@@ -278,7 +314,7 @@ class _Voting:
             _log.warning("the chain refused the weights: %s", getattr(result, "message", result))
         return bool(result)
 
-# %% ../../nbs/33_miner.ipynb #c050
+# %% ../../nbs/33_miner.ipynb #c051
 class _Loop:
     "Follows the chain until told to stop. Needs `config`, `axon` and what `_Following` and `_Voting` have."
 
@@ -327,7 +363,7 @@ class _Loop:
             pause = settings.poll_interval * 2**failures
             self._stop.wait(max(settings.poll_interval, min(pause, self.longest_pause)))
 
-# %% ../../nbs/33_miner.ipynb #c052
+# %% ../../nbs/33_miner.ipynb #c053
 class _Running(_Loop):
     "Starting and stopping."
 
@@ -377,7 +413,25 @@ class _Running(_Loop):
         except Exception as error:
             _log.error("%s stopped: %s: %s", self.config.miner.name, type(error).__name__, error)
 
-# %% ../../nbs/33_miner.ipynb #c054
+# %% ../../nbs/33_miner.ipynb #c055
+@contextmanager
+def _stopped_by_sigterm(stop: threading.Event, name: str):
+    "Within the block SIGTERM sets `stop`. Only the main thread can arrange that; elsewhere nothing changes."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number, frame):
+        _log.warning("%s: SIGTERM; requests under way are answered, then it stops", name)
+        threading.Thread(target=stop.set).start()  # the interrupted thread may be waiting for this very event
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+# %% ../../nbs/33_miner.ipynb #c057
 class _Lifecycle(_Running):
     "The public side of running."
 
@@ -385,10 +439,11 @@ class _Lifecycle(_Running):
         """Listen for requests, publish the address and follow the chain, until `stop_run_thread` is called elsewhere.
 
         Raises `NotRegisteredError` when the hotkey loses its uid, and the chain's own error when it stays away for
-        longer than `--miner.retries` attempts. However it ends, Ctrl-C included, the axon is stopped.
+        longer than `--miner.retries` attempts. However it ends, by Ctrl-C or SIGTERM as well, the axon is stopped.
         """
         self._begin()
-        self._work()
+        with _stopped_by_sigterm(self._stop, self.config.miner.name):
+            self._work()
 
     def run_in_background_thread(self) -> None:
         "`run` in a thread. Returns when the axon listens; a miner that runs is left as it is."
@@ -412,7 +467,7 @@ class _Lifecycle(_Running):
             self.axon.stop()
         return stopped
 
-# %% ../../nbs/33_miner.ipynb #c056
+# %% ../../nbs/33_miner.ipynb #c059
 class _Context(_Lifecycle):
     "Running for as long as a `with` block lasts."
 
@@ -442,7 +497,7 @@ class _Context(_Lifecycle):
         "Stop. An exception of the `with` block goes its way; without one all three arguments are None."
         self.stop_run_thread()
 
-# %% ../../nbs/33_miner.ipynb #c058
+# %% ../../nbs/33_miner.ipynb #c061
 class _Abstract(abc.ABC):
     "What a subclass writes."
 
@@ -464,10 +519,12 @@ class _Abstract(abc.ABC):
         """The answer to a request: `synapse`, with its `completion` set.
 
         `synapse.messages` and `synapse.roles` hold the conversation, `synapse.prompt` the newest message of the user.
-        May be a coroutine. A plain function is called from several threads at once.
+        May be a coroutine; a plain function is called from several threads at once. It may also `yield` the completion
+        in pieces of text, as a generator or an asynchronous one. Each form serves `Prompting` and `StreamPrompting`
+        alike: pieces are put together for the one, and a finished completion is a single piece of the other.
         """
 
-# %% ../../nbs/33_miner.ipynb #c060
+# %% ../../nbs/33_miner.ipynb #c063
 def _stored_wallet(settings: Any) -> Any:  # `config.wallet`
     "The wallet on disk. Raises `InputError` when its hotkey is not there."
     import bittensor
@@ -486,7 +543,20 @@ def _chain_client(settings: Any) -> Any:  # `config.subtensor`
 
     return bittensor.SyncClient(settings.network)
 
-# %% ../../nbs/33_miner.ipynb #c063
+# %% ../../nbs/33_miner.ipynb #c065
+def _nonces(
+    setting: str,  # `--axon.nonces`
+    hotkey: Optional[str],  # of a wallet on disk
+) -> Optional[Path]:  # None: in memory
+    "Where accepted nonces are kept."
+    if setting:
+        return None if setting == "memory" else Path(setting).expanduser()
+    if hotkey is None:
+        return None
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "prompting_nb" / f"nonces-{hotkey}.sqlite"
+
+# %% ../../nbs/33_miner.ipynb #c069
 class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _Abstract):
     """The base class of all miners: implement `prompt`, `config`, `add_args`; `blacklist` and `priority` as you like.
 
@@ -505,12 +575,17 @@ class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _
         super().__init__()
         self.config = self._configure(config)
         self.netuid = self.config.netuid
-        self.wallet = _stored_wallet(self.config.wallet) if wallet is None else wallet
+        stored = wallet is None
+        self.wallet = _stored_wallet(self.config.wallet) if stored else wallet
         self.subtensor = _chain_client(self.config.subtensor) if subtensor is None else subtensor
         self._set_policy(self.config.miner.blacklist, self.config.miner.priority)
         self.sync()
-        self.axon = Axon(self.wallet, self.config.axon.host, self.config.axon.port) if axon is None else axon
+        self.axon = self._new_axon(self.config.axon, stored) if axon is None else axon
         self._attach()
+
+    def _new_axon(self, settings: Config, stored: bool) -> Axon:
+        nonces = _nonces(settings.nonces, self.hotkey if stored else None)
+        return Axon(self.wallet, settings.host, settings.port, legacy=not settings.no_legacy, nonces=nonces)
 
     def _set_policy(self, blacklist: Config, priority: Config) -> None:
         if blacklist.use_prompt_cache:
@@ -523,15 +598,15 @@ class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _
 
     def _attach(self) -> None:
         "Hand the axon what it calls, once."
-        plain = type(self)._prompt is not Miner._prompt or not inspect.iscoroutinefunction(self.prompt)
         refuse = Verdict(True, "the blacklist of this miner failed")
         self.axon.attach(
-            self._prompt if plain else self._prompt_async,
+            self._handler(),
             _guarded(self.blacklist, as_verdict, refuse),
             _guarded(self.priority, float, self.config.miner.priority.default),
+            self._refuse_repeated,
         )
 
-# %% ../../nbs/33_miner.ipynb #c075
+# %% ../../nbs/33_miner.ipynb #c081
 def stop_all(
     miners: Iterable,  # running or not
     timeout: float = 10.0,  # seconds to wait for each

@@ -1,0 +1,927 @@
+"""Attacks and faults, each a test with a name.
+
+The first line of a docstring says what is done, a line `Older server:` what bittensor 10.5's Axon made of it (read from
+its source). The table on the page about attacks is made from these docstrings.
+"""
+
+import asyncio
+import gc
+import http.client
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from bittensor import http_auth
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from prompting_nb.baseminer.miner import Miner, NotRegisteredError
+from prompting_nb.config import read_config
+from prompting_nb.network.axon import Axon
+from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.legacy import legacy_headers
+from prompting_nb.network.server import Limits
+from prompting_nb.protocol import Prompting, StreamPrompting, write_body
+
+MINER, VALIDATOR, STRANGER = (make_wallet(name) for name in ("miner", "validator", "stranger"))
+ME = MINER.hotkey.ss58_address
+SECONDS = 20  # longest wait for something that must happen
+QUESTION = Prompting.ask("hello")
+BODY = write_body(QUESTION)
+OLD = json.dumps({"name": "Prompting", "roles": ["user"], "messages": ["hello"], "timeout": 12.0}).encode()
+
+
+def echo(synapse):
+    synapse.completion = synapse.prompt
+    return synapse
+
+
+async def aecho(synapse):
+    return echo(synapse)
+
+
+def sign(body=BODY, wallet=VALIDATOR, path="/Prompting", method="POST", receiver=ME, **more):
+    return http_auth.sign(wallet, method=method, path=path, body=body, receiver_ss58=receiver, **more)
+
+
+def old(question=QUESTION, wallet=VALIDATOR, receiver=ME, **more):
+    return legacy_headers(wallet.hotkey, question, receiver, **more)
+
+
+def post(axon, body=BODY, headers=None, path="/Prompting"):
+    "Status, JSON and headers of the answer."
+    connection = http.client.HTTPConnection(axon.host, axon.port, timeout=SECONDS)
+    try:
+        connection.request("POST", path, body, sign(body) if headers is None else headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()), dict(answer.getheaders())
+    finally:
+        connection.close()
+
+
+def status(*args, **kwargs):
+    return post(*args, **kwargs)[0]
+
+
+def request(body=BODY, headers=None, path="/Prompting"):
+    "The bytes of a request."
+    headers = {"host": "x", "content-length": len(body), **(sign(body) if headers is None else headers)}
+    head = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+    return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
+
+
+def connect(axon):
+    return socket.create_connection((axon.host, axon.port), timeout=SECONDS)
+
+
+def read_status(line):
+    "The status of one answer on an open line; None when it was closed. The body is read as well."
+    data = b""
+    while b"\r\n\r\n" not in data:
+        try:
+            more = line.recv(65536)
+        except ConnectionError:
+            return None
+        if not more:
+            return None
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next((int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length")), 0)
+    while len(body) < length:
+        body += line.recv(65536)
+    return int(head.split()[1])
+
+
+def until(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+def memory():
+    "Resident memory of this process in MB."
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.fixture(scope="module")
+def axon():
+    with Axon(MINER, max_body=50_000, body_timeout=0.5).attach(echo) as axon:
+        yield axon
+        assert status(axon) == 200  # whatever was done to it
+
+
+# Identity -------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_signature(axon):
+    """A request without a signature.
+    Older server: 401."""
+    assert status(axon, headers={}) == 401
+    assert status(axon, OLD, {k: v for k, v in old().items() if "signature" not in k}) == 401
+
+
+def test_empty_signature(axon):
+    """A signature that is empty.
+    Older server: 401."""
+    assert status(axon, headers=sign() | {"X-Bittensor-Signature": ""}) == 401
+    assert status(axon, OLD, old() | {"bt_header_dendrite_signature": ""}) == 401
+
+
+@pytest.mark.parametrize("signature", ["0x" + "00" * 64, "0x00", "zz", "0x" + "ff" * 64])
+def test_wrong_signature(axon, signature):
+    """A signature of zeros, of the wrong length, not hexadecimal.
+    Older server: 401."""
+    assert status(axon, headers=sign() | {"X-Bittensor-Signature": signature}) == 401
+    assert status(axon, OLD, old() | {"bt_header_dendrite_signature": signature}) == 401
+
+
+def test_other_receiver(axon):
+    """A request that was signed for another miner.
+    Older server: 401."""
+    assert status(axon, headers=sign(receiver=STRANGER.hotkey.ss58_address)) == 401
+    assert status(axon, headers=sign(receiver=None)) == 401
+    elsewhere = old(receiver=STRANGER.hotkey.ss58_address)
+    assert status(axon, OLD, elsewhere) == status(axon, OLD, elsewhere | {"bt_header_axon_hotkey": ME}) == 401
+
+
+@pytest.mark.parametrize("kind", ["btauth/1", "older format"])
+def test_replay_at_once(axon, kind):
+    """The same request twice.
+    Older server: refused, as long as it runs."""
+    body, headers = (BODY, sign()) if kind == "btauth/1" else (OLD, old())
+    assert [status(axon, body, headers) for _ in range(3)] == [200, 401, 401]
+
+
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_replay_after_restart(where, tmp_path):
+    """A request that was answered, sent again after the miner was restarted.
+    Older server: answered, within 4 s plus the timeout that the header claims."""
+    ahead = time.time_ns() + int(1.5e9)  # the clock of this caller runs ahead
+    nonces = tmp_path / "nonces" if where == "file" else None
+    new, older = sign(), old()
+    early, early_old = sign(nonce_ns=ahead), old(nonce=ahead + 1)
+    with Axon(MINER, nonces=nonces).attach(echo) as first:
+        time.sleep(0)
+        answered = [status(first, b, h) for b, h in ((BODY, early), (OLD, early_old))]
+    with Axon(MINER, nonces=nonces).attach(echo) as second:
+        again = [status(second, b, h) for b, h in ((BODY, new), (OLD, older), (BODY, early), (OLD, early_old))]
+        assert status(second, headers=sign(nonce_ns=ahead + 2)) == 200
+    assert answered == [200, 200]
+    assert again[:2] == [401, 401]
+    assert where == "memory" or again == [401] * 4  # in memory two seconds of a clock that is ahead remain
+
+
+def test_replay_to_a_second_process(tmp_path):
+    """A request that was answered, sent to another process with the same key.
+    Older server: answered."""
+    code = f"""
+        import sys
+        from prompting_nb.network.axon import Axon
+        from prompting_nb.network.chain import make_wallet
+        def echo(synapse):
+            synapse.completion = synapse.prompt
+            return synapse
+        with Axon(make_wallet("miner"), nonces={str(tmp_path / "nonces")!r}).attach(echo) as axon:
+            print(axon.port, flush=True)
+            sys.stdin.readline()
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with Axon(MINER, nonces=tmp_path / "nonces").attach(echo) as here, subprocess.Popen(run, **pipes) as process:
+        there = SimpleNamespace(host="127.0.0.1", port=int(process.stdout.readline()))
+        headers, older, another = sign(), old(), sign()
+        assert [status(here, headers=headers), status(there, headers=headers)] == [200, 401]
+        assert [status(there, OLD, older), status(here, OLD, older)] == [200, 401]
+        assert status(there, headers=another) == 200
+        process.communicate("end\n", timeout=SECONDS)
+
+
+def test_stale_nonce(axon):
+    """A nonce that is too old, with headers that claim a long timeout or an old version.
+    Older server: answered: the claim widens the window, and a version before 7.2 removes it."""
+    minute_ago = time.time_ns() - 60 * 10**9
+    assert status(axon, headers=sign(nonce_ns=minute_ago)) == 401
+    for claim in ({}, {"timeout": "3600"}, {"bt_header_dendrite_version": "6000000"}):
+        assert status(axon, OLD, old(nonce=minute_ago) | claim) == 401
+
+
+def test_future_nonce(axon):
+    """A nonce of tomorrow.
+    Older server: answered, and every honest request with the same uuid refused until then."""
+    tomorrow = time.time_ns() + 86_400 * 10**9
+    assert status(axon, headers=sign(nonce_ns=tomorrow)) == 401
+    assert status(axon, OLD, old(nonce=tomorrow)) == 401
+    assert status(axon) == status(axon, OLD, old()) == 200
+
+
+def test_edited_timeout(axon):
+    """The timeout edited on the way.
+    Older server: believed. (In the older format nothing signs it; here it is bounded.)"""
+    assert status(axon, BODY.replace(b"12.0", b"99.0"), sign()) == 401
+    held = threading.Event()
+    with Axon(MINER, max_timeout=0.1).attach(lambda synapse: held.wait(SECONDS)) as bounded:
+        assert status(bounded, OLD.replace(b"12.0", b"99999.0"), old()) == 504
+        held.set()
+
+
+def test_edited_version(axon):
+    """The protocol version edited on the way.
+    Older server: a version before 7.2 switches the check of freshness off."""
+    assert status(axon, headers=sign() | {"X-Bittensor-Version": "2"}) == 401
+    assert status(axon, OLD, old(nonce=time.time_ns() - 10**12) | {"bt_header_dendrite_version": "1"}) == 401
+
+
+@pytest.mark.parametrize("field", ["roles", "messages"])
+def test_edited_roles_and_messages(axon, field):
+    """Roles or messages edited on the way.
+    Older server: believed; it compares the signature with a hash from the headers, not with the body."""
+    edited = {"roles": (b'"user"', b'"system"'), "messages": (b"hello", b"jello")}[field]
+    assert status(axon, BODY.replace(*edited), sign()) == 401
+    assert status(axon, OLD.replace(*edited), old()) == 401
+
+
+def test_edited_path_and_query(axon):
+    """A request signed for one path, sent to another; a query added.
+    Older server: answered; the path is not signed."""
+    assert post(axon, path="/StreamPrompting", headers=sign())[0] == 401
+    assert status(axon, path="/Prompting?fast=1", headers=sign()) == 401
+    assert status(axon, path="/Prompting?x=1", headers=sign(path="/Prompting?x=1")) == 200
+
+
+def test_identity_forged_in_the_body():
+    """A body that says who it is from.
+    Older server: the handler sees the hotkey of the body, whoever signed."""
+    seen = []
+    forged = {"dendrite": {"hotkey": "5Victim"}, "axon": {"hotkey": "5Victim"}, "name": "Other"}
+    with Axon(MINER).attach(lambda s: seen.append(s.dendrite.hotkey) or echo(s)) as axon:
+        body = json.dumps({**json.loads(BODY), **forged}).encode()
+        assert status(axon, body) == status(axon, json.dumps({**json.loads(OLD), **forged}).encode(), old()) == 200
+    assert seen == [VALIDATOR.hotkey.ss58_address] * 2
+
+
+def test_spoofed_hotkey_burns_no_rate_limit():
+    """Requests in a victim's name, to use up its quota.
+    Older server: has no rate limit; miners that count by the header's hotkey are fooled."""
+    asked = []
+
+    def limited(synapse):
+        asked.append(synapse.dendrite.hotkey)
+        return len(asked) > 2, "too often"
+
+    with Axon(MINER).attach(echo, limited) as axon:
+        victim = VALIDATOR.hotkey.ss58_address
+        for _ in range(5):
+            assert status(axon, headers=sign(wallet=STRANGER) | {"X-Bittensor-Hotkey": victim}) == 401
+            assert status(axon, OLD, old(wallet=STRANGER) | {"bt_header_dendrite_hotkey": victim}) == 401
+        assert asked == []
+        assert [status(axon), status(axon), status(axon)] == [200, 200, 403]
+
+
+@pytest.mark.parametrize("hotkey", ["null", "None", "", "0", "5" * 5000, "../../etc", "ä" * 10, "5Grw vaEF", "[]"])
+def test_null_and_odd_hotkeys(axon, hotkey):
+    """Hotkeys that are none: null, empty, endless, a path.
+    Older server: 401 for most; a header without a hotkey ends in an exception."""
+    hotkey = hotkey.encode().decode("latin-1")
+    assert status(axon, headers=sign() | {"X-Bittensor-Hotkey": hotkey}) == 401
+    assert status(axon, OLD, old() | {"bt_header_dendrite_hotkey": hotkey}) == 401
+
+
+def test_headers_sent_twice(axon):
+    """The same authentication header twice, so that two readers could disagree.
+    Older server: takes the last."""
+    with connect(axon) as line:
+        line.sendall(request().replace(b"\r\n\r\n", b"\r\nX-Bittensor-Hotkey: 5Other\r\n\r\n", 1))
+        assert read_status(line) == 401
+
+
+# Bytes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_body_of_50_mb_announced(axon):
+    """A body of 50 MB, announced.
+    Older server: read and parsed before anybody is asked who sent it."""
+    with connect(axon) as line:
+        line.sendall(b"POST /Prompting HTTP/1.1\r\ncontent-length: 50000000\r\n\r\n")
+        assert read_status(line) == 413  # not one byte of the body was needed
+
+
+def test_body_of_50_mb_chunked(axon):
+    """A body of 50 MB in chunks.
+    Older server: read and parsed."""
+    chunk, sent = b"10000\r\n" + b"x" * 65536 + b"\r\n", 0
+    with connect(axon) as line:
+        line.sendall(b"POST /Prompting HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
+        try:
+            while sent < 50_000_000:
+                sent += line.send(chunk)
+        except OSError:
+            pass
+    assert sent < 5_000_000  # what the limits and the system's buffers take
+
+
+def test_headers_of_100_kb(axon):
+    """Headers of 100 KB: in one, in many, without an end.
+    Older server: taken."""
+    many = b"".join(b"x-%d: y\r\n" % i for i in range(12_000))
+    for head in (b"x: " + b"y" * 100_000 + b"\r\n\r\n", many + b"\r\n", b"x: " + b"y" * 100_000):
+        with connect(axon) as line:
+            line.sendall(b"POST /Prompting HTTP/1.1\r\n" + head)
+            assert read_status(line) == 431
+    body = b"2\r\n{}\r\n0\r\n" + many * 4 + b"\r\n"  # trailers are headers, too
+    with connect(axon) as line:
+        line.sendall(b"POST /Prompting HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" + body)
+        assert read_status(line) in (None, 401, 431)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_a_thousand_slow_clients(part):
+    """A thousand clients that send a byte now and then, while good requests go on.
+    Older server: waits for each of them without an end."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    head = b"POST /Prompting HTTP/1.1\r\ncontent-length: 1000\r\n"
+    with Axon(MINER, body_timeout=5.0, limits=Limits(head_timeout=5.0)).attach(aecho) as axon:
+        lines = []
+        try:
+            for _ in range(1000):
+                lines.append(connect(axon))
+                lines[-1].sendall(head + (b"\r\n" if part == "body" else b"x-slow: "))
+            until(lambda: axon._server.connections >= 900)
+            for line in lines[::10]:
+                line.sendall(b"x")
+            with Dendrite(VALIDATOR) as dendrite:
+                good = [dendrite.query([axon], QUESTION, timeout=5)[0].dendrite.status_code for _ in range(100)]
+            assert good == [200] * 100
+            until(lambda: axon._server.connections <= 10)  # and the slow ones are sent away
+            assert read_status(lines[500]) == 408
+        finally:
+            for line in lines:
+                line.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_many_connections():
+    """More connections than the server takes: those that say nothing make room.
+    Older server: takes all."""
+    with Axon(MINER, limits=Limits(max_connections=20)).attach(echo) as axon:
+        silent = [connect(axon) for _ in range(50)]
+        assert [status(axon) for _ in range(5)] == [200] * 5
+        for line in silent:
+            line.close()
+
+
+MALFORMED = [
+    b"", b"{", b"null", b"[]", b"3", b'"text"', b"[" * 20_000, b'{"a":' * 9_000, b'{"roles": ["user"]}',
+    b'{"roles": [], "messages": []}', b'{"roles": ["user"], "messages": ["a", "b"]}', b"\xff\xfe\x00",
+    b'{"roles": ["user"], "messages": [null]}', b'{"roles": "user", "messages": "x"}', b'{"roles": 1, "messages": {}}',
+    b'{"roles": ["user"], "messages": ["x"], "timeout": -1}', b'{"roles": ["user"], "messages": ["x"], "timeout": NaN}',
+    b'{"roles": ["user"], "messages": ["x"], "timeout": 1e999}', b'{"roles": ["user"], "messages": ["\\ud800"]}',
+    b'{"roles": ["user"], "messages": ["x"], "timeout": "soon"}', b'{"roles": [["user"]], "messages": [["x"]]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_json_wrong_types_deep_nesting(axon, body):
+    """A signed body that is not JSON, of wrong types, or 20 000 levels deep.
+    Older server: 500 for some, and a handler called with wrong types for others."""
+    code, answer, _ = post(axon, body)
+    assert code == 400 and "\n" not in answer["error"] and len(answer["error"]) < 500
+    assert status(axon, body, old()) == 400
+
+
+heads = st.sampled_from(
+    [
+        b"",
+        b"x-bittensor-version: 1\r\n",
+        b"bt_header_dendrite_hotkey: x\r\n",
+        b"a: b\r\n",
+        b":\r\n",
+        b"content-length: 5\r\n",
+        b"transfer-encoding: chunked\r\n",
+        b"content-length: -1\r\n",
+        b"content-length: 1\r\ncontent-length: 2\r\n",
+        b"expect: 100-continue\r\n",
+        b"connection: close\r\n",
+        b"upgrade: websocket\r\nconnection: upgrade\r\n",
+        b"host: \xff\r\n",
+        b"bt_header_dendrite_nonce: 1\r\n",
+    ]
+)
+lines = st.sampled_from(
+    [
+        b"POST /Prompting HTTP/1.1",
+        b"POST /StreamPrompting HTTP/1.1",
+        b"GET /Prompting HTTP/1.0",
+        b"POST /%ff%00/../Prompting HTTP/1.1",
+        b"POST * HTTP/1.1",
+        b"POST http://x/Prompting HTTP/1.1",
+        b"OPTIONS /Prompting HTTP/1.1",
+        b"POST /Prompting?\xc3\xa4 HTTP/1.1",
+        b"POST /Prompting",
+        b"PRI * HTTP/2.0",
+        b"CONNECT x:1 HTTP/1.1",
+        b"GET /metrics/ HTTP/1.1",
+        b"DELETE /health HTTP/1.1",
+    ]
+)
+signed_heads = st.fixed_dictionaries(
+    {},
+    optional={
+        "X-Bittensor-Nonce": st.text("0123456789-+_e. ", max_size=30),
+        "X-Bittensor-Hotkey": st.text("5abcXYZ ", max_size=60),
+        "X-Bittensor-Signature": st.text("0xabcdefg", max_size=140),
+        "X-Bittensor-Crypto": st.sampled_from(["", "ed25519", "rsa"]),
+        "X-Bittensor-Version": st.sampled_from(["1", "2", "", "1.0"]),
+        "X-Bittensor-Receiver": st.sampled_from([ME, "", "-"]),
+        "bt_header_dendrite_nonce": st.text("0123456789-. ", max_size=30),
+        "computed_body_hash": st.text("0abc", max_size=70),
+        "timeout": st.sampled_from(["1", "-1", "nan", "1e999", ""]),
+    },
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+asked = st.fixed_dictionaries(
+    {}, optional={key: values for key in ("roles", "messages", "timeout", "completion", "dendrite")}
+)
+raw_requests = st.builds(
+    lambda line, head, body: line + b"\r\n" + b"".join(head) + b"\r\n" + body,
+    lines,
+    st.lists(heads, max_size=4),
+    st.binary(max_size=60),
+)
+edited_requests = st.builds(lambda edits: request(headers=sign() | edits), signed_heads)
+old_requests = st.builds(lambda edits: request(OLD, old() | edits), signed_heads)
+typed_requests = st.builds(lambda fields: request(json.dumps(fields).encode()), asked)
+generated = st.lists(
+    st.one_of(raw_requests, edited_requests, old_requests, typed_requests, st.binary(max_size=80)),
+    min_size=20,
+    max_size=20,
+)
+COUNT = {"sent": 0}
+
+
+@settings(
+    max_examples=520,
+    phases=[Phase.generate],
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(batch=generated)
+def fuzz(axon, batch):
+    "Twenty requests, each on a line of its own, all sent before any answer is read."
+    open_lines = [connect(axon) for _ in batch]
+    try:
+        for line, data in zip(open_lines, batch):
+            line.sendall(data)
+            line.shutdown(socket.SHUT_WR)
+        for line, data in zip(open_lines, batch):
+            code = read_status(line)
+            assert code is None or 100 <= code < 500, (code, data)  # 100: go on
+            COUNT["sent"] += 1
+        if "memory" not in COUNT and COUNT["sent"] >= 5_000:
+            COUNT["memory"] = memory()
+    finally:
+        for line in open_lines:
+            line.close()
+
+
+@pytest.mark.slow
+def test_10_000_generated_malformed_requests(caplog):
+    """10 000 requests made by hypothesis: broken HTTP, broken headers, signed nonsense of every type.
+    Older server: 500 for many of them."""
+    caplog.set_level(logging.ERROR)
+    with Axon(MINER, body_timeout=0.3, limits=Limits(head_timeout=0.3)).attach(aecho) as axon:
+        COUNT["sent"] = 0
+        fuzz(axon)
+        assert COUNT["sent"] >= 10_000
+        assert memory() - COUNT["memory"] < 60  # MB over the second half, of which hypothesis itself keeps most
+        assert status(axon) == 200
+        until(lambda: axon._server.connections <= 1)
+        assert axon.health()["running"] == axon.health()["waiting"] == 0
+    assert [r for r in caplog.records if "failed" in r.getMessage() or "Exception" in r.getMessage()] == []
+
+
+# Handlers and overload ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", [lambda s: 1 / 0, lambda s: None, lambda s: s, lambda s: "text", lambda s: sys.exit(3)],
+                         ids=["raises", "returns None", "no completion", "returns text", "exits"])  # fmt: skip
+def test_handler_that_fails(forward, caplog):
+    """A handler that raises, returns None, or exits.
+    Older server: 500, with the exception's text; SystemExit ends the worker."""
+    with Axon(MINER).attach(forward) as axon:
+        for _ in range(3):
+            code, answer, _ = post(axon)
+            assert code == 500 and "Traceback" not in answer["error"]
+            assert status(axon, OLD, old()) == 500
+
+
+def test_handler_that_hangs():
+    """A plain handler that hangs, and a coroutine that never ends.
+    Older server: a plain handler blocks the whole server."""
+    free, cancelled = threading.Event(), threading.Event()
+
+    async def never(synapse):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    body = write_body(Prompting.ask("x", timeout=0.2))
+    with Axon(MINER, workers=2, drain=0.1).attach(lambda s: free.wait(SECONDS)) as axon:
+        assert status(axon, body) == 504
+        assert axon.health()["running"] == 1  # the thread goes on, and counts
+        connection = http.client.HTTPConnection(axon.host, axon.port, timeout=SECONDS)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200  # the loop is free
+        connection.close()
+        free.set()
+    with Axon(MINER, workers=1).attach(never) as axon:
+        assert status(axon, body) == 504
+        assert cancelled.wait(SECONDS)
+        until(lambda: axon.health()["running"] == 0)
+
+
+def test_overload_is_refused_and_told_when_to_come_back():
+    """More requests than the queue holds.
+    Older server: takes all of them and answers late or never."""
+    free = threading.Event()
+    wallets = [make_wallet(f"caller {i}") for i in range(12)]
+    rank = {w.hotkey.ss58_address: i for i, w in enumerate(wallets)}
+
+    def hold(synapse):
+        free.wait(SECONDS)
+        return echo(synapse)
+
+    axon = Axon(MINER, workers=1, max_queue=3).attach(hold, None, lambda s: rank[s.dendrite.hotkey])
+    with axon, ThreadPoolExecutor(12) as pool:
+        answers = []
+        for i, wallet in enumerate(wallets[:6]):  # one works, three wait; two more displace the lowest of them
+            answers.append(pool.submit(post, axon, BODY, sign(wallet=wallet)))
+            until(lambda n=min(i, 3): axon.health()["running"] == 1 and axon.health()["waiting"] == n)
+            if i >= 4:
+                until(lambda: sum(a.done() for a in answers) == i - 3)
+        code, answer, headers = post(axon, BODY, sign(wallet=wallets[0]))
+        assert (code, answer["error"], headers["retry-after"]) == (503, "the queue is full", "1")
+        free.set()
+        assert [a.result()[0] for a in answers] == [200, 503, 503, 200, 200, 200]
+
+
+# Clients --------------------------------------------------------------------------------------------------------------
+
+
+class Raw:
+    "A miner that says the given bytes, over and over when asked to, and counts its visitors."
+
+    def __init__(self, reply, endless=False):
+        self.hotkey, self.visitors = ME, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.run, args=(reply, endless), daemon=True).start()
+
+    def run(self, reply, endless):
+        with self.socket, self.socket.accept()[0] as line:
+            self.visitors += 1
+            try:
+                line.recv(65536)
+                line.sendall(reply)
+                while endless:
+                    line.sendall(b"x" * 65536)
+                line.recv(1)
+            except OSError:
+                pass
+
+
+def ok(body, more=b""):
+    return b"HTTP/1.1 200 OK\r\n%scontent-length: %d\r\n\r\n%s" % (more, len(body), body)
+
+
+@pytest.fixture
+def dendrite():
+    with Dendrite(VALIDATOR, max_answer=50_000) as dendrite:
+        yield dendrite
+
+
+def ask(dendrite, miner, kind=Prompting, timeout=1.0):
+    return dendrite.query([miner], kind.ask("hello"), timeout=timeout)[0]
+
+
+def test_redirecting_miner(dendrite):
+    """A miner that sends the validator elsewhere.
+    Older client: follows."""
+    elsewhere = Raw(ok(b'{"completion": "stolen"}'))
+    location = f"HTTP/1.1 307 x\r\nlocation: http://{elsewhere.address}/Prompting\r\ncontent-length: 0\r\n\r\n"
+    assert (ask(dendrite, Raw(location.encode())).dendrite.status_code, elsewhere.visitors) == (307, 0)
+
+
+@pytest.mark.parametrize("kind", [Prompting, StreamPrompting])
+def test_lying_miner(dendrite, kind):
+    """An answer of the wrong type, unsigned, or signed by another.
+    Older client: fills what it can and reports success; answers are not signed."""
+    forged = b"x-prompting-signature: sr25519 0x" + b"00" * 64 + b"\r\n"
+    lies = [ok(b"[]"), ok(b"<html>"), ok(b'{"completion": 1}'), ok(b'{"completion": "unsigned"}'),
+            ok(b'{"completion": "forged"}', forged), ok(b'{"piece": "cut off"}\n'), ok(b'{"piece": 1}\n'),
+            ok(b'{"piece": "a"}\n{"done": true}\n'), ok(b'{"done": true, "signature": "sr25519 0x00"}\n')]  # fmt: skip
+    for lie in lies:
+        answer = ask(dendrite, Raw(lie), kind)
+        assert (answer.dendrite.status_code, answer.completion) == (422, None), lie
+
+
+def test_answer_of_another_question(dendrite):
+    """A miner's signed answer to one question, given as the answer to another.
+    Older client: cannot tell."""
+    with Axon(MINER).attach(echo) as axon:
+        _, answer, headers = post(axon)
+    signature = f"x-prompting-signature: {headers['x-prompting-signature']}\r\n".encode()
+    replayed = ask(dendrite, Raw(ok(json.dumps(answer).encode(), signature)))
+    assert (replayed.dendrite.status_code, replayed.completion) == (422, None)
+
+
+def test_silent_miner(dendrite):
+    """A miner that takes the connection and says nothing, or stops in the middle.
+    Older client: waits for the time limit as well."""
+    for reply in (b"", b"HTTP/1.1 200", ok(b"{}").replace(b"length: 2", b"length: 99")):
+        assert ask(dendrite, Raw(reply), timeout=0.3).dendrite.status_code == 408
+    assert ask(dendrite, Raw(ok(b'{"piece": "a"}\n').replace(b"length: 15", b"length: 99")), StreamPrompting,
+               timeout=0.3).dendrite.status_code == 408  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Prompting, StreamPrompting])
+def test_gigantic_miner(dendrite, kind):
+    """An answer without an end, a bomb of gzip.
+    Older client: reads it all into memory, and unpacks it."""
+    assert ask(dendrite, Raw(b"HTTP/1.1 200 OK\r\n\r\n", endless=True), kind, SECONDS).dendrite.status_code == 413
+    import gzip
+
+    bomb = gzip.compress(b"x" * 10_000_000)
+    assert ask(dendrite, Raw(ok(bomb, b"content-encoding: gzip\r\n")), kind).dendrite.status_code == 422
+
+
+def test_one_bad_miner_among_many(dendrite):
+    """Bad miners among good ones.
+    Older client: one that redirects or floods takes time and memory from all."""
+    bad = [Raw(b""), Raw(b"SSH-2.0\r\n"), Raw(b"HTTP/1.1 200 OK\r\n\r\n", endless=True)]
+    nobody = SimpleNamespace(hotkey=ME, axon="127.0.0.1:1")
+    with Axon(MINER).attach(echo) as axon:
+        answers = dendrite.query([*bad, nobody, axon, axon], QUESTION, timeout=2)
+    assert [a.dendrite.status_code for a in answers] == [408, 422, 413, 503, 200, 200]
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])
+def test_caller_hangs_up_in_the_middle_of_a_stream(dendrite, plain):
+    """A caller that reads two pieces of an endless answer and leaves.
+    Older server: the handler goes on to its end."""
+    closed = threading.Event()
+
+    def endless(synapse):
+        try:
+            while True:
+                yield "ä😀\n"
+        finally:
+            closed.set()
+
+    async def endless_async(synapse):
+        try:
+            while True:
+                yield "ä😀\n"
+                await asyncio.sleep(0)
+        finally:
+            closed.set()
+
+    with Axon(MINER, workers=1).attach(endless if plain else endless_async) as axon:
+        stream = dendrite.stream(axon, QUESTION, timeout=SECONDS)
+        assert [piece for piece, _ in zip(stream, range(2))] == ["ä😀\n"] * 2
+        stream.close()
+        assert closed.wait(SECONDS)
+        until(lambda: axon.health()["running"] == 0)
+
+
+def test_pieces_arrive_whole_and_as_they_are_made(dendrite):
+    """Pieces of newlines and characters of many bytes; each must arrive before the next is made.
+    Older server: no streaming of its own; a client that splits at newlines loses them."""
+    pieces, heard = ["a\n", "\n\n", "ü", "😀" * 2000, "\u2028", "end"], threading.Semaphore(0)
+
+    def one_by_one(synapse):
+        for piece in pieces:
+            yield piece
+            assert heard.acquire(timeout=SECONDS)  # the next is made when this one has been heard
+
+    with Axon(MINER).attach(one_by_one) as axon:
+        got, stream = [], dendrite.stream(axon, QUESTION, timeout=SECONDS)
+        for piece in stream:
+            got.append(piece)
+            heard.release()
+    assert got == pieces and stream.answer.completion == "".join(pieces) and stream.answer.is_success
+
+
+def test_old_stream_is_plain_text():
+    """The older format's stream: text as it comes, each chunk whole characters.
+    Older server: the same."""
+
+    def speak(synapse):
+        yield from ("zwei\n", "Wörter 😀")
+
+    with Axon(MINER).attach(speak) as axon:
+        connection = http.client.HTTPConnection(axon.host, axon.port, timeout=SECONDS)
+        connection.request("POST", "/StreamPrompting", OLD, old(StreamPrompting.ask("hello")))
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.getheader("content-type") == "text/event-stream"
+        assert answer.getheader("bt_header_axon_status_code") == "200"
+        assert answer.read().decode() == "zwei\nWörter 😀"
+        connection.close()
+
+
+# The world around it --------------------------------------------------------------------------------------------------
+
+
+class Echo(Miner):
+    @classmethod
+    def add_args(cls, parser):
+        pass
+
+    def config(self):
+        return read_config(self.add_args)
+
+    def prompt(self, synapse):
+        return echo(synapse)
+
+
+@pytest.fixture
+def chain(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["test"])
+    chain = EmbeddedChain()
+    chain.register(MINER), chain.register(VALIDATOR, stake=1000.0, validator_permit=True)
+    return chain
+
+
+def test_chain_away(chain, caplog):
+    """The chain is away for fifty calls in a row.
+    Older miner: the loop's exception ends it."""
+    settings = {"miner": {"poll_interval": 0.001, "retries": 100}}
+    with (
+        chain.client() as client,
+        Echo(settings, wallet=MINER, subtensor=client) as miner,
+        Dendrite(VALIDATOR) as dendrite,
+    ):
+        miner.longest_pause = 0.002
+        chain.fail(50)
+        chain.step()
+        assert {ask(dendrite, miner.axon).dendrite.status_code for _ in range(20)} == {200}
+        assert miner.wait_for_block(chain.block, SECONDS)
+    assert sum("the chain failed" in r.getMessage() for r in caplog.records) == 50
+
+
+def test_deregistration_while_running(chain, caplog):
+    """The miner's uid is taken by another while it runs.
+    Older miner: exits the process, or goes on unaware."""
+    settings = {"miner": {"poll_interval": 0.001, "blocks_per_epoch": 1}}
+    with chain.client() as client, Echo(settings, wallet=MINER, subtensor=client) as miner:
+        chain.replace(0, STRANGER)
+        chain.step(2)
+        until(lambda: not miner.is_running)
+        assert isinstance(miner.error, NotRegisteredError) and not miner.axon.is_running
+    assert any("is not registered" in r.getMessage() for r in caplog.records)
+
+
+def test_rate_limit_says_when_to_come_back(chain):
+    """A registered caller that asks too often.
+    Older server: has no rate limit."""
+    settings = {"miner.blacklist": {"quota": 2, "window": 100.0}}
+    with chain.client() as client, Echo(settings, wallet=MINER, subtensor=client) as miner:
+        answers = [post(miner.axon) for _ in range(3)]
+    assert [code for code, _, _ in answers] == [200, 200, 429]
+    assert 90 <= int(answers[2][2]["retry-after"]) <= 100
+
+
+def test_a_repeated_prompt_takes_no_place_in_the_queue(chain):
+    """The same prompt again and again, to keep the miner busy.
+    Older miner: the cache is looked up inside the handler."""
+    settings = {"miner.blacklist.use_prompt_cache": True}
+    with chain.client() as client, Echo(settings, wallet=MINER, subtensor=client) as miner:
+        assert [status(miner.axon) for _ in range(3)] == [200, 409, 409]
+        assert miner.axon.metrics.registry.get_sample_value("axon_cache_hits_total") == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_sigterm_under_load(tmp_path):
+    """SIGTERM while requests are worked on and wait.
+    Older server: the process ends at once; what it worked on is lost."""
+    code = f"""
+        import logging, sys, time
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        from prompting_nb.baseminer.miner import Miner
+        from prompting_nb.config import read_config
+        from prompting_nb.network.chain import EmbeddedChain, make_wallet
+        done = open({str(tmp_path / "done")!r}, "a", buffering=1)
+        class Slow(Miner):
+            @classmethod
+            def add_args(cls, parser): pass
+            def config(self): return read_config(self.add_args)
+            def prompt(self, synapse):
+                time.sleep(0.02)
+                print(synapse.prompt, file=done)
+                synapse.completion = synapse.prompt
+                return synapse
+        chain, wallet = EmbeddedChain(), make_wallet("miner")
+        chain.register(wallet), chain.register(make_wallet("validator"))
+        miner = Slow({{"miner.poll_interval": 0.05}}, wallet=wallet, subtensor=chain.client())
+        miner.axon.drain = 20.0
+        import threading
+        def say_port():
+            while not miner.axon.is_running:
+                time.sleep(0.01)
+            print(miner.axon.port, flush=True)
+        threading.Thread(target=say_port).start()
+        miner.run()
+        print("ended", flush=True)
+    """
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes) as process:
+        there = SimpleNamespace(hotkey=ME, axon=f"127.0.0.1:{int(process.stdout.readline())}")
+        with Dendrite(VALIDATOR) as dendrite, ThreadPoolExecutor(1) as pool:
+            questions = [Prompting.ask(f"{i}", timeout=SECONDS) for i in range(300)]
+
+            async def all_of_them():
+                return await asyncio.gather(*(dendrite([there], q) for q in questions))
+
+            rounds = pool.submit(asyncio.run, all_of_them())
+            until(lambda: (tmp_path / "done").exists() and (tmp_path / "done").read_text().count("\n") >= 20)
+            process.send_signal(signal.SIGTERM)
+            answers = [answer for [answer] in rounds.result()]
+        output, log = process.communicate(timeout=SECONDS)
+    answered = sorted(a.completion for a in answers if a.is_success)
+    assert answered == sorted((tmp_path / "done").read_text().split())  # whatever was worked on reached its caller
+    assert len(answered) >= 200  # and the whole queue was worked off
+    assert {a.dendrite.status_code for a in answers} <= {200, 503}
+    assert process.returncode == 0 and output == "ended\n" and "SIGTERM" in log and "are let end" in log
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_100_000_requests_leave_memory_flat():
+    """100 000 requests by 1000 callers, good and bad, given to the application in the process, without a socket.
+    Older server: keeps a nonce for each uuid for ever."""
+    wallets = [make_wallet(i) for i in range(1000)]
+    axon = Axon(MINER, nonces=None).attach(aecho, lambda s: False, lambda s: 1.0)
+    axon._open()
+    bad = [(b"content-length", b"2")]
+    scope = {"type": "http", "method": "POST", "path": "/Prompting", "raw_path": b"/Prompting", "query_string": b"",
+             "client": ("127.0.0.1", 1), "http_version": "1.1", "scheme": "http", "root_path": ""}  # fmt: skip
+    codes = {}
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            codes[message["status"]] = codes.get(message["status"], 0) + 1
+
+    async def one(i):
+        async def receive():
+            return {"type": "http.request", "body": BODY if good else b"{}", "more_body": False}
+
+        good = i % 10 == 0
+        signed = sign(wallet=wallets[i % 1000]) if good else {}
+        headers = [(k.lower().encode(), v.encode()) for k, v in signed.items()] or bad
+        await axon({**scope, "headers": headers}, receive, send)
+
+    async def many(start, n):
+        for i in range(start, start + n):
+            await one(i)
+            if i % 100 == 0:
+                await asyncio.sleep(0)  # nothing here waits; asyncio drops cancelled timers when the loop turns
+
+    async def all_of_them():
+        sizes = []
+        for start in range(0, 100_000, 20_000):
+            await many(start, 20_000)
+            sizes.append(memory())
+        return sizes
+
+    sizes = asyncio.run(all_of_them())
+    assert codes == {200: 10_000, 401: 90_000}
+    assert sizes[-1] - sizes[1] < 10, sizes  # MB over the last 60 000; twelve seconds of nonces are kept

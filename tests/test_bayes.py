@@ -1,0 +1,161 @@
+"""Bayesian gates through random histories of a subnet, questions that come again, and a restart."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from prompting_nb.config import InputError
+from prompting_nb.validators.bayes import BayesianGatingModel, posterior
+from prompting_nb.validators.selection import narrowing, thompson
+
+CAPACITY = 6
+MESSAGES = ["what is two plus nine", "how do I cook rice", "a trip to Rome", "why does my knee hurt", "sort a list"]
+metagraphs = st.dictionaries(st.integers(0, CAPACITY - 1), st.integers(0, 8), min_size=1, max_size=CAPACITY).filter(
+    lambda held: len(set(held.values())) == len(held))
+
+
+def subnet(held):
+    return SimpleNamespace(hotkeys=[f"key{key}" for key in held.values()], uids=list(held))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return BayesianGatingModel(subnet({0: 0}), model_name="minilm", num_uids=1).encoder
+
+
+def make(encoder, held, num_uids=CAPACITY, **gating):
+    gate = BayesianGatingModel(subnet(held), {"gating": {"model_name": "minilm", "topics": 4, **gating}}, num_uids=num_uids)
+    gate.encoder = encoder
+    return gate
+
+
+def row(gate, uid):
+    "All that is known of a uid: posterior, sums, and its remembered answers."
+    answers = {key: question.rewards[question.uids == uid].tolist() for key, question in gate.log.items()}
+    return [gate.head.weight[uid].detach().clone(), gate.covariances[uid].clone(), gate.squares[uid].clone(),
+            gate.products[uid].clone()], {key: value for key, value in answers.items() if value}
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one[0], other[0])) and one[1] == other[1]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(history=st.lists(metagraphs, min_size=2, max_size=5), seed=st.integers(0, 99))
+def test_what_is_known_follows_the_hotkey(encoder, history, seed, tmp_path_factory):
+    generator = torch.Generator().manual_seed(seed)
+    gate = make(encoder, history[0])
+    path = tmp_path_factory.mktemp("gates") / "gate.safetensors"
+    for step, (before, now) in enumerate(zip(history, history[1:])):
+        for _ in range(4):
+            uids = torch.tensor(list(before))[torch.rand(len(before), generator=generator) < 0.8]
+            if len(uids):
+                message = MESSAGES[int(torch.randint(len(MESSAGES), (), generator=generator))]
+                gate.backward(gate(message)[uids], torch.rand(len(uids), generator=generator))
+        known = {key: row(gate, uid) for uid, key in before.items()}
+        nobody = [uid for uid in range(CAPACITY) if uid not in before]
+        if step % 2:  # restarted from disk in between
+            gate.save(path)
+            gate = make(encoder, now)
+            gate.load(path)
+        else:
+            gate.resync(subnet(before), subnet(now))
+        for uid in range(CAPACITY):
+            if uid in now and now[uid] in known:
+                assert same(row(gate, uid), known[now[uid]])
+            elif uid in now or uid not in nobody:
+                (mean, covariance, squares, products), answers = row(gate, uid)
+                assert torch.equal(mean, gate.prior_mean) and torch.equal(covariance, gate.prior_covariance)
+                assert not squares.any() and not products.any() and not answers
+
+
+def test_step_by_step_is_as_good_as_all_at_once(encoder):
+    gate = make(encoder, {uid: uid for uid in range(4)}, num_uids=4)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(40):
+        uids = torch.randperm(4, generator=generator)[:2]
+        gate.backward(gate(f"{MESSAGES[step % 5]} {step % 13}")[uids], torch.rand(2, generator=generator))
+    means, covariances = posterior(gate.prior, gate.squares, gate.products)
+    torch.testing.assert_close(gate.head.weight.detach(), means, atol=2e-3, rtol=0)
+    torch.testing.assert_close(gate.covariances, covariances, atol=1e-3, rtol=0)
+
+
+def test_the_same_answer_twice_counts_once(encoder):
+    once, twice = (make(encoder, {0: 0, 1: 1}, num_uids=2) for _ in range(2))
+    for gate, times in ((once, 1), (twice, 3)):
+        for _ in range(times):
+            gate.backward(gate(MESSAGES[0]), torch.tensor([1.0, 0.2]))
+    torch.testing.assert_close(once.head.weight, twice.head.weight)
+    torch.testing.assert_close(once.covariances, twice.covariances)
+
+
+def test_only_the_memory_counts(encoder):
+    gate = make(encoder, {0: 0}, num_uids=1, memory=3)
+    for step in range(10):
+        gate.backward(gate(f"question number {step}"), torch.tensor([float(step)]) / 10)
+    assert len(gate.log) == 3
+    gate.reflect()
+    assert gate.squares[0, 0, 0].item() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("reward", [torch.nan, torch.inf, -torch.inf])
+def test_what_cannot_be_learned_leaves_everything(encoder, reward):
+    gate = make(encoder, {0: 0, 1: 1}, num_uids=2)
+    before = row(gate, 0)
+    for scores, rewards in ((gate("abc"), [reward, 0.0]), (gate("abc"), [1.0]), (gate("abc")[[0, 0]], [1.0, 1.0]),
+                            (gate("abc").detach(), [1.0, 1.0])):
+        with pytest.raises(ValueError):
+            gate.backward(scores, torch.tensor(rewards))
+    with pytest.raises(ValueError, match="do not come from"):
+        gate.backward(make(encoder, {0: 0, 1: 1}, num_uids=2)("abc"), torch.ones(2))
+    assert same(row(gate, 0), before) and gate.seen == 0
+
+
+def test_a_uid_that_times_out_is_asked_less_and_a_newcomer_early(encoder):
+    gate = make(encoder, {uid: uid for uid in range(6)})
+    generator = torch.Generator().manual_seed(0)
+    asked = []
+    for step in range(150):
+        if step == 75:
+            gate.resync(None, subnet({uid: uid for uid in range(5)} | {5: 8}))
+        scores, sd = gate.posterior(f"{MESSAGES[step % 5]} {step}")
+        uids, propensities = thompson(scores, sd, 2, width=narrowing(step * 2 / 6), epsilon=0.1, generator=generator)
+        rewards = torch.where(uids == 0, 0.0, torch.where(uids == 5, 0.9, 0.6))  # uid 0 never answers in time
+        gate.backward(scores[uids], rewards)
+        asked.append(uids.tolist())
+        assert (propensities >= 0.1 * 2 / 6 - 1e-6).all()
+    count = lambda uid, steps: sum(uid in uids for uids in steps)
+    assert 0 < count(0, asked[20:]) < count(1, asked[20:]) / 2
+    assert count(5, asked[75:80]) >= 1
+
+
+def test_a_mismatch_says_what_differs(encoder, tmp_path):
+    make(encoder, {0: 0}).save(tmp_path / "gate")
+    for gating, text in (({"num_uids": 9}, "num_uids is 6 there and 9 here"), ({"topics": 5}, "topics is 4 there and 5 here")):
+        with pytest.raises(InputError, match=text):
+            make(encoder, {0: 0}, **{"num_uids": CAPACITY, **gating}).load(tmp_path / "gate")
+
+
+RESTART = """
+import sys, torch
+from types import SimpleNamespace
+from prompting_nb.validators.bayes import BayesianGatingModel
+gate = BayesianGatingModel(SimpleNamespace(hotkeys=["key0", "key1"]), {"gating": {"topics": 4}}, "minilm", 2)
+gate.load(sys.argv[1])
+gate.backward(gate("how do I boil eggs"), torch.tensor([0.7, 0.1]))
+print(*gate("a trip to Oslo").tolist())
+"""
+
+
+def test_a_restart_changes_nothing(encoder, tmp_path):
+    gate = make(encoder, {0: 0, 1: 1}, num_uids=2)
+    for step in range(12):
+        gate.backward(gate(f"{MESSAGES[step % 5]} {step}"), torch.tensor([0.2, 0.8]))
+    gate.save(tmp_path / "gate")
+    done = subprocess.run([sys.executable, "-c", RESTART, str(tmp_path / "gate")], capture_output=True, text=True, check=True)
+    gate.backward(gate("how do I boil eggs"), torch.tensor([0.7, 0.1]))
+    assert [float(value) for value in done.stdout.split()] == pytest.approx(gate("a trip to Oslo").tolist(), abs=1e-4)

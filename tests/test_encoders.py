@@ -1,0 +1,141 @@
+"""The encoder under load: groupings, threads, precisions, compilation, in combinations that a page would not bear."""
+
+import shutil
+import threading
+
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings, strategies as st
+
+from prompting_nb.config import InputError
+from prompting_nb.encoding import PRECISIONS, Encoder, cut, in_threads, last_token, last_window, micro_batches
+from prompting_nb.validators.encoders import check_encoder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    "A small random BERT with a token for each letter."
+    folder = tmp_path_factory.mktemp("bert")
+    letters = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *"abcdefghijklmnopqrstuvwxyz "]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(letters)}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=24)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def threads():
+    "Sets the number of torch's threads and sets it back."
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 1000))
+def test_micro_batches_hold_everything_within_the_budget(lengths, budget):
+    groups = micro_batches(lengths, budget)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[place] for place in group) <= budget
+    longest = [max(lengths[place] for place in group) for group in groups]
+    assert longest == sorted(longest, reverse=True)
+
+
+@given(st.integers(1, 500), st.integers(1, 50), st.integers(1, 6))
+def test_windows_are_even_and_lose_only_the_middle(count, room, most):
+    pieces, ids = cut(list(range(count)), room, most), list(range(count))
+    kept = sum(pieces, [])
+    assert all(len(piece) <= room for piece in pieces) and len(pieces) <= most
+    assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+    if count <= room * most:
+        assert kept == ids
+    else:
+        end = len(kept) // 2
+        assert len(kept) == room * most and kept == ids[:len(kept) - end] + ids[count - end:]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@settings(max_examples=15, deadline=None)
+@given(texts=st.lists(st.text("abcdefghij ", min_size=1, max_size=90).filter(str.strip), min_size=1, max_size=30))
+def test_a_text_has_one_embedding_whatever_its_company(folder, count, texts):
+    "Also with several threads, and with long texts of several windows among short ones."
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        encoder = Encoder(str(folder), cache_size=0)
+        together = encoder(texts)
+        assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(together, torch.stack([encoder(text) for text in texts]), atol=1e-5, rtol=1e-5)
+
+
+def test_threads_that_come_later_have_all_threads_again(threads):
+    threads(2)
+    in_threads(lambda job: job, [1, 2, 3])
+    seen = []
+    late = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    late.start()
+    late.join()
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_precisions_agree_and_stay_frozen(folder, precision):
+    texts = ["a text", "another text that is longer than one window of it", "b"]
+    exact, near = Encoder(str(folder))(texts), Encoder(str(folder), precision=precision)
+    found = near(texts)
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert F.cosine_similarity(found, exact).min() > {"float32": 0.999999, "bfloat16": 0.999, "int8": 0.98}[precision]
+    assert not any(parameter.requires_grad for parameter in near.parameters())
+    assert not any(module.training for module in near.train().modules())
+    if precision == "bfloat16":
+        assert {parameter.dtype for parameter in near.parameters()} == {torch.bfloat16}
+
+
+def test_other_weights_are_seen(folder):
+    "The faster layers read the weights of the moment."
+    encoder = Encoder(str(folder))
+    before = encoder("a text")
+    state = {name: value + 0.05 * torch.randn_like(value) if value.is_floating_point() else value
+             for name, value in encoder.state_dict().items()}
+    encoder.load_state_dict(state)
+    assert not torch.allclose(encoder("a text"), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("pool", [{}, {"pool": last_token, "combine": last_window}], ids=["mean", "last"])
+def test_a_megabyte_of_text(folder, pool):
+    encoder = Encoder(str(folder), max_windows=4, **pool)
+    middle = "a" * 500_000
+    one, other = (encoder(middle + letter + middle) for letter in "bc")
+    assert one.isfinite().all() and torch.equal(one, other)  # its middle is left out
+    assert not torch.equal(encoder(middle * 2 + "b"), one)
+    assert torch.equal(encoder("b" + middle * 2), one) == bool(pool)  # the last token knows its own window only
+
+
+def test_compiled_gives_the_same(folder):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler and there is none")
+    plain, compiled = Encoder(str(folder)), Encoder(str(folder), compile=True)
+    for texts in (["a text"], ["abc", "b", "a text that is longer than the others by far"]):
+        torch.testing.assert_close(compiled(texts), plain(texts), atol=1e-4, rtol=1e-4)
+
+
+def test_a_missing_encoder_is_found_without_reading_weights(folder, tmp_path, monkeypatch):
+    check_encoder(str(folder))
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    for name in ("copy", "nowhere"):
+        with pytest.raises(InputError, match="cannot load the model"):
+            check_encoder(str(tmp_path / name))

@@ -1,0 +1,326 @@
+"""The miners that are ready to run: language models of several families, a local server with OpenAI's API, the command."""
+
+import asyncio
+import inspect
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from prompting_nb.baseminer.command import miner_parser
+from prompting_nb.baseminer.miners import MINERS, OpenAICompatibleMiner, TransformersMiner, UpstreamError, _Request
+from prompting_nb.batching import Batcher
+from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.protocol import Prompting
+
+SECONDS = 60
+PROGRAM = "from prompting_nb.cli import main; main()"
+MINER, VALIDATOR = make_wallet("miner"), make_wallet("validator")
+
+
+@pytest.fixture
+def place():
+    chain = EmbeddedChain()
+    chain.register(MINER)
+    chain.register(VALIDATOR, stake=10.0, validator_permit=True)
+    with chain.client() as client:
+        yield dict(wallet=MINER, subtensor=client)
+
+
+@pytest.mark.parametrize("kind", MINERS.values())
+def test_a_miner_can_be_read_in_one_go(kind):
+    assert len(inspect.getsource(kind).splitlines()) < 60
+
+
+def test_the_command_knows_every_flag_of_every_miner():
+    class Names(list):
+        _option_string_actions = {}
+
+        def add_argument(self, name, **_):
+            self.append(name)
+
+    known = miner_parser()._option_string_actions
+    for name, kind in MINERS.items():
+        flags = Names()
+        kind.add_args(flags)
+        assert flags and set(flags) <= set(known), name
+        assert {flag.split(".")[0] for flag in flags} == {f"--{name}"}
+
+
+# Language models
+
+
+def make_model(family, folder):
+    "A random model of a family with a byte-level tokenizer, which knows every character."
+    import transformers as hf
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(["<end>", *letters])}
+    made = Tokenizer(models.BPE(vocabulary, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", bos_token="<end>")
+    size = dict(vocab_size=len(vocabulary), bos_token_id=0, eos_token_id=0, initializer_range=0.5)
+    configs = {
+        "gpt2": lambda: hf.GPT2Config(**size, n_positions=128, n_embd=32, n_layer=2, n_head=2),
+        "gpt_neo": lambda: hf.GPTNeoConfig(**size, max_position_embeddings=128, hidden_size=32, num_layers=2, num_heads=2,
+                                           attention_types=[[["global", "local"], 1]], window_size=16),
+        "llama": lambda: hf.LlamaConfig(**size, max_position_embeddings=128, hidden_size=32, num_hidden_layers=2,
+                                        num_attention_heads=2, num_key_value_heads=1, intermediate_size=64),
+    }
+    hf.set_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(configs[family]())
+    for part in (tokenizer, model):
+        part.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("gpt2", "gpt_neo", "llama"):
+        make_model(family, folder / family)
+    return folder
+
+
+def transformers_miner(models, family, place, **settings):
+    settings = {"model_name": str(models / family), "max_new_tokens": 24, **settings}
+    return TransformersMiner({"transformers": settings, "miner.no_set_weights": True}, **place)
+
+
+TEXTS = ["Hi", "What is the meaning of life?", "Wie heißt du? 😀", "a" * 300]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "llama"])
+def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(models, family, place):
+    miner = transformers_miner(models, family, place)
+    alone = [miner.generate([_Request(Prompting.ask(text))])[0] for text in TEXTS]
+    assert miner.generate([_Request(Prompting.ask(text)) for text in TEXTS]) == alone
+    assert len(set(alone)) > 1 and all(alone)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_pieces_are_the_answer(models, family, place):
+    "A random model over bytes writes nonsense that cuts through characters; the pieces must not show it."
+    miner = transformers_miner(models, family, place, max_new_tokens=60)
+
+    async def pieces(text):
+        return [piece async for piece in miner.prompt(Prompting.ask(text))]
+
+    for text in TEXTS:
+        said = asyncio.run(pieces(text))
+        assert "".join(said) == miner._prompt(Prompting.ask(text)).completion and len(said) > 1
+
+
+def test_requests_that_wait_become_one_batch(models, place):
+    miner, sizes, go, begun = transformers_miner(models, "gpt2", place), [], threading.Event(), threading.Event()
+
+    def work(requests):
+        sizes.append(len(requests))
+        begun.set()
+        go.wait(SECONDS)
+        return TransformersMiner.generate(miner, requests)
+
+    miner.batcher = Batcher(work, 8)
+    with miner, Dendrite(VALIDATOR) as dendrite, ThreadPoolExecutor(8) as callers:
+        ask = lambda number: dendrite.query([miner.axon], Prompting.ask(f"Question {number}", timeout=SECONDS))[0]
+        asked = [callers.submit(ask, 0)]
+        assert begun.wait(SECONDS)
+        asked += [callers.submit(ask, number) for number in range(1, 7)]
+        while len(miner.batcher._waiting) < 6:
+            pass
+        go.set()
+        assert [future.result().dendrite.status_code for future in asked] == [200] * 7
+    assert sizes == [1, 6]
+
+
+def test_a_caller_who_leaves_frees_the_model(models, place):
+    miner = transformers_miner(models, "gpt2", place, max_new_tokens=100)
+    lengths, done = [], threading.Event()
+
+    def work(requests):
+        texts = TransformersMiner.generate(miner, requests)
+        lengths.extend(len(text) for text in texts)
+        done.set()
+        return texts
+
+    async def asking():
+        stream = miner.prompt(Prompting.ask("Hi"))
+        await anext(stream)
+        await stream.aclose()
+
+    full = len(miner._prompt(Prompting.ask("Hi")).completion)
+    miner.batcher = Batcher(work)
+    asyncio.run(asking())
+    assert done.wait(SECONDS) and lengths[0] < full
+
+
+# A server with OpenAI's API
+
+
+@contextmanager
+def served(handle):
+    "A server whose only path is answered by `handle(request)`, as its base url."
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.routing import Route
+
+    app = Starlette(routes=[Route("/v1/chat/completions", handle, methods=["POST"])])
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=0))
+    server.install_signal_handlers = lambda: None
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join(SECONDS)
+
+
+def remote_miner(url, place, **settings):
+    return OpenAICompatibleMiner({"openai": {"base_url": url, "model": "m", **settings}}, **place)
+
+
+def streaming(*chunks):
+    from starlette.responses import StreamingResponse
+
+    async def body():
+        for chunk in chunks:
+            yield chunk
+            await asyncio.sleep(0)
+
+    async def handle(request):
+        return StreamingResponse(body(), media_type="text/event-stream")
+
+    return handle
+
+
+def event(text):
+    return f"data: {json.dumps({'choices': [{'delta': {'content': text}}]}, ensure_ascii=False)}\n\n".encode()
+
+
+async def collect(miner, timeout=10.0):
+    return [piece async for piece in miner.prompt(Prompting.ask("Hi", timeout=timeout))]
+
+
+def test_events_may_be_cut_anywhere(place):
+    whole = event("für\n\n") + b": a comment\r\n\r\n" + event(None) + event("5 😀") + b"data: [DONE]\n\n"
+    with served(streaming(*(whole[i : i + 1] for i in range(len(whole))))) as url:
+        assert asyncio.run(collect(remote_miner(url, place))) == ["für\n\n", "5 😀"]
+
+
+def test_a_stream_that_turns_into_an_error_says_so(place):
+    with served(streaming(event("Once"), b'data: {"error": {"message": "out of memory"}}\n\n')) as url:
+        with pytest.raises(UpstreamError):
+            asyncio.run(collect(remote_miner(url, place)))
+
+
+def test_what_the_settings_say_is_what_is_asked(place):
+    heard = []
+
+    async def handle(request):
+        from starlette.responses import JSONResponse
+
+        heard.append((dict(request.headers), await request.json()))
+        return JSONResponse({"choices": [{"message": {"content": "ok"}}]})
+
+    with served(handle) as url:
+        miner = remote_miner(url, place, api_key="key", max_tokens=7, temperature=0.25)
+        assert miner._prompt(Prompting(roles=["system", "user"], messages=["s", "u"])).completion == "ok"
+    headers, asked = heard[0]
+    assert headers["authorization"] == "Bearer key"
+    assert asked == {"model": "m", "max_tokens": 7, "temperature": 0.25, "stream": True,
+                     "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}
+
+
+def test_a_slow_server_does_not_block_others_and_hears_when_the_caller_leaves(place):
+    left, arrived = threading.Event(), threading.Event()
+
+    async def handle(request):
+        from starlette.responses import JSONResponse
+
+        word = (await request.json())["messages"][-1]["content"]
+        if word == "slow":
+            arrived.set()
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.01)
+            left.set()
+        return JSONResponse({"choices": [{"message": {"content": word}}]})
+
+    with served(handle) as url, remote_miner(url, place) as miner, Dendrite(VALIDATOR) as dendrite:
+        with ThreadPoolExecutor(1) as other:
+            slow = other.submit(dendrite.query, [miner.axon], Prompting.ask("slow", timeout=2.0))
+            assert arrived.wait(SECONDS)
+            quick = [dendrite.query([miner.axon], Prompting.ask(f"quick {i}"))[0].completion for i in range(12)]
+            assert not slow.done() and quick == [f"quick {i}" for i in range(12)]
+            assert slow.result()[0].completion is None
+        assert left.wait(SECONDS)
+
+
+def test_the_key_is_in_no_message(place):
+    async def handle(request):
+        from starlette.responses import JSONResponse
+
+        return JSONResponse({"error": {"message": "wrong key"}}, 401)
+
+    with served(handle) as url, remote_miner(url, place, api_key="sk-very-secret") as miner:
+        with Dendrite(VALIDATOR) as dendrite:
+            answer, = dendrite.query([miner.axon], Prompting.ask("Hi"))
+    assert answer.dendrite.status_code == 500 and "secret" not in str(answer)
+
+
+# The command
+
+
+def start(*flags):
+    "The command in a process of its own, and the port on which it listens."
+    command = [sys.executable, "-c", PROGRAM, "miner", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    match = re.search(r"listens on 127\.0\.0\.1:(\d+)", line)
+    assert match, line + process.communicate(timeout=SECONDS)[1]
+    return process, int(match[1])
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_ends_orderly(end):
+    # a shell's background jobs ignore Ctrl-C, and so would their children
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process, port = start("--miner.kind", "template")
+    signal.signal(signal.SIGINT, before)
+    try:
+        target = type("Target", (), {"hotkey": make_wallet("default").hotkey.ss58_address, "axon": f"127.0.0.1:{port}"})
+        with Dendrite(VALIDATOR) as dendrite:
+            answer, = dendrite.query([target], Prompting.ask("Hi"))
+        assert answer.completion == "The meaning of life is 42.", answer.dendrite
+        process.send_signal(end)
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (0, "stopped\n"), err
+    assert "Traceback" not in err
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), 1).close()
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = [sys.executable, "-c", PROGRAM, "miner", "--axon.port", str(taken.getsockname()[1])]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "the port is in use" in run.stderr, run.stderr
+
+
+def test_the_environment_counts():
+    command = [sys.executable, "-c", PROGRAM, "miner", "--ask", "Hi"]
+    environment = {**os.environ, "PROMPTING_NB_TEMPLATE__COMPLETION": "Good day."}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    assert run.stdout.splitlines()[-1] == "Good day." and run.returncode == 0, run.stderr
