@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'Draw', 'draw', 'length_batches', 'token_batches', 'plan_batches', 'tokenise', 'collate', 'schedule',
-           'bf16_pays', 'measure', 'share_of', 'History', 'validate', 'write_checkpoint', 'read_checkpoint',
-           'run_digest', 'parameter_groups', 'train']
+           'bf16_pays', 'measure', 'share_of', 'this_process', 'History', 'validate', 'write_checkpoint',
+           'read_checkpoint', 'run_digest', 'parameter_groups', 'train']
 
 # %% ../nbs/16_training.ipynb #c002
 import hashlib
@@ -227,12 +227,17 @@ def share_of(
     return (mine, len(mine) * processes / len(batch)) if mine else (batch[:1], 0.0)
 
 # %% ../nbs/16_training.ipynb #c048
+def this_process() -> tuple[int, int]:  # its rank from 0, and how many processes there are
+    "Which process of a launch this is."
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def _accelerator(device: torch.device, trackers: list[str] | None = None, folder: str | None = None) -> Accelerator:
     "An accelerator for the processes that there are; raises `InputError` for a tracker that is not installed."
     installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     if (missing := [name for name in trackers or [] if name not in installed]):
         raise InputError(f"the tracker {missing[0]} is not installed: take one of {sorted(installed)}, or pip install it")
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = this_process()[1] > 1
     return Accelerator(cpu=several and device.type == "cpu", device_placement=several, mixed_precision="no",
                        log_with=trackers or None, project_dir=folder)
 
@@ -492,10 +497,12 @@ def train(
             ends = step + 1 == len(plan) or plan[step + 1][0] > epoch
             if eval_rankings and (ends if config.eval_every is None else (step + 1) % config.eval_every == 0):
                 run.evaluate(eval_rankings, step, epoch)
-            if checkpoint and ((step + 1) % config.checkpoint_every == 0 or step + 1 == len(plan)):
+            if checkpoint and (step + 1) % config.checkpoint_every == 0:
                 run.save(checkpoint, digest, step + 1, spent())
             if on_step:
                 on_step(history.steps[-1])
+    if checkpoint:
+        run.save(checkpoint, digest, len(history.steps), spent())
     if run.best:
         model.load_state_dict(run.best)
     for tracker in run.accelerator.trackers:
