@@ -155,7 +155,7 @@ def can_pack(encoder: TextEncoder) -> bool:
     "Whether texts can be packed into one row, to the same result."
     config = encoder.model.config
     plain = not getattr(config, "is_decoder", False) and not getattr(config, "reorder_and_upcast_attn", False)
-    return shares_prefix(encoder) or config.model_type in PACKING - {*SHARING} and plain and encoder.pooling == "mean"
+    return shares_prefix(encoder) or config.model_type in PACKING - {*SHARING} and plain and encoder.pooling != "last"
 
 # %% ../nbs/14_packing.ipynb #c023
 @contextmanager
@@ -198,13 +198,19 @@ def run_layout(
     embeddings: torch.Tensor,  # (1, tokens, size), of the layout's tokens
 ) -> torch.Tensor:  # (texts, size), float32 where the model computes with less
     "The vector of each text of a layout."
-    output = encoder.model(inputs_embeds=embeddings, position_ids=layout.position_ids, layout=layout)
-    hidden = output.last_hidden_state[0]  # (tokens, size)
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    layers = encoder.pooling == "layers"
+    output = encoder.model(inputs_embeds=embeddings, position_ids=layout.position_ids, layout=layout,
+                           output_hidden_states=layers)
+    hidden = torch.stack(output.hidden_states[1:]).mean(dim=0)[0] if layers else output.last_hidden_state[0]
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (tokens, size)
     if encoder.pooling == "last":
         return hidden[layout.last]
-    sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared where the mean is taken
-    return torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
+    sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared by a model that reads both ways
+    if encoder.pooling == "pooler":
+        first = layout.last + 1 - torch.tensor(sizes, device=hidden.device)
+        return encoder.model.pooler(hidden[first][:, None])  # it takes the first token of each row
+    means = torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
+    return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
 
 # %% ../nbs/14_packing.ipynb #c027
 def divide(
