@@ -510,7 +510,7 @@ class Axon(_Status, _Lifecycle, _Published):
         host: str = "127.0.0.1",  # interface to listen on; "0.0.0.0" for all
         port: int = 0,  # 0: a free one at each start
         *,
-        max_queue: int = 256,  # requests that may wait; more are answered 503
+        max_queue: int = 256,  # that may wait, more get 503; as few as `workers` keeps waits short in lasting overload
         workers: int = 8,  # requests that are worked on at a time
         ageing: float = 5.0,  # seconds of waiting after which a request has its turn whatever its priority
         max_body: int = 1_000_000,  # bytes
