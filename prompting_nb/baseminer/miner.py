@@ -20,10 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable, Iterable, Iterator, Optional
+from typing import Any, AsyncIterator, Callable, Iterable, Iterator, Optional, cast
+
+from typing_extensions import Self
 
 from prompting_nb.baseminer.blacklist import (
-    Caller, Verdict, as_verdict, find_caller, index_callers, judge, standard_rules,
+    Caller, Rule, Verdict, as_verdict, find_caller, index_callers, judge, standard_rules,
 )
 from .cache import PromptCache, prompt_key
 from .priority import StakePriority
@@ -87,8 +89,13 @@ def _check(config: Any) -> None:
 class _Configured:
     "Where the settings of a miner come from."
 
+    config: Callable[[], Config]  # a subclass's method; after construction a `Config`, which can be called as well
+    add_args: Callable[[argparse.ArgumentParser], None]  # a subclass's
+
     @staticmethod
-    def add_base_args(parser: argparse.ArgumentParser) -> None:
+    def add_base_args(
+        parser: Any,  # an `argparse.ArgumentParser`, or a group of one
+    ) -> None:
         "Add the flags that every miner has. A subclass's own `add_args` need not call this."
         for flag, (kind, default, _, meaning) in _FLAGS.items():
             how = {bool: dict(action="store_true"), list: dict(type=str, nargs="*", default=[])}
@@ -117,12 +124,12 @@ class RepeatedPrompt(Refusal, ValueError):
 def _finished(result: Any) -> Any:
     "The result itself, what it becomes when it is awaited, or the text that its pieces make."
     if inspect.isgenerator(result):
-        return "".join(result)
+        return "".join(cast(Any, result))
     if not (inspect.isawaitable(result) or inspect.isasyncgen(result)):
         return result
 
     async def wait():
-        return await result if inspect.isawaitable(result) else "".join([piece async for piece in result])
+        return await result if inspect.isawaitable(result) else "".join([piece async for piece in cast(Any, result)])
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, wait()).result()
@@ -158,6 +165,8 @@ class _Cached:
 # %% ../../nbs/33_miner.ipynb #c020
 class _Answering(_Cached):
     "Calls `prompt`, which a subclass must have."
+
+    prompt: Callable[[Prompting], Any]
 
     def _checked(self, result: Any) -> Prompting:
         "The result of `prompt`, if it is an answer. Forgetting the `return` is the commonest mistake."
@@ -203,8 +212,10 @@ class _Answering(_Cached):
 
 # %% ../../nbs/33_miner.ipynb #c031
 class _Choosing:
-    "Decides about callers. Needs `rules`, `stake_priority` and the callers of the metagraph."
+    "Decides about callers."
 
+    rules: list[Rule]
+    stake_priority: StakePriority
     _callers: dict = {}  # hotkey -> Caller
 
     def caller(self, synapse: Synapse) -> Optional[Caller]:
@@ -258,8 +269,11 @@ class NotRegisteredError(RuntimeError):
 
 
 class _Following:
-    "The miner's picture of the subnet. Needs `wallet`, `subtensor` and `netuid`."
+    "The miner's picture of the subnet."
 
+    wallet: Any
+    subtensor: Any  # a `bittensor.SyncClient`
+    netuid: int
     block: int = 0  # the newest that was seen
     synced_at: int = 0  # the block of the metagraph
     uid: Optional[int] = None  # our own
@@ -294,12 +308,12 @@ class _Following:
                                      "register it, or choose another with --wallet.name and --wallet.hotkey")
 
 # %% ../../nbs/33_miner.ipynb #c047
-class _Voting:
-    "Weights. Needs what `_Following` has."
+class _Voting(_Following):
+    "Weights."
 
     def weights(self) -> dict[int, float]:
         "uid -> weight, of any scale. The miner itself, unless a subclass knows better."
-        return {self.uid: 1.0}
+        return {} if self.uid is None else {self.uid: 1.0}
 
     def set_weights(self) -> bool:
         "Put `weights()` on the chain. A refusal or a failure is logged and gives False."
@@ -315,16 +329,20 @@ class _Voting:
         return bool(result)
 
 # %% ../../nbs/33_miner.ipynb #c051
-class _Loop:
-    "Follows the chain until told to stop. Needs `config`, `axon` and what `_Following` and `_Voting` have."
+class _Loop(_Voting):
+    "Follows the chain until told to stop."
 
+    config: Callable[[], Config]
+    axon: Axon
+    _stop: threading.Event
+    _changed: threading.Condition  # notified after each step, and when a run has ended
     longest_pause = 300.0  # seconds between two attempts to reach a chain that is away
     _followed: int = -1  # the newest block that was acted on in this run
     error: Optional[BaseException] = None  # what ended the latest run, if it did not end by a stop
 
     def _publish(self) -> None:
         "Put the axon's address on the chain, unless it stands there already: chains limit how often one may do this."
-        external = self.config.axon
+        external = self.config().axon
         ip, port = external.external_ip or self.axon.host, external.external_port or self.axon.port
         shown = [n.axon for n in getattr(self.metagraph, "neurons", ()) if n.hotkey == self.hotkey]
         if shown != [f"{ip}:{port}"]:
@@ -332,7 +350,7 @@ class _Loop:
 
     def _step(self) -> None:
         "Look at the chain once and do what is due. Nothing is sent to the chain once a stop is asked for."
-        settings = self.config.miner
+        settings = self.config().miner
         self.block = int(self.subtensor.block)
         epoch = self.block - self.synced_at >= settings.blocks_per_epoch
         if epoch and not self._stop.is_set():
@@ -347,7 +365,7 @@ class _Loop:
 
     def _follow(self) -> None:
         "Step, wait, and so on. Raises what cannot be waited out."
-        settings, failures = self.config.miner, 0
+        settings, failures = self.config().miner, 0
         while not self._stop.is_set():
             try:
                 self._step()
@@ -369,8 +387,7 @@ class _Running(_Loop):
 
     def __init__(self):
         self._busy = threading.Lock()  # held from start to end of a run
-        self._stop = threading.Event()
-        self._changed = threading.Condition()  # notified after each step, and when a run has ended
+        self._stop, self._changed = threading.Event(), threading.Condition()
         self._thread: Optional[threading.Thread] = None  # in which the loop runs
 
     @property
@@ -382,7 +399,7 @@ class _Running(_Loop):
         "Take the lock and let the axon listen. Raises RuntimeError if the miner runs, OSError if the port is in use."
         if not self._busy.acquire(blocking=False):
             state = "has not stopped yet" if self._stop.is_set() else "is running already"
-            raise RuntimeError(f"{self.config.miner.name} {state}")
+            raise RuntimeError(f"{self.config().miner.name} {state}")
         try:
             self._stop.clear()
             self.error, self._followed, self._thread = None, -1, None
@@ -411,7 +428,7 @@ class _Running(_Loop):
         try:
             self._work()
         except Exception as error:
-            _log.error("%s stopped: %s: %s", self.config.miner.name, type(error).__name__, error)
+            _log.error("%s stopped: %s: %s", self.config().miner.name, type(error).__name__, error)
 
 # %% ../../nbs/33_miner.ipynb #c055
 @contextmanager
@@ -442,7 +459,7 @@ class _Lifecycle(_Running):
         longer than `--miner.retries` attempts. However it ends, by Ctrl-C or SIGTERM as well, the axon is stopped.
         """
         self._begin()
-        with _stopped_by_sigterm(self._stop, self.config.miner.name):
+        with _stopped_by_sigterm(self._stop, self.config().miner.name):
             self._work()
 
     def run_in_background_thread(self) -> None:
@@ -450,7 +467,8 @@ class _Lifecycle(_Running):
         if self.is_running and not self._stop.is_set():
             return
         self._begin()
-        threading.Thread(target=self._work_in_background, name=f"{self.config.miner.name}-run", daemon=True).start()
+        name = f"{self.config().miner.name}-run"
+        threading.Thread(target=self._work_in_background, name=name, daemon=True).start()
 
     def stop_run_thread(
         self,
@@ -463,7 +481,8 @@ class _Lifecycle(_Running):
         with self._changed:
             stopped = self._changed.wait_for(lambda: not self.is_running, timeout)
         if not stopped:
-            _log.error("%s did not stop within %g s: a call to the chain hangs", self.config.miner.name, timeout)
+            name = self.config().miner.name
+            _log.error("%s did not stop within %g s: a call to the chain hangs", name, timeout)
             self.axon.stop()
         return stopped
 
@@ -481,7 +500,7 @@ class _Context(_Lifecycle):
             self._changed.wait_for(lambda: self._followed >= block or not self.is_running, timeout)
         return self._followed >= block
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         "Start in the background; return the miner when its address is published. Raises what ended it before that."
         try:
             self.run_in_background_thread()
@@ -557,7 +576,7 @@ def _nonces(
     return Path(state).expanduser() / "prompting_nb" / f"nonces-{hotkey}.sqlite"
 
 # %% ../../nbs/33_miner.ipynb #c069
-class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _Abstract):
+class Miner(_Configured, _Answering, _Choosing, _Context, _Abstract):
     """The base class of all miners: implement `prompt`, `config`, `add_args`; `blacklist` and `priority` as you like.
 
     Raises `NotRegisteredError` when the wallet's hotkey has no uid, and `InputError` for a setting that makes no sense.
@@ -573,14 +592,14 @@ class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _
         subtensor: Any = None,  # a `bittensor.SyncClient`. None: a new one for `--subtensor.network`
     ):
         super().__init__()
-        self.config = self._configure(config)
-        self.netuid = self.config.netuid
+        self.config = settings = self._configure(config)
+        self.netuid = settings.netuid
         stored = wallet is None
-        self.wallet = _stored_wallet(self.config.wallet) if stored else wallet
-        self.subtensor = _chain_client(self.config.subtensor) if subtensor is None else subtensor
-        self._set_policy(self.config.miner.blacklist, self.config.miner.priority)
+        self.wallet = _stored_wallet(settings.wallet) if stored else wallet
+        self.subtensor = _chain_client(settings.subtensor) if subtensor is None else subtensor
+        self._set_policy(settings.miner.blacklist, settings.miner.priority)
         self.sync()
-        self.axon = self._new_axon(self.config.axon, stored) if axon is None else axon
+        self.axon = self._new_axon(settings.axon, stored) if axon is None else axon
         self._attach()
 
     def _new_axon(self, settings: Config, stored: bool) -> Axon:
@@ -602,7 +621,7 @@ class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _
         self.axon.attach(
             self._handler(),
             _guarded(self.blacklist, as_verdict, refuse),
-            _guarded(self.priority, float, self.config.miner.priority.default),
+            _guarded(self.priority, float, self.config().miner.priority.default),
             self._refuse_repeated,
         )
 

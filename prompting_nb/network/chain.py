@@ -14,7 +14,7 @@ import threading
 from bisect import bisect_right
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, cast
 
 import bittensor as bt
 from bittensor.balance import Balance
@@ -31,16 +31,16 @@ class EmbeddedWallet:
     """
 
     name: str
-    coldkey: Keypair = field(repr=False)
-    hotkey: Keypair = field(repr=False)
+    coldkey: Any = field(repr=False)  # a `Keypair`
+    hotkey: Any = field(repr=False)  # likewise
 
     @property
-    def coldkeypub(self) -> Keypair:
+    def coldkeypub(self) -> Any:
         "The coldkey without its secret half."
         return Keypair(ss58_address=self.coldkey.ss58_address)
 
     @property
-    def hotkeypub(self) -> Keypair:
+    def hotkeypub(self) -> Any:
         "The hotkey without its secret half."
         return Keypair(ss58_address=self.hotkey.ss58_address)
 
@@ -98,7 +98,7 @@ class _Ledger:
         return rows[place][1]
 
 # %% ../../nbs/20_chain.ipynb #c015
-def _graph(chain: "EmbeddedChain", neurons: tuple, block: int) -> dict:
+def _graph(chain: "_Parts", neurons: tuple, block: int) -> dict:
     "The record from which the SDK builds its `Metagraph`."
     stake, zeros = [n.stake for n in neurons], [0] * len(neurons)
     return {
@@ -139,7 +139,32 @@ _MAPS: dict[str, Callable] = {  # storage map -> (key, value) pairs
 }
 
 # %% ../../nbs/20_chain.ipynb #c019
-class _Head:
+class _Parts:
+    "What the parts of the chain share; `EmbeddedChain` makes it."
+
+    netuid: int
+    max_uids: int
+    tempo: int
+    weights_rate_limit: int
+    _ledger: _Ledger
+    _block_time: float
+    _nonces: Counter  # of the addresses
+    _extrinsics: int
+    _failures: deque  # exceptions that the next calls raise
+    _listeners: list  # pairs of event loop and queue
+
+    @property
+    def block(self) -> int:
+        "The newest block."
+        return self._ledger.block
+
+    def _spoil(self) -> None:
+        "Raise the next failure that was ordered."
+        if self._failures:
+            raise self._failures.popleft()
+
+
+class _Head(_Parts):
     "The part of the `Substrate` protocol that knows about blocks."
 
     async def connect(self) -> None:
@@ -171,7 +196,7 @@ class _Head:
         return 0
 
 # %% ../../nbs/20_chain.ipynb #c020
-class _Reads:
+class _Reads(_Parts):
     "The part of the `Substrate` protocol that reads."
 
     def _neurons(self, block_hash: str | None) -> tuple[int, tuple]:
@@ -251,7 +276,7 @@ async def _is_signed(call, signer: Any, nonce: int) -> bool:
         return False
 
 # %% ../../nbs/20_chain.ipynb #c026
-class _Writes:
+class _Writes(_Head):
     "The part of the `Substrate` protocol that writes."
 
     async def compose(self, call) -> Any:
@@ -273,7 +298,8 @@ class _Writes:
             neurons, params = self._ledger.head, dict(call.params)
             uid, netuid = _uid_of(neurons, hotkey), params.pop("netuid")
             _require(netuid == self.netuid, "SubnetNotExists", f"there is no subnet {netuid} here, only {self.netuid}")
-            _require(uid is not None, "HotKeyNotRegisteredInSubNet", f"hotkey {hotkey} is not registered on the subnet")
+            if uid is None:
+                raise ChainError(f"hotkey {hotkey} is not registered on the subnet", "HotKeyNotRegisteredInSubNet")
             changed = _CALLS[call.function](self, neurons, uid, **params)
             self._ledger.put([*neurons[:uid], changed, *neurons[uid + 1 :]])
             self._nonces[hotkey] += 1
@@ -318,7 +344,7 @@ def _addresses(key: Any, coldkey: str | None) -> tuple[str, str]:
     return key.hotkey.ss58_address, coldkey or key.coldkeypub.ss58_address
 
 
-class _Bench:
+class _Bench(_Parts):
     "Controls that no real chain offers."
 
     def register(
@@ -356,13 +382,8 @@ class _Bench:
         return Neuron(hotkey, coldkey, round(stake * RAO_PER_TAO), permit, self.block, self.block)
 
 # %% ../../nbs/20_chain.ipynb #c032
-class _Clock:
+class _Clock(_Parts):
     "Blocks and failures on demand."
-
-    @property
-    def block(self) -> int:
-        "The newest block."
-        return self._ledger.block
 
     def step(self, blocks: int = 1) -> int:  # the newest block after that
         "Let `blocks` blocks pass."
@@ -394,13 +415,8 @@ class _Clock:
         error = exception or RpcConnectionError("the embedded chain was told to fail")
         self._failures = deque([error] * times)
 
-    def _spoil(self) -> None:
-        "Raise the next failure that was ordered."
-        if self._failures:
-            raise self._failures.popleft()
-
 # %% ../../nbs/20_chain.ipynb #c034
-class EmbeddedChain(_Bench, _Clock, _Head, _Reads, _Writes, _Refused):
+class EmbeddedChain(_Bench, _Clock, _Reads, _Writes, _Refused):
     """One subnet in memory, as an implementation of the SDK's `Substrate` protocol.
 
     Hand it to bittensor with `client()`. Registration, stake, blocks and failures are ordered with `register`,
@@ -426,7 +442,7 @@ class EmbeddedChain(_Bench, _Clock, _Head, _Reads, _Writes, _Refused):
     def client(self) -> bt.SyncClient:
         "A new bittensor client on this chain. Close it, or use it in a `with` block."
         # The address names the network in the SDK's caches and links; nothing is opened there.
-        return bt.SyncClient("ws://embedded", substrate=self)
+        return bt.SyncClient("ws://embedded", substrate=cast(Any, self))  # `_Refused` is the rest of the protocol
 
     @property
     def weights(self) -> dict[int, dict[int, float]]:

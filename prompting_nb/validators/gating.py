@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torchtyping import TensorType
 
 from ..config import Config, InputError, add_argument, merge, read_config
 from ..pretrained import resolve
-from ..shapes import check_shapes
+from ..shapes import TensorType, check_shapes
 from .encoders import Encoder, last_token, last_window, mean_direction, mean_pooling
 
 # %% ../../nbs/41_gating.ipynb #c003
@@ -60,6 +59,12 @@ def _complaints(gating: Config) -> list[str]:
 # %% ../../nbs/41_gating.ipynb #c010
 class BaseGatingModel(torch.nn.Module, ABC):
     "This class is an abstract base class for the gating model. It defines the interface for the gating model."
+
+    num_uids: int
+    hotkeys: dict[int, str]  # of the uids
+    encoder: Encoder
+    head: torch.nn.Linear
+    optimizer: torch.optim.Optimizer
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
@@ -375,7 +380,8 @@ def _build(gate: BaseGatingModel, metagraph: Any, settings: Config, pool: Callab
     "Give a gate its parts: hotkeys, encoder, head, optimizer."
     hotkeys, num_uids = uid_hotkeys(metagraph), settings.gating.num_uids
     _check_capacity(hotkeys, metagraph, num_uids)  # before anything large is loaded
-    gate.config, gate.num_uids, gate.hotkeys = settings, num_uids, hotkeys
+    vars(gate)["config"] = settings  # a value that still answers as the class method whose place it takes
+    gate.num_uids, gate.hotkeys = num_uids, hotkeys
     gate.encoder = Encoder(settings.gating.model_name, pool=pool, combine=combine)
     gate.head = torch.nn.Linear(gate.encoder.hidden_size, num_uids).to(gate.encoder.model.device)
     with torch.no_grad():
@@ -393,7 +399,7 @@ def _forward(gate: BaseGatingModel, message: str) -> torch.Tensor:
 
 def _backward(gate: BaseGatingModel, scores: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     "One learning step; the loss before it."
-    value, gradients = _loss_and_gradients(gate.head, LOSSES[gate.config.gating.loss], scores, rewards)
+    value, gradients = _loss_and_gradients(gate.head, LOSSES[gate.config().gating.loss], scores, rewards)
     _step(gate.head, gate.optimizer, gradients)
     return value
 

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -139,8 +139,8 @@ class Judge:
     "Turns completions into rewards: the grade that one may expect of a completion with such a score."
 
     model: Any  # has `score(prompts, completions) -> (n, 1)`, as a `RewardModel` does
-    scores: list[float] = field(default=(0.0, 1.0), repr=False)  # rising scores of the model ...
-    grades: list[float] = field(default=(0.0, 1.0), repr=False)  # ... and their worth; straight lines in between
+    scores: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # rising scores of the model ...
+    grades: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # ... and their worth; straight lines in between
 
     @classmethod
     def fitted(
@@ -291,7 +291,14 @@ class Policy:
 
 # %% ../../nbs/51_loop.ipynb #c028
 class _Choosing:
-    "Whom to ask. Needs `metagraph`, `wallet`, `policy`, `averages`, `steps` and `generator`."
+    "Whom to ask."
+
+    metagraph: Any
+    wallet: Any
+    policy: Policy
+    averages: MovingAverage
+    steps: int  # taken so far
+    generator: torch.Generator
 
     def serving(self) -> list[int]:
         "The uids that can be asked: those with an address, except the validator itself."
@@ -305,7 +312,8 @@ class _Choosing:
         "The uids to ask."
         policy, asked, serving = self.policy, self.averages.counts, self.serving()
         new = [uid for uid in serving if asked[self.metagraph.hotkeys[uid]] < policy.welcome]
-        given = dict(available=serving, newcomers=new, generator=self.generator, epsilon=policy.floor)
+        given: dict[str, Any] = {"available": serving, "newcomers": new, "generator": self.generator,
+                                 "epsilon": policy.floor}
         if policy.rule == "gumbel":
             return gumbel_top_k(scores, policy.k, temperature=policy.temperature, **given)
         if policy.rule == "epsilon" or sd is None:
@@ -316,13 +324,18 @@ class _Choosing:
         return {"thompson": thompson, "ucb": ucb}[policy.rule](scores, sd, policy.k, width=width, **given)
 
 # %% ../../nbs/51_loop.ipynb #c030
-def _rounded(values: Any) -> list[float]:
+def _rounded(values: Any) -> list:
     "Plain floats with as many digits as anybody reads; a small one keeps its first five."
     return [float(f"{float(value):.5g}") for value in values]
 
 
 class _Learning(_Choosing):
-    "Asking and learning. Needs `gate`, `dendrite`, `judge` and `client` as well."
+    "Asking and learning."
+
+    gate: Any
+    dendrite: Dendrite
+    judge: Callable
+    client: Any
 
     def step(
         self,
@@ -350,6 +363,8 @@ class _Learning(_Choosing):
 # %% ../../nbs/51_loop.ipynb #c032
 class _Following(_Learning):
     "Keeping up with the chain."
+
+    netuid: int
 
     def sync(self) -> list[int]:  # the uids whose hotkey is another one now
         "Read the metagraph anew. The gate keeps what it knows about those who stayed."
@@ -478,7 +493,7 @@ class Trace:
 
     def got(self) -> np.ndarray:  # (steps,)
         "The mean grade of the answers of each step."
-        return np.array([np.mean(event.grades) for event in self.events])
+        return np.array([np.mean(np.asarray(event.grades, dtype=float)) for event in self.events])
 
     def last(self, share: float = 1 / 3) -> int:
         "The number of steps in the last part of the run. Raises `InputError` when no step was taken."
@@ -497,7 +512,12 @@ class Trace:
 
 # %% ../../nbs/51_loop.ipynb #c048
 class _Round:
-    "Going round. Needs `arena`, `judge`, `policy`, `on_event` and `trace`."
+    "Going round."
+
+    arena: Arena
+    judge: Callable
+    trace: Trace
+    on_event: Callable[[Event], Any]
 
     def _ask_all(self, network: Network, validator: Validator, progress: bool) -> None:
         with tqdm(self.arena.prompts, desc="asking", unit="prompt", disable=not progress) as bar:
