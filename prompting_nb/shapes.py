@@ -46,7 +46,7 @@ def _dimensions(annotation) -> tuple | None:
     return None
 
 # %% ../nbs/01_shapes.ipynb #c010
-def _compare(function: str, name: str, value: torch.Tensor, dims: tuple, sizes: dict) -> None:
+def _compare(function: str, name: str, value: Any, dims: tuple, sizes: dict) -> None:
     "Raise `ShapeError` unless the tensor has these dimensions; bind names of dimensions in `sizes`."
     if not isinstance(value, torch.Tensor):
         raise ShapeError(f"{function}: {name} should be a tensor of shape {_show(dims)}, got {type(value).__name__}")

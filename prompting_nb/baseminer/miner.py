@@ -33,6 +33,7 @@ from ..config import Config, InputError, add_argument, merge, read_config
 from ..network.auth import Refusal
 from ..network.axon import Axon
 from ..protocol import Prompting, Synapse
+from ..show import Bar, html_table
 
 # %% ../../nbs/33_miner.ipynb #c006
 _ABOVE_ZERO = math.ulp(0.0)  # the least number above zero
@@ -516,6 +517,26 @@ class _Context(_Lifecycle):
         "Stop. An exception of the `with` block goes its way; without one all three arguments are None."
         self.stop_run_thread()
 
+# %% ../../nbs/33_miner.ipynb #c059bs
+class _Shown(_Context):
+    "How a miner shows itself."
+
+    def state(self) -> dict[str, Any]:
+        "What the miner is doing, as plain values by name; nothing is asked of the chain."
+        ended = f"stopped by {type(self.error).__name__}: {self.error}" if self.error else "stopped"
+        health = self.axon.health()
+        return {"state": "running" if self.is_running else ended, "hotkey": self.hotkey, "uid": self.uid,
+                "subnet": self.netuid, "block": self.block, "metagraph of block": self.synced_at,
+                "address": self.axon.address if self.axon.is_running else None,
+                "waiting": health["waiting"], "worked on": health["running"], "requests": self.axon.metrics.totals()}
+
+    def _repr_html_(self) -> str:
+        state = self.state()
+        requests = state.pop("requests")
+        rows = [(name, "" if value is None else str(value)) for name, value in state.items()]
+        rows += [(name, Bar(count, count / sum(requests.values()))) for name, count in requests.items()]
+        return html_table(f"{type(self).__name__} {self.config().miner.name}", ("what", "value"), rows)
+
 # %% ../../nbs/33_miner.ipynb #c061
 class _Abstract(abc.ABC):
     "What a subclass writes."
@@ -576,7 +597,7 @@ def _nonces(
     return Path(state).expanduser() / "prompting_nb" / f"nonces-{hotkey}.sqlite"
 
 # %% ../../nbs/33_miner.ipynb #c069
-class Miner(_Configured, _Answering, _Choosing, _Context, _Abstract):
+class Miner(_Configured, _Answering, _Choosing, _Shown, _Abstract):
     """The base class of all miners: implement `prompt`, `config`, `add_args`; `blacklist` and `priority` as you like.
 
     Raises `NotRegisteredError` when the wallet's hotkey has no uid, and `InputError` for a setting that makes no sense.

@@ -53,6 +53,15 @@ class Metrics:
         elif reason == "repeated":
             self.cache_hits.inc()
 
+    def totals(self) -> dict[str, int]:
+        "Requests so far, by `outcome`."
+        found: dict[str, int] = {}
+        for sample in (sample for metric in self.requests.collect() for sample in metric.samples):
+            if sample.name.endswith("_total"):
+                name = sample.labels["outcome"]
+                found[name] = found.get(name, 0) + int(sample.value)
+        return found
+
     def text(self) -> bytes:
         "Everything, as Prometheus reads it."
         return generate_latest(self.registry)

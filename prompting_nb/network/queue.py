@@ -105,10 +105,14 @@ class WorkQueue(_Line):
         self.workers, self.limit, self.ageing, self.clock = workers, limit, ageing, clock
         self.running, self._given = 0, 0  # slots that are taken, and that were given to those who waited
 
+    @property
+    def full(self) -> bool:
+        "Whether every slot is taken and as many wait as may wait."
+        return self.running >= self.workers and self.waiting >= self.limit
+
     def check(self, priority: float) -> None:
         "Raise `QueueFull` if there is no place for this priority."
-        full = self.running >= self.workers and self.waiting >= self.limit
-        if full and (not self._arrived or -priority >= self._last().rank):
+        if self.full and (not self._arrived or -priority >= self._last().rank):
             raise QueueFull(f"{self.waiting} requests wait already")
 
     async def slot(self, priority: float) -> Slot:

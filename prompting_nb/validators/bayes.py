@@ -264,8 +264,8 @@ class _Expected(_Scores):
     "Expected rewards, that remember the embedding they were made from."
 
     @staticmethod
-    def forward(ctx, *given: torch.Tensor) -> torch.Tensor:  # features, weight and embedding
-        phi, weight, ctx.embedding = given
+    def forward(ctx, phi: torch.Tensor, weight: torch.Tensor, embedding: Any, /) -> torch.Tensor:
+        ctx.embedding = embedding
         return _Scores.forward(ctx, phi, weight, None)
 
 
@@ -336,7 +336,7 @@ class _Moving(_Learning):
         before, now = self.hotkeys if unknown else uid_hotkeys(previous_metagraph), uid_hotkeys(metagraph)
         _check_capacity(before | now, metagraph, self.num_uids)
         self._move(_row_sources(before, now, self.num_uids))
-        self.hotkeys = now
+        self.hotkeys, self._latest = now, None
 
 # %% ../../nbs/44_bayes.ipynb #c036
 class _Saving(_Moving):
@@ -442,8 +442,9 @@ class BayesianGatingModel(_Saving):
             raise TypeError(f"a message must be a str, got {type(message).__name__}")
         x = self.encoder(message).to(self.squares)
         phi = self.features(x)
-        mean = _Expected.apply(phi, self.head.weight, x)
-        return Posterior(mean, ((self.covariances @ phi) @ phi).clamp(min=0).sqrt())
+        mean, sd = _Expected.apply(phi, self.head.weight, x), ((self.covariances @ phi) @ phi).clamp(min=0).sqrt()
+        self._latest = message, mean.detach(), sd
+        return Posterior(mean, sd)
 
     @check_shapes
     def forward(

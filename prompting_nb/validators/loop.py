@@ -8,7 +8,6 @@ __all__ = ['RULES', 'GATES', 'GATE', 'WorkerMiner', 'Network', 'Judge', 'teach',
 
 # %% ../../nbs/51_loop.ipynb #c002
 import dataclasses
-import html
 import json
 import logging
 import threading
@@ -30,6 +29,7 @@ from ..preferences import Ranking, score_rankings
 from ..pretrained import MINILM
 from ..protocol import Prompting
 from ..reward import RewardModel, TextEncoder
+from ..show import Bar, html_table
 from ..tasks import Arena, Worker
 from ..training import TrainConfig, train
 from . import replay
@@ -223,12 +223,10 @@ class Event(replay.Event):
 
     def _repr_html_(self) -> str:
         cells = zip(self.uids, self.propensities, self.statuses, self.rewards, self.completions)
-        rows = "".join(f"<tr><td>{uid}</td><td>{chance:.2f}</td><td>{status}</td><td>{reward:.2f}</td>"
-                       f"<td style='text-align:left'>{html.escape((text or '')[:120])}</td></tr>"
-                       for uid, chance, status, reward, text in cells)
-        return (f"<p><b>Step {self.step}</b>: {html.escape(self.prompt[:200])}</p><table><tr><th>uid</th>"
-                "<th>propensity</th><th>status</th><th>reward</th><th style='text-align:left'>completion</th></tr>"
-                f"{rows}</table>")
+        rows = [(uid, chance, status, Bar(reward, reward or 0.0), (text or "")[:120])
+                for uid, chance, status, reward, text in cells]
+        columns = ("uid", "propensity", "status", "reward", "completion")
+        return html_table(f"Step {self.step}: {self.prompt[:200]}", columns, rows)
 
 # %% ../../nbs/51_loop.ipynb #c023
 class MovingAverage:
@@ -318,8 +316,8 @@ class _Choosing:
             return gumbel_top_k(scores, policy.k, temperature=policy.temperature, **given)
         if policy.rule == "epsilon" or sd is None:
             steps = max(policy.explore_steps, 1)
-            epsilon = annealed(self.steps, start=policy.explore, end=policy.explore_end, steps=steps)
-            return select(scores, policy.k, **given | {"epsilon": epsilon})
+            given["epsilon"] = annealed(self.steps, start=policy.explore, end=policy.explore_end, steps=steps)
+            return select(scores, policy.k, **given)
         width = narrowing(self.steps * policy.k / max(len(serving), 1))
         return {"thompson": thompson, "ucb": ucb}[policy.rule](scores, sd, policy.k, width=width, **given)
 
@@ -357,7 +355,7 @@ class _Learning(_Choosing):
                      hotkeys=[n.hotkey for n in neurons], propensities=_rounded(propensities),
                      rewards=_rounded(rewards), scores=_rounded(scores.detach()[:len(self.metagraph)]),
                      available=self.serving(), loss=float(loss), completions=completions,
-                     statuses=[a.dendrite.status_code for a in answers],
+                     statuses=[a.dendrite.status_code or 0 for a in answers],
                      seconds=_rounded([a.dendrite.process_time for a in answers]))
 
 # %% ../../nbs/51_loop.ipynb #c032
@@ -526,7 +524,8 @@ class _Round:
                     self._change_hands(network, validator, step)
                 self._note(validator.step(prompt), network)
                 network.chain.step()
-                bar.set_postfix(reward=f"{np.mean([event.rewards for event in self.trace.events[-20:]]):.2f}")
+                rewards = np.array([event.rewards for event in self.trace.events[-20:]], dtype=float)
+                bar.set_postfix(reward=f"{rewards.mean():.2f}")
 
     def _change_hands(self, network: Network, validator: Validator, step: int) -> None:
         "The uid that was asked most goes to the newcomer."
@@ -553,7 +552,7 @@ class _Round:
         "What the workers' answers are worth; in the judge's opinion where nobody can grade them."
         if self.arena.grade is None:
             return self.judge(prompt, [worker.outcome(prompt) for worker in workers]).tolist()
-        return [self.arena.truth(prompt, worker) for worker in workers]
+        return [self.arena.truth(prompt, worker) or 0.0 for worker in workers]
 
 # %% ../../nbs/51_loop.ipynb #c049
 class Loop(_Round):
