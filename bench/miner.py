@@ -98,7 +98,7 @@ async def closed_loop(ask, at_a_time: int, seconds: float) -> list:
 
     async def caller():
         while (now := time.perf_counter()) < end:
-            seen.append((await ask(now)))
+            seen.append(await ask(now))
 
     await asyncio.gather(*(caller() for _ in range(at_a_time)))
     return seen
@@ -233,7 +233,8 @@ def figures(result: dict, server_cpu: float) -> dict:
     refused = [1e3 * seconds for seconds, status in result["seen"] if status in (429, 503)]
     total = len(result["seen"])
     return {
-        "rate": len(good) / result["wall"], "asked": total, "wall": result["wall"], "success": len(good) / total, "refused": len(refused) / total,
+        "rate": len(good) / result["wall"], "asked": total, "wall": result["wall"], "success": len(good) / total,
+        "refused": len(refused) / total,
         "p50": percentile(good, 0.50), "p95": percentile(good, 0.95), "p99": percentile(good, 0.99),
         "refusal_p50": percentile(refused, 0.50), "refusal_p99": percentile(refused, 0.99),
         "client_cpu": result["cpu"] / result["wall"], "server_cpu": server_cpu / result["wall"],

@@ -131,7 +131,7 @@ def _answer(answer: str | list, start: int) -> str:
 # %% ../nbs/11_preferences.ipynb #c020
 def _pair(row: dict) -> tuple[str, list[str]]:
     "The prompt of a pair, and the chosen and the rejected completion."
-    answers = [_need(row, key, (str, list, tuple), "a text or messages") for key in ("chosen", "rejected")]
+    answers: list[Any] = [_need(row, key, (str, list, tuple), "a text or messages") for key in ("chosen", "rejected")]
     if len({isinstance(answer, str) for answer in answers}) > 1:
         raise ValueError("'chosen' and 'rejected' should both be texts or both be messages")
     if not isinstance(answers[0], str):

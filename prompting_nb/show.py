@@ -42,7 +42,8 @@ def html_table(
     "A table for people to look at."
     rows = [list(row) for row in rows]
     sides = ["left" if isinstance(value, str) else "right" for value in rows[0]] if rows else ["left"] * len(columns)
-    head = "".join(f'<th scope="col" style="{_CELL}{side}">{html.escape(name)}</th>' for name, side in zip(columns, sides))
+    head = "".join(f'<th scope="col" style="{_CELL}{side}">{html.escape(name)}</th>'
+                   for name, side in zip(columns, sides))
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     caption = f'<caption style="caption-side:top;text-align:left;color:inherit"><b>{html.escape(title)}</b></caption>'
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

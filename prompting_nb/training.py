@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Callable, Iterator
+from typing import Callable, Iterator, cast
 
 import torch
 from accelerate import Accelerator
@@ -273,7 +273,7 @@ class _Run:
         optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.device, self.rank, self.clip = model.device, self.accelerator.process_index, config.clip
-        bf16 = bf16_pays(self.device) if config.bf16 == "auto" else config.bf16
+        bf16 = bf16_pays(self.device) if config.bf16 == "auto" else bool(config.bf16)
         self.history = History(processes=self.accelerator.num_processes, bf16=bf16)
         logger = logging.getLogger(__name__)
         logger.info("training on %s, %d process(es), bf16 %s", self.device, self.history.processes, bf16)
@@ -287,12 +287,13 @@ class _Run:
             rewards = self.model(input_ids, attention_mask)
         loss, means = measure(rewards, scores, groups)
         norm = _update(self.accelerator, self.model, self.optimizer, loss * weight, number, self.clip)
-        loss, accuracy, margin = self.accelerator.reduce(means * weight, "mean").tolist()
+        loss, accuracy, margin = cast(torch.Tensor, self.accelerator.reduce(means * weight, "mean")).tolist()
         return {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr, "grad_norm": norm}
 
     def agree(self, seconds: float) -> float:
         "The mean of what the clocks of all processes say, so that they stop at the same step."
-        return self.accelerator.reduce(torch.tensor(seconds, device=self.device), "mean").item()
+        mean = self.accelerator.reduce(torch.tensor(seconds, device=self.device), "mean")
+        return cast(torch.Tensor, mean).item()
 
     def bar(self, total: int, progress: bool) -> tqdm:
         return tqdm(total=total, desc="training", disable=not (progress and self.rank == 0))

@@ -74,7 +74,7 @@ _FLAGS = {  # flag: type, default, least value, meaning
 # %% ../../nbs/33_miner.ipynb #c008
 def _check(config: Any) -> None:
     "Raise `InputError` for the first setting that is not of its type or too small, naming its flag."
-    for flag, (kind, _, least, meaning) in _FLAGS.items():
+    for flag, (kind, _, least, _) in _FLAGS.items():
         value = config[flag[2:]]
         number = {int: Integral, float: Real}.get(kind)
         if number and (not isinstance(value, number) or isinstance(value, bool) or not math.isfinite(value)):
@@ -571,7 +571,7 @@ def _stored_wallet(settings: Any) -> Any:  # `config.wallet`
 
     wallet = bittensor.Wallet(settings.name, settings.hotkey, settings.path)
     try:
-        wallet.hotkey
+        _ = wallet.hotkey
     except OSError as error:
         raise InputError(f"{error}: create it, or choose another with --wallet.name and --wallet.hotkey") from None
     return wallet

@@ -85,8 +85,9 @@ class ReplayMiner(PreparedMiner):
         path = self.config().replay.file
         if recordings is None and not path:
             raise InputError("there is nothing to replay: give a file of recorded completions with --replay.file")
-        read = ((prompt, text) for prompt, text in read_texts(path, "prompt", "completion")) if recordings is None else ()
-        self.recordings = dict(recordings or read)
+        if recordings is None:
+            recordings = {prompt: text for prompt, text in read_texts(path, "prompt", "completion")}
+        self.recordings = dict(recordings)
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "The recording of the newest message of the user. Raises LookupError when there is none."

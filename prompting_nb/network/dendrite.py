@@ -21,6 +21,7 @@ from typing import Any, AsyncIterator, Callable, Iterable
 import aiohttp
 import bittensor as bt
 from bittensor import http_auth
+from typing_extensions import Self
 from yarl import URL
 
 from .auth import SIGNATURE, answer_fits
@@ -30,7 +31,7 @@ from ..protocol import Prompting, StreamPrompting, Terminal, read_event, read_re
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/27_dendrite.ipynb #c006
-def _target(target: Any) -> tuple[str, str | None]:
+def _target(target: Any) -> tuple[Any, Any]:
     "Hotkey and `ip:port` of a neuron of the metagraph, an `Axon`, or something that has one."
     where = getattr(target, "address", None) or getattr(target, "axon", None)
     hotkey = getattr(target, "hotkey", None) or getattr(where, "hotkey", None)
@@ -142,6 +143,13 @@ async def _to_nobody(piece: str) -> None:
 class _Asking:
     "Asks one miner."
 
+    hotkey: str  # that asks
+    max_answer: int
+    require_signed: bool
+    _signer: Any
+    _nonce: int
+    _session: aiohttp.ClientSession
+
     async def _post(self, address: str, hotkey: str, synapse: Prompting, body: bytes, say: Callable) -> tuple[str, str]:
         "The completion from a miner and a status message, or an exception."
         url = _url(address, synapse.path)
@@ -220,7 +228,7 @@ async def _open(connections: int) -> aiohttp.ClientSession:
     )
 
 
-class _Background:
+class _Background(_Asking):
     "The loop, its thread and its connections."
 
     def __init__(self, connections: int):
@@ -234,7 +242,7 @@ class _Background:
         "Close the connections and end the thread. Harmless the second time."
         self._closing()
 
-    def __enter__(self) -> "Dendrite":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
@@ -287,8 +295,21 @@ class Stream:
         self.close()
 
 # %% ../../nbs/27_dendrite.ipynb #c024
-class _Calls:
+class _Calls(_Background):
     "The ways to ask."
+
+    async def _ask_all(self, targets: list, synapse: Prompting) -> list[Prompting]:
+        body = write_body(synapse)
+        return await asyncio.gather(*(self._ask(target, synapse, body) for target in targets))
+
+    def _open(self) -> None:
+        if not self._closing.alive:
+            raise RuntimeError("this dendrite is closed; make a new one")
+
+    def _submit(self, targets: Iterable, synapse: Prompting, timeout: float | None) -> Future:
+        "Start asking in the background."
+        self._open()
+        return asyncio.run_coroutine_threadsafe(self._ask_all(list(targets), _fit(synapse, timeout)), self._loop)
 
     async def __call__(
         self,
@@ -329,7 +350,7 @@ def _fit(synapse: Prompting, timeout: float | None) -> Prompting:
     return synapse.model_copy(update={"completion": None, "timeout": timeout})
 
 
-class Dendrite(_Calls, _Asking, _Background):
+class Dendrite(_Calls):
     """Asks miners for completions over signed HTTP.
 
     `await dendrite(targets, synapse, timeout)`, or `dendrite.query(...)` as a plain call. One answer for each target,
@@ -348,16 +369,3 @@ class Dendrite(_Calls, _Asking, _Background):
         self.hotkey, self.max_answer, self._nonce = self._signer.ss58_address, max_answer, 0
         self.require_signed = require_signed
         super().__init__(connections)
-
-    async def _ask_all(self, targets: list, synapse: Prompting) -> list[Prompting]:
-        body = write_body(synapse)
-        return await asyncio.gather(*(self._ask(target, synapse, body) for target in targets))
-
-    def _open(self) -> None:
-        if not self._closing.alive:
-            raise RuntimeError("this dendrite is closed; make a new one")
-
-    def _submit(self, targets: Iterable, synapse: Prompting, timeout: float | None) -> Future:
-        "Start asking in the background."
-        self._open()
-        return asyncio.run_coroutine_threadsafe(self._ask_all(list(targets), _fit(synapse, timeout)), self._loop)

@@ -28,12 +28,12 @@ class Metrics:
         waiting: Callable[[], float] = lambda: 0,  # requests in the queue at present
         running: Callable[[], float] = lambda: 0,  # requests that are worked on at present
     ):
-        self.registry, self._children = CollectorRegistry(), {}
-        here = self.registry
-        self.requests = Counter("axon_requests", "Requests by outcome and reason.", ["outcome", "reason"], registry=here)
+        self.registry = here = CollectorRegistry()
+        self._children, reason = {}, ["reason"]
+        self.requests = Counter("axon_requests", "Requests by outcome and reason.", ["outcome", *reason], registry=here)
         self.seconds = Histogram("axon_request_seconds", "Seconds to an answer.", buckets=_SECONDS, registry=here)
         self.cache_hits = Counter("axon_cache_hits", "Prompts refused because they were sent lately.", registry=here)
-        self.connections = Counter("axon_connections_refused", "Connections closed by a limit.", ["reason"], registry=here)
+        self.connections = Counter("axon_connections_refused", "Connections closed by a limit.", reason, registry=here)
         Gauge("axon_queue_depth", "Requests that wait.", registry=here).set_function(waiting)
         Gauge("axon_running", "Requests that are worked on.", registry=here).set_function(running)
 

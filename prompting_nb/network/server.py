@@ -178,8 +178,8 @@ class _Uvicorn(uvicorn.Server):
 
     def __init__(self, app: Callable, limits: Limits):
         super().__init__(uvicorn.Config(  # everything off that is not needed
-            app, http=cast(Any, partial(Guarded, limits=limits)), ws="none", lifespan="off", interface="asgi3", log_config=None,
-            log_level="error", access_log=False, proxy_headers=False, server_header=False, date_header=False,
+            app, http=cast(Any, partial(Guarded, limits=limits)), ws="none", lifespan="off", interface="asgi3",
+            log_config=None, log_level="error", access_log=False, proxy_headers=False, server_header=False, date_header=False,
             timeout_graceful_shutdown=1, timeout_keep_alive=cast(Any, limits.idle_timeout),
         ))  # fmt: skip
         self.ready = threading.Event()

@@ -427,7 +427,7 @@ class BayesianGatingModel(_Saving):
         settings = _settings(type(self), config, model_name, num_uids)
         self.check_config(settings)
         vars(self)["config"] = settings  # a value that still answers as the class method whose place it takes
-        self.num_uids, self.hotkeys, self.topics = settings.gating.num_uids, uid_hotkeys(metagraph), settings.gating.topics
+        self.num_uids, self.topics, self.hotkeys = settings.gating.num_uids, settings.gating.topics, uid_hotkeys(metagraph)
         _check_capacity(self.hotkeys, metagraph, self.num_uids)
         self.encoder = Encoder(settings.gating.model_name, pool=mean_pooling, combine=mean_direction)
         self._begin(self.encoder.hidden_size, settings.gating.memory)

@@ -66,7 +66,7 @@ class BaseGatingModel(torch.nn.Module, ABC):
     encoder: Encoder
     head: torch.nn.Linear
     optimizer: torch.optim.Optimizer
-    _latest: tuple | None = None  # the message that was scored last, scores and standard deviations (or None) of all uids
+    _latest: tuple | None = None  # the message scored last; scores and standard deviations (or None) of all uids
 
     def _repr_html_(self) -> str:
         return _shown(self)
