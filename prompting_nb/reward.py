@@ -123,8 +123,8 @@ def length_of(
     return len(row) + getattr(row, "cut", 0)
 
 # %% ../nbs/10_reward.ipynb #c037
-def _encode_pairs(tokenizer, prompts: list[str] | str, completions: list[str], max_length: int) -> list[Row]:
-    "The tokens of each prompt with its completion, at most `max_length` of them."
+def _encode_pairs(tokenizer, prompts: list[str] | str, completions: list[str], max_length: int) -> list[list[int]]:
+    "The tokens of each prompt with its completion, at most `max_length` of them, each text a `Row`."
     if isinstance(prompts, str):
         prompts = [prompts] * len(completions)
     if len(prompts) != len(completions):
@@ -133,7 +133,7 @@ def _encode_pairs(tokenizer, prompts: list[str] | str, completions: list[str], m
     if tokenizer.chat_template and completions:
         prompts, completions = map(list, zip(*(_templated(tokenizer, *pair) for pair in zip(prompts, completions))))
     room = max_length - len(start + middle + end)
-    rows = []
+    rows: list[list[int]] = []
     for before, text in zip(*(_tokens(tokenizer, side) for side in (prompts, completions))):
         prompt, completion = _fit(before, text, room)
         if not end:
@@ -153,7 +153,7 @@ def _tokens(tokenizer, texts: Iterable[str]) -> list[list[int]]:
     return [found[text] for text in texts]
 
 # %% ../nbs/10_reward.ipynb #c041
-def _encode_any(tokenizer, texts: list | str, max_length: int) -> list[Row]:
+def _encode_any(tokenizer, texts: list | str, max_length: int) -> list[list[int]]:
     "The tokens of whole texts, or of conversations."
     if isinstance(texts, str) or len({isinstance(text, str) for text in texts}) > 1:
         raise InputError("give a list of texts or a list of conversations, and not a mixture or a single text")

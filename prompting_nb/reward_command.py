@@ -108,7 +108,7 @@ class RewardParser:
             raise SystemExit(0)
         if argv[0] not in self.flags:
             raise InputError(f"there is no {argv[0]!r}; it can be train, eval or score")
-        settings = merge(self.parser(argv[0]).parse_args(argv[1:]))
+        settings = self.parser(argv[0]).parse_args(argv[1:])
         settings.action = argv[0]
         return cast(Config, settings)
 
