@@ -99,7 +99,7 @@ def clean(
     return Ranking(ranking.prompt, take(ranking.completions), take(ranking.scores), take(ranking.names), ranking.source)
 
 # %% ../nbs/11_preferences.ipynb #c018
-def _need(row: dict, key: str, kind: type | tuple, what: str):
+def _need(row: dict, key: str, kind: type | tuple, what: str) -> Any:
     "The value of a key, or a ValueError that says what it should have been."
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
