@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, cast
 
 import torch
 from accelerate import Accelerator
@@ -362,7 +362,7 @@ class _Run:
         self.accelerator = _accelerator(model.device, trackers, folder)
         fused = model.device.type in ("cpu", "cuda")  # one kernel for all parameters
         optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
-        bf16 = bf16_pays(model.device) if config.bf16 == "auto" else config.bf16
+        bf16 = bf16_pays(model.device) if config.bf16 == "auto" else bool(config.bf16)
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
         packed = config.packed and can_pack(model) and not config.encoder_dropout and not sharded
         self.model, self.sharded = model, sharded
@@ -389,7 +389,7 @@ class _Run:
             means = means + measures * weight
             of_prompts = ([rankings[one.ranking].scores[i] for i in one.completions] for one in batch)
             pairs += sum(a > b for scores in of_prompts for a in scores for b in scores)
-        loss, accuracy, margin = self.accelerator.reduce(means, "mean").tolist()
+        loss, accuracy, margin = cast(torch.Tensor, self.accelerator.reduce(means, "mean")).tolist()
         norm = self._update(_finite(loss, "loss", number), lr, number)
         return {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr, "grad_norm": norm,
                 "prompts": prompts, "pairs": pairs}
@@ -406,7 +406,8 @@ class _Run:
 
     def agree(self, seconds: float) -> float:
         "The mean of what the clocks of all processes say, so that they stop at the same step."
-        return self.accelerator.reduce(torch.tensor(seconds, device=self.device), "mean").item()
+        mean = self.accelerator.reduce(torch.tensor(seconds, device=self.device), "mean")
+        return cast(torch.Tensor, mean).item()
 
     def bar(self, total: int, progress: bool) -> tqdm:
         return tqdm(total=total, initial=self.history.resumed, desc=f"training ({self.history.processes} process(es))",
