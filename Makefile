@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-legacy bench-reward bench-gating bench-miner lab docs preview screenshots prepare readme clean
+.PHONY: help demo test test-fast test-legacy bench-reward bench-gating bench-miner lab docs preview refresh screenshots prepare readme clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -46,6 +46,9 @@ docs: $(VENV)/.dev  ## build the documentation into _docs/, with Quarto where it
 
 preview: $(VENV)/.dev  ## serve the documentation on loopback, build again on change (ARGS="--port 8001")
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.site preview $(ARGS)
+
+refresh: $(VENV)/.dev  ## run the notebooks and store what they show (ARGS="gating" picks some, ARGS=--check only compares)
+	$(BIN)/python -m tools.refresh $(ARGS)
 
 screenshots: $(VENV)/.dev  ## take the pictures anew that tests/test_site.py compares with
 	REFRESH_SCREENSHOTS=1 $(BIN)/python -m pytest tests/test_site.py -k look $(ARGS)

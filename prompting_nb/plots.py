@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['styled', 'new_axes', 'moving_mean', 'plot_routing', 'request_shares', 'plot_shares', 'plot_calibration',
-           'plot_length_bias', 'plot_rejection']
+           'plot_length_bias', 'plot_rejection', 'plot_loss_surface', 'plot_training', 'plot_regret', 'plot_queue',
+           'plot_estimates']
 
 # %% ../nbs/60_plots.ipynb #c002
 import functools
@@ -174,4 +175,109 @@ def plot_rejection(
     ax.set(xlabel="share of the pairs kept", ylabel="share of them it gets right", xlim=(0, 1.02), ylim=(0.45, 1.02),
            title="What is doubt worth?")
     ax.legend(loc="lower left")
+    return ax
+
+# %% ../nbs/60_plots.ipynb #c026
+@styled
+def plot_loss_surface(
+    chosen: Sequence[float],  # rewards of the chosen completion, (n,)
+    rejected: Sequence[float],  # rewards of the rejected completion, (m,)
+    losses: np.ndarray,  # (m, n)
+    ax: Optional[plt.Axes] = None,
+) -> plt.Axes:
+    "The loss of a pair, for every two rewards: dark is high."
+    ax = new_axes(ax, figsize=(5.0, 4.0))
+    image = ax.contourf(chosen, rejected, losses, levels=16, cmap="Greys")
+    lines = ax.contour(chosen, rejected, losses, levels=8, colors="#c8102e", linewidths=0.9)
+    ax.clabel(lines, fontsize=8, fmt="%.1f")
+    ax.figure.colorbar(image, ax=ax, label="loss", pad=0.02)
+    ax.grid(False)
+    ax.set(xlabel="reward of the chosen completion", ylabel="reward of the rejected completion", aspect="equal",
+           title="The loss of a pair")
+    return ax
+
+
+@styled
+def plot_training(
+    curves: dict[str, Sequence[float]],  # by run: the loss at each step
+    window: int = 1,  # steps of the moving mean
+    ax: Optional[plt.Axes] = None,
+) -> plt.Axes:
+    "Loss over the steps of training."
+    ax = new_axes(ax)
+    for (name, losses), (colour, stroke, _) in zip(curves.items(), _STROKES):
+        ax.plot(moving_mean(losses, window), stroke, color=colour, lw=1.8, label=name)
+    ax.axhline(np.log(2), color="#555555", lw=0.8, label="no preference (log 2)")
+    ax.set(xlabel="step (batches)", ylabel="loss" + (f" (mean of {window} steps)" if window > 1 else ""),
+           title="Does it learn?", ylim=(0, None))
+    ax.legend(loc="upper right")
+    return ax
+
+# %% ../nbs/60_plots.ipynb #c030
+@styled
+def plot_regret(
+    regrets: dict[str, np.ndarray],  # by rule: what was missed at each step, (runs, steps)
+    moved_at: Optional[int] = None,  # the step at which hotkeys moved or changed
+    ax: Optional[plt.Axes] = None,
+) -> plt.Axes:
+    "Cumulative regret: the mean over runs, with the 95 % interval of the mean."
+    ax = new_axes(ax)
+    for (name, missed), (colour, stroke, _) in zip(regrets.items(), _STROKES):
+        total = np.asarray(missed, dtype=float).cumsum(axis=1)
+        mean = total.mean(0)
+        half = 1.96 * total.std(0, ddof=1) / np.sqrt(len(total)) if len(total) > 1 else np.zeros_like(mean)
+        ax.plot(mean, stroke, color=colour, lw=1.8, label=name)
+        ax.fill_between(np.arange(len(mean)), mean - half, mean + half, color=colour, alpha=0.18, lw=0)
+    if moved_at is not None:
+        ax.axvline(moved_at, color="#555555", lw=0.8)
+    ax.set(xlabel="step (prompts)", ylabel="regret so far\n(sum of rewards missed)", title="What did it cost to learn?",
+           ylim=(0, None))
+    ax.legend(loc="upper left")
+    return ax
+
+# %% ../nbs/60_plots.ipynb #c034
+_SHADES = ("#c8102e", "#aaaaaa", "#1f6fb4", "#333333")  # neighbours differ in grey as well
+
+
+@styled
+def plot_queue(
+    visits: Sequence[tuple],  # (who, arrived, began, ended) in seconds; `began` is None for one that was turned away
+    ax: Optional[plt.Axes] = None,
+) -> plt.Axes:
+    "Who waited how long, and who was turned away."
+    colours = dict(zip(dict.fromkeys(visit[0] for visit in visits), _SHADES))
+    ax = new_axes(ax, figsize=(7.0, 1.4 + 0.09 * len(visits)))
+    for place, (kind, arrived, began, ended) in enumerate(sorted(visits, key=lambda visit: visit[1])):
+        waited = ended if began is None else began
+        ax.plot([arrived, waited], [place] * 2, color=colours[kind], lw=0.9)
+        if began is None:
+            ax.plot(ended, place, "x", color=colours[kind], ms=5)
+        else:
+            ax.plot([began, ended], [place] * 2, color=colours[kind], lw=4, solid_capstyle="butt")
+    for kind, colour in colours.items():
+        ax.plot([], [], color=colour, lw=4, label=kind)
+    ax.plot([], [], "x", color="#555555", ls="", label="turned away")
+    ax.invert_yaxis()
+    ax.set(xlabel="time (s)", ylabel="request, in order of arrival", title="Who waits?")
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax
+
+# %% ../nbs/60_plots.ipynb #c038
+@styled
+def plot_estimates(
+    estimates: dict[str, tuple[float, float, float]],  # by name: value, and its interval from low to high
+    truth: Optional[float] = None,
+    what: str = "mean reward per uid asked",  # the quantity, with its unit
+    ax: Optional[plt.Axes] = None,
+) -> plt.Axes:
+    "Several estimates of one quantity."
+    ax = new_axes(ax, figsize=(6.0, 0.9 + 0.35 * len(estimates)))
+    value, low, high = np.array(list(estimates.values()), dtype=float).T
+    places = range(len(estimates))
+    ax.errorbar(value, places, xerr=[value - low, high - value], fmt="o", color="#c8102e", ecolor="#555555", ms=5, capsize=3)
+    if truth is not None:
+        ax.axvline(truth, color="#333333", ls=":", lw=1.6, label="truth")
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.set_yticks(places, list(estimates))
+    ax.set(xlabel=what, ylim=(len(estimates) - 0.5, -0.5), title="Estimates")
     return ax

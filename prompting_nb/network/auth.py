@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_AGE', 'MAX_SKEW', 'SIGNATURE', 'Refusal', 'stale', 'MemoryNonces', 'FileNonces', 'repeats', 'Gatekeeper',
-           'sign_answer', 'answer_fits']
+           'sign_request', 'sign_answer', 'answer_fits']
 
 # %% ../../nbs/21_auth.ipynb #c002
 import logging
@@ -189,6 +189,25 @@ class Gatekeeper:
         return Terminal(hotkey=caller.hotkey_ss58, nonce=caller.nonce_ns, version=http_auth.PROTOCOL)
 
 # %% ../../nbs/21_auth.ipynb #c029
+def sign_request(
+    signer: Any,  # of the caller's hotkey
+    body: bytes,
+    *,
+    path: str,  # with its query
+    receiver: str,  # hotkey of the miner
+    nonce: int,  # nanoseconds since 1970
+) -> dict[str, str]:
+    "The headers of `http_auth.sign` for a POST."
+    scheme, caller = CRYPTO_TYPE_NAMES[signer.crypto_type], signer.ss58_address
+    payload = http_auth.build_payload(scheme=scheme, method="POST", path=path, body=body, nonce_ns=nonce,
+                                      sender_ss58=caller, receiver_ss58=receiver)
+    return {
+        http_auth.HEADER_VERSION: http_auth.VERSION, http_auth.HEADER_HOTKEY: caller,
+        http_auth.HEADER_NONCE: str(nonce), http_auth.HEADER_RECEIVER: receiver, http_auth.HEADER_CRYPTO: scheme,
+        http_auth.HEADER_SIGNATURE: f"0x{bytes(signer.sign(payload)).hex()}",
+    }
+
+# %% ../../nbs/21_auth.ipynb #c033
 SIGNATURE = "x-prompting-signature"  # header of an answer: scheme and signature
 
 

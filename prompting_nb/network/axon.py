@@ -90,7 +90,6 @@ class _Patience:
 # %% ../../nbs/26_axon.ipynb #c008
 _CLOSE = ((b"connection", b"close"),)  # whatever else comes on this line is not wanted
 _JSON = (b"content-type", b"application/json")
-_BUFFERED = 65_536  # bytes of a body that any connection may have in memory
 
 
 def _too_long(limit: int) -> Refusal:
@@ -99,33 +98,26 @@ def _too_long(limit: int) -> Refusal:
 
 def _announced(headers: list, max_head: int, max_body: int) -> None:
     "Raise `Refusal` 431 or 413 for what the headers already show to be too much."
-    if sum(len(key) + len(value) for key, value in headers) > max_head:
-        raise Refusal(431, f"the headers are longer than {max_head} bytes", "too_large", _CLOSE)
+    size = 0
     for key, value in headers:
+        size += len(key) + len(value)
         if key == b"content-length" and (not value.isdigit() or int(value[:20]) > max_body):
             raise _too_long(max_body)
+    if size > max_head:
+        raise Refusal(431, f"the headers are longer than {max_head} bytes", "too_large", _CLOSE)
 
 
-async def _read(receive: Callable, limit: int, large: asyncio.Semaphore) -> bytes:
+async def _read(receive: Callable, limit: int) -> bytes:
     "The body of a request; `Refusal` 413 as soon as it is longer than `limit`, 499 when the caller leaves."
     body, more = b"", True
-    while more and len(body) <= _BUFFERED:
-        body, more = await _read_on(receive, body, limit)
-    if more:
-        async with large:
-            while more:
-                body, more = await _read_on(receive, body, limit)
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refusal(499, "the caller left before the body was complete", "left")
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+        if len(body) > limit:
+            raise _too_long(limit)
     return body
-
-
-async def _read_on(receive: Callable, body: bytes, limit: int) -> tuple[bytes, bool]:
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise Refusal(499, "the caller left before the body was complete", "left")
-    body += message.get("body", b"")
-    if len(body) > limit:
-        raise _too_long(limit)
-    return body, message.get("more_body", False)
 
 # %% ../../nbs/26_axon.ipynb #c009
 class _Exchange:
@@ -144,7 +136,7 @@ class _Exchange:
         axon = self.axon
         self.patience.arm(axon.body_timeout, Refusal(408, "the body did not arrive in time", "slow", _CLOSE))
         try:
-            return await _read(self.receive, axon.max_body, axon._large)
+            return await _read(self.receive, axon.max_body)
         finally:
             self.patience.disarm()
 
@@ -214,7 +206,7 @@ class _Answers(_Exchange):
 async def _ask(fn: Callable, *args) -> Any:
     "`fn(*args)`, awaited when it is a coroutine."
     result = fn(*args)
-    return await result if inspect.isawaitable(result) else result
+    return await result if hasattr(result, "__await__") else result
 
 
 async def _permit(blacklist: Callable | None, caller: Synapse) -> None:
@@ -412,7 +404,7 @@ class _Status:
         async def watched(request: Request) -> Response:
             return self._watched(request)
 
-        prompts = [Route(kind.path, _Endpoint(self, kind), methods=["POST"]) for kind in (Prompting, StreamPrompting)]
+        prompts = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._endpoints.items()]
         others = [Route(path, watched, methods=["GET"]) for path in ("/health", "/ready", "/metrics")]
         app = Starlette(routes=[*prompts, *others], exception_handlers={HTTPException: _http_error})
         app.router.redirect_slashes, app.state.axon = False, self
@@ -443,7 +435,7 @@ class _Lifecycle:
     def _open(self) -> None:
         "A queue, an application, and the memory of nonces."
         self._work = WorkQueue(self.workers, self.max_queue, self.ageing)
-        self._large, self._app = asyncio.Semaphore(64), self._application()
+        self._app = self._application()
         if self.nonces is None:
             _log.info("nonces are kept in memory: a restart forgets them, and no other process knows them")
         self._gate.nonces = self._memory if self.nonces is None else FileNonces(self.nonces, self._gate.clock)
@@ -543,6 +535,7 @@ class Axon(_Status, _Lifecycle, _Published):
         self._forward = self._blacklist = self._priority = self._check = self._server = self._threads = None
         self._stopping, self._admitted, self._lock = False, set(), threading.Lock()
         self._work = WorkQueue(workers, max_queue, ageing)
+        self._endpoints = {kind.path: _Endpoint(self, kind) for kind in (Prompting, StreamPrompting)}
         self.metrics = Metrics(lambda: self._work.waiting, lambda: self._work.running)
         self._limits.refused = lambda kind: self.metrics.connections.labels(kind).inc()
 
@@ -560,5 +553,6 @@ class Axon(_Status, _Lifecycle, _Published):
         return self
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        "The ASGI application, for a server of one's own."
-        await self._app(scope, receive, send)
+        "The ASGI application, for a server of one's own. Prompts take the short way; Starlette serves the rest."
+        endpoint = self._endpoints.get(scope["path"]) if scope.get("method") == "POST" else None
+        await (endpoint or self._app)(scope, receive, send)

@@ -552,12 +552,14 @@ class Loop(_Round):
         self.make_gate, self.on_event = gate, on_event
         self.policy.check(arena)
         self.trace = Trace(self.policy.k)
+        self.network: Optional[Network] = None
         self.validator: Optional[Validator] = None
 
     def run(self, progress: bool = True) -> Trace:
         "Ask every prompt. However it ends, all servers stop, and `trace` and `validator` keep what was learned until then."
         self.trace = Trace(self.policy.k)
         with Network(self.arena.workers, seed=self.seed) as network:
+            self.network = network
             self.trace.holders = [Holder(uid, m.worker.name, m.hotkey) for uid, m in sorted(network.miners.items())]
             gate = self.make_gate(network.client.subnets.metagraph(network.netuid), self.seed)
             with Validator(network.wallet, network.client, self.judge, gate, self.policy,

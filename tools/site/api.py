@@ -131,7 +131,7 @@ def members(cls: type) -> dict[str, object]:
         if c is not cls and not (c.__name__.startswith("_") and c.__module__.split(".")[0] == cls.__module__.split(".")[0]):
             continue
         for name, raw in vars(c).items():
-            function = _function(raw)
+            function = _function(raw) if name not in getattr(cls, "__dataclass_fields__", ()) else None
             special = name.startswith("__") and name != "__init__" and function and function.__doc__
             if not function or not _ours(function) or not function.__doc__ and _overrides_foreign(cls, name):
                 continue
