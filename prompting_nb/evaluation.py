@@ -244,7 +244,7 @@ class RewardEvaluation:
                 ("of a completion taken by chance", self.random, ""), ("of the judge's own choice", self.oracle, ""),
                 ("calibration error (ECE)", self.ece, "0 is best")]
         shown = [(what, Bar(value, value), note) for what, value, note in rows]
-        return html_table("Reward evaluation", ("what", "value", ""), shown)
+        return html_table("Reward evaluation", ("what", "value", "note"), shown)
 
 
 def evaluate_scores(
