@@ -183,8 +183,8 @@ def plot_loss_surface(
     chosen: Sequence[float],  # rewards of the chosen completion, (n,)
     rejected: Sequence[float],  # rewards of the rejected completion, (m,)
     losses: np.ndarray,  # (m, n)
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "The loss of a pair, for every two rewards: dark is high."
     ax = new_axes(ax, figsize=(5.0, 4.0))
     image = ax.contourf(chosen, rejected, losses, levels=16, cmap="Greys")
@@ -201,8 +201,8 @@ def plot_loss_surface(
 def plot_training(
     curves: dict[str, Sequence[float]],  # by run: the loss at each step
     window: int = 1,  # steps of the moving mean
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Loss over the steps of training."
     ax = new_axes(ax)
     for (name, losses), (colour, stroke, _) in zip(curves.items(), _STROKES):
@@ -218,8 +218,8 @@ def plot_training(
 def plot_regret(
     regrets: dict[str, np.ndarray],  # by rule: what was missed at each step, (runs, steps)
     moved_at: Optional[int] = None,  # the step at which hotkeys moved or changed
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Cumulative regret: the mean over runs, with the 95 % interval of the mean."
     ax = new_axes(ax)
     for (name, missed), (colour, stroke, _) in zip(regrets.items(), _STROKES):
@@ -242,8 +242,8 @@ _SHADES = ("#c8102e", "#aaaaaa", "#1f6fb4", "#333333")  # neighbours differ in g
 @styled
 def plot_queue(
     visits: Sequence[tuple],  # (who, arrived, began, ended) in seconds; `began` is None for one that was turned away
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Who waited how long, and who was turned away."
     colours = dict(zip(dict.fromkeys(visit[0] for visit in visits), _SHADES))
     ax = new_axes(ax, figsize=(7.0, 1.4 + 0.09 * len(visits)))
@@ -268,8 +268,8 @@ def plot_estimates(
     estimates: dict[str, tuple[float, float, float]],  # by name: value, and its interval from low to high
     truth: Optional[float] = None,
     what: str = "mean reward per uid asked",  # the quantity, with its unit
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Several estimates of one quantity."
     ax = new_axes(ax, figsize=(6.0, 0.9 + 0.35 * len(estimates)))
     value, low, high = np.array(list(estimates.values()), dtype=float).T

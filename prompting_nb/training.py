@@ -239,7 +239,7 @@ def _accelerator(device: torch.device, trackers: list[str] | None = None, folder
         raise InputError(f"the tracker {missing[0]} is not installed: take one of {sorted(installed)}, or pip install it")
     several = this_process()[1] > 1
     return Accelerator(cpu=several and device.type == "cpu", device_placement=several, mixed_precision="no",
-                       log_with=trackers or None, project_dir=folder)
+                       log_with=[*trackers] if trackers else None, project_dir=folder)
 
 # %% ../nbs/16_training.ipynb #c051
 @contextmanager
@@ -396,7 +396,7 @@ class _Run:
 
     def _update(self, loss: float, lr: float, number: int) -> float:
         "Change the weights; returns the norm of the gradient before clipping."
-        norm = float(self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip))
+        norm = float(cast(torch.Tensor, self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip)))
         _finite(norm, "norm of the gradient", number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
@@ -433,8 +433,8 @@ class _Course(_Run):
             self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     def out_of_patience(self) -> bool:
-        losses = [found["loss"] for found in self.history.evaluations]
-        return bool(self.config.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
+        losses, patience = [found["loss"] for found in self.history.evaluations], self.config.patience
+        return bool(patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience)
 
     def save(self, folder: str | Path, digest: str, step: int, seconds: float) -> None:
         if self.rank == 0:

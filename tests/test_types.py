@@ -13,6 +13,7 @@ USER = '''
 import torch
 
 from prompting_nb.baseminer.miner import Miner
+from prompting_nb.config import Config, read_config
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import PairwiseLoss, RewardModel
 
@@ -28,7 +29,8 @@ class Mine(Miner):
     @classmethod
     def add_args(cls, parser) -> None: ...
 
-    def config(self): return super().config()
+    def config(self) -> Config:
+        return read_config(self.add_args)
 
     async def prompt(self, synapse: Prompting) -> Prompting:
         synapse.completion = 42  # WRONG
@@ -40,7 +42,7 @@ def pyright(folder: Path) -> list[dict]:
     "What pyright says about the project of a folder, as it is configured there."
     if find_spec("basedpyright") is None:
         pytest.skip("basedpyright is not installed")
-    command = [sys.executable, "-m", "basedpyright", "--project", folder, "--pythonpath", sys.executable, "--outputjson"]
+    command = [sys.executable, "-m", "basedpyright", "-p", folder, "--pythonpath", sys.executable, "--outputjson"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.stdout.startswith("{"), done.stdout + done.stderr
     return json.loads(done.stdout)["generalDiagnostics"]
