@@ -101,7 +101,7 @@ async def closed_loop(ask, at_a_time: int, seconds: float) -> list:
 
     async def caller():
         while (now := time.perf_counter()) < end:
-            seen.append((await ask(now)))
+            seen.append(await ask(now))
 
     await asyncio.gather(*(caller() for _ in range(at_a_time)))
     return seen

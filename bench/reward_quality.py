@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared/data/alpacaeval/prompts-responses.jsonl.gz"
 WORK = Path(tempfile.gettempdir()) / "prompting-nb-bench-reward"
 TEST = 168 / 568  # the share of the prompts that is held out
+READ = (2, 4, 8, 16)  # answers of a prompt that heads are fitted to, in the comparison of all pairs with disjoint ones
 CHUNK = 64  # prompts whose texts are read in one job
 MODEL = dict(pooling="layers", depth=4, length=1.0, max_length=256)
 TRAIN = dict(lr=2e-4, head_lr=1e-2)
@@ -69,10 +70,9 @@ def as_pairs(rankings, count, seed):
 
     rng, found = random.Random(seed), []
     for ranking in rankings:
-        order = rng.sample(range(len(ranking)), len(ranking))
-        decided = [p for p in zip(order[::2], order[1::2]) if ranking.scores[p[0]] != ranking.scores[p[1]]]
+        decided = [p for p in two_by_two(rng.sample(range(len(ranking)), len(ranking))) if len({ranking.scores[i] for i in p}) > 1]
         found += [(ranking, pair) for pair in decided[:count]]
-    return [(r, Ranking(r.prompt, [r.completions[i] for i in p], [r.scores[i] for i in p]), p) for r, p in found]
+    return [Ranking(r.prompt, [r.completions[i] for i in p], [r.scores[i] for i in p]) for r, p in found]
 
 
 # --- jobs, each in a process of its own with one thread
@@ -93,6 +93,20 @@ def read_texts(args):
     return [part.tolist() for part in text_features(model, rankings, bf16=bf16_pays(torch.device("cpu")))]
 
 
+def cosines(args):
+    "The cosine between prompt and answer for some prompts."
+    import torch
+
+    from prompting_nb.evaluation import zero_shot_cosine
+    from prompting_nb.preferences import score_rankings
+    from prompting_nb.reward import TextEncoder
+    from prompting_nb.training import bf16_pays
+
+    rankings = rankings_of(args)[args.number * CHUNK : (args.number + 1) * CHUNK]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_pays(torch.device("cpu"))):
+        return score_rankings(zero_shot_cosine(TextEncoder("minilm", device="cpu")), rankings)
+
+
 def train_ours(args):
     "The held-out scores of a model that was trained as a whole."
     from prompting_nb.preferences import score_rankings
@@ -100,9 +114,10 @@ def train_ours(args):
 
     (learn, test), model = division(args, args.number), model_of(args.number)
     if args.job == "trained_pairs":
-        learn = [pair for _, pair, _ in as_pairs(learn, 2, args.number)]
+        learn = as_pairs(learn, 2, args.number)
     count = 2 if args.job == "trained_pairs" else 4
-    history = train(model, learn, TrainConfig(seed=args.number, completions_per_prompt=count, **TRAIN), progress=False)
+    config = TrainConfig(seed=args.number, completions_per_prompt=count, packed=False, **TRAIN)
+    history = train(model, learn, config, progress=False)
     return score_rankings(lambda *texts: model.score(*texts, bf16=history.bf16), test)
 
 
@@ -119,7 +134,7 @@ def train_trl(args):
     encoder = TextEncoder("minilm", device="cpu", max_length=length)
     rows = lambda ranking: _encode_pairs(encoder.tokenizer, ranking.prompt, ranking.completions, length)
     pairs = []
-    for _, pair, _ in as_pairs(learn, 8 if args.job == "trl_all" else 2, args.number):
+    for pair in as_pairs(learn, 8 if args.job == "trl_all" else 2, args.number):
         worse, better = (row for _, row in sorted(zip(pair.scores, rows(pair))))
         pairs.append({"chosen_ids": better, "rejected_ids": worse})
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +149,7 @@ def train_trl(args):
 
 def worker(args):
     "Do one job, and write its result and the processor time it took."
-    work = read_texts if args.job.startswith("texts") else train_trl if args.job.startswith("trl") else train_ours
+    work = {"texts": read_texts, "cosine": cosines, "trl": train_trl, "trained": train_ours}[args.job.split("_")[0]]
     result = work(args)
     used = time.process_time() + sum(os.times()[2:4])  # with TRL's process
     partial = Path(f"{args.out}.{os.getpid()}")
@@ -176,43 +191,48 @@ def interval(values):
     return {"mean": mean, **bounds, "values": list(values)}
 
 
-def fitted_scores(kind, features, args, seed):
-    "Held-out scores of a head that is fitted to the training rankings."
-    import torch
-
+def fitted_scores(kind, features, args, seed, read=16):
+    "Held-out scores of a head that is fitted to so many answers of each training prompt, or the cosines themselves."
     from prompting_nb.ensemble import fit_head
 
     learn, test = division(args, seed)
-    inputs, judged = [features[r.prompt] for r in learn], [r.scores for r in learn]
-    if kind == "pairs":
-        chosen = as_pairs(learn, 8, seed)
-        inputs, judged = [features[r.prompt][list(p)] for r, _, p in chosen], [pair.scores for _, pair, _ in chosen]
-    head = fit_head(inputs, judged)
-    return [(features[r.prompt] @ head).tolist() for r in test] if torch.isfinite(head).all() else None
+    if kind == "cosine":
+        return [features[r.prompt].tolist() for r in test]
+    rng = random.Random(seed)
+    drawn = [rng.sample(range(len(r)), min(read, len(r))) for r in learn]
+    groups = [(r, places) for r, order in zip(learn, drawn) for places in (two_by_two(order) if kind == "pairs" else [order])]
+    groups = [(r, places) for r, places in groups if len({r.scores[i] for i in places}) > 1]  # not all tied
+    head = fit_head([features[r.prompt][places] for r, places in groups], [[r.scores[i] for i in places] for r, places in groups])
+    return [(features[r.prompt] @ head).tolist() for r in test]
 
 
-def rules(args):
-    "For each rule the scores of every answer, by prompt; every text is embedded once."
-    from prompting_nb.evaluation import longer_wins, zero_shot_cosine
-    from prompting_nb.preferences import score_rankings
-    from prompting_nb.reward import TextEncoder
+def two_by_two(order):
+    "Disjoint pairs."
+    return [list(pair) for pair in zip(order[::2], order[1::2])]
 
-    every, kept = rankings_of(args), folder_of(args) / "rules.json"
-    if not kept.is_file():
-        scorers = {"length": longer_wins, "cosine": zero_shot_cosine(TextEncoder("minilm", device="cpu"))}
-        found = {name: dict(zip((r.prompt for r in every), score_rankings(scorer, every))) for name, scorer in scorers.items()}
-        kept.write_text(json.dumps(found))
-    return json.loads(kept.read_text())
+
+def k_way(features, args, tests):
+    "Accuracy of heads that are fitted to all pairs of the answers that are read, and to disjoint pairs of them."
+    from prompting_nb.evaluation import pairwise_accuracy
+
+    found = {}
+    for read in READ:
+        accuracy = {kind: [pairwise_accuracy(fitted_scores(kind, features, args, seed, read), test, samples=1).value
+                           for seed, test in enumerate(tests)] for kind in ("ours", "pairs")}
+        gains = [a - b for a, b in zip(*accuracy.values())]
+        found[read] = {"all": interval(accuracy["ours"]), "disjoint": interval(accuracy["pairs"]), "gain": interval(gains)}
+    return found
 
 
 def everything(args, kinds, seeds, progress):
-    "{(kind, seed): held-out scores} and {kind: processor seconds}."
+    "{(kind, seed): held-out scores}, {kind: processor seconds}, and what `k_way` found."
     import torch
     from tqdm.auto import tqdm
 
     every = rankings_of(args)
     chunks = range(math.ceil(len(every) / CHUNK))
-    sources = [name for name, needed in (("texts", {"ours", "pairs"}), ("texts_no_prompt", {"no_prompt"})) if needed & {*kinds}]
+    sources = [name for name, needed in (("texts", {"ours", "pairs"}), ("texts_no_prompt", {"no_prompt"}), ("cosine", {"cosine"}))
+               if needed & {*kinds}]
     todo = [(name, n) for name in sources for n in chunks] + [(k, s) for s in range(seeds) for k in kinds if k in TRAINED]
     with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(todo), desc="jobs", disable=not progress) as bar:
         running = {job: pool.submit(done, args, *job) for job in todo}
@@ -220,29 +240,33 @@ def everything(args, kinds, seeds, progress):
         for job, future in running.items():
             results[job] = future.result()
             bar.update()
-    scores = {job: results[job]["result"] for job in todo if job[0] in TRAINED}
+    curve, scores = {}, {job: results[job]["result"] for job in todo if job[0] in TRAINED}
     seconds = {kind: statistics.median(results[kind, s]["cpu_seconds"] for s in range(seeds)) for kind in kinds if kind in TRAINED}
     for name in sources:
         parts = [torch.tensor(part) for n in chunks for part in results[name, n]["result"]]
-        features, mine = dict(zip((r.prompt for r in every), parts)), {"no_prompt"} if name != "texts" else {"ours", "pairs"}
-        for kind in (kind for kind in kinds if kind in mine):
-            scores |= {(kind, seed): fitted_scores(kind, features, args, seed) for seed in range(seeds)}
-            seconds[kind] = sum(results[name, n]["cpu_seconds"] for n in chunks)
-    return scores, seconds
+        features, took = dict(zip((r.prompt for r in every), parts)), sum(results[name, n]["cpu_seconds"] for n in chunks)
+        for kind in {"texts": ("ours", "pairs"), "texts_no_prompt": ("no_prompt",), "cosine": ("cosine",)}[name]:
+            if kind in kinds:
+                seconds[kind] = took
+                scores |= {(kind, seed): fitted_scores(kind, features, args, seed) for seed in range(seeds)}
+        if name == "texts":
+            curve = k_way(features, args, [division(args, seed)[1] for seed in range(seeds)])
+    return scores, seconds, curve
 
 
 def quality(args, progress=True):
     "Train and evaluate everything; a dict with a mean and an interval over seeds for each figure of each scorer."
     from prompting_nb.config import InputError
-    from prompting_nb.evaluation import accuracy_by_length, evaluate_scores
+    from prompting_nb.evaluation import accuracy_by_length, evaluate_scores, longer_wins
+    from prompting_nb.preferences import score_rankings
 
     if not Path(args.data).is_file():
         raise InputError(f"{args.data} is missing: give the recorded rankings (.jsonl.gz) with --data")
-    kinds = [kind for kind in args.only or MODELS if not kind.startswith("trl") or args.trl_python]
+    kinds = [kind for kind in args.only or [*MODELS, "cosine"] if not kind.startswith("trl") or args.trl_python]
+    kinds = [kind for kind in kinds if kind not in args.skip]
     tests = [division(args, seed)[1] for seed in range(args.seeds)]
-    scores, seconds = everything(args, kinds, args.seeds, progress)
-    for name, given in rules(args).items():
-        scores |= {(name, seed): [given[r.prompt] for r in test] for seed, test in enumerate(tests)}
+    scores, seconds, curve = everything(args, kinds, args.seeds, progress)
+    scores |= {("length", seed): score_rankings(longer_wins, test) for seed, test in enumerate(tests)}
     found = {}
     for (kind, seed), given in sorted(scores.items(), key=lambda item: item[0][1]):
         found.setdefault(kind, []).append(evaluate_scores(given, tests[seed]))
@@ -250,7 +274,7 @@ def quality(args, progress=True):
              for kind, evaluations in found.items()}
     for kind in kinds:  # against the others on the same prompts
         table[kind]["cpu_seconds"] = seconds[kind]
-        for other in ("length", "pairs", "trl", "trl_all", "trained_pairs"):
+        for other in ("length", "pairs", "no_prompt", "trl", "trl_all", "trained_pairs"):
             if other in found and other != kind:
                 for figure in ("accuracy", "best_of"):
                     gains = [getattr(a, figure) - getattr(b, figure) for a, b in zip(found[kind], found[other])]
@@ -266,8 +290,8 @@ def quality(args, progress=True):
             "shorter_accuracy": mean("ours", "shorter_accuracy"), "shorter_accuracy_trl": mean(trl, "shorter_accuracy"),
             "oracle": statistics.fmean(e.oracle for e in found["length"]),
             "random": statistics.fmean(e.random for e in found["length"]),
-            "quality": {"table": table, "names": MODELS | RULES, "by_length": by_length,
-                        "reliability": {kind: [b._asdict() for b in found[kind][0].bins] for kind in (*kinds,)},
+            "quality": {"table": table, "names": MODELS | RULES, "by_length": by_length, "k_way": curve,
+                        "reliability": {kind: [b._asdict() for b in found[kind][0].bins] for kind in kinds if kind != "cosine"},
                         "settings": {"seeds": args.seeds, "prompts": len(rankings_of(args)), "held_out": len(tests[0]),
                                      "model": MODEL, "training": TRAIN, "trl_lr": args.trl_lr}}}
 
@@ -314,7 +338,9 @@ def add_arguments(parser):
     parser.add_argument("--trl-lr", type=float, default=1e-4, help="learning rate of TRL (default: %(default)s, its own)")
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--wrapper", default="", help="command that every job is run with, such as 'nice -n 19'")
-    parser.add_argument("--only", nargs="*", choices=list(MODELS), help="only these models")
+    parser.add_argument("--only", nargs="+", choices=[*MODELS, "cosine"], help="only these models")
+    parser.add_argument("--skip", nargs="+", choices=[*MODELS, "cosine"], default=["trl_all"],
+                        help="leave these out (default: %(default)s, a quarter of an hour for each division)")
 
 
 def main():
@@ -330,7 +356,12 @@ def main():
         return worker(args)
     if args.quick:
         args.seeds, args.prompts = 1, 96
-    result = quality(args) | {"machine": machine()}
+    from prompting_nb.config import InputError
+
+    try:
+        result = quality(args) | {"machine": machine()}
+    except InputError as error:
+        sys.exit(f"reward_quality.py: {error}")
     show(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

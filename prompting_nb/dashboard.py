@@ -6,17 +6,18 @@
 __all__ = ['plot_rewards', 'uid_table', 'Dashboard']
 
 # %% ../nbs/63_dashboard.ipynb #c002
-import html
 import importlib
 import io
 from types import ModuleType
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from .config import InputError
 from .plots import moving_mean, new_axes, plot_shares, styled
+from .show import Bar, html_table
 from .validators.loop import Event, Loop
 
 # %% ../nbs/63_dashboard.ipynb #c005
@@ -24,8 +25,8 @@ from .validators.loop import Event, Loop
 def plot_rewards(
     rewards: Sequence[Sequence[float]],  # of those asked, for each step
     window: int = 20,  # steps of the moving mean
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Mean reward over time, with a band from the lowest to the highest of each step (both smoothed)."
     ax = new_axes(ax)
     steps = np.arange(len(rewards))
@@ -37,9 +38,6 @@ def plot_rewards(
     return ax
 
 # %% ../nbs/63_dashboard.ipynb #c009
-_BAR = '<div style="background:#8a8a8a;height:.6em;width:{:.0f}px" role="presentation"></div>'
-
-
 def uid_table(
     events: Sequence[Event],
     names: dict[int, str],  # uid -> label; these are the rows
@@ -48,13 +46,12 @@ def uid_table(
     "How each uid is doing, as a table."
     rows = []
     for uid, name in names.items():
-        got = [(reward, status) for event in events for u, reward, status in zip(event.uids, event.rewards, event.statuses) if u == uid]
-        mean = float(np.mean([reward for reward, _ in got])) if got else 0.0
+        got = [(reward, status) for event in events
+               for u, reward, status in zip(event.uids, event.rewards, event.statuses) if u == uid]
+        mean = float(np.mean([reward or 0.0 for reward, _ in got])) if got else None
         failed = sum(status != 200 for _, status in got)
-        cells = [uid, name, len(got), f"{mean:.2f}" if got else "", _BAR.format(80 * mean), failed, (waiting or {}).get(uid, 0)]
-        rows.append("".join(f"<td>{cell if cell is cells[4] else html.escape(str(cell))}</td>" for cell in cells))
-    head = "".join(f"<th>{title}</th>" for title in ("uid", "name", "asked", "reward", "", "failed", "waiting"))
-    return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+        rows.append((uid, name, len(got), Bar(mean, mean or 0.0), failed, (waiting or {}).get(uid, 0)))
+    return html_table("Uids", ("uid", "name", "asked", "reward", "failed", "waiting"), rows)
 
 # %% ../nbs/63_dashboard.ipynb #c013
 def _widgets() -> ModuleType:
@@ -64,7 +61,7 @@ def _widgets() -> ModuleType:
         raise InputError("a live view needs ipywidgets: pip install ipywidgets") from None
 
 
-def _png(ax: plt.Axes) -> bytes:
+def _png(ax: Any) -> bytes:
     "The picture; its figure is closed."
     target = io.BytesIO()
     ax.figure.savefig(target, format="png")
@@ -105,7 +102,7 @@ class Dashboard:
         waiting = {uid: miner.axon.health()["waiting"] for uid, miner in network.miners.items()} if network else {}
         self.state.value = (f"<p>{len(trace.events)} of {len(self.loop.arena.prompts)} prompts, "
                             f"{sum(waiting.values())} requests waiting</p>")
-        self.rewards.value = _png(plot_rewards([event.rewards for event in trace.events]))
+        self.rewards.value = _png(plot_rewards([[reward or 0.0 for reward in event.rewards] for event in trace.events]))
         self.routing.value = _png(plot_shares([event.uids for event in trace.events], names, trace.moved_at))
         self.uids.value = uid_table(trace.events, names, waiting)
 

@@ -6,7 +6,7 @@
 __all__ = ['text_features', 'fit_head', 'start_head', 'Judged', 'HeadEnsemble']
 
 # %% ../nbs/18_ensemble.ipynb #c002
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -83,9 +83,10 @@ def start_head(
     if not rankings:
         raise InputError("there is nothing to learn: no prompt has two completions with different scores")
     features = text_features(model, rankings, batch_size, progress, bf16)
-    head, size = fit_head(features, [ranking.scores for ranking in rankings], decay), model.head[1].in_features
+    head, own = fit_head(features, [r.scores for r in rankings], decay), cast(torch.nn.Linear, model.head[1])
+    size = own.in_features
     with torch.no_grad():
-        model.head[1].weight.copy_(head[None, :size])
+        own.weight.copy_(head[None, :size])
         if model.length is not None:
             model.length.copy_(_LENGTH * head[size:])
     return model

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -58,7 +58,7 @@ def lay_out(
 ) -> Layout:
     "One row of tokens for the texts of a batch, without padding."
     ids, positions, pieces, last = [], [], [], []
-    for rows in groups if share else [[row] for rows in groups for row in rows]:
+    for rows in groups if share else [[row] for group in groups for row in group]:
         shared = common_start(rows)
         ids += rows[0][:shared]
         positions += range(shared)
@@ -93,7 +93,9 @@ def attend(
     return torch.softmax(scores, dim=-1) @ value
 
 # %% ../nbs/14_packing.ipynb #c016
-def _packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+def _packed_attention(
+    module, query, key, value, attention_mask, scaling: Any = None, dropout=0.0, layout: Any = None, **kwargs
+):
     "Attention in the form that transformers calls: (1, heads, tokens, size) in, (1, tokens, heads, size) out."
     repeat = query.shape[1] // key.shape[1]  # heads of a key, in models where several queries share one
     key, value = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
@@ -110,8 +112,9 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, d
             if shared:
                 parts.append(attend(start_query, start_key, start_value, scaling, causal))
         for _ in own:
-            pair = [torch.cat(x, dim=2) if shared else x[1] for x in ((start_key, next(keys)), (start_value, next(values)))]
-            parts.append(attend(next(queries), *pair, scaling, causal))
+            own_key, own_value = (torch.cat(x, dim=2) if shared else x[1]
+                                  for x in ((start_key, next(keys)), (start_value, next(values))))
+            parts.append(attend(next(queries), own_key, own_value, scaling, causal))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -185,7 +188,7 @@ def packed(encoder: TextEncoder) -> Iterator[None]:
 
 def _only_last(function: Callable) -> Callable:
     "A block's forward that computes the last tokens; the rest of its output is zero, and nobody reads it."
-    def forward(block, hidden, *args, layout=None, position_embeddings=None, **kwargs):
+    def forward(block, hidden, *args, layout: Any, position_embeddings=None, **kwargs):
         rotation = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
         found = function(block, hidden, layout, **rotation)
         return torch.zeros_like(hidden, dtype=found.dtype).index_copy(1, layout.last, found)
@@ -208,7 +211,7 @@ def run_layout(
     sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared by a model that reads both ways
     if encoder.pooling == "pooler":
         first = layout.last + 1 - torch.tensor(sizes, device=hidden.device)
-        return encoder.model.pooler(hidden[first][:, None])  # it takes the first token of each row
+        return encoder.model.pooler(hidden[first][:, None]).to(hidden.dtype)  # it takes the first token of each row
     means = torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
     return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
 
@@ -267,16 +270,17 @@ class _Features(torch.autograd.Function):
         return torch.cat([found[i].detach() for i in range(len(layouts))])
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, *gradients):
         found, pieces, turns, parameters, threads = ctx.graph
         ctx.graph = None  # the tensors of the forward pass go as soon as they have been used
-        gradients = gradient.split([len(found[i]) for i in range(len(pieces))])
+        gradient, = gradients
+        parts_of = gradient.split([len(found[i]) for i in range(len(pieces))])
         learnt = [p for p in parameters if p.requires_grad]
 
         def work(index):
             total, of_pieces = [None] * len(learnt), {}
             for i in turns[index]:
-                of_pieces[i], *parts = torch.autograd.grad(found.pop(i), (pieces[i], *learnt), gradients[i], allow_unused=True)
+                of_pieces[i], *parts = torch.autograd.grad(found.pop(i), (pieces[i], *learnt), parts_of[i], allow_unused=True)
                 total = [_add(*both) for both in zip(total, parts)]
             return total, of_pieces
 

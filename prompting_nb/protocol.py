@@ -111,7 +111,7 @@ def read_body(
     try:
         asked = _Body.model_validate_json(body, strict=False)
         limit = asked.timeout if timeout is None else min(timeout, asked.timeout)
-        return kind(roles=asked.roles, messages=asked.messages, timeout=limit)
+        return kind(roles=tuple(asked.roles), messages=tuple(asked.messages), timeout=limit)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
 

@@ -13,23 +13,23 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable, cast
 
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
-from torchtyping import TensorType
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+from typing_extensions import Self
 
 from .config import InputError
 from .conversations import messages_of, split_answer
 from .pretrained import load, no_bars
-from .shapes import check_shapes
+from .shapes import TensorType, check_shapes
 
 # %% ../nbs/10_reward.ipynb #c009
 def pick_device(
@@ -40,7 +40,8 @@ def pick_device(
     if device is None:
         device = "cuda" if has_cuda else "cpu"
     if str(device).startswith("cuda") and not has_cuda:
-        warnings.warn("no CUDA device was found: using the CPU (device=None takes the best there is)", RuntimeWarning)
+        warnings.warn("no CUDA device was found: using the CPU (device=None takes the best there is)", RuntimeWarning,
+                      stacklevel=3)
         device = "cpu"
     return torch.device(device)
 
@@ -122,17 +123,17 @@ def length_of(
     return len(row) + getattr(row, "cut", 0)
 
 # %% ../nbs/10_reward.ipynb #c037
-def _encode_pairs(tokenizer, prompts: list[str] | str, completions: list[str], max_length: int) -> list[Row]:
-    "The tokens of each prompt with its completion, at most `max_length` of them."
+def _encode_pairs(tokenizer, prompts: list[str] | str, completions: list[str], max_length: int) -> list[list[int]]:
+    "The tokens of each prompt with its completion, at most `max_length` of them, each text a `Row`."
     if isinstance(prompts, str):
         prompts = [prompts] * len(completions)
     if len(prompts) != len(completions):
         raise ValueError(f"{len(completions)} completions need as many prompts, or a single string; got {len(prompts)}")
     start, middle, end = ([], [], []) if tokenizer.chat_template else _frame(tokenizer)
     if tokenizer.chat_template and completions:
-        prompts, completions = zip(*(_templated(tokenizer, *pair) for pair in zip(prompts, completions)))
+        prompts, completions = map(list, zip(*(_templated(tokenizer, *pair) for pair in zip(prompts, completions))))
     room = max_length - len(start + middle + end)
-    rows = []
+    rows: list[list[int]] = []
     for before, text in zip(*(_tokens(tokenizer, side) for side in (prompts, completions))):
         prompt, completion = _fit(before, text, room)
         if not end:
@@ -142,7 +143,7 @@ def _encode_pairs(tokenizer, prompts: list[str] | str, completions: list[str], m
     return rows
 
 
-def _tokens(tokenizer, texts: list[str]) -> list[list[int]]:
+def _tokens(tokenizer, texts: Iterable[str]) -> list[list[int]]:
     "The tokens of texts, none of them added; a text that occurs many times is tokenised once."
     distinct = list(dict.fromkeys(map(str, texts)))
     if not distinct:
@@ -152,7 +153,7 @@ def _tokens(tokenizer, texts: list[str]) -> list[list[int]]:
     return [found[text] for text in texts]
 
 # %% ../nbs/10_reward.ipynb #c041
-def _encode_any(tokenizer, texts: list, max_length: int) -> list[Row]:
+def _encode_any(tokenizer, texts: list | str, max_length: int) -> list[list[int]]:
     "The tokens of whole texts, or of conversations."
     if isinstance(texts, str) or len({isinstance(text, str) for text in texts}) > 1:
         raise InputError("give a list of texts or a list of conversations, and not a mixture or a single text")
@@ -161,7 +162,7 @@ def _encode_any(tokenizer, texts: list, max_length: int) -> list[Row]:
             pairs = [split_answer(conversation) for conversation in texts]
         except ValueError as error:
             raise InputError(f"a conversation cannot be scored: {error}") from error
-        return _encode_pairs(tokenizer, *map(list, zip(*pairs)), max_length)
+        return _encode_pairs(tokenizer, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], max_length)
     start, _, end = _frame(tokenizer)
     room = max_length - len(start + end)
     return [Row(start + row[:room] + end, max(0, len(row) - room)) for row in _tokens(tokenizer, texts)]
@@ -209,7 +210,7 @@ def in_batches(
     return result
 
 # %% ../nbs/10_reward.ipynb #c054
-def _keep_layers(model: torch.nn.Module, depth: int) -> None:
+def _keep_layers(model: Any, depth: int) -> None:  # a transformers model
     "Cut a transformer down to its first layers."
     count = model.config.num_hidden_layers
     if not 1 <= depth <= count:
@@ -225,6 +226,9 @@ def _keep_layers(model: torch.nn.Module, depth: int) -> None:
 # %% ../nbs/10_reward.ipynb #c055
 class TextEncoder(torch.nn.Module):
     "A pretrained transformer with its tokenizer: one vector for each text."
+
+    model: Any  # of transformers
+    tokenizer: Any  # likewise
 
     def __init__(
         self,
@@ -335,8 +339,12 @@ def _settings(folder: Path) -> dict:
     return json.loads((folder / "reward.json").read_text())
 
 
-class _Stored:
+class _Stored(TextEncoder):
     "Save a reward model to a folder or to the hub, and load it from there."
+
+    head: torch.nn.Sequential  # dropout and a linear layer
+    length: torch.nn.Parameter | None
+    bound: float | None
 
     def save_pretrained(
         self,
@@ -352,7 +360,7 @@ class _Stored:
         self.tokenizer.save_pretrained(folder)
         length = {} if self.length is None else {"length": self.length.detach()}
         save_file({**self.head.state_dict(), **length}, folder / "reward_head.safetensors")
-        (folder / "README.md").write_text(model_card(self, evaluation, name or folder.name))
+        (folder / "README.md").write_text(model_card(cast(RewardModel, self), evaluation, name or folder.name))
         settings = {"model_name": self.model_name, "dropout": self.head[0].p, "pooling": self.pooling,
                     "max_length": self.max_length, "depth": self.depth, "bound": self.bound}
         (folder / "reward.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -361,8 +369,8 @@ class _Stored:
     def from_pretrained(
         cls,
         folder: str | Path,  # what `save_pretrained` wrote, or the name of such a model on the hub
-        device: str = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
-    ) -> "RewardModel":  # raises `InputError` when there is no reward model
+        device: str | None = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
+    ) -> Self:  # raises `InputError` when there is no reward model
         "Load a saved reward model; its scores are those of the model that was saved."
         folder = Path(folder) if Path(folder).is_dir() else Path(load(_download, str(folder)))
         try:
@@ -414,7 +422,7 @@ def _download(name: str, **kwargs) -> str:
     return snapshot_download(name, **kwargs)
 
 # %% ../nbs/10_reward.ipynb #c064
-def _classifier_of(model: "RewardModel", tokenizer) -> torch.nn.Module:
+def _classifier_of(model: "RewardModel", tokenizer) -> Any:  # of transformers
     "A sequence classifier with the weights of a reward model."
     config = copy.deepcopy(model.model.config)
     config.num_labels, config.problem_type = 1, "regression"
@@ -430,7 +438,7 @@ def _classifier_of(model: "RewardModel", tokenizer) -> torch.nn.Module:
             head.dense.load_state_dict(model.model.pooler.dense.state_dict())
         head = getattr(head, "out_proj", head)
     with torch.no_grad():
-        head.weight.copy_(model.head[1].weight)
+        head.weight.copy_(cast(torch.nn.Linear, model.head[1]).weight)
         if head.bias is not None:
             head.bias.zero_()
     if len(tokenizer) > classifier.get_input_embeddings().num_embeddings:
@@ -450,7 +458,7 @@ def _same_scores(model: "RewardModel", classifier, tokenizer) -> bool:
         return torch.allclose(classifier(input_ids=ids, attention_mask=mask).logits, ours, atol=1e-5, rtol=1e-5)
 
 # %% ../nbs/10_reward.ipynb #c065
-class _Exported:
+class _Exported(_Stored):
     "A reward model for other programs, and with adapters."
 
     def to_sequence_classification(
@@ -472,8 +480,9 @@ class _Exported:
         tokenizer.padding_side = "right"
         tokenizer.model_input_names = ["input_ids", "attention_mask"]  # we tell no segments apart ...
         tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # ... and this is what is saved
-        classifier = _classifier_of(self, tokenizer)
-        if not _same_scores(self, classifier, tokenizer):
+        model = cast(RewardModel, self)
+        classifier = _classifier_of(model, tokenizer)
+        if not _same_scores(model, classifier, tokenizer):
             raise InputError(f"the sequence classifier of {classifier.config.model_type} computes something else than "
                              f"{self.pooling} pooling and a linear layer: it cannot hold this model")
         if folder is not None:
@@ -488,18 +497,18 @@ class _Exported:
         alpha: float = 16,  # updates are scaled by alpha / rank
         dropout: float = 0.0,
         targets: str | list[str] = "all-linear",  # layers that get an adapter, as peft names them
-    ) -> "RewardModel":  # itself: adapters and head learn, everything else is frozen
+    ) -> Self:  # itself: adapters and head learn, everything else is frozen
         "Train low-rank adapters (LoRA) in place of the encoder's weights. Needs peft."
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise InputError("LoRA needs the package peft: pip install peft") from error
         exclude = None if self.pooling == "pooler" else ".*pooler.*"
-        self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
+        self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=dropout,
                                                            target_modules=targets, exclude_modules=exclude))
         return self
 
-    def merge_lora(self) -> "RewardModel":  # itself, without adapters
+    def merge_lora(self) -> Self:  # itself, without adapters
         "Add the adapters to the weights that they adapt."
         if not hasattr(self.model, "merge_and_unload"):
             raise InputError("this model has no adapters: add_lora() makes some")
@@ -507,14 +516,14 @@ class _Exported:
         return self
 
 # %% ../nbs/10_reward.ipynb #c067
-class RewardModel(_Stored, _Exported, TextEncoder):
+class RewardModel(_Exported):
     "Reward model: one number, unbounded unless asked otherwise, for a prompt with its completion."
 
     def __init__(
         self,
         model_name: str,  # transformers' model name, a local folder, or "minilm" for the built-in encoder
         dropout: float = 0.1,  # in front of the head, in train mode only
-        device: str = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
+        device: str | None = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
         *,
         pooling: str = "auto",  # by model type, or "last" attended token, "mean", "layers", "pooler"
         max_length: int | None = None,  # tokens of prompt and completion together; at most 256 by default
@@ -528,7 +537,7 @@ class RewardModel(_Stored, _Exported, TextEncoder):
         self.bound = bound
         size = self.model.config.get_text_config().hidden_size
         self.head = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(size, 1, bias=False))
-        torch.nn.init.normal_(self.head[1].weight, std=0.02)
+        torch.nn.init.normal_(cast(torch.nn.Linear, self.head[1]).weight, std=0.02)
         self.length = None if length is None else torch.nn.Parameter(torch.tensor([float(length)]))
         self.to(self.device)
 
@@ -536,7 +545,7 @@ class RewardModel(_Stored, _Exported, TextEncoder):
     def forward(
         self,
         input_ids: TensorType["batch_size", "seq_len"],
-        attention_mask: TensorType["batch_size", "seq_len"] = None,  # from `pad`; nonzero: a token; `None`: all are
+        attention_mask: TensorType["batch_size", "seq_len"] | None = None,  # from `pad`; nonzero: a token
     ) -> TensorType["batch_size", 1]:  # a reward for each item in the batch, float32; raises ShapeError, a ValueError
         "Calculate the reward of each item in a batch."
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -555,7 +564,7 @@ class RewardModel(_Stored, _Exported, TextEncoder):
 
     def encode_texts(
         self,
-        texts: list,  # prompts, one for each completion, or one for all; or, without completions, as for `score`
+        texts: list | str,  # prompts, one for each completion, or one for all; without completions, as for `score`
         completions: list[str] | None = None,
     ) -> list[list[int]]:  # token ids, at most `max_length` a text; raises ValueError when the numbers differ
         "The tokens of prompts with their completions, of whole texts, or of conversations."
@@ -565,7 +574,7 @@ class RewardModel(_Stored, _Exported, TextEncoder):
 
     def score(
         self,
-        texts: list,  # prompts, one for each completion, or one for all; without completions: texts or conversations
+        texts: list | str,  # prompts, one for each completion, or one for all; else texts or conversations
         completions: list[str] | None = None,
         batch_size: int = 32,  # texts a batch: memory and speed, never the scores
         progress: bool = False,  # show a progress bar
@@ -594,7 +603,7 @@ class PairwiseLoss(torch.nn.Module):
         self,
         chosen_rewards: TensorType["batch_size", 1],  # the reward of the chosen completion
         rejected_rewards: TensorType["batch_size", 1],  # the reward of the rejected completion of the same prompt
-        margin: TensorType["batch_size", 1] = None,  # by how much the chosen reward should be the higher at least
+        margin: TensorType["batch_size", 1] | None = None,  # by how much the chosen reward should be higher
     ) -> TensorType[1]:  # the loss, a mean over the batch; raises ValueError for other shapes and for an empty batch
         "Compute the loss value."
         if not len(chosen_rewards):

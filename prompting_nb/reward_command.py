@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, cast
 
 import jsonargparse
 
@@ -119,7 +119,7 @@ class RewardParser:
             raise InputError(f"there is no {argv[0]!r}; it can be train, eval or score")
         settings = self.parser(argv[0]).parse_args(argv[1:])
         settings.action = argv[0]
-        return settings
+        return cast(Config, settings)
 
 
 def reward_parser() -> RewardParser:

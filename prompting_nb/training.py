@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, cast
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +29,7 @@ from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
 from .config import InputError
-from .packing import can_pack, common_start, packed_rewards, shares_prefix
+from .packing import can_pack, common_start, packed_rewards, score_packed, shares_prefix
 from .preferences import Ranking, decisions, score_rankings
 from .reward import RankingLoss, RewardModel, decided_pairs, pad
 
@@ -239,7 +239,7 @@ def _accelerator(device: torch.device, trackers: list[str] | None = None, folder
         raise InputError(f"the tracker {missing[0]} is not installed: take one of {sorted(installed)}, or pip install it")
     several = this_process()[1] > 1
     return Accelerator(cpu=several and device.type == "cpu", device_placement=several, mixed_precision="no",
-                       log_with=trackers or None, project_dir=folder)
+                       log_with=[*trackers] if trackers else None, project_dir=folder)
 
 # %% ../nbs/16_training.ipynb #c051
 @contextmanager
@@ -280,7 +280,7 @@ def validate(
 ) -> dict:  # loss, accuracy, margin: means over prompts
     "How well a model orders rankings, with the measures of training."
     means = []
-    for ranking, rewards in zip(rankings, score_rankings(partial(model.score, bf16=bf16), rankings)):
+    for ranking, rewards in zip(rankings, score_rankings(partial(score_packed, model, bf16=bf16), rankings)):
         if any(decisions(ranking)):
             scores = torch.tensor(ranking.scores, dtype=torch.float64)
             means.append(measure(torch.tensor(rewards)[:, None], scores, torch.zeros(len(ranking)))[1])
@@ -362,7 +362,7 @@ class _Run:
         self.accelerator = _accelerator(model.device, trackers, folder)
         fused = model.device.type in ("cpu", "cuda")  # one kernel for all parameters
         optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
-        bf16 = bf16_pays(model.device) if config.bf16 == "auto" else config.bf16
+        bf16 = bf16_pays(model.device) if config.bf16 == "auto" else bool(config.bf16)
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
         packed = config.packed and can_pack(model) and not config.encoder_dropout and not sharded
         self.model, self.sharded = model, sharded
@@ -389,14 +389,14 @@ class _Run:
             means = means + measures * weight
             of_prompts = ([rankings[one.ranking].scores[i] for i in one.completions] for one in batch)
             pairs += sum(a > b for scores in of_prompts for a in scores for b in scores)
-        loss, accuracy, margin = self.accelerator.reduce(means, "mean").tolist()
+        loss, accuracy, margin = cast(torch.Tensor, self.accelerator.reduce(means, "mean")).tolist()
         norm = self._update(_finite(loss, "loss", number), lr, number)
         return {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr, "grad_norm": norm,
                 "prompts": prompts, "pairs": pairs}
 
     def _update(self, loss: float, lr: float, number: int) -> float:
         "Change the weights; returns the norm of the gradient before clipping."
-        norm = float(self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip))
+        norm = float(cast(torch.Tensor, self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip)))
         _finite(norm, "norm of the gradient", number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
@@ -406,7 +406,8 @@ class _Run:
 
     def agree(self, seconds: float) -> float:
         "The mean of what the clocks of all processes say, so that they stop at the same step."
-        return self.accelerator.reduce(torch.tensor(seconds, device=self.device), "mean").item()
+        mean = self.accelerator.reduce(torch.tensor(seconds, device=self.device), "mean")
+        return cast(torch.Tensor, mean).item()
 
     def bar(self, total: int, progress: bool) -> tqdm:
         return tqdm(total=total, initial=self.history.resumed, desc=f"training ({self.history.processes} process(es))",
@@ -432,8 +433,8 @@ class _Course(_Run):
             self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     def out_of_patience(self) -> bool:
-        losses = [found["loss"] for found in self.history.evaluations]
-        return bool(self.config.patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
+        losses, patience = [found["loss"] for found in self.history.evaluations], self.config.patience
+        return bool(patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience)
 
     def save(self, folder: str | Path, digest: str, step: int, seconds: float) -> None:
         if self.rank == 0:

@@ -53,15 +53,15 @@ class MemoryNonces:
     def __len__(self) -> int:
         return sum(map(len, self._seen.values()))
 
-    def check_and_store(self, hotkey: str, nonce: int) -> bool:
+    def check_and_store(self, hotkey_ss58: str, nonce_ns: int) -> bool:
         "Whether this nonce is new from this hotkey; from now on it is not. `Refusal` when it lies below the floor."
         with self._lock:
             self._forget(self.clock() - int(MAX_AGE * _SECOND))
-            if nonce < self.floor:
+            if nonce_ns < self.floor:
                 raise stale(_NEVER)
-            seen = self._seen.setdefault(nonce // _SECOND, set())
-            known = (hotkey, nonce) in seen
-            seen.add((hotkey, nonce))
+            seen = self._seen.setdefault(nonce_ns // _SECOND, set())
+            known = (hotkey_ss58, nonce_ns) in seen
+            seen.add((hotkey_ss58, nonce_ns))
             return not known
 
     def _forget(self, before: int) -> None:
@@ -122,16 +122,17 @@ class FileNonces:
     def __len__(self) -> int:
         return self._db.execute("SELECT count(*) FROM nonces").fetchone()[0]
 
-    def check_and_store(self, hotkey: str, nonce: int) -> bool:
+    def check_and_store(self, hotkey_ss58: str, nonce_ns: int) -> bool:
         "Whether this nonce is new from this hotkey; from now on it is not. `Refusal` below the floor, or without disk."
         try:
             with self._lock:
                 now = self.clock()
                 if now >= self._next:
                     self._forget(now)
-                if nonce < self.floor:
+                if nonce_ns < self.floor:
                     raise stale(_NEVER)
-                return self._db.execute("INSERT OR IGNORE INTO nonces VALUES (?, ?)", (nonce, hotkey)).rowcount == 1
+                values = (nonce_ns, hotkey_ss58)
+                return self._db.execute("INSERT OR IGNORE INTO nonces VALUES (?, ?)", values).rowcount == 1
         except sqlite3.Error as error:
             _log.error("%s cannot be used, requests are refused: %s", self.path, error)
             raise Refusal(503, "this miner cannot write down what it accepts", "nonces") from None

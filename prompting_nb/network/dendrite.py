@@ -20,6 +20,7 @@ from typing import Any, AsyncIterator, Callable, Iterable, NamedTuple
 
 import aiohttp
 import bittensor as bt
+from typing_extensions import Self
 from yarl import URL
 
 from .auth import SIGNATURE, answer_fits, sign_request
@@ -30,7 +31,7 @@ from ..protocol import Prompting, StreamPrompting, Terminal, read_event, read_re
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/27_dendrite.ipynb #c006
-def _target(target: Any) -> tuple[str, str | None]:
+def _target(target: Any) -> tuple[Any, Any]:
     "Hotkey and `ip:port` of a neuron of the metagraph, an `Axon`, or something that has one."
     where = getattr(target, "address", None) or getattr(target, "axon", None)
     hotkey = getattr(target, "hotkey", None) or getattr(where, "hotkey", None)
@@ -141,6 +142,14 @@ async def _to_nobody(piece: str) -> None:
 
 class _Asking:
     "Asks one miner."
+
+    hotkey: str  # that asks
+    max_answer: int
+    require_signed: bool
+    _signer: Any
+    _nonce: int
+    _sessions: "_Sessions"
+    _closing: weakref.finalize
 
     async def _post(self, address: str, hotkey: str, synapse: Prompting, body: bytes, say: Callable) -> tuple[str, str]:
         "The completion from a miner and a status message, or an exception."
@@ -312,8 +321,18 @@ class Stream:
         self.close()
 
 # %% ../../nbs/27_dendrite.ipynb #c025
-class _Calls:
+class _Calls(_Asking):
     "The ways to ask."
+
+    async def _ask_all(self, targets: list, synapse: Prompting) -> list[Prompting]:
+        body = write_body(synapse)
+        if len(targets) == 1:  # needs no task of its own
+            return [await self._ask(targets[0], synapse, body)]
+        return await asyncio.gather(*(self._ask(target, synapse, body) for target in targets))
+
+    def _open(self) -> None:
+        if not self._closing.alive:
+            raise RuntimeError("this dendrite is closed; make a new one")
 
     async def __call__(
         self,
@@ -357,7 +376,7 @@ def _fit(synapse: Prompting, timeout: float | None) -> Prompting:
     return synapse.model_copy(update={"completion": None, "timeout": timeout})
 
 
-class Dendrite(_Calls, _Asking):
+class Dendrite(_Calls):
     """Asks miners for completions over signed HTTP.
 
     `await dendrite(targets, synapse, timeout)`, or `dendrite.query(...)` as a plain call. One answer for each target,
@@ -378,21 +397,11 @@ class Dendrite(_Calls, _Asking):
         self._sessions = _Sessions(connections)
         self._closing = weakref.finalize(self, self._sessions.close)  # also when it is forgotten
 
-    async def _ask_all(self, targets: list, synapse: Prompting) -> list[Prompting]:
-        body = write_body(synapse)
-        if len(targets) == 1:  # needs no task of its own
-            return [await self._ask(targets[0], synapse, body)]
-        return await asyncio.gather(*(self._ask(target, synapse, body) for target in targets))
-
-    def _open(self) -> None:
-        if not self._closing.alive:
-            raise RuntimeError("this dendrite is closed; make a new one")
-
     def close(self) -> None:
         "Close the connections and end the thread, if there is one. Harmless the second time."
         self._closing()
 
-    def __enter__(self) -> "Dendrite":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any, AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, AsyncGenerator, Awaitable, Callable, Generator
 
 # %% ../../nbs/23_queue.ipynb #c005
 class QueueFull(Exception):
@@ -249,7 +249,7 @@ def is_stream(result: Any) -> bool:
     return inspect.isasyncgen(result) or inspect.isgenerator(result)
 
 
-async def _steps(generator: Iterator, slot: Slot, threads: Threads) -> AsyncIterator[Any]:
+async def _steps(generator: Generator, slot: Slot, threads: Threads) -> AsyncGenerator[Any, None]:
     "The items of a plain generator, each made in a thread."
     loop, step = asyncio.get_running_loop(), None
     slot.hold()  # until it is closed
@@ -268,7 +268,7 @@ async def _steps(generator: Iterator, slot: Slot, threads: Threads) -> AsyncIter
         step.add_done_callback(close) if step else close()
 
 
-async def pieces(generator: Any, slot: Slot, threads: Threads) -> AsyncIterator[str]:
+async def pieces(generator: Any, slot: Slot, threads: Threads) -> AsyncGenerator[str, None]:
     "The pieces that a generator of either kind makes. Raises TypeError for a piece that is not text."
     items = generator if inspect.isasyncgen(generator) else _steps(generator, slot, threads)
     try:

@@ -14,7 +14,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Awaitable, Callable
+from typing import Any, Callable, Coroutine, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -84,16 +84,43 @@ class _Together:
         self._transport.close()
 
 
-class _Guarded(HttpToolsProtocol):
-    "A connection with limits."
+class _Timed(HttpToolsProtocol):
+    "A connection on which a head has to come in time."
 
     def __init__(self, *args: Any, limits: Limits, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._limits, self._size, self._timer = limits, 0, None  # _size: bytes since the request began
         self._part = ""  # of a request that is not complete: "head" or "body"
 
+    def _wait(self) -> None:
+        "From now on the head of a request has to come."
+        if not self.transport.is_closing():
+            self._limits.waiting[self] = None
+            self._timer = self.loop.call_later(
+                self._limits.head_timeout, self._refuse, 408, "the headers did not arrive in time"
+            )
+
+    def _whole(self) -> None:
+        "It has come, or nobody waits for it any more."
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._limits.waiting.pop(self, None)
+
+    def _refuse(self, status: int, reason: str) -> None:
+        "Say why, and close."
+        if not self.transport.is_closing():
+            self._whole()
+            self._limits.refused({400: "http", 408: "slow", 431: "headers"}[status])
+            self.transport.write(_short(status, reason))
+            self.transport.close()
+
+# %% ../../nbs/24_server.ipynb #c009
+class Guarded(_Timed):
+    "A connection with limits."
+
     def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(_Together(transport, self.loop))
+        super().connection_made(cast(Any, _Together(transport, self.loop)))
         if len(self.connections) > self._limits.max_connections:
             oldest = next(iter(self._limits.waiting), self)
             self._limits.refused("connections")
@@ -134,11 +161,6 @@ class _Guarded(HttpToolsProtocol):
 
     def _let_go(self) -> None:
         self._limits.size -= self._limits.begun.pop(self, 0)
-
-# %% ../../nbs/24_server.ipynb #c009
-class Guarded(_Guarded):
-    "The parser's callbacks, and how it ends."
-
     def on_message_begin(self) -> None:
         self._part, self._size = "head", 0
         super().on_message_begin()
@@ -152,29 +174,6 @@ class Guarded(_Guarded):
         self._part = ""
         self._let_go()
         super().on_message_complete()
-
-    def _wait(self) -> None:
-        "From now on the head of a request has to come."
-        if not self.transport.is_closing():
-            self._limits.waiting[self] = None
-            self._timer = self.loop.call_later(
-                self._limits.head_timeout, self._refuse, 408, "the headers did not arrive in time"
-            )
-
-    def _whole(self) -> None:
-        "It has come, or nobody waits for it any more."
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            self._limits.waiting.pop(self, None)
-
-    def _refuse(self, status: int, reason: str) -> None:
-        "Say why, and close."
-        if not self.transport.is_closing():
-            self._whole()
-            self._limits.refused({400: "http", 408: "slow", 431: "headers"}[status])
-            self.transport.write(_short(status, reason))
-            self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is not HTTP")
@@ -226,9 +225,9 @@ class _Uvicorn(uvicorn.Server):
 
     def __init__(self, app: Callable, limits: Limits):
         super().__init__(uvicorn.Config(  # everything off that is not needed
-            app, http=partial(Guarded, limits=limits), ws="none", lifespan="off", interface="asgi3", log_config=None,
-            log_level="error", access_log=False, proxy_headers=False, server_header=False, date_header=False,
-            timeout_graceful_shutdown=1, timeout_keep_alive=limits.idle_timeout,
+            app, http=cast(Any, partial(Guarded, limits=limits)), ws="none", lifespan="off", interface="asgi3",
+            log_config=None, log_level="error", access_log=False, proxy_headers=False, server_header=False, date_header=False,
+            timeout_graceful_shutdown=1, timeout_keep_alive=cast(Any, limits.idle_timeout),
         ))  # fmt: skip
         self.ready = threading.Event()
 
@@ -282,7 +281,7 @@ class Server:
         "How many are open."
         return len(self._uvicorn.server_state.connections)
 
-    def stop(self, drain: Callable[[], Awaitable], limit: float) -> None:
+    def stop(self, drain: Callable[[], Coroutine], limit: float) -> None:
         "Await `drain()` in the loop, then close connections and end the thread; say so if that takes over `limit` s."
         if self.alive:
             with suppress(RuntimeError):  # the loop ended in this moment

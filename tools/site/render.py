@@ -67,7 +67,7 @@ class Writer:
         data = data.encode() if kind == "svg" else base64.b64decode(data)
         name = f"{self.stem}_files/figure-{len(self.figures) + 1}.{kind}"
         self.figures[name] = data
-        size = 'width="%d" height="%d"' % struct.unpack(">II", data[16:24]) if kind == "png" else ""
+        size = 'width="{}" height="{}"'.format(*struct.unpack(">II", data[16:24])) if kind == "png" else ""
         caption = option.get("fig-cap", "")
         alt = html.escape(option.get("fig-alt") or caption or f"Plot: {self.heading}")
         image = f'<img src="{name}" alt="{alt}" {size}>'
