@@ -116,7 +116,8 @@ def train_ours(args):
     if args.job == "trained_pairs":
         learn = as_pairs(learn, 2, args.number)
     count = 2 if args.job == "trained_pairs" else 4
-    history = train(model, learn, TrainConfig(seed=args.number, completions_per_prompt=count, **TRAIN), progress=False)
+    config = TrainConfig(seed=args.number, completions_per_prompt=count, packed=False, **TRAIN)
+    history = train(model, learn, config, progress=False)
     return score_rankings(lambda *texts: model.score(*texts, bf16=history.bf16), test)
 
 
@@ -273,7 +274,7 @@ def quality(args, progress=True):
              for kind, evaluations in found.items()}
     for kind in kinds:  # against the others on the same prompts
         table[kind]["cpu_seconds"] = seconds[kind]
-        for other in ("length", "pairs", "trl", "trl_all", "trained_pairs"):
+        for other in ("length", "pairs", "no_prompt", "trl", "trl_all", "trained_pairs"):
             if other in found and other != kind:
                 for figure in ("accuracy", "best_of"):
                     gains = [getattr(a, figure) - getattr(b, figure) for a, b in zip(found[kind], found[other])]

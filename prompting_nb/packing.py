@@ -211,7 +211,7 @@ def run_layout(
     sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared by a model that reads both ways
     if encoder.pooling == "pooler":
         first = layout.last + 1 - torch.tensor(sizes, device=hidden.device)
-        return encoder.model.pooler(hidden[first][:, None])  # it takes the first token of each row
+        return encoder.model.pooler(hidden[first][:, None]).to(hidden.dtype)  # it takes the first token of each row
     means = torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
     return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
 

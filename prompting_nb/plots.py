@@ -210,7 +210,7 @@ def plot_training(
     ax.axhline(np.log(2), color="#555555", lw=0.8, label="no preference (log 2)")
     ax.set(xlabel="step (batches)", ylabel="loss" + (f" (mean of {window} steps)" if window > 1 else ""),
            title="Does it learn?", ylim=(0, None))
-    ax.legend(loc="upper right")
+    ax.legend(loc="lower left")
     return ax
 
 # %% ../nbs/60_plots.ipynb #c030

@@ -29,7 +29,7 @@ from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
 from .config import InputError
-from .packing import can_pack, common_start, packed_rewards, shares_prefix
+from .packing import can_pack, common_start, packed_rewards, score_packed, shares_prefix
 from .preferences import Ranking, decisions, score_rankings
 from .reward import RankingLoss, RewardModel, decided_pairs, pad
 
@@ -280,7 +280,7 @@ def validate(
 ) -> dict:  # loss, accuracy, margin: means over prompts
     "How well a model orders rankings, with the measures of training."
     means = []
-    for ranking, rewards in zip(rankings, score_rankings(partial(model.score, bf16=bf16), rankings)):
+    for ranking, rewards in zip(rankings, score_rankings(partial(score_packed, model, bf16=bf16), rankings)):
         if any(decisions(ranking)):
             scores = torch.tensor(ranking.scores, dtype=torch.float64)
             means.append(measure(torch.tensor(rewards)[:, None], scores, torch.zeros(len(ranking)))[1])
