@@ -80,7 +80,7 @@ def luminance(colour: str) -> float:
 
 
 def test_text_has_the_colour_of_the_page_and_bars_stand_out_from_it(shown):
-    styles = " ".join(tag["style"] for tag in BeautifulSoup(shown, "html.parser").find_all(style=True))
+    styles = ";".join(tag["style"] for tag in BeautifulSoup(shown, "html.parser").find_all(style=True))
     assert set(re.findall(r"(?<![-\w])color:([^;]+)", styles)) <= {"inherit"}  # light or dark: the page knows
     for bar in set(re.findall(r"background:(#\w{6})", styles)):
         for page in ("#ffffff", "#111111"):
