@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .reward import RewardModel, TextEncoder, evaluating
+from .reward import RewardModel, TextEncoder, evaluating, length_of
 
 # %% ../nbs/14_packing.ipynb #c008
 @dataclass
@@ -329,7 +329,7 @@ def packed_rewards(
     **options,  # as for `features`
 ) -> torch.Tensor:  # (texts, 1), what `RewardModel.forward` returns for each text
     "The rewards of texts, differentiable."
-    lengths = torch.tensor([len(row) for rows in groups for row in rows], device=model.device)
+    lengths = torch.tensor([length_of(row) for rows in groups for row in rows], device=model.device)
     return model.rewards_of(features(model, groups, **options), lengths)
 
 
