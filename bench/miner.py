@@ -409,7 +409,7 @@ def machine(legacy: str) -> dict:
              if row.startswith(f"{name}==")}
     names = ("bittensor", "starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "pydantic")
     return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "system": platform.platform(terse=True), "python": platform.python_version(),
+            "system": platform.system(), "python": platform.python_version(),
             "versions": {name: version(name) for name in names}, "stock_versions": stock}
 
 

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, which is gone when the page is read
 TEXTS = ("text/markdown", "text/html", "text/plain")  # the first of these that an output has is compared
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 SHARE_OF_PIXELS = 0.03  # that may differ in a picture
@@ -56,6 +57,8 @@ def _outputs(cell) -> list[tuple[str, str]]:
     shown = []
     for output in cell.get("outputs", []):
         data = output.get("data", {})
+        if WIDGET in data:
+            continue
         if output.output_type == "stream":
             if output.name == "stdout" and shown and shown[-1][0] == "stdout":
                 shown[-1] = ("stdout", shown[-1][1] + output.text)
@@ -111,7 +114,8 @@ def write(path: Path, fresh) -> None:
     notebook = nbformat.read(path, as_version=4)
     for old, new in zip(notebook.cells, fresh.cells):
         if old.cell_type == "code":
-            old.outputs, old.execution_count = [o for o in new.outputs if o.get("name") != "stderr"], None
+            old.outputs = [o for o in new.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
+            old.execution_count = None
     nbformat.write(notebook, path)
     subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], cwd=ROOT, check=True)
 
