@@ -114,7 +114,7 @@ class Ours:
 
     def rows(self, pairs):
         "The tokens of the chosen and the rejected text of each pair, for the peers."
-        model = self.model()
+        self.encoder = model = getattr(self, "encoder", None) or self.model()
         encode = lambda side: model.encode_texts([pair["prompt"] for pair in pairs], [pair[side] for pair in pairs])
         words = model.tokenizer.convert_ids_to_tokens
         rows = list(zip(encode("chosen"), encode("rejected")))
@@ -364,14 +364,26 @@ def scoring(args, kind, folder, step):
             "largest_difference": max(abs(a - b) for a, b in zip(exact, found))}
 
 
+def kept(args, name, measure):
+    "What was measured before, where there is a folder that has it; else what is measured now."
+    path = Path(args.keep, f"{name}.json") if args.keep else None
+    if path and path.is_file():
+        return json.loads(path.read_text())
+    found = measure()
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    return found
+
+
 def speed(args):
     "All figures: the ratios of `TARGETS`, and under `speed` what they come from."
     from tqdm.auto import tqdm
 
     with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * (args.repetitions + 5), desc="speed", disable=args.quiet) as bar:
         make_models(folder)
-        train = {kind: training(args, kind, folder, bar.update) for kind in KINDS}
-        score = {kind: scoring(args, kind, folder, bar.update) for kind in KINDS}
+        train = {kind: kept(args, f"training-{kind}", lambda: training(args, kind, folder, bar.update)) for kind in KINDS}
+        score = {kind: kept(args, f"scoring-{kind}", lambda: scoring(args, kind, folder, bar.update)) for kind in KINDS}
     ratio = lambda kind, name: train[kind]["ratios"][name]["median"]
     trl = subprocess.run([args.trl_python, "-c", "import importlib.metadata as m; print(m.version('trl'), m.version('torch'))"],
                          capture_output=True, text=True, check=True).stdout.split()
@@ -434,6 +446,7 @@ def add_flags(parser):
     parser.add_argument("--trl-python", default=sys.executable, help="Python of an environment with trl, transformers and torch")
     parser.add_argument("--pairs", type=int, default=24, help="pairs in a repetition")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--keep", help="folder for the figures of each part; parts that it has are not measured again")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each peer")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
