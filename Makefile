@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 LEGACY := .venv-legacy
+PEERS  := .venv-trl
 ARGS   ?=
 WORKERS ?= 2
 
@@ -31,6 +32,9 @@ test-legacy: $(VENV)/.library $(LEGACY)/.stock  ## let a stock Dendrite of bitte
 bench-miner: $(VENV)/.library $(LEGACY)/.stock  ## measure the miner beside Starlette and bittensor 10.5.0 (JSON=FILE keeps the figures)
 	$(BIN)/python bench/miner.py $(if $(JSON),--json $(JSON)) $(ARGS)
 
+bench-reward: $(VENV)/.dev $(PEERS)/.trl  ## measure the reward model beside TRL, the reference and a pipeline (JSON=FILE keeps the figures)
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/reward.py --trl-python $(PEERS)/bin/python $(if $(JSON),--json $(JSON)) $(ARGS)
+
 bench-gating: $(VENV)/.dev  ## measure how well and how fast gates learn (JSON=FILE keeps the figures; ten minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/gating.py $(if $(JSON),--json $(JSON)) $(ARGS)
 
@@ -55,7 +59,7 @@ prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make 
 	$(BIN)/python tools/readme.py
 
 clean:           ## remove the environment and what was built
-	rm -rf $(VENV) $(LEGACY) _docs _proc build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEGACY) $(PEERS) _docs _proc build *.egg-info .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -75,4 +79,10 @@ $(LEGACY)/.stock: tests/legacy/constraints.txt
 	$(PYTHON) -m venv $(LEGACY)
 	$(LEGACY)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $< bittensor==10.5.0 \
 	  uvloop httptools pytest
+	@touch $@
+
+$(PEERS)/.trl: bench/requirements-reward.txt
+	@echo "installing TRL into $(PEERS)"
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	@touch $@

@@ -11,6 +11,8 @@ from typing import Any
 import httptools
 from bittensor import http_auth
 
+from miner_servers import question
+
 from prompting_nb.network.chain import make_wallet
 from prompting_nb.protocol import Prompting, write_body
 
@@ -31,7 +33,7 @@ def requests(count: int, first: int, hotkey: str | None, wallets: list) -> list:
 
     To be made shortly before they are sent: a signature is fresh for ten seconds.
     """
-    return [request(f"Question {number}: what is the meaning of life?", hotkey, wallets[number % len(wallets)])
+    return [request(question(number), hotkey, wallets[number % len(wallets)])
             for number in range(first, first + count)]
 
 
@@ -72,11 +74,14 @@ class Pool:
     def __init__(self, port: int):
         self.port, self.idle = port, []
 
+    async def open(self) -> Connection:
+        return (await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", self.port))[1]
+
     async def take(self) -> Connection:
         while self.idle:
             if (connection := self.idle.pop()).transport is not None:
                 return connection
-        return (await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", self.port))[1]
+        return await self.open()
 
     async def ask(self, request: bytes, begin: float) -> tuple[float, int]:
         "Seconds since `begin` and status."
@@ -109,7 +114,9 @@ async def closed(port: int, made: list, at_a_time: int, seconds: float) -> list:
 
 async def opened(port: int, made: list, gaps: list) -> list:
     "One request after each gap in seconds, whatever became of those before it; timed from when it was due."
-    pool, asked, due = Pool(port), [], time.perf_counter()
+    pool, asked = Pool(port), []
+    pool.idle = [await pool.open() for _ in range(64)]  # who asks often keeps connections
+    due = time.perf_counter()
     for request, gap in zip(made, gaps):
         due += gap
         if (wait := due - time.perf_counter()) > 0:

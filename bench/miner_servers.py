@@ -16,7 +16,14 @@ from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.protocol import Prompting
 
-ANSWER = "The meaning of life is 42."
+ANSWER = "The meaning of life is a question that every generation asks anew, and answers in its own way. ".ljust(100) * 15
+
+
+def question(number: int) -> str:
+    "A prompt of 300 characters, another for each number."
+    return f"Question {number}: what is the meaning of life? ".ljust(300, "?")
+
+
 POLICY = {  # everything on
     "miner.blacklist.quota": 100_000, "miner.blacklist.use_prompt_cache": True,
     "miner.blacklist.force_validator_permit": True, "miner.blacklist.minimum_stake_requirement": 1.0,

@@ -23,6 +23,7 @@ from reference import Prompting, keypair  # tests/legacy, on PYTHONPATH
 
 bt.logging.off()
 SERVER, CLIENT = keypair("bench server"), keypair("bench client")
+ANSWER = "The meaning of life is a question that every generation asks anew, and answers in its own way. ".ljust(100) * 15
 CALLERS = [keypair(f"caller {number}") for number in range(64)]  # of rising stake
 
 
@@ -36,7 +37,7 @@ def serve() -> None:
         served.append(synapse.messages[-1])
         if synapse.messages[-1].startswith("Order"):
             time.sleep(0.005)  # one at a time, as a model would
-        synapse.completion = "The meaning of life is 42."
+        synapse.completion = ANSWER
         return synapse
 
     def blacklist(synapse: Prompting) -> Tuple[bool, str]:
@@ -71,7 +72,8 @@ class Asker:
     async def one(self, begin: float) -> tuple[float, int]:
         "Seconds since `begin`, and the status."
         self.number += 1
-        question = Prompting(roles=["user"], messages=[f"Question {self.number}: what is the meaning of life?"])
+        text = f"Question {self.number}: what is the meaning of life? ".ljust(300, "?")
+        question = Prompting(roles=["user"], messages=[text])
         answer = await self.dendrite(self.target, question, timeout=10.0, deserialize=False)
         return time.perf_counter() - begin, int(answer.dendrite.status_code or 0)
 

@@ -1,11 +1,14 @@
 """Quality of reward models on recorded rankings: ours beside TRL's trainer and beside rules that need no training.
 
-By prompt, 400 rankings are learned from and 168 are held out, another division for every seed. Every trained model is MiniLM
-and reads the same number of completions as often; TRL gets the same rows of tokens, half as many pairs as we read
-completions. The settings of ours were chosen on a division of 400 training prompts alone (280 to learn, 120 to choose).
+568 prompts of AlpacaEval 2 with the answers of 16 models, ranked by a judge. By prompt, 400 rankings are learned from and
+168 are held out, another division for every seed. Every model is MiniLM and reads a text at most once, up to 256 tokens.
+Settings were chosen on a part of the training prompts of division 0; its 168 held-out prompts were never looked at.
+
+What was computed is kept in a folder (--work): a run that was interrupted, or that adds seeds, takes up what is there.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -21,104 +24,160 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared/data/alpacaeval/prompts-responses.jsonl.gz"
-TEST = 168  # prompts held out
-MODEL = dict(pooling="layers", depth=4, length=3.0)
-TRAIN = dict(lr=1e-4, head_lr=1e-2)
-MODELS = {"ours": "RewardModel, K-way", "pairs": "RewardModel, pairs at equal compute", "plain": "RewardModel, defaults",
-          "no_prompt": "RewardModel that never sees the prompt", "trl": "TRL RewardTrainer"}
-RULES = {"length": "the longer answer wins", "cosine": "zero-shot cosine"}
+WORK = Path(tempfile.gettempdir()) / "prompting-nb-bench-reward"
+TEST = 168 / 568  # the share of the prompts that is held out
+READ = (2, 4, 8, 16)  # answers of a prompt that heads are fitted to, in the comparison of all pairs with disjoint ones
+CHUNK = 64  # prompts whose texts are read in one job
+MODEL = dict(pooling="layers", depth=4, length=1.0, max_length=256)
+TRAIN = dict(lr=2e-4, head_lr=1e-2)
+FITTED = {"ours": "RewardModel, fitted head (all pairs of a ranking)", "pairs": "the same, from disjoint pairs of it",
+          "no_prompt": "the same as the first, without the prompt"}
+TRAINED = {"trained": "RewardModel, train (four answers, all pairs)", "trained_pairs": "the same, two disjoint pairs",
+           "trl": "TRL RewardTrainer, two disjoint pairs", "trl_all": "TRL RewardTrainer, eight disjoint pairs"}
+MODELS = FITTED | TRAINED
+RULES = {"cosine": "zero-shot cosine of prompt and answer", "length": "the longer answer wins"}
 FIGURES = ("accuracy", "shorter_accuracy", "best_of", "ece")
 
 
-def division(data, seed):
+def rankings_of(args):
+    "All rankings, or the first few."
+    from prompting_nb.preferences import read_rankings
+
+    return read_rankings(args.data)[: args.prompts]
+
+
+def division(args, seed):
     "Training and held-out rankings."
-    from prompting_nb.preferences import read_rankings, split
+    from prompting_nb.preferences import split
 
-    return split(read_rankings(data), test=TEST, seed=seed)
-
-
-def without_prompt(rankings):
-    from prompting_nb.preferences import Ranking
-
-    return [Ranking("", ranking.completions, ranking.scores) for ranking in rankings]
+    rankings = rankings_of(args)
+    return split(rankings, test=round(TEST * len(rankings)), seed=seed)
 
 
-def as_pairs(rankings, completions, rng):
-    "Disjoint pairs of each ranking, which have as many completions together as a draw of `completions`."
-    from prompting_nb.preferences import Ranking
-
-    found = []
-    for ranking in rankings:
-        order = rng.sample(range(len(ranking)), len(ranking))
-        decided = [p for p in zip(order[::2], order[1::2]) if ranking.scores[p[0]] != ranking.scores[p[1]]]
-        for pair in decided[: completions // 2]:
-            found.append(Ranking(ranking.prompt, [ranking.completions[i] for i in pair], [ranking.scores[i] for i in pair]))
-    return found
-
-
-def train_ours(kind, args):
-    "The held-out scores of one of our models."
+def model_of(seed):
+    "A fresh reward model."
     import torch
 
-    from prompting_nb.preferences import score_rankings
     from prompting_nb.reward import RewardModel
+
+    torch.manual_seed(seed)
+    return RewardModel("minilm", device="cpu", **MODEL)
+
+
+def as_pairs(rankings, count, seed):
+    "Disjoint pairs of each ranking, at most so many: each answer is read once."
+    from prompting_nb.preferences import Ranking
+
+    rng, found = random.Random(seed), []
+    for ranking in rankings:
+        decided = [p for p in two_by_two(rng.sample(range(len(ranking)), len(ranking))) if len({ranking.scores[i] for i in p}) > 1]
+        found += [(ranking, pair) for pair in decided[:count]]
+    return [Ranking(r.prompt, [r.completions[i] for i in p], [r.scores[i] for i in p]) for r, p in found]
+
+
+# --- jobs, each in a process of its own with one thread
+
+
+def read_texts(args):
+    "The features of the texts of some prompts, from an encoder at rest."
+    import torch
+
+    from prompting_nb.ensemble import text_features
+    from prompting_nb.preferences import Ranking
+    from prompting_nb.training import bf16_pays
+
+    rankings = rankings_of(args)[args.number * CHUNK : (args.number + 1) * CHUNK]
+    if args.job == "texts_no_prompt":
+        rankings = [Ranking("", ranking.completions, ranking.scores) for ranking in rankings]
+    model = model_of(0)
+    return [part.tolist() for part in text_features(model, rankings, bf16=bf16_pays(torch.device("cpu")))]
+
+
+def cosines(args):
+    "The cosine between prompt and answer for some prompts."
+    import torch
+
+    from prompting_nb.evaluation import zero_shot_cosine
+    from prompting_nb.preferences import score_rankings
+    from prompting_nb.reward import TextEncoder
+    from prompting_nb.training import bf16_pays
+
+    rankings = rankings_of(args)[args.number * CHUNK : (args.number + 1) * CHUNK]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16_pays(torch.device("cpu"))):
+        return score_rankings(zero_shot_cosine(TextEncoder("minilm", device="cpu")), rankings)
+
+
+def train_ours(args):
+    "The held-out scores of a model that was trained as a whole."
+    from prompting_nb.preferences import score_rankings
     from prompting_nb.training import TrainConfig, train
 
-    learn, test = division(args.data, args.seed)
-    rng = random.Random(args.seed)
-    if kind == "no_prompt":
-        learn, test = without_prompt(learn), without_prompt(test)
-    torch.manual_seed(args.seed)
-    plain = kind == "plain"
-    model = RewardModel("minilm", device="cpu", max_length=args.max_length, **({} if plain else MODEL))
-    settings = dict(seed=args.seed, completions_per_prompt=args.completions, **({"lr": 1e-4} if plain else TRAIN))
-    if kind == "pairs":
-        settings["completions_per_prompt"] = 2
-        learn = [pair for _ in range(args.epochs) for pair in as_pairs(learn, args.completions, rng)]
-    history = train(model, learn, TrainConfig(epochs=1 if kind == "pairs" else args.epochs, **settings), progress=args.bar)
-    return score_rankings(lambda *texts: model.score(*texts, bf16=history.bf16, progress=args.bar), test)
+    (learn, test), model = division(args, args.number), model_of(args.number)
+    if args.job == "trained_pairs":
+        learn = as_pairs(learn, 2, args.number)
+    count = 2 if args.job == "trained_pairs" else 4
+    history = train(model, learn, TrainConfig(seed=args.number, completions_per_prompt=count, **TRAIN), progress=False)
+    return score_rankings(lambda *texts: model.score(*texts, bf16=history.bf16), test)
 
 
 def train_trl(args):
     "The held-out scores of TRL's model, trained in its own environment on rows that we tokenised."
+    import torch
+
     from prompting_nb.pretrained import minilm_path
     from prompting_nb.reward import TextEncoder, _encode_pairs
     from prompting_nb.training import bf16_pays
 
-    learn, test = division(args.data, args.seed)
-    rng = random.Random(args.seed)
-    encoder = TextEncoder("minilm", device="cpu", max_length=args.max_length)
-    rows = lambda ranking: _encode_pairs(encoder.tokenizer, ranking.prompt, ranking.completions, args.max_length)
+    learn, test = division(args, args.number)
+    length = MODEL["max_length"]
+    encoder = TextEncoder("minilm", device="cpu", max_length=length)
+    rows = lambda ranking: _encode_pairs(encoder.tokenizer, ranking.prompt, ranking.completions, length)
     pairs = []
-    for ranking in (pair for _ in range(args.epochs) for pair in as_pairs(learn, args.completions, rng)):
-        better, worse = sorted(zip(ranking.scores, rows(ranking)), key=lambda pair: -pair[0])
-        pairs.append({"chosen_ids": better[1], "rejected_ids": worse[1]})
+    for pair in as_pairs(learn, 8 if args.job == "trl_all" else 2, args.number):
+        worse, better = (row for _, row in sorted(zip(pair.scores, rows(pair))))
+        pairs.append({"chosen_ids": better, "rejected_ids": worse})
     with tempfile.TemporaryDirectory() as folder:
-        job = {"model": minilm_path(), "pairs": pairs, "test": [rows(ranking) for ranking in test], "seed": args.seed,
-               "bf16": bf16_pays(encoder.device), "max_length": args.max_length, "lr": args.trl_lr, "folder": folder}
+        job = {"model": minilm_path(), "pairs": pairs, "test": [rows(ranking) for ranking in test], "seed": args.number,
+               "bf16": bf16_pays(torch.device("cpu")), "max_length": length, "lr": args.trl_lr, "folder": folder}
         Path(folder, "job.json").write_text(json.dumps(job))
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         subprocess.run([args.trl_python, HERE / "reward_quality_trl.py", f"{folder}/job.json", f"{folder}/scores.json"],
-                       check=True, env=environment, stdout=subprocess.DEVNULL if not args.bar else None)
+                       check=True, env=environment, stdout=subprocess.DEVNULL)
         return json.loads(Path(folder, "scores.json").read_text())
 
 
 def worker(args):
-    "Train one model, and write its held-out scores and the time it took."
-    started = time.process_time()
-    scores = train_trl(args) if args.job == "trl" else train_ours(args.job, args)
-    used = time.process_time() - started + sum(os.times()[2:4])  # with TRL's process
-    Path(args.json).write_text(json.dumps({"scores": scores, "cpu_seconds": used}))
+    "Do one job, and write its result and the processor time it took."
+    work = {"texts": read_texts, "cosine": cosines, "trl": train_trl, "trained": train_ours}[args.job.split("_")[0]]
+    result = work(args)
+    used = time.process_time() + sum(os.times()[2:4])  # with TRL's process
+    partial = Path(f"{args.out}.{os.getpid()}")
+    partial.write_text(json.dumps({"result": result, "cpu_seconds": used}))
+    partial.replace(args.out)
 
 
-def run_job(kind, seed, options, folder):
-    "The result of a worker in a process of its own, with one thread."
-    out = Path(folder) / f"{kind}-{seed}.json"
-    command = [sys.executable, __file__, "--job", kind, "--seed", str(seed), "--json", out, *options]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{kind}, seed {seed}: {done.stderr.strip()[-2000:]}")
+def folder_of(args):
+    "Where the results for this data and these settings are kept."
+    stamp = Path(args.data).stat().st_size, args.prompts, MODEL, TRAIN, CHUNK, args.trl_lr
+    folder = Path(args.work) / hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def done(args, job, number):
+    "The result of a job, which runs where it is not kept from before."
+    out = folder_of(args) / f"{job}-{number}.json"
+    if not out.is_file():
+        options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("data", "prompts", "trl_python", "trl_lr")
+                   if getattr(args, name) is not None]
+        command = [*args.wrapper.split(), sys.executable, __file__, "--job", job, "--number", str(number), "--out", str(out)]
+        ran = subprocess.run([*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        if ran.returncode:
+            raise RuntimeError(f"{job} {number}: {ran.stderr.strip()[-2000:]}")
     return json.loads(out.read_text())
+
+
+# --- what the results say
 
 
 def interval(values):
@@ -126,65 +185,114 @@ def interval(values):
     from scipy.stats import t
 
     mean = statistics.fmean(values)
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": mean, "low": mean - half, "high": mean + half, "values": list(values)}
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    bounds = {"low": None, "high": None} if half is None else {"low": mean - half, "high": mean + half}
+    return {"mean": mean, **bounds, "values": list(values)}
 
 
-def rules(data, seeds):
-    "For each seed the evaluations of the rules that need no training; every text is embedded once."
-    from prompting_nb.evaluation import evaluate_scores, longer_wins, zero_shot_cosine
-    from prompting_nb.preferences import read_rankings, score_rankings
-    from prompting_nb.reward import TextEncoder
+def fitted_scores(kind, features, args, seed, read=16):
+    "Held-out scores of a head that is fitted to so many answers of each training prompt, or the cosines themselves."
+    from prompting_nb.ensemble import fit_head
 
-    every = read_rankings(data)
-    scorers = {"length": longer_wins, "cosine": zero_shot_cosine(TextEncoder("minilm", device="cpu"))}
-    scores = {name: dict(zip((r.prompt for r in every), score_rankings(scorer, every))) for name, scorer in scorers.items()}
-    tests = [division(data, seed)[1] for seed in range(seeds)]
-    return {name: [evaluate_scores([given[r.prompt] for r in test], test) for test in tests] for name, given in scores.items()}
+    learn, test = division(args, seed)
+    if kind == "cosine":
+        return [features[r.prompt].tolist() for r in test]
+    rng = random.Random(seed)
+    drawn = [rng.sample(range(len(r)), min(read, len(r))) for r in learn]
+    groups = [(r, places) for r, order in zip(learn, drawn) for places in (two_by_two(order) if kind == "pairs" else [order])]
+    groups = [(r, places) for r, places in groups if len({r.scores[i] for i in places}) > 1]  # not all tied
+    head = fit_head([features[r.prompt][places] for r, places in groups], [[r.scores[i] for i in places] for r, places in groups])
+    return [(features[r.prompt] @ head).tolist() for r in test]
 
 
-def measure(progress=True, seeds=5, data=DATA, completions=4, epochs=1, max_length=256, trl_python=None, trl_lr=1e-4,
-            workers=2, kinds=None):
-    "Train and evaluate everything; a dict with a mean and an interval over seeds for each figure of each scorer."
+def two_by_two(order):
+    "Disjoint pairs."
+    return [list(pair) for pair in zip(order[::2], order[1::2])]
+
+
+def k_way(features, args, tests):
+    "Accuracy of heads that are fitted to all pairs of the answers that are read, and to disjoint pairs of them."
+    from prompting_nb.evaluation import pairwise_accuracy
+
+    found = {}
+    for read in READ:
+        accuracy = {kind: [pairwise_accuracy(fitted_scores(kind, features, args, seed, read), test, samples=1).value
+                           for seed, test in enumerate(tests)] for kind in ("ours", "pairs")}
+        gains = [a - b for a, b in zip(*accuracy.values())]
+        found[read] = {"all": interval(accuracy["ours"]), "disjoint": interval(accuracy["pairs"]), "gain": interval(gains)}
+    return found
+
+
+def everything(args, kinds, seeds, progress):
+    "{(kind, seed): held-out scores}, {kind: processor seconds}, and what `k_way` found."
+    import torch
     from tqdm.auto import tqdm
 
-    from prompting_nb.config import InputError
-    from prompting_nb.evaluation import accuracy_by_length, evaluate_scores
+    every = rankings_of(args)
+    chunks = range(math.ceil(len(every) / CHUNK))
+    sources = [name for name, needed in (("texts", {"ours", "pairs"}), ("texts_no_prompt", {"no_prompt"}), ("cosine", {"cosine"}))
+               if needed & {*kinds}]
+    todo = [(name, n) for name in sources for n in chunks] + [(k, s) for s in range(seeds) for k in kinds if k in TRAINED]
+    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(todo), desc="jobs", disable=not progress) as bar:
+        running = {job: pool.submit(done, args, *job) for job in todo}
+        results = {}
+        for job, future in running.items():
+            results[job] = future.result()
+            bar.update()
+    curve, scores = {}, {job: results[job]["result"] for job in todo if job[0] in TRAINED}
+    seconds = {kind: statistics.median(results[kind, s]["cpu_seconds"] for s in range(seeds)) for kind in kinds if kind in TRAINED}
+    for name in sources:
+        parts = [torch.tensor(part) for n in chunks for part in results[name, n]["result"]]
+        features, took = dict(zip((r.prompt for r in every), parts)), sum(results[name, n]["cpu_seconds"] for n in chunks)
+        for kind in {"texts": ("ours", "pairs"), "texts_no_prompt": ("no_prompt",), "cosine": ("cosine",)}[name]:
+            if kind in kinds:
+                seconds[kind] = took
+                scores |= {(kind, seed): fitted_scores(kind, features, args, seed) for seed in range(seeds)}
+        if name == "texts":
+            curve = k_way(features, args, [division(args, seed)[1] for seed in range(seeds)])
+    return scores, seconds, curve
 
-    if not Path(data).is_file():
-        raise InputError(f"{data} is missing: give the recorded rankings (.jsonl.gz) with --data")
-    kinds = [kind for kind in kinds or MODELS if kind != "trl" or trl_python]
-    options = ["--data", str(data), "--completions", str(completions), "--epochs", str(epochs), "--max-length",
-               str(max_length), "--trl-python", str(trl_python), "--trl-lr", str(trl_lr)]
-    found, by_length, seconds = {}, {}, {}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-        jobs = {(kind, seed): pool.submit(run_job, kind, seed, options, folder) for seed in range(seeds) for kind in kinds}
-        with tqdm(total=len(jobs), desc="models", disable=not progress) as bar:
-            for (kind, seed), job in jobs.items():
-                result, (_, test) = job.result(), division(data, seed)
-                found.setdefault(kind, []).append(evaluate_scores(result["scores"], test))
-                seconds.setdefault(kind, []).append(result["cpu_seconds"])
-                by_length.setdefault(kind, accuracy_by_length(result["scores"], test))
-                bar.update()
-    found |= rules(data, seeds)
-    _, test = division(data, 0)
-    by_length["length"] = accuracy_by_length([[len(text) for text in ranking.completions] for ranking in test], test)
+
+def quality(args, progress=True):
+    "Train and evaluate everything; a dict with a mean and an interval over seeds for each figure of each scorer."
+    from prompting_nb.config import InputError
+    from prompting_nb.evaluation import accuracy_by_length, evaluate_scores, longer_wins
+    from prompting_nb.preferences import score_rankings
+
+    if not Path(args.data).is_file():
+        raise InputError(f"{args.data} is missing: give the recorded rankings (.jsonl.gz) with --data")
+    kinds = [kind for kind in args.only or [*MODELS, "cosine"] if not kind.startswith("trl") or args.trl_python]
+    kinds = [kind for kind in kinds if kind not in args.skip]
+    tests = [division(args, seed)[1] for seed in range(args.seeds)]
+    scores, seconds, curve = everything(args, kinds, args.seeds, progress)
+    scores |= {("length", seed): score_rankings(longer_wins, test) for seed, test in enumerate(tests)}
+    found = {}
+    for (kind, seed), given in sorted(scores.items(), key=lambda item: item[0][1]):
+        found.setdefault(kind, []).append(evaluate_scores(given, tests[seed]))
     table = {kind: {figure: interval([getattr(e, figure) for e in evaluations]) for figure in FIGURES}
              for kind, evaluations in found.items()}
-    for kind in kinds:  # against the rule, on the same prompts
-        gains = [e.accuracy - rule.accuracy for e, rule in zip(found[kind], found["length"])]
-        table[kind]["gain_over_length"] = interval(gains)
-        table[kind]["cpu_seconds"] = statistics.median(seconds[kind])
-    value = lambda kind, figure: table[kind][figure]["mean"] if kind in table else None
-    return {"heldout_accuracy": value("ours", "accuracy"), "heldout_accuracy_trl": value("trl", "accuracy"),
-            "heldout_accuracy_length": value("length", "accuracy"), "best_of_16": value("ours", "best_of"),
-            "best_of_16_trl": value("trl", "best_of"), "ece": value("ours", "ece"), "ece_trl": value("trl", "ece"),
+    for kind in kinds:  # against the others on the same prompts
+        table[kind]["cpu_seconds"] = seconds[kind]
+        for other in ("length", "pairs", "trl", "trl_all", "trained_pairs"):
+            if other in found and other != kind:
+                for figure in ("accuracy", "best_of"):
+                    gains = [getattr(a, figure) - getattr(b, figure) for a, b in zip(found[kind], found[other])]
+                    table[kind][f"{figure}_over_{other}"] = interval(gains)
+    by_length = {kind: [list(b) for b in accuracy_by_length(scores[kind, 0], tests[0])]
+                 for kind in ("ours", "trl", "trl_all", "length") if (kind, 0) in scores}
+    mean = lambda kind, figure: table[kind][figure]["mean"] if kind in table else None
+    trl = "trl_all" if "trl_all" in table else "trl"  # the peer that reads what ours reads, where it was run
+    return {"heldout_accuracy": mean("ours", "accuracy"), "heldout_accuracy_trl": mean(trl, "accuracy"),
+            "heldout_accuracy_length": mean("length", "accuracy"), "best_of_16": mean("ours", "best_of"),
+            "best_of_16_trl": mean(trl, "best_of"), "best_of_16_length": mean("length", "best_of"),
+            "ece": mean("ours", "ece"), "ece_trl": mean(trl, "ece"),
+            "shorter_accuracy": mean("ours", "shorter_accuracy"), "shorter_accuracy_trl": mean(trl, "shorter_accuracy"),
             "oracle": statistics.fmean(e.oracle for e in found["length"]),
-            "random": statistics.fmean(e.random for e in found["length"]), "table": table,
-            "by_length": {kind: [list(bin) for bin in bins] for kind, bins in by_length.items()},
-            "reliability": [list(bin) for bin in found["ours"][0].bins] if "ours" in found else [],
-            "settings": {"seeds": seeds, "completions": completions, "epochs": epochs, "max_length": max_length,
-                         "model": MODEL, "training": TRAIN, "trl_lr": trl_lr}, "machine": machine()}
+            "random": statistics.fmean(e.random for e in found["length"]),
+            "quality": {"table": table, "names": MODELS | RULES, "by_length": by_length, "k_way": curve,
+                        "reliability": {kind: [b._asdict() for b in found[kind][0].bins] for kind in kinds if kind != "cosine"},
+                        "settings": {"seeds": args.seeds, "prompts": len(rankings_of(args)), "held_out": len(tests[0]),
+                                     "model": MODEL, "training": TRAIN, "trl_lr": args.trl_lr}}}
 
 
 def machine():
@@ -200,45 +308,59 @@ def show(result):
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Held-out quality, mean and 95 % interval over {result['settings']['seeds']} seeds")
-    columns = ("", "pairwise accuracy", "shorter preferred", "best of 16", "ECE", "CPU s")
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
-    cell = lambda figure: f"{figure['mean']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
-    for kind, name in (MODELS | RULES).items():
-        if kind in (rows := result["table"]):
+    settings, rows = result["quality"]["settings"], result["quality"]["table"]
+    table = Table(title=f"{settings['held_out']} of {settings['prompts']} prompts held out, mean (95 % interval) over "
+                        f"{settings['seeds']} divisions")
+    for column in ("", "pairwise accuracy", "shorter preferred", "best of 16", "ECE", "processor s"):
+        table.add_column(column, justify="right" if column else "left")
+    spread = lambda f: f" ({f['low']:.3f} to {f['high']:.3f})" if f["low"] is not None else ""
+    cell = lambda f: f"{f['mean']:.3f}" + spread(f)
+    for kind, name in result["quality"]["names"].items():
+        if kind in rows:
             ece = cell(rows[kind]["ece"]) if kind in MODELS else ""
             seconds = f"{rows[kind]['cpu_seconds']:.0f}" if kind in MODELS else ""
             table.add_row(name, *(cell(rows[kind][figure]) for figure in FIGURES[:3]), ece, seconds)
-    console = Console(width=150)
+    console = Console(width=170)
     console.print(table)
-    console.print(f"judge's own choice {result['oracle']:.3f}, a choice by chance {result['random']:.3f}")
-    for kind in MODELS:
-        if kind in result["table"]:
-            console.print(f"{MODELS[kind]}: ahead of the longer answer by {cell(result['table'][kind]['gain_over_length'])}")
+    console.print(f"best of 16 by the judge itself {result['oracle']:.3f}, by chance {result['random']:.3f}")
+    for kind in (kind for kind in MODELS if kind in rows):
+        console.print(f"{MODELS[kind]}: ahead of the longer answer by {cell(rows[kind]['accuracy_over_length'])} of the pairs")
+
+
+def add_arguments(parser):
+    "The arguments of the quality part."
+    parser.add_argument("--data", default=str(DATA), help="recorded rankings, .jsonl or .jsonl.gz (default: %(default)s)")
+    parser.add_argument("--work", default=str(WORK), help="folder where results are kept (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="divisions of the prompts (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, help="take only the first so many")
+    parser.add_argument("--trl-python", help="Python of an environment with trl; without it TRL is left out")
+    parser.add_argument("--trl-lr", type=float, default=1e-4, help="learning rate of TRL (default: %(default)s, its own)")
+    parser.add_argument("--workers", type=int, default=2, help="jobs at a time, one thread each (default: %(default)s)")
+    parser.add_argument("--wrapper", default="", help="command that every job is run with, such as 'nice -n 19'")
+    parser.add_argument("--only", nargs="+", choices=[*MODELS, "cosine"], help="only these models")
+    parser.add_argument("--skip", nargs="+", choices=[*MODELS, "cosine"], default=["trl_all"],
+                        help="leave these out (default: %(default)s, a quarter of an hour for each division)")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--data", default=str(DATA), help="recorded rankings, .jsonl or .jsonl.gz (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=5, help="divisions and trainings (default: %(default)s)")
-    parser.add_argument("--completions", type=int, default=4, help="read of each prompt in an epoch (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=1, help="the same for all (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text (default: %(default)s)")
-    parser.add_argument("--trl-python", default=None, help="Python of an environment with trl; without it TRL is left out")
-    parser.add_argument("--trl-lr", type=float, default=1e-4, help="learning rate of TRL (default: its own default)")
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each (default: %(default)s)")
-    parser.add_argument("--only", nargs="*", choices=list(MODELS), help="train only these")
-    parser.add_argument("--quick", action="store_true", help="one seed")
-    parser.add_argument("--job", choices=list(MODELS), help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--bar", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="one division of 96 prompts")
+    add_arguments(parser)
+    for name in ("--job", "--out"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         return worker(args)
-    result = measure(True, 1 if args.quick else args.seeds, args.data, args.completions, args.epochs, args.max_length,
-                     args.trl_python, args.trl_lr, args.workers, args.only)
+    if args.quick:
+        args.seeds, args.prompts = 1, 96
+    from prompting_nb.config import InputError
+
+    try:
+        result = quality(args) | {"machine": machine()}
+    except InputError as error:
+        sys.exit(f"reward_quality.py: {error}")
     show(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

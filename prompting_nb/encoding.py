@@ -11,16 +11,15 @@ import functools
 import hashlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
-from torchtyping import TensorType
 from transformers import AutoModel, AutoTokenizer
 
 from .config import InputError
 from .pretrained import load
-from .shapes import check_shapes
+from .shapes import TensorType, check_shapes
 
 # %% ../nbs/04_encoding.ipynb #c006
 @check_shapes
@@ -196,10 +195,10 @@ def in_threads(
 class OneDnnLinear(torch.nn.Linear):
     "A linear layer without gradient that oneDNN computes wherever it can: on the CPU, in float32 and bfloat16."
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
+        if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.bfloat16):
+            return super().forward(input)
+        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
 
 
 def use_onednn(
@@ -226,7 +225,8 @@ def _check_precision(precision: str, device: torch.device) -> None:
 
 def _int8(model: torch.nn.Module) -> torch.nn.Module:
     "The model with linear layers in 8 bits (CPU only)."
-    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+    from torch.ao.quantization import quantize_dynamic
+    from torch.ao.quantization.qconfig import per_channel_dynamic_qconfig
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is deprecated; the successor is a package of its own
@@ -247,6 +247,8 @@ def _prepared(model: torch.nn.Module, precision: str, compiled: bool) -> torch.n
 # %% ../nbs/04_encoding.ipynb #c051
 class Encoder(torch.nn.Module):
     "A frozen pretrained model that turns texts into embeddings of shape `(hidden_size,)` or `(n, hidden_size)`."
+
+    model: Any  # of transformers
 
     def __init__(
         self,
@@ -295,7 +297,7 @@ class Encoder(torch.nn.Module):
         many = list(texts) if isinstance(texts, (list, tuple)) else [texts]
         if bad := [text for text in many if not isinstance(text, str)]:
             raise TypeError(f"a message must be a str, got {type(bad[0]).__name__}")
-        known = {text: self.cache.get(text) for text in many}
+        known: dict = {text: self.cache.get(text) for text in many}
         known |= _encode(self, [text for text, found in known.items() if found is None])
         if not many:
             return torch.zeros(0, self.hidden_size, device=self.model.device)

@@ -18,6 +18,7 @@ import torch
 
 from .preferences import Ranking, decisions, score_rankings
 from .reward import RewardModel, TextEncoder, embed
+from .show import Bar, html_table
 
 # %% ../nbs/13_evaluation.ipynb #c007
 def count_right(
@@ -234,6 +235,16 @@ class RewardEvaluation:
         "The same as plain values, for JSON: bins as dicts, nan as `None`."
         values = asdict(self) | {"interval": list(self.interval), "bins": [b._asdict() for b in self.bins]}
         return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+
+    def _repr_html_(self) -> str:
+        low, high = self.interval
+        rows = [("pairs in the right order", self.accuracy, f"of {self.n_pairs}; 95 % interval {low:.3f} to {high:.3f}"),
+                ("where the shorter answer is better", self.shorter_accuracy, f"of {self.n_shorter}"),
+                ("judge's score of the best reward", self.best_of, f"over {self.n_prompts} prompts"),
+                ("of a completion taken by chance", self.random, ""), ("of the judge's own choice", self.oracle, ""),
+                ("calibration error (ECE)", self.ece, "0 is best")]
+        shown = [(what, Bar(value, value), note) for what, value, note in rows]
+        return html_table("Reward evaluation", ("what", "value", "note"), shown)
 
 
 def evaluate_scores(

@@ -10,7 +10,7 @@ import gzip
 import json
 import zlib
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Iterator
 
 from .config import InputError
 

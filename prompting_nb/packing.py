@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARING', 'PACKING', 'Layout', 'common_start', 'lay_out', 'attend', 'shares_prefix', 'can_pack', 'packed',
-           'run_layout', 'divide', 'features', 'score_packed']
+           'run_layout', 'divide', 'features', 'packed_rewards', 'score_packed']
 
 # %% ../nbs/14_packing.ipynb #c002
 import math
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -58,7 +58,7 @@ def lay_out(
 ) -> Layout:
     "One row of tokens for the texts of a batch, without padding."
     ids, positions, pieces, last = [], [], [], []
-    for rows in groups if share else [[row] for rows in groups for row in rows]:
+    for rows in groups if share else [[row] for group in groups for row in group]:
         shared = common_start(rows)
         ids += rows[0][:shared]
         positions += range(shared)
@@ -93,7 +93,9 @@ def attend(
     return torch.softmax(scores, dim=-1) @ value
 
 # %% ../nbs/14_packing.ipynb #c016
-def _packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+def _packed_attention(
+    module, query, key, value, attention_mask, scaling: Any = None, dropout=0.0, layout: Any = None, **kwargs
+):
     "Attention in the form that transformers calls: (1, heads, tokens, size) in, (1, tokens, heads, size) out."
     repeat = query.shape[1] // key.shape[1]  # heads of a key, in models where several queries share one
     key, value = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
@@ -110,8 +112,9 @@ def _packed_attention(module, query, key, value, attention_mask, scaling=None, d
             if shared:
                 parts.append(attend(start_query, start_key, start_value, scaling, causal))
         for _ in own:
-            pair = [torch.cat(x, dim=2) if shared else x[1] for x in ((start_key, next(keys)), (start_value, next(values)))]
-            parts.append(attend(next(queries), *pair, scaling, causal))
+            own_key, own_value = (torch.cat(x, dim=2) if shared else x[1]
+                                  for x in ((start_key, next(keys)), (start_value, next(values))))
+            parts.append(attend(next(queries), own_key, own_value, scaling, causal))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -155,7 +158,7 @@ def can_pack(encoder: TextEncoder) -> bool:
     "Whether texts can be packed into one row, to the same result."
     config = encoder.model.config
     plain = not getattr(config, "is_decoder", False) and not getattr(config, "reorder_and_upcast_attn", False)
-    return shares_prefix(encoder) or config.model_type in PACKING - {*SHARING} and plain and encoder.pooling == "mean"
+    return shares_prefix(encoder) or config.model_type in PACKING - {*SHARING} and plain and encoder.pooling != "last"
 
 # %% ../nbs/14_packing.ipynb #c023
 @contextmanager
@@ -185,7 +188,7 @@ def packed(encoder: TextEncoder) -> Iterator[None]:
 
 def _only_last(function: Callable) -> Callable:
     "A block's forward that computes the last tokens; the rest of its output is zero, and nobody reads it."
-    def forward(block, hidden, *args, layout=None, position_embeddings=None, **kwargs):
+    def forward(block, hidden, *args, layout: Any, position_embeddings=None, **kwargs):
         rotation = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
         found = function(block, hidden, layout, **rotation)
         return torch.zeros_like(hidden, dtype=found.dtype).index_copy(1, layout.last, found)
@@ -198,13 +201,19 @@ def run_layout(
     embeddings: torch.Tensor,  # (1, tokens, size), of the layout's tokens
 ) -> torch.Tensor:  # (texts, size), float32 where the model computes with less
     "The vector of each text of a layout."
-    output = encoder.model(inputs_embeds=embeddings, position_ids=layout.position_ids, layout=layout)
-    hidden = output.last_hidden_state[0]  # (tokens, size)
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    layers = encoder.pooling == "layers"
+    output = encoder.model(inputs_embeds=embeddings, position_ids=layout.position_ids, layout=layout,
+                           output_hidden_states=layers)
+    hidden = torch.stack(output.hidden_states[1:]).mean(dim=0)[0] if layers else output.last_hidden_state[0]
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (tokens, size)
     if encoder.pooling == "last":
         return hidden[layout.last]
-    sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared where the mean is taken
-    return torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
+    sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared by a model that reads both ways
+    if encoder.pooling == "pooler":
+        first = layout.last + 1 - torch.tensor(sizes, device=hidden.device)
+        return encoder.model.pooler(hidden[first][:, None])  # it takes the first token of each row
+    means = torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
+    return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
 
 # %% ../nbs/14_packing.ipynb #c027
 def divide(
@@ -261,16 +270,17 @@ class _Features(torch.autograd.Function):
         return torch.cat([found[i].detach() for i in range(len(layouts))])
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, *gradients):
         found, pieces, turns, parameters, threads = ctx.graph
         ctx.graph = None  # the tensors of the forward pass go as soon as they have been used
-        gradients = gradient.split([len(found[i]) for i in range(len(pieces))])
+        gradient, = gradients
+        parts_of = gradient.split([len(found[i]) for i in range(len(pieces))])
         learnt = [p for p in parameters if p.requires_grad]
 
         def work(index):
             total, of_pieces = [None] * len(learnt), {}
             for i in turns[index]:
-                of_pieces[i], *parts = torch.autograd.grad(found.pop(i), (pieces[i], *learnt), gradients[i], allow_unused=True)
+                of_pieces[i], *parts = torch.autograd.grad(found.pop(i), (pieces[i], *learnt), parts_of[i], allow_unused=True)
                 total = [_add(*both) for both in zip(total, parts)]
             return total, of_pieces
 
@@ -313,31 +323,34 @@ def features(
     return vectors[torch.tensor(places, device=device).argsort()]
 
 # %% ../nbs/14_packing.ipynb #c040
+def packed_rewards(
+    model: RewardModel,  # one that `can_pack`
+    groups: list[list[list[int]]],  # as for `features`
+    **options,  # as for `features`
+) -> torch.Tensor:  # (texts, 1), what `RewardModel.forward` returns for each text
+    "The rewards of texts, differentiable."
+    lengths = torch.tensor([len(row) for rows in groups for row in rows], device=model.device)
+    return model.rewards_of(features(model, groups, **options), lengths)
+
+
 def score_packed(
     model: RewardModel,
-    prompts: list[str],  # one for each completion; completions of a prompt that follow one another share it
+    prompts: list[str],  # one for each completion
     completions: list[str],
-    bf16: bool = False,
-    batch: int = 8192,  # tokens at a time
-    threads: int | None = None,  # as for `features`
+    bf16: bool = False,  # compute in bfloat16
+    budget: int = 8192,  # tokens of a batch
 ) -> torch.Tensor:  # (n, 1) float32 on the CPU, in the order given
-    "The rewards of completions as `RewardModel.score` gives them, computed without padding where that is possible."
-    if not can_pack(model):
+    "The rewards of completions as `RewardModel.score` gives them, without padding where the model allows it."
+    if not can_pack(model) or not completions:
         return model.score(prompts, completions, bf16=bf16)
-    groups, counts, before = [], [], None
+    batches, tokens, before = [[]], 0, None
     for prompt, row in zip(prompts, model.encode_texts(prompts, completions)):
-        if prompt != before or not groups:
-            groups.append([])
-        groups[-1].append(row)
-        before = prompt
-    found = []
+        if prompt != before:
+            if tokens > budget:
+                batches.append([])
+                tokens = 0
+            batches[-1].append([])
+        batches[-1][-1].append(row)
+        before, tokens = prompt, tokens + len(row)
     with evaluating(model), torch.no_grad():
-        while groups:
-            count, tokens = 0, 0
-            while count < len(groups) and (not count or tokens <= batch):
-                tokens += sum(map(len, groups[count]))
-                count += 1
-            rewards = model.head(features(model, groups[:count], threads, bf16)).float()
-            found.append(rewards if model.bound is None else model.bound * torch.tanh(rewards / model.bound))
-            groups = groups[count:]
-    return torch.cat(found).cpu() if found else torch.empty(0, 1)
+        return torch.cat([packed_rewards(model, groups, bf16=bf16) for groups in batches]).cpu()

@@ -9,13 +9,15 @@ __all__ = ['styled', 'new_axes', 'moving_mean', 'plot_routing', 'request_shares'
 
 # %% ../nbs/60_plots.ipynb #c002
 import functools
-from typing import Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 # %% ../nbs/60_plots.ipynb #c005
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.figsize": (7.0, 3.6), "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.titlesize": 11, "axes.titlelocation": "left",
@@ -44,13 +46,13 @@ def styled(plot):
     return drawn
 
 
-def new_axes(ax: Optional[plt.Axes] = None, **kwargs) -> plt.Axes:  # `kwargs` are for `plt.subplots`
+def new_axes(ax: Optional[Axes] = None, **kwargs) -> Axes:  # `kwargs` are for `plt.subplots`
     "These axes, or new ones."
     return plt.subplots(**kwargs)[1] if ax is None else ax
 
 # %% ../nbs/60_plots.ipynb #c007
 def moving_mean(
-    values: Sequence[float],
+    values: ArrayLike,
     window: int = 30,  # steps
 ) -> np.ndarray:  # as long as `values`; the first entries are means over fewer steps
     "The mean of the latest `window` values, at every step."
@@ -62,12 +64,12 @@ def moving_mean(
 # %% ../nbs/60_plots.ipynb #c009
 @styled
 def plot_routing(
-    curves: dict[str, Sequence[float]],  # "gate", "random", "best fixed", "oracle": mean grade of those asked, by step
+    curves: Mapping[str, ArrayLike],  # "gate", "random", "best fixed", "oracle": mean grade of those asked, by step
     moved_at: Optional[int] = None,  # the step at which a uid changed hands
     window: int = 30,  # steps of the moving mean
     graded_by: str = "a program",
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Mean grade over time: the gate, random choice, the best fixed choice and the best for each prompt."
     ax = new_axes(ax)
     for name in [name for name in _LINES if name in curves]:
@@ -100,8 +102,8 @@ def plot_shares(
     asked: Sequence[Sequence[int]],  # the uids asked, for each step
     names: dict[int, str],  # uid -> label; these are the rows
     moved_at: Optional[int] = None,  # the step at which a uid changed hands
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Share of the requests for each uid, over time."
     ax = new_axes(ax, figsize=(7.0, 1.2 + 0.26 * len(names)))
     shares = request_shares(asked, list(names))
@@ -121,18 +123,16 @@ def plot_calibration(
     accuracy: Sequence[float],  # share of the pairs in which it is right, for each bin
     counts: Sequence[int],  # pairs in each bin
     ece: Optional[float] = None,  # expected calibration error, for the title
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Reliability of a reward model: how often it is right against how sure it is."
     ax = new_axes(ax, figsize=(4.4, 3.8))
-    confidence, accuracy, counts = (np.asarray(v, dtype=float) for v in (confidence, accuracy, counts))
-    kept = counts > 0
-    confidence, accuracy, counts = confidence[kept], accuracy[kept], counts[kept]
-    error = 2 * np.sqrt(np.maximum(accuracy * (1 - accuracy), 1e-4) / np.maximum(counts, 1))
-    bars = np.minimum(error, [accuracy, 1 - accuracy])  # (2, bins), below and above: a share stays between 0 and 1
+    sure, right, pairs = (np.asarray(v, dtype=float)[np.asarray(counts) > 0] for v in (confidence, accuracy, counts))
+    error = 2 * np.sqrt(np.maximum(right * (1 - right), 1e-4) / np.maximum(pairs, 1))
+    bars = np.minimum(error, [right, 1 - right])  # (2, bins), below and above: a share stays between 0 and 1
     ax.plot([0.5, 1], [0.5, 1], ":", color="#333333", lw=1.2, label="calibrated")
-    ax.errorbar(confidence, accuracy, yerr=bars, fmt="none", ecolor="#888888", lw=1)
-    ax.scatter(confidence, accuracy, s=12 + 120 * counts / max(counts.max(initial=1), 1), color="#c8102e", zorder=3)
+    ax.errorbar(sure, right, yerr=bars, fmt="none", ecolor="#888888", lw=1)
+    ax.scatter(sure, right, s=12 + 120 * pairs / max(pairs.max(initial=1), 1), color="#c8102e", zorder=3)
     title = "Is the reward model right as often as it says?" + ("" if ece is None else f"\nECE {ece:.3f}")
     ax.set(xlabel="σ(margin): how sure it is", ylabel="share of pairs it gets right", title=title,
            xlim=(0.48, 1.02), ylim=(0.3, 1.03))
@@ -146,8 +146,8 @@ _STROKES = (("#c8102e", "-", "o"), ("#1f6fb4", "--", "s"), ("#333333", ":", "^")
 @styled
 def plot_length_bias(
     curves: dict[str, Sequence[tuple[float, int, float]]],  # by scorer: (ratio of lengths, pairs, accuracy) of each bin
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Accuracy by how many times as long as the other the preferred answer is."
     ax = new_axes(ax)
     for (name, bins), (colour, stroke, marker) in zip(curves.items(), _STROKES):
@@ -166,8 +166,8 @@ def plot_length_bias(
 @styled
 def plot_rejection(
     curves: dict[str, Sequence[tuple[float, float]]],  # by measure of doubt: (share kept, accuracy)
-    ax: Optional[plt.Axes] = None,
-) -> plt.Axes:
+    ax: Optional[Axes] = None,
+) -> Axes:
     "Accuracy on the share of the pairs that a model is surest of."
     ax = new_axes(ax, figsize=(4.4, 3.6))
     for (name, points), (colour, stroke, marker) in zip(curves.items(), _STROKES):

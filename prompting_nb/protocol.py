@@ -93,10 +93,13 @@ def _one_line(error: ValidationError) -> str:
     return (f"{where}: " if where else "") + first["msg"][:_BODY_LIMIT]
 
 
+_write = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each call
+
+
 def write_body(synapse: Prompting) -> bytes:
     "The JSON that asks: roles, messages and the time limit in seconds."
     body = {"roles": synapse.roles, "messages": synapse.messages, "timeout": synapse.timeout}
-    return json.dumps(body, ensure_ascii=False).encode()
+    return _write(body).encode()
 
 
 def read_body(
@@ -108,7 +111,7 @@ def read_body(
     try:
         asked = _Body.model_validate_json(body, strict=False)
         limit = asked.timeout if timeout is None else min(timeout, asked.timeout)
-        return kind(roles=asked.roles, messages=asked.messages, timeout=limit)
+        return kind(roles=tuple(asked.roles), messages=tuple(asked.messages), timeout=limit)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
 
@@ -119,7 +122,7 @@ class _Reply(BaseModel):
 
 def write_reply(synapse: Prompting) -> bytes:
     "The JSON that answers."
-    return json.dumps({"completion": synapse.completion}, ensure_ascii=False).encode()
+    return _write({"completion": synapse.completion}).encode()
 
 
 def read_reply(
@@ -143,7 +146,7 @@ class StreamEvent(BaseModel):
 
 def write_event(event: StreamEvent) -> bytes:
     "A line of JSON, with its newline."
-    return json.dumps(event.model_dump(exclude_defaults=True), ensure_ascii=False).encode() + b"\n"
+    return _write(event.model_dump(exclude_defaults=True)).encode() + b"\n"
 
 
 def read_event(

@@ -78,7 +78,7 @@ def write_text(path: Path, text: str) -> None:
 # %% ../nbs/61_report.ipynb #c009
 def _miners(loop: Loop) -> list[dict]:
     "What each miner was asked, what it earned, and its weight on the chain if it is still there."
-    trace, averages = loop.trace, loop.validator.averages.values
+    trace, averages = loop.trace, loop.validator.averages.values if loop.validator else {}
     asked = Counter(hotkey for event in trace.events for hotkey in event.hotkeys)
     present = {holder.uid: holder.hotkey for holder in trace.holders}  # the last holder of a uid is the present one
     rows = []

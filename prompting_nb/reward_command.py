@@ -10,7 +10,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, cast
 
 import jsonargparse
 
@@ -33,12 +33,19 @@ _TRAINING = {
     "epochs": "Times that every prompt is seen.", "lr": "Learning rate of AdamW, at its highest.",
     "head_lr": "Learning rate of the head. Default: the same.",
     "completions_per_prompt": "Completions of a prompt that are read in an epoch, at most.",
-    "tokens_per_batch": "Tokens in a batch, padding included.", "warmup": "Share of the run in which the rate rises.",
+    "tokens_per_batch": "Tokens that are computed at once.",
+    "accumulate": "Batches a step of the optimiser: larger steps in the same memory.",
+    "weight_decay": "Weight decay of AdamW.", "warmup": "Share of the run in which the rate rises.",
     "clip": "Norm that gradients are cut down to.",
     "bf16": "Compute in bfloat16: true, false, or auto (where it pays).",
-    "seed": "Of everything that is drawn at random.", "max_steps": "Stop after so many batches.",
+    "encoder_dropout": "Dropout inside the transformer as well: true or false.",
+    "packed": "Without padding and with shared prompts, where the model allows it: true or false.",
+    "seed": "Of everything that is drawn at random.", "eval_every": "Steps between evaluations during training.",
+    "patience": "Stop after so many evaluations without a lower loss, and keep the best weights.",
+    "checkpoint_every": "Steps between checkpoints.", "max_steps": "Stop after so many steps.",
     "max_seconds": "Stop after so much time.",
 }
+_OPTIONAL = {"head_lr": float, "eval_every": int, "patience": int, "max_steps": int, "max_seconds": float}
 
 
 def _add_training(parser) -> None:
@@ -57,11 +64,13 @@ def _add_training(parser) -> None:
     add("--depth", type=Optional[int], default=None, help="Layers to use, from the first. Default: all.")
     add("--length", type=Optional[float], default=None, help="First weight of a term for the length.")
     add("--lora", type=Optional[int], default=None, help="Rank of low-rank adapters to train instead of all weights.")
+    add("--checkpoint", type=Optional[str], default=None, help="Folder for checkpoints; an interrupted run goes on from there.")
+    add("--track", type=Optional[str], default=None, help="Where to log, with commas: tensorboard,wandb. Both must be installed.")
+    add("--log-folder", type=str, default="logs", help="Folder for trackers that write files.")
     for field in dataclasses.fields(TrainConfig):
-        if field.name in _TRAINING:
-            special = {"bf16": Any, "max_steps": Optional[int], "max_seconds": Optional[float], "head_lr": Optional[float]}
-            kind = special.get(field.name, type(field.default))
-            add(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=_TRAINING[field.name])
+        optional = _OPTIONAL.get(field.name)
+        kind = Any if field.name == "bf16" else Optional[optional] if optional else type(field.default)
+        add(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=_TRAINING[field.name])
 
 # %% ../nbs/19_reward_command.ipynb #c006
 def _add_using(parser) -> None:
@@ -110,7 +119,7 @@ class RewardParser:
             raise InputError(f"there is no {argv[0]!r}; it can be train, eval or score")
         settings = self.parser(argv[0]).parse_args(argv[1:])
         settings.action = argv[0]
-        return settings
+        return cast(Config, settings)
 
 
 def reward_parser() -> RewardParser:
@@ -118,18 +127,36 @@ def reward_parser() -> RewardParser:
     return RewardParser()
 
 # %% ../nbs/19_reward_command.ipynb #c013
-def _rankings(settings: Config, say: Callable) -> tuple[list, list]:
-    "What to learn from, and what to evaluate on."
+def _rankings(settings: Config, say: Callable) -> tuple[list, list, list]:
+    "What to learn from, what to watch during training, and what to evaluate the result on."
     from prompting_nb.preferences import Report, read_rankings, split
 
     if not 0 <= settings.held_out < 1:
         raise InputError(f"--held-out is {settings.held_out}; it is a share of the prompts, at least 0 and below 1")
+    watching = settings.patience or settings.eval_every
+    if watching and not settings.held_out:
+        raise InputError("--patience and --eval-every need prompts to evaluate on: give --held-out above 0")
     report = Report()
-    rankings = read_rankings(settings.data, report)
+    learn, test = read_rankings(settings.data, report), []
     say(f"{settings.data}: {report}")
     if settings.eval_data:
-        return rankings, read_rankings(settings.eval_data)
-    return split(rankings, settings.held_out) if settings.held_out else (rankings, [])
+        test = read_rankings(settings.eval_data)
+    elif settings.held_out:
+        learn, test = split(learn, settings.held_out)
+    learn, watched = split(learn, settings.held_out, seed=1) if watching else (learn, [])
+    return learn, watched, test
+
+# %% ../nbs/19_reward_command.ipynb #c015
+def _fresh_model(settings: Config):
+    "The model to train, with the same first weights in every process."
+    import torch
+
+    from prompting_nb.reward import RewardModel
+
+    torch.manual_seed(settings.seed)
+    model = RewardModel(settings.model, device=None, max_length=settings.max_length, pooling=settings.pooling,
+                        depth=settings.depth, length=settings.length)
+    return model.add_lora(settings.lora) if settings.lora else model
 
 
 def run_train(
@@ -137,33 +164,30 @@ def run_train(
     say: Callable[[str], None] = print,  # told what happens
 ) -> dict:  # the figures of the evaluation; empty where nothing was held out
     "The command `prompting-nb reward train`."
-    import torch
-
     from prompting_nb.evaluation import evaluate, table
-    from prompting_nb.reward import RewardModel
-    from prompting_nb.training import TrainConfig, train
+    from prompting_nb.training import TrainConfig, this_process, train
 
-    out = Path(settings.out)
+    out, (rank, processes) = Path(settings.out), this_process()
     if (out / "reward.json").exists() and not settings.force:
         raise InputError(f"{out} holds a reward model: give another --out, or --force to overwrite it")
-    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name in _TRAINING]
-    config = TrainConfig(**{name: settings[name] for name in names})
-    learn, test = _rankings(settings, say)
-    torch.manual_seed(settings.seed)  # the head's first weights
-    model = RewardModel(settings.model, device=None, max_length=settings.max_length, pooling=settings.pooling,
-                        depth=settings.depth, length=settings.length)
-    if settings.lora:
-        model.add_lora(settings.lora)
-    say(f"training on {len(learn)} prompts, evaluating on {len(test)}")
-    history = train(model, learn, config, progress=not settings.quiet)
-    found = evaluate(model, test, progress=not settings.quiet) if test else None
+    if rank:
+        say = lambda text: None
+    config = TrainConfig(**{name: settings[name] for name in _TRAINING})
+    learn, watched, test = _rankings(settings, say)
+    model, bar = _fresh_model(settings), not settings.quiet
+    say(f"training on {len(learn)} prompts in {processes} process(es), evaluating on {len(test)}")
+    history = train(model, learn, config, watched, bar, checkpoint=settings.checkpoint, log_folder=settings.log_folder,
+                    trackers=settings.track.split(",") if settings.track else None)
+    if rank:
+        return {}
+    found = evaluate(model, test, progress=bar) if test else None
     model.save_pretrained(out, found)
     if found:
         say(table({"trained": found}))
-    say(f"{history.stopped} after {len(history.steps)} steps; the model is in {out}")
+    say(f"{history.stopped} after {len(history.steps)} steps in {history.processes} process(es); the model is in {out}")
     return found.to_dict() if found else {}
 
-# %% ../nbs/19_reward_command.ipynb #c015
+# %% ../nbs/19_reward_command.ipynb #c017
 def run_eval(settings: Config, say: Callable[[str], None] = print) -> dict:
     "The command `prompting-nb reward eval`."
     from prompting_nb.evaluation import evaluate, longer_wins, table

@@ -10,8 +10,24 @@ import functools
 import inspect
 import typing
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar, Union
 
 import torch
+from typing_extensions import ParamSpec
+
+# %% ../nbs/01_shapes.ipynb #c006b
+if TYPE_CHECKING:
+
+    class _Tensor(torch.Tensor):
+        def __class_getitem__(cls, dimensions: Any) -> Any: ...
+
+    class _LikeTensor(Any, Protocol):
+        def requires_grad_(self, mode: bool = True) -> torch.Tensor: ...
+        def __class_getitem__(cls, dimensions: Any) -> Any: ...
+
+    TensorType = Union[_Tensor, _LikeTensor]
+else:
+    from torchtyping import TensorType
 
 # %% ../nbs/01_shapes.ipynb #c007
 class ShapeError(ValueError):
@@ -30,7 +46,7 @@ def _dimensions(annotation) -> tuple | None:
     return None
 
 # %% ../nbs/01_shapes.ipynb #c010
-def _compare(function: str, name: str, value: torch.Tensor, dims: tuple, sizes: dict) -> None:
+def _compare(function: str, name: str, value: Any, dims: tuple, sizes: dict) -> None:
     "Raise `ShapeError` unless the tensor has these dimensions; bind names of dimensions in `sizes`."
     if not isinstance(value, torch.Tensor):
         raise ShapeError(f"{function}: {name} should be a tensor of shape {_show(dims)}, got {type(value).__name__}")
@@ -51,9 +67,11 @@ def _show(dims: tuple) -> str:
 
 # %% ../nbs/01_shapes.ipynb #c012
 _checking = True
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def check_shapes(function):
+def check_shapes(function: Callable[_P, _R]) -> Callable[_P, _R]:
     "Check the `TensorType` annotations of a function's arguments and of what it returns, at every call."
     hints = typing.get_type_hints(function, include_extras=True)
     names = list(inspect.signature(function).parameters)
@@ -63,7 +81,7 @@ def check_shapes(function):
     title = function.__qualname__
 
     @functools.wraps(function)
-    def checked(*args, **kwargs):
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         if not _checking or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         sizes, given = {}, len(args)

@@ -233,7 +233,7 @@ def convert_units(prompt: str) -> str | None:
         unit = "|".join(table)
         amount = re.search(rf"(\d+) ({unit})", prompt)
         targets = [u for u in re.findall(unit, prompt) if amount and u != amount[2]]
-        if targets:
+        if amount and targets:
             value = float(amount[1]) * table[amount[2]] / table[targets[0]]
             return f"{np.format_float_positional(float(f'{value:.6g}'), trim='-')} {targets[0]}"
     return None
@@ -435,7 +435,7 @@ def _mean_scores(rankings: list[Ranking]) -> dict[str, float]:
     "The mean score of each model."
     scores = {}
     for ranking in rankings:
-        for name, score in zip(ranking.names, ranking.scores):
+        for name, score in zip(ranking.names or [], ranking.scores):
             scores.setdefault(name, []).append(score)
     return {name: sum(values) / len(values) for name, values in sorted(scores.items())}
 
@@ -487,10 +487,11 @@ def recorded(
     means, grades = _mean_scores(train), _mean_grades(loop)
     words = {model: {} for model in means}
     for r in loop:
-        for model in set(means) & set(r.names):
-            words[model][r.prompt] = r.completions[r.names.index(model)]
+        names = r.names or []
+        for model in set(means) & set(names):
+            words[model][r.prompt] = r.completions[names.index(model)]
     return Arena(name, [r.prompt for r in loop], [_replay(model, words[model]) for model in means],
-                 _replay("newcomer", words[min(means, key=means.get)]), train, test,
+                 _replay("newcomer", words[min(means, key=means.__getitem__)]), train, test,
                  grade=lambda prompt, completion: grades[prompt, completion], graded_by="the recorded judge",
                  kinds={r.prompt: r.source or "" for r in loop})
 

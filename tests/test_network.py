@@ -755,6 +755,8 @@ def test_cancelling_the_question_cancels_the_requests(dendrite):
 
 def test_a_forgotten_dendrite_ends_its_thread():
     until(lambda: threads_of("dendrite") == [])
-    Dendrite(VALIDATOR)
+    asking = Dendrite(VALIDATOR)
+    assert asking.query([], Prompting.ask("x")) == [] and len(threads_of("dendrite")) == 1
+    del asking
     gc.collect()
     until(lambda: threads_of("dendrite") == [])

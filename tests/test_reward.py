@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import socket
 import subprocess
 import sys
 from itertools import combinations
@@ -273,39 +272,34 @@ sys.path.insert(0, sys.argv[3])
 from test_reward import RewardModel, TrainConfig, kind_words, torch, train
 torch.manual_seed(0)
 model = RewardModel(sys.argv[1], dropout=0.0, device="cpu")
-config = TrainConfig(epochs=2, lr=1e-3, tokens_per_batch=200, bf16=False, max_seconds=1e6)
+config = TrainConfig(epochs=2, lr=1e-3, tokens_per_batch=200, accumulate=2, bf16=False, max_seconds=1e6)
 history = train(model, list(kind_words(13, random.Random(0))), config, progress=False)
 if history.processes == 1 or torch.distributed.get_rank() == 0:
     score = model.score("what is 1", ["good", "sun"]).flatten().tolist()
-    json.dump({"processes": history.processes, "losses": [s["loss"] for s in history.steps], "score": score}, open(sys.argv[2], "w"))
+    curve = [[step[name] for name in ("loss", "accuracy", "margin", "grad_norm")] for step in history.steps]
+    json.dump({"processes": history.processes, "packed": history.packed, "curve": curve, "score": score}, open(sys.argv[2], "w"))
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
 
 
 def run_workers(folder, out, processes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", WORKER, folder, str(out), os.path.dirname(__file__)]
-    ranks = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-             if processes > 1 else {} for r in range(processes)]
-    running = [subprocess.Popen(command, env=env | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors[-2000:]
-    finally:
-        for process in running:
-            process.kill()
+    script = out.with_suffix(".py")
+    script.write_text(WORKER)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launch, script, folder, out, os.path.dirname(__file__)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(out.read_text())
 
 
-def test_two_processes_learn_what_one_learns(toys, tmp_path):
-    one, two = (run_workers(toys["bert"], tmp_path / f"{n}.json", n) for n in (1, 2))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+@pytest.mark.parametrize("kind, packed", [("bert", True), ("gpt2", True), ("gpt_neo", False)])
+def test_two_processes_learn_what_one_learns(toys, tmp_path, kind, packed):
+    one, two = (run_workers(toys[kind], tmp_path / f"{n}.json", n) for n in (1, 2))
+    assert (one["processes"], two["processes"], two["packed"]) == (1, 2, packed)
+    assert len(one["curve"]) > 3
+    for step, other in zip(one["curve"], two["curve"], strict=True):
+        assert other == pytest.approx(step, abs=1e-4, rel=1e-3)
     assert two["score"] == pytest.approx(one["score"], abs=1e-3)
 
 

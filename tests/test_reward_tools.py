@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +115,19 @@ def test_the_command_says_what_is_wrong_in_one_line(argv, reason, tmp_path, monk
     [line] = capsys.readouterr().err.strip().splitlines()[-1:]
     assert end.value.code == 2 and reason in line
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_the_command_in_two_processes(tmp_path):
+    rows = [{"prompt": f"Say {n}.", "chosen": f"Gladly: {n}", "rejected": f"I do not say {n}"} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["reward", "train", "--data", "pairs.jsonl", "--out", "mine", "--max-length", "16", "--depth", "1", "--quiet",
+               "--tokens-per-batch", "64", "--accumulate", "2", "--checkpoint", "points", "--held-out", "0.25"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"]
+    (tmp_path / "run.py").write_text("from prompting_nb.cli import main\nmain()\n")
+    root = Path(__file__).parent.parent
+    done = subprocess.run([*launch, *command], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("training on 9 prompts in 2 process(es)") == 1  # the first process alone talks
+    assert "finished after 2 steps in 2 process(es)" in done.stdout
+    assert (tmp_path / "mine" / "reward.json").exists() and (tmp_path / "points" / "checkpoint.pt").exists()

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, NamedTuple, Optional
+from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
 # %% ../../nbs/31_blacklist.ipynb #c005
 _log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class RequestLog:
     def __len__(self) -> int:
         return len(self._times)
 
-    def times(self, hotkey: str) -> Iterable[float]:
+    def times(self, hotkey: str) -> Sequence[float]:
         "When this caller's latest requests were, oldest first."
         return self._times.get(hotkey, ())
 

@@ -6,7 +6,6 @@
 __all__ = ['prompt_key', 'PromptCache']
 
 # %% ../../nbs/30_cache.ipynb #c002
-import json
 import threading
 from collections import OrderedDict
 from hashlib import blake2b
@@ -20,7 +19,7 @@ def prompt_key(
 ) -> bytes:  # 16 bytes, equal for equal prompts
     "What the cache knows a prompt by: a hash of roles and messages (and of the caller's hotkey, when `per_caller`)."
     caller = synapse.dendrite.hotkey if per_caller else None
-    text = json.dumps([caller, list(synapse.roles), list(synapse.messages)])
+    text = repr((caller, synapse.roles, synapse.messages))
     return blake2b(text.encode(), digest_size=16).digest()
 
 # %% ../../nbs/30_cache.ipynb #c012

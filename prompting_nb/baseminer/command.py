@@ -84,7 +84,7 @@ def _ask(miner: Miner, text: str) -> str:
         answer, = dendrite.query([miner.axon], Prompting.ask(text, timeout=120.0))
     if not answer.is_success:
         raise RuntimeError(f"status {answer.dendrite.status_code}: {answer.dendrite.status_message}")
-    return answer.completion
+    return answer.completion or ""
 
 
 def run_miner(

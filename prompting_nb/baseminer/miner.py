@@ -20,10 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable, Iterable, Iterator, Optional
+from typing import Any, AsyncIterator, Callable, Iterable, Iterator, Optional, cast
+
+from typing_extensions import Self
 
 from prompting_nb.baseminer.blacklist import (
-    Caller, Verdict, as_verdict, find_caller, index_callers, judge, standard_rules,
+    Caller, Rule, Verdict, as_verdict, find_caller, index_callers, judge, standard_rules,
 )
 from .cache import PromptCache, prompt_key
 from .priority import StakePriority
@@ -31,6 +33,7 @@ from ..config import Config, InputError, add_argument, merge, read_config
 from ..network.auth import Refusal
 from ..network.axon import Axon
 from ..protocol import Prompting, Synapse
+from ..show import Bar, html_table
 
 # %% ../../nbs/33_miner.ipynb #c006
 _ABOVE_ZERO = math.ulp(0.0)  # the least number above zero
@@ -71,7 +74,7 @@ _FLAGS = {  # flag: type, default, least value, meaning
 # %% ../../nbs/33_miner.ipynb #c008
 def _check(config: Any) -> None:
     "Raise `InputError` for the first setting that is not of its type or too small, naming its flag."
-    for flag, (kind, _, least, meaning) in _FLAGS.items():
+    for flag, (kind, _, least, _) in _FLAGS.items():
         value = config[flag[2:]]
         number = {int: Integral, float: Real}.get(kind)
         if number and (not isinstance(value, number) or isinstance(value, bool) or not math.isfinite(value)):
@@ -87,8 +90,13 @@ def _check(config: Any) -> None:
 class _Configured:
     "Where the settings of a miner come from."
 
+    config: Callable[[], Config]  # a subclass's method; after construction a `Config`, which can be called as well
+    add_args: Callable[[argparse.ArgumentParser], None]  # a subclass's
+
     @staticmethod
-    def add_base_args(parser: argparse.ArgumentParser) -> None:
+    def add_base_args(
+        parser: Any,  # an `argparse.ArgumentParser`, or a group of one
+    ) -> None:
         "Add the flags that every miner has. A subclass's own `add_args` need not call this."
         for flag, (kind, default, _, meaning) in _FLAGS.items():
             how = {bool: dict(action="store_true"), list: dict(type=str, nargs="*", default=[])}
@@ -117,12 +125,12 @@ class RepeatedPrompt(Refusal, ValueError):
 def _finished(result: Any) -> Any:
     "The result itself, what it becomes when it is awaited, or the text that its pieces make."
     if inspect.isgenerator(result):
-        return "".join(result)
+        return "".join(cast(Any, result))
     if not (inspect.isawaitable(result) or inspect.isasyncgen(result)):
         return result
 
     async def wait():
-        return await result if inspect.isawaitable(result) else "".join([piece async for piece in result])
+        return await result if inspect.isawaitable(result) else "".join([piece async for piece in cast(Any, result)])
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, wait()).result()
@@ -158,6 +166,8 @@ class _Cached:
 # %% ../../nbs/33_miner.ipynb #c020
 class _Answering(_Cached):
     "Calls `prompt`, which a subclass must have."
+
+    prompt: Callable[[Prompting], Any]
 
     def _checked(self, result: Any) -> Prompting:
         "The result of `prompt`, if it is an answer. Forgetting the `return` is the commonest mistake."
@@ -203,8 +213,10 @@ class _Answering(_Cached):
 
 # %% ../../nbs/33_miner.ipynb #c031
 class _Choosing:
-    "Decides about callers. Needs `rules`, `stake_priority` and the callers of the metagraph."
+    "Decides about callers."
 
+    rules: list[Rule]
+    stake_priority: StakePriority
     _callers: dict = {}  # hotkey -> Caller
 
     def caller(self, synapse: Synapse) -> Optional[Caller]:
@@ -258,8 +270,11 @@ class NotRegisteredError(RuntimeError):
 
 
 class _Following:
-    "The miner's picture of the subnet. Needs `wallet`, `subtensor` and `netuid`."
+    "The miner's picture of the subnet."
 
+    wallet: Any
+    subtensor: Any  # a `bittensor.SyncClient`
+    netuid: int
     block: int = 0  # the newest that was seen
     synced_at: int = 0  # the block of the metagraph
     uid: Optional[int] = None  # our own
@@ -294,12 +309,12 @@ class _Following:
                                      "register it, or choose another with --wallet.name and --wallet.hotkey")
 
 # %% ../../nbs/33_miner.ipynb #c047
-class _Voting:
-    "Weights. Needs what `_Following` has."
+class _Voting(_Following):
+    "Weights."
 
     def weights(self) -> dict[int, float]:
         "uid -> weight, of any scale. The miner itself, unless a subclass knows better."
-        return {self.uid: 1.0}
+        return {} if self.uid is None else {self.uid: 1.0}
 
     def set_weights(self) -> bool:
         "Put `weights()` on the chain. A refusal or a failure is logged and gives False."
@@ -315,16 +330,20 @@ class _Voting:
         return bool(result)
 
 # %% ../../nbs/33_miner.ipynb #c051
-class _Loop:
-    "Follows the chain until told to stop. Needs `config`, `axon` and what `_Following` and `_Voting` have."
+class _Loop(_Voting):
+    "Follows the chain until told to stop."
 
+    config: Callable[[], Config]
+    axon: Axon
+    _stop: threading.Event
+    _changed: threading.Condition  # notified after each step, and when a run has ended
     longest_pause = 300.0  # seconds between two attempts to reach a chain that is away
     _followed: int = -1  # the newest block that was acted on in this run
     error: Optional[BaseException] = None  # what ended the latest run, if it did not end by a stop
 
     def _publish(self) -> None:
         "Put the axon's address on the chain, unless it stands there already: chains limit how often one may do this."
-        external = self.config.axon
+        external = self.config().axon
         ip, port = external.external_ip or self.axon.host, external.external_port or self.axon.port
         shown = [n.axon for n in getattr(self.metagraph, "neurons", ()) if n.hotkey == self.hotkey]
         if shown != [f"{ip}:{port}"]:
@@ -332,7 +351,7 @@ class _Loop:
 
     def _step(self) -> None:
         "Look at the chain once and do what is due. Nothing is sent to the chain once a stop is asked for."
-        settings = self.config.miner
+        settings = self.config().miner
         self.block = int(self.subtensor.block)
         epoch = self.block - self.synced_at >= settings.blocks_per_epoch
         if epoch and not self._stop.is_set():
@@ -347,7 +366,7 @@ class _Loop:
 
     def _follow(self) -> None:
         "Step, wait, and so on. Raises what cannot be waited out."
-        settings, failures = self.config.miner, 0
+        settings, failures = self.config().miner, 0
         while not self._stop.is_set():
             try:
                 self._step()
@@ -369,8 +388,7 @@ class _Running(_Loop):
 
     def __init__(self):
         self._busy = threading.Lock()  # held from start to end of a run
-        self._stop = threading.Event()
-        self._changed = threading.Condition()  # notified after each step, and when a run has ended
+        self._stop, self._changed = threading.Event(), threading.Condition()
         self._thread: Optional[threading.Thread] = None  # in which the loop runs
 
     @property
@@ -382,7 +400,7 @@ class _Running(_Loop):
         "Take the lock and let the axon listen. Raises RuntimeError if the miner runs, OSError if the port is in use."
         if not self._busy.acquire(blocking=False):
             state = "has not stopped yet" if self._stop.is_set() else "is running already"
-            raise RuntimeError(f"{self.config.miner.name} {state}")
+            raise RuntimeError(f"{self.config().miner.name} {state}")
         try:
             self._stop.clear()
             self.error, self._followed, self._thread = None, -1, None
@@ -411,7 +429,7 @@ class _Running(_Loop):
         try:
             self._work()
         except Exception as error:
-            _log.error("%s stopped: %s: %s", self.config.miner.name, type(error).__name__, error)
+            _log.error("%s stopped: %s: %s", self.config().miner.name, type(error).__name__, error)
 
 # %% ../../nbs/33_miner.ipynb #c055
 @contextmanager
@@ -442,7 +460,7 @@ class _Lifecycle(_Running):
         longer than `--miner.retries` attempts. However it ends, by Ctrl-C or SIGTERM as well, the axon is stopped.
         """
         self._begin()
-        with _stopped_by_sigterm(self._stop, self.config.miner.name):
+        with _stopped_by_sigterm(self._stop, self.config().miner.name):
             self._work()
 
     def run_in_background_thread(self) -> None:
@@ -450,7 +468,8 @@ class _Lifecycle(_Running):
         if self.is_running and not self._stop.is_set():
             return
         self._begin()
-        threading.Thread(target=self._work_in_background, name=f"{self.config.miner.name}-run", daemon=True).start()
+        name = f"{self.config().miner.name}-run"
+        threading.Thread(target=self._work_in_background, name=name, daemon=True).start()
 
     def stop_run_thread(
         self,
@@ -463,7 +482,8 @@ class _Lifecycle(_Running):
         with self._changed:
             stopped = self._changed.wait_for(lambda: not self.is_running, timeout)
         if not stopped:
-            _log.error("%s did not stop within %g s: a call to the chain hangs", self.config.miner.name, timeout)
+            name = self.config().miner.name
+            _log.error("%s did not stop within %g s: a call to the chain hangs", name, timeout)
             self.axon.stop()
         return stopped
 
@@ -481,7 +501,7 @@ class _Context(_Lifecycle):
             self._changed.wait_for(lambda: self._followed >= block or not self.is_running, timeout)
         return self._followed >= block
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         "Start in the background; return the miner when its address is published. Raises what ended it before that."
         try:
             self.run_in_background_thread()
@@ -496,6 +516,26 @@ class _Context(_Lifecycle):
     def __exit__(self, exc_type, exc_value, traceback) -> None:
         "Stop. An exception of the `with` block goes its way; without one all three arguments are None."
         self.stop_run_thread()
+
+# %% ../../nbs/33_miner.ipynb #c059bs
+class _Shown(_Context):
+    "How a miner shows itself."
+
+    def state(self) -> dict[str, Any]:
+        "What the miner is doing, as plain values by name; nothing is asked of the chain."
+        ended = f"stopped by {type(self.error).__name__}: {self.error}" if self.error else "stopped"
+        health = self.axon.health()
+        return {"state": "running" if self.is_running else ended, "hotkey": self.hotkey, "uid": self.uid,
+                "subnet": self.netuid, "block": self.block, "metagraph of block": self.synced_at,
+                "address": self.axon.address if self.axon.is_running else None,
+                "waiting": health["waiting"], "worked on": health["running"], "requests": self.axon.metrics.totals()}
+
+    def _repr_html_(self) -> str:
+        state = self.state()
+        requests = state.pop("requests")
+        rows = [(name, "" if value is None else str(value)) for name, value in state.items()]
+        rows += [(name, Bar(count, count / sum(requests.values()))) for name, count in requests.items()]
+        return html_table(f"{type(self).__name__} {self.config().miner.name}", ("what", "value"), rows)
 
 # %% ../../nbs/33_miner.ipynb #c061
 class _Abstract(abc.ABC):
@@ -531,7 +571,7 @@ def _stored_wallet(settings: Any) -> Any:  # `config.wallet`
 
     wallet = bittensor.Wallet(settings.name, settings.hotkey, settings.path)
     try:
-        wallet.hotkey
+        _ = wallet.hotkey
     except OSError as error:
         raise InputError(f"{error}: create it, or choose another with --wallet.name and --wallet.hotkey") from None
     return wallet
@@ -557,7 +597,7 @@ def _nonces(
     return Path(state).expanduser() / "prompting_nb" / f"nonces-{hotkey}.sqlite"
 
 # %% ../../nbs/33_miner.ipynb #c069
-class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _Abstract):
+class Miner(_Configured, _Answering, _Choosing, _Shown, _Abstract):
     """The base class of all miners: implement `prompt`, `config`, `add_args`; `blacklist` and `priority` as you like.
 
     Raises `NotRegisteredError` when the wallet's hotkey has no uid, and `InputError` for a setting that makes no sense.
@@ -573,14 +613,14 @@ class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _
         subtensor: Any = None,  # a `bittensor.SyncClient`. None: a new one for `--subtensor.network`
     ):
         super().__init__()
-        self.config = self._configure(config)
-        self.netuid = self.config.netuid
+        self.config = settings = self._configure(config)
+        self.netuid = settings.netuid
         stored = wallet is None
-        self.wallet = _stored_wallet(self.config.wallet) if stored else wallet
-        self.subtensor = _chain_client(self.config.subtensor) if subtensor is None else subtensor
-        self._set_policy(self.config.miner.blacklist, self.config.miner.priority)
+        self.wallet = _stored_wallet(settings.wallet) if stored else wallet
+        self.subtensor = _chain_client(settings.subtensor) if subtensor is None else subtensor
+        self._set_policy(settings.miner.blacklist, settings.miner.priority)
         self.sync()
-        self.axon = self._new_axon(self.config.axon, stored) if axon is None else axon
+        self.axon = self._new_axon(settings.axon, stored) if axon is None else axon
         self._attach()
 
     def _new_axon(self, settings: Config, stored: bool) -> Axon:
@@ -602,7 +642,7 @@ class Miner(_Configured, _Answering, _Choosing, _Following, _Voting, _Context, _
         self.axon.attach(
             self._handler(),
             _guarded(self.blacklist, as_verdict, refuse),
-            _guarded(self.priority, float, self.config.miner.priority.default),
+            _guarded(self.priority, float, self.config().miner.priority.default),
             self._refuse_repeated,
         )
 

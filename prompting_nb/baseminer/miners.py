@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from contextlib import aclosing, suppress
-from typing import Any, AsyncIterator, Callable, Iterable, Mapping, Optional
+from typing import Any, AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Optional
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -41,7 +41,7 @@ class TemplateMiner(Miner):
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "The same text for everybody."
-        synapse.completion = self.config.template.completion
+        synapse.completion = self.config().template.completion
         return synapse
 
 # %% ../../nbs/34_miners.ipynb #c012
@@ -82,10 +82,12 @@ class ReplayMiner(PreparedMiner):
         recordings: Optional[Mapping[str, str]] = None,  # prompt -> completion. None: read `--replay.file`
     ) -> None:
         "Read the recordings."
-        path = self.config.replay.file
+        path = self.config().replay.file
         if recordings is None and not path:
             raise InputError("there is nothing to replay: give a file of recorded completions with --replay.file")
-        self.recordings = dict(read_texts(path, "prompt", "completion") if recordings is None else recordings)
+        if recordings is None:
+            recordings = {prompt: text for prompt, text in read_texts(path, "prompt", "completion")}
+        self.recordings = dict(recordings)
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "The recording of the newest message of the user. Raises LookupError when there is none."
@@ -142,7 +144,7 @@ class RetrievalMiner(PreparedMiner):
         encode: Optional[Callable] = None,  # texts -> (n, width). None: a `sentence_encoder` of `--retrieval.encoder`
     ) -> None:
         "Encode the collection."
-        settings = self.config.retrieval
+        settings = self.config().retrieval
         if corpus is None and not settings.corpus:
             raise InputError("there is nothing to retrieve: give a file of texts with answers with --retrieval.corpus")
         self.corpus = list(read_texts(settings.corpus, "text", "answer") if corpus is None else corpus)
@@ -202,7 +204,7 @@ class _Pieces:
         self._show(last=True)
 
     def _show(self, last: bool = False) -> None:
-        for i, row in enumerate(self.rows):
+        for i, row in enumerate(self.rows or ()):
             text = self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
             if last or not text.endswith("\ufffd"):  # which stands for a letter that is not complete
                 new, self.texts[i] = text[len(self.texts[i]) :], text
@@ -217,7 +219,7 @@ class _Request:
         self.synapse, self.tell, self.left = synapse, tell, False
 
 
-async def _told(batcher: Batcher, synapse: Prompting) -> AsyncIterator[str]:
+async def _told(batcher: Batcher, synapse: Prompting) -> AsyncGenerator[str, None]:
     "What the model's thread tells about one request, heard in the event loop."
     loop, told = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -262,7 +264,7 @@ class TransformersMiner(PreparedMiner):
         "Load the model."
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        settings = self.config.transformers
+        settings = self.config().transformers
         self.tokenizer = load(AutoTokenizer.from_pretrained, settings.model_name)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model = load(AutoModelForCausalLM.from_pretrained, settings.model_name).eval().to(settings.device)
@@ -272,7 +274,7 @@ class TransformersMiner(PreparedMiner):
         "What the model writes after each conversation."
         import torch
 
-        settings, pieces = self.config.transformers, _Pieces(self.tokenizer, [request.tell for request in requests])
+        settings, pieces = self.config().transformers, _Pieces(self.tokenizer, [request.tell for request in requests])
         context = getattr(self.model.config, "max_position_embeddings", None) or 2**20  # tokens it can read
         texts = [conversation(request.synapse, self.tokenizer) for request in requests]
         tokens = tokenize(texts, self.tokenizer, max(1, context - settings.max_new_tokens)).to(self.model.device)
@@ -340,13 +342,13 @@ class OpenAICompatibleMiner(PreparedMiner):
 
     def prepare(self) -> None:
         "Look for the key."
-        key = self.config.openai.api_key or os.environ.get("OPENAI_API_KEY")
+        key = self.config().openai.api_key or os.environ.get("OPENAI_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._clients = WeakKeyDictionary()  # event loop -> its connections
 
     def _asked(self, synapse: Prompting) -> Any:
         "The request to the server, not sent yet."
-        settings, turns = self.config.openai, zip(synapse.roles, synapse.messages)
+        settings, turns = self.config().openai, zip(synapse.roles, synapse.messages)
         loop, url = asyncio.get_running_loop(), settings.base_url.rstrip("/") + "/chat/completions"
         client = self._clients.get(loop) or self._clients.setdefault(loop, httpx.AsyncClient(headers=self._headers))
         asked = {"model": settings.model, "messages": [{"role": role, "content": text} for role, text in turns],

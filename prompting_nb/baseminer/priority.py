@@ -9,13 +9,13 @@ __all__ = ['restedness', 'StakePriority']
 import math
 import threading
 import time
-from typing import Callable, Optional
+from typing import Callable, Optional, Sequence
 
 from .blacklist import Caller, RequestLog
 
 # %% ../../nbs/32_priority.ipynb #c005
 def restedness(
-    times: tuple,  # of the caller's earlier requests that are remembered, oldest first, in seconds
+    times: Sequence[float],  # of the caller's earlier requests that are remembered, oldest first, in seconds
     now: float,  # the time of this request
     rest: float,  # mean gap in seconds that counts as fully rested
 ) -> float:  # between 0 (asks all the time, or was never heard) and 1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_AGE', 'MAX_SKEW', 'SIGNATURE', 'Refusal', 'stale', 'MemoryNonces', 'FileNonces', 'repeats', 'Gatekeeper',
-           'sign_answer', 'answer_fits']
+           'sign_request', 'sign_answer', 'answer_fits']
 
 # %% ../../nbs/21_auth.ipynb #c002
 import logging
@@ -53,15 +53,15 @@ class MemoryNonces:
     def __len__(self) -> int:
         return sum(map(len, self._seen.values()))
 
-    def check_and_store(self, hotkey: str, nonce: int) -> bool:
+    def check_and_store(self, hotkey_ss58: str, nonce_ns: int) -> bool:
         "Whether this nonce is new from this hotkey; from now on it is not. `Refusal` when it lies below the floor."
         with self._lock:
             self._forget(self.clock() - int(MAX_AGE * _SECOND))
-            if nonce < self.floor:
+            if nonce_ns < self.floor:
                 raise stale(_NEVER)
-            seen = self._seen.setdefault(nonce // _SECOND, set())
-            known = (hotkey, nonce) in seen
-            seen.add((hotkey, nonce))
+            seen = self._seen.setdefault(nonce_ns // _SECOND, set())
+            known = (hotkey_ss58, nonce_ns) in seen
+            seen.add((hotkey_ss58, nonce_ns))
             return not known
 
     def _forget(self, before: int) -> None:
@@ -122,16 +122,17 @@ class FileNonces:
     def __len__(self) -> int:
         return self._db.execute("SELECT count(*) FROM nonces").fetchone()[0]
 
-    def check_and_store(self, hotkey: str, nonce: int) -> bool:
+    def check_and_store(self, hotkey_ss58: str, nonce_ns: int) -> bool:
         "Whether this nonce is new from this hotkey; from now on it is not. `Refusal` below the floor, or without disk."
         try:
             with self._lock:
                 now = self.clock()
                 if now >= self._next:
                     self._forget(now)
-                if nonce < self.floor:
+                if nonce_ns < self.floor:
                     raise stale(_NEVER)
-                return self._db.execute("INSERT OR IGNORE INTO nonces VALUES (?, ?)", (nonce, hotkey)).rowcount == 1
+                values = (nonce_ns, hotkey_ss58)
+                return self._db.execute("INSERT OR IGNORE INTO nonces VALUES (?, ?)", values).rowcount == 1
         except sqlite3.Error as error:
             _log.error("%s cannot be used, requests are refused: %s", self.path, error)
             raise Refusal(503, "this miner cannot write down what it accepts", "nonces") from None
@@ -189,6 +190,25 @@ class Gatekeeper:
         return Terminal(hotkey=caller.hotkey_ss58, nonce=caller.nonce_ns, version=http_auth.PROTOCOL)
 
 # %% ../../nbs/21_auth.ipynb #c029
+def sign_request(
+    signer: Any,  # of the caller's hotkey
+    body: bytes,
+    *,
+    path: str,  # with its query
+    receiver: str,  # hotkey of the miner
+    nonce: int,  # nanoseconds since 1970
+) -> dict[str, str]:
+    "The headers of `http_auth.sign` for a POST."
+    scheme, caller = CRYPTO_TYPE_NAMES[signer.crypto_type], signer.ss58_address
+    payload = http_auth.build_payload(scheme=scheme, method="POST", path=path, body=body, nonce_ns=nonce,
+                                      sender_ss58=caller, receiver_ss58=receiver)
+    return {
+        http_auth.HEADER_VERSION: http_auth.VERSION, http_auth.HEADER_HOTKEY: caller,
+        http_auth.HEADER_NONCE: str(nonce), http_auth.HEADER_RECEIVER: receiver, http_auth.HEADER_CRYPTO: scheme,
+        http_auth.HEADER_SIGNATURE: f"0x{bytes(signer.sign(payload)).hex()}",
+    }
+
+# %% ../../nbs/21_auth.ipynb #c033
 SIGNATURE = "x-prompting-signature"  # header of an answer: scheme and signature
 
 

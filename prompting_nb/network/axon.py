@@ -7,7 +7,6 @@ __all__ = ['Axon']
 
 # %% ../../nbs/26_axon.ipynb #c002
 import asyncio
-import inspect
 import ipaddress
 import json
 import logging
@@ -16,7 +15,7 @@ import threading
 import time
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable
+from typing import Any, AsyncGenerator, AsyncIterator, Callable, cast
 
 import bittensor as bt
 from starlette.applications import Starlette
@@ -24,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from typing_extensions import Self
 
 from .auth import SIGNATURE, FileNonces, Gatekeeper, MemoryNonces, Refusal, sign_answer
 from .legacy import is_legacy, legacy_answer_headers, read_legacy, verify_legacy, write_legacy
@@ -54,7 +54,8 @@ class _Patience:
 
     def __init__(self, receive: Callable):
         self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
-        self._receive, self._timer, self._listener, self.why = receive, None, None, None
+        self._receive, self._timer, self._listener = receive, None, None
+        self.why: Refusal | None = None
 
     def arm(self, seconds: float, refusal: Refusal, listen: bool = False) -> None:
         "Give up with `refusal` after `seconds`; look for a hang-up meanwhile."
@@ -75,7 +76,7 @@ class _Patience:
 
     def give_up(self, refusal: Refusal) -> None:
         "Cancel the task; `why` says what to answer."
-        if self.why is None:
+        if self.why is None and self._task is not None:
             self.why = refusal
             self._task.cancel()
 
@@ -90,7 +91,6 @@ class _Patience:
 # %% ../../nbs/26_axon.ipynb #c008
 _CLOSE = ((b"connection", b"close"),)  # whatever else comes on this line is not wanted
 _JSON = (b"content-type", b"application/json")
-_BUFFERED = 65_536  # bytes of a body that any connection may have in memory
 
 
 def _too_long(limit: int) -> Refusal:
@@ -99,33 +99,26 @@ def _too_long(limit: int) -> Refusal:
 
 def _announced(headers: list, max_head: int, max_body: int) -> None:
     "Raise `Refusal` 431 or 413 for what the headers already show to be too much."
-    if sum(len(key) + len(value) for key, value in headers) > max_head:
-        raise Refusal(431, f"the headers are longer than {max_head} bytes", "too_large", _CLOSE)
+    size = 0
     for key, value in headers:
+        size += len(key) + len(value)
         if key == b"content-length" and (not value.isdigit() or int(value[:20]) > max_body):
             raise _too_long(max_body)
+    if size > max_head:
+        raise Refusal(431, f"the headers are longer than {max_head} bytes", "too_large", _CLOSE)
 
 
-async def _read(receive: Callable, limit: int, large: asyncio.Semaphore) -> bytes:
+async def _read(receive: Callable, limit: int) -> bytes:
     "The body of a request; `Refusal` 413 as soon as it is longer than `limit`, 499 when the caller leaves."
     body, more = b"", True
-    while more and len(body) <= _BUFFERED:
-        body, more = await _read_on(receive, body, limit)
-    if more:
-        async with large:
-            while more:
-                body, more = await _read_on(receive, body, limit)
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refusal(499, "the caller left before the body was complete", "left")
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+        if len(body) > limit:
+            raise _too_long(limit)
     return body
-
-
-async def _read_on(receive: Callable, body: bytes, limit: int) -> tuple[bytes, bool]:
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise Refusal(499, "the caller left before the body was complete", "left")
-    body += message.get("body", b"")
-    if len(body) > limit:
-        raise _too_long(limit)
-    return body, message.get("more_body", False)
 
 # %% ../../nbs/26_axon.ipynb #c009
 class _Exchange:
@@ -144,7 +137,7 @@ class _Exchange:
         axon = self.axon
         self.patience.arm(axon.body_timeout, Refusal(408, "the body did not arrive in time", "slow", _CLOSE))
         try:
-            return await _read(self.receive, axon.max_body, axon._large)
+            return await _read(self.receive, axon.max_body)
         finally:
             self.patience.disarm()
 
@@ -170,8 +163,8 @@ class _Answers(_Exchange):
 
     def signature(self, answer: bytes) -> str:
         "Ours, under this answer to this question."
-        return sign_answer(self.axon._signer, answer, caller=self.caller.hotkey, path=self.kind.path,
-                           nonce=self.caller.nonce)  # fmt: skip
+        return sign_answer(self.axon._signer, answer, caller=self.caller.hotkey or "", path=self.kind.path,
+                           nonce=self.caller.nonce or 0)  # fmt: skip
 
     def _old_headers(self, status: int, message: str) -> tuple:
         seconds = time.monotonic() - self.began
@@ -214,7 +207,7 @@ class _Answers(_Exchange):
 async def _ask(fn: Callable, *args) -> Any:
     "`fn(*args)`, awaited when it is a coroutine."
     result = fn(*args)
-    return await result if inspect.isawaitable(result) else result
+    return await result if hasattr(result, "__await__") else result
 
 
 async def _permit(blacklist: Callable | None, caller: Synapse) -> None:
@@ -277,7 +270,7 @@ class _Steps:
             if asked.old:
                 synapse = read_legacy(await asked.read(), asked.signed, self.axon.max_timeout, self.kind)
             else:
-                synapse = read_body(body, self.axon.max_timeout, self.kind)
+                synapse = read_body(body or b"", self.axon.max_timeout, self.kind)
         except ValueError as error:
             raise Refusal(400, str(error), "malformed") from None
         synapse.dendrite, synapse.axon = caller.dendrite, caller.axon
@@ -292,7 +285,7 @@ def _failed(error: Exception) -> Refusal:
 
 
 def _finished(result: Any) -> Prompting:
-    "The handler's result, if it is an answer; `Refusal` 500 if not."
+    "The handler's result, if it is an answer with a completion; `Refusal` 500 if not."
     if not isinstance(result, Prompting):
         raise Refusal(500, f"the forward function returned {type(result).__name__} instead of a Prompting", "handler")
     if result.completion is None:
@@ -300,7 +293,7 @@ def _finished(result: Any) -> Prompting:
     return result
 
 
-async def _one(text: str) -> AsyncIterator[str]:
+async def _one(text: str) -> AsyncGenerator[str, None]:
     yield text
 
 
@@ -328,9 +321,9 @@ class _Working(_Steps):
             slot.release()
 
     async def _handle(self, asked: _Answers, synapse: Prompting, slot: Any) -> None:
-        result = await work(self.axon._forward, synapse, slot, self.axon._threads)
+        result = await work(cast(Any, self.axon._forward), synapse, slot, cast(Threads, self.axon._threads))  # started
         if self.kind is StreamPrompting:
-            async with aclosing(result if is_stream(result) else _one(_finished(result).completion)) as stream:
+            async with aclosing(result if is_stream(result) else _one(_finished(result).completion or "")) as stream:
                 return await asked.stream(stream)
         if is_stream(result):
             async with aclosing(result) as stream:
@@ -381,7 +374,7 @@ def _is_loopback(request: Request) -> bool:
     return bool(request.client) and ipaddress.ip_address(request.client.host).is_loopback
 
 
-async def _http_error(request: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: Any) -> Response:  # an `HTTPException`
     "404 and 405 in the form of all other errors."
     paths = f"{Prompting.path} and {StreamPrompting.path}"
     reason = f"there is nothing at this path; prompts go to {paths}" if error.status_code == 404 else error.detail
@@ -389,7 +382,40 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": reason, "message": reason}, error.status_code, error.headers)
 
 
-class _Status:
+class _Parts:
+    "What the parts of an axon share; `Axon` makes it."
+
+    hotkey: str
+    host: str
+    port: int
+    workers: int
+    max_queue: int
+    ageing: float
+    drain: float
+    nonces: str | Path | None
+    public_status: bool
+    metrics: Metrics
+    _wanted_port: int
+    _wallet: Any
+    _limits: Limits
+    _memory: MemoryNonces
+    _gate: Gatekeeper
+    _lock: threading.Lock
+    _work: WorkQueue
+    _forward: Callable | None
+    _endpoints: dict[str, _Endpoint]  # by path
+    _server: Server | None
+    _threads: Threads | None
+    _stopping: bool
+    _admitted: set[_Patience]
+
+    @property
+    def is_running(self) -> bool:
+        "Whether the server listens."
+        return self._server is not None and self._server.alive
+
+
+class _Status(_Parts):
     "What the server says about itself."
 
     def health(self) -> dict:
@@ -412,17 +438,17 @@ class _Status:
         async def watched(request: Request) -> Response:
             return self._watched(request)
 
-        prompts = [Route(kind.path, _Endpoint(self, kind), methods=["POST"]) for kind in (Prompting, StreamPrompting)]
+        prompts = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._endpoints.items()]
         others = [Route(path, watched, methods=["GET"]) for path in ("/health", "/ready", "/metrics")]
         app = Starlette(routes=[*prompts, *others], exception_handlers={HTTPException: _http_error})
         app.router.redirect_slashes, app.state.axon = False, self
         return app
 
 # %% ../../nbs/26_axon.ipynb #c024
-class _Lifecycle:
+class _Lifecycle(_Status):
     "Start and stop."
 
-    def start(self) -> "Axon":
+    def start(self) -> Self:
         "Listen and answer. Returns when the socket listens; `OSError` when the port cannot be had. Again after `stop`."
         with self._lock:
             if self._forward is None:
@@ -437,13 +463,13 @@ class _Lifecycle:
                 self.host, self.port = sock.getsockname()[:2]
                 self._stopping, self._admitted = False, set()
                 self._threads = Threads(self.workers, f"axon-{self.port}-work")
-                self._server = Server(self, sock, self._limits).start()
+                self._server = Server(cast("Axon", self), sock, self._limits).start()
         return self
 
     def _open(self) -> None:
         "A queue, an application, and the memory of nonces."
         self._work = WorkQueue(self.workers, self.max_queue, self.ageing)
-        self._large, self._app = asyncio.Semaphore(64), self._application()
+        self._app = self._application()
         if self.nonces is None:
             _log.info("nonces are kept in memory: a restart forgets them, and no other process knows them")
         self._gate.nonces = self._memory if self.nonces is None else FileNonces(self.nonces, self._gate.clock)
@@ -466,23 +492,19 @@ class _Lifecycle:
                 self._stopping = True
                 _log.info("stopping: %d requests are let end, new ones refused", len(self._admitted))
                 self._server.stop(self._drain, limit=self.drain + 3)
-                self._threads.close()
+                if self._threads is not None:
+                    self._threads.close()
                 self._gate.nonces.close()
                 self._server = None
 
-    @property
-    def is_running(self) -> bool:
-        "Whether the server listens."
-        return self._server is not None and self._server.alive
-
-    def __enter__(self) -> "Axon":
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_) -> None:
         self.stop()
 
 # %% ../../nbs/26_axon.ipynb #c026
-class _Published:
+class _Published(_Lifecycle):
     "Where others find the axon."
 
     @property
@@ -496,7 +518,7 @@ class _Published:
         netuid: int,  # the subnet
         ip: str | None = None,  # the address that others reach it at; the interface it listens on by default
         port: int | None = None,  # likewise, behind a port forwarding
-    ) -> "Axon":
+    ) -> Self:
         "Publish the running axon's address on the chain. Raises the chain's error when it refuses."
         if not self.is_running:
             raise RuntimeError("start() the axon before it is published: its port is not known yet")
@@ -506,7 +528,7 @@ class _Published:
         return self
 
 # %% ../../nbs/26_axon.ipynb #c028
-class Axon(_Status, _Lifecycle, _Published):
+class Axon(_Published):
     """An HTTP server for one miner: signed requests at `/Prompting` and `/StreamPrompting`.
 
     `Axon(wallet).attach(forward).start()`, or as a context manager. It listens on loopback unless told otherwise.
@@ -543,6 +565,7 @@ class Axon(_Status, _Lifecycle, _Published):
         self._forward = self._blacklist = self._priority = self._check = self._server = self._threads = None
         self._stopping, self._admitted, self._lock = False, set(), threading.Lock()
         self._work = WorkQueue(workers, max_queue, ageing)
+        self._endpoints = {kind.path: _Endpoint(self, kind) for kind in (Prompting, StreamPrompting)}
         self.metrics = Metrics(lambda: self._work.waiting, lambda: self._work.running)
         self._limits.refused = lambda kind: self.metrics.connections.labels(kind).inc()
 
@@ -552,7 +575,7 @@ class Axon(_Status, _Lifecycle, _Published):
         blacklist_fn: Callable | None = None,  # header-only `Synapse` -> bool or (bool, reason)
         priority_fn: Callable | None = None,  # header-only `Synapse` -> float, higher is served first
         check_fn: Callable | None = None,  # parsed `Prompting`; raises `Refusal` before it takes a place in the queue
-    ) -> "Axon":
+    ) -> Self:
         "Set what the axon does, once. All but `forward_fn` run in the server's loop: keep them quick."
         if self._forward is not None:
             raise RuntimeError("functions are attached already; make a new Axon for other ones")
@@ -560,5 +583,6 @@ class Axon(_Status, _Lifecycle, _Published):
         return self
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        "The ASGI application, for a server of one's own."
-        await self._app(scope, receive, send)
+        "The ASGI application, for a server of one's own. Prompts take the short way; Starlette serves the rest."
+        endpoint = self._endpoints.get(scope["path"]) if scope.get("method") == "POST" else None
+        await (endpoint or self._app)(scope, receive, send)

@@ -14,29 +14,31 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, AsyncIterator, Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import Any, AsyncIterator, Callable, Iterable, NamedTuple
 
 import aiohttp
 import bittensor as bt
-from bittensor import http_auth
+from typing_extensions import Self
 from yarl import URL
 
-from .auth import SIGNATURE, answer_fits
+from .auth import SIGNATURE, answer_fits, sign_request
+from .server import new_loop
 from ..protocol import Prompting, StreamPrompting, Terminal, read_event, read_reply, write_body
 
 # %% ../../nbs/27_dendrite.ipynb #c004
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/27_dendrite.ipynb #c006
-def _target(target: Any) -> tuple[str, str | None]:
+def _target(target: Any) -> tuple[Any, Any]:
     "Hotkey and `ip:port` of a neuron of the metagraph, an `Axon`, or something that has one."
     where = getattr(target, "address", None) or getattr(target, "axon", None)
     hotkey = getattr(target, "hotkey", None) or getattr(where, "hotkey", None)
     return hotkey, getattr(where, "address", where)
 
 
+@lru_cache(4096)
 def _url(address: str, path: str = Prompting.path) -> URL:
     "Where prompts go at `ip:port`; `ValueError` when that is no address."
     host, _, port = address.rpartition(":")
@@ -79,8 +81,7 @@ def _completion(status: int, body: bytes) -> str:
         raise _Failure(422, f"not a completion: {error}") from None
 
 # %% ../../nbs/27_dendrite.ipynb #c014
-@dataclass(frozen=True)
-class _Question:
+class _Question(NamedTuple):
     "What an answer's signature is tied to."
 
     miner: str
@@ -94,7 +95,7 @@ class _Question:
             if required:
                 raise _Failure(422, "the answer is not signed")
             return "Success, unsigned"
-        if not answer_fits(signature, answer, **self.__dict__):
+        if not answer_fits(signature, answer, **self._asdict()):
             raise _Failure(422, "the answer is not signed by the miner that was asked")
         return "Success"
 
@@ -142,17 +143,23 @@ async def _to_nobody(piece: str) -> None:
 class _Asking:
     "Asks one miner."
 
+    hotkey: str  # that asks
+    max_answer: int
+    require_signed: bool
+    _signer: Any
+    _nonce: int
+    _sessions: "_Sessions"
+    _closing: weakref.finalize
+
     async def _post(self, address: str, hotkey: str, synapse: Prompting, body: bytes, say: Callable) -> tuple[str, str]:
         "The completion from a miner and a status message, or an exception."
         url = _url(address, synapse.path)
         self._nonce = max(time.time_ns(), self._nonce + 1)
-        headers = http_auth.sign(
-            self._signer, method="POST", path=synapse.path, body=body, receiver_ss58=hotkey, nonce_ns=self._nonce
-        )
+        headers = sign_request(self._signer, body, path=synapse.path, receiver=hotkey, nonce=self._nonce)
         question = _Question(hotkey, self.hotkey, synapse.path, self._nonce)
         limit = aiohttp.ClientTimeout(total=synapse.timeout, ceil_threshold=float("inf"))
         options = {"headers": headers, "timeout": limit, "allow_redirects": False}
-        async with self._session.post(url, data=body, **options) as response:
+        async with self._sessions.here().post(url, data=body, **options) as response:
             if isinstance(synapse, StreamPrompting) and response.status == 200:
                 completion, signature = await _say_all(response, self.max_answer, say)
                 return completion, question.check(signature, completion.encode(), self.require_signed)
@@ -189,16 +196,6 @@ class _Asking:
         return synapse.model_copy(update={"completion": completion, "dendrite": caller, "axon": miner})
 
 # %% ../../nbs/27_dendrite.ipynb #c020
-def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, session: aiohttp.ClientSession) -> None:
-    "Close connections and end the thread."
-    if loop.is_closed() or not thread.is_alive():
-        return
-    closing = asyncio.run_coroutine_threadsafe(session.close(), loop)
-    closing.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
-    if threading.current_thread() is not thread:  # the garbage collector may call this from anywhere
-        thread.join(2)
-
-
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
@@ -210,8 +207,24 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     finally:
         loop.close()
 
-# %% ../../nbs/27_dendrite.ipynb #c021
-async def _open(connections: int) -> aiohttp.ClientSession:
+
+class _Background:
+    "An event loop in a thread of its own."
+
+    def __init__(self):
+        self.loop = new_loop()
+        self._thread = threading.Thread(target=_run, args=(self.loop,), name="dendrite", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        "End the thread."
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            if threading.current_thread() is not self._thread:  # the garbage collector may call this from anywhere
+                self._thread.join(2)
+
+# %% ../../nbs/27_dendrite.ipynb #c022
+def _new_session(connections: int) -> aiohttp.ClientSession:
     "A session that keeps connections, and nothing else: no cookies, no proxies, no decompression."
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=15),
@@ -220,27 +233,48 @@ async def _open(connections: int) -> aiohttp.ClientSession:
     )
 
 
-class _Background:
-    "The loop, its thread and its connections."
+def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
+    "Close a session, whether its loop runs, runs elsewhere, or has ended."
+    if loop.is_closed():
+        with suppress(StopIteration):
+            session.close().send(None)  # has nothing to wait for
+    else:
+        loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
+
+
+class _Sessions:
+    "A session for each event loop that asks, and a loop for those who have none."
 
     def __init__(self, connections: int):
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=_run, args=(self._loop,), name="dendrite", daemon=True)
-        self._thread.start()
-        self._session = asyncio.run_coroutine_threadsafe(_open(connections), self._loop).result()
-        self._closing = weakref.finalize(self, _close, self._loop, self._thread, self._session)  # also when forgotten
+        self._connections, self._lock = connections, threading.Lock()
+        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+        self._background: _Background | None = None
+
+    def here(self) -> aiohttp.ClientSession:
+        "The session of the running loop."
+        session = self._sessions.get(loop := asyncio.get_running_loop())
+        return self._add(loop) if session is None else session
+
+    def _add(self, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
+        with self._lock:
+            for ended in [other for other in self._sessions if other.is_closed()]:
+                _close(ended, self._sessions.pop(ended))
+            return self._sessions.setdefault(loop, _new_session(self._connections))
+
+    def background(self) -> asyncio.AbstractEventLoop:
+        "The loop for callers without one."
+        with self._lock:
+            self._background = self._background or _Background()
+            return self._background.loop
 
     def close(self) -> None:
-        "Close the connections and end the thread. Harmless the second time."
-        self._closing()
+        "Close all connections and end the thread."
+        for loop, session in list(self._sessions.items()):
+            _close(loop, session)
+        if self._background is not None:
+            self._background.stop()
 
-    def __enter__(self) -> "Dendrite":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-# %% ../../nbs/27_dendrite.ipynb #c023
+# %% ../../nbs/27_dendrite.ipynb #c024
 _END = object()
 
 
@@ -286,9 +320,19 @@ class Stream:
     def __del__(self):
         self.close()
 
-# %% ../../nbs/27_dendrite.ipynb #c024
-class _Calls:
+# %% ../../nbs/27_dendrite.ipynb #c025
+class _Calls(_Asking):
     "The ways to ask."
+
+    async def _ask_all(self, targets: list, synapse: Prompting) -> list[Prompting]:
+        body = write_body(synapse)
+        if len(targets) == 1:  # needs no task of its own
+            return [await self._ask(targets[0], synapse, body)]
+        return await asyncio.gather(*(self._ask(target, synapse, body) for target in targets))
+
+    def _open(self) -> None:
+        if not self._closing.alive:
+            raise RuntimeError("this dendrite is closed; make a new one")
 
     async def __call__(
         self,
@@ -296,12 +340,15 @@ class _Calls:
         synapse: Prompting,  # the question; it is not changed
         timeout: float | None = None,  # seconds for each miner; the synapse's by default
     ) -> list[Prompting]:  # copies with completion and status, in the order of `targets`
-        "Ask all targets at once."
-        return await asyncio.wrap_future(self._submit(targets, synapse, timeout))
+        "Ask all targets at once, in the loop that runs."
+        self._open()
+        return await self._ask_all(list(targets), _fit(synapse, timeout))
 
     def query(self, targets: Iterable, synapse: Prompting, timeout: float | None = None) -> list[Prompting]:
         "The same as a plain call, in scripts and notebooks alike."
-        asking = self._submit(targets, synapse, timeout)
+        self._open()
+        questions = self._ask_all(list(targets), _fit(synapse, timeout))
+        asking = asyncio.run_coroutine_threadsafe(questions, self._sessions.background())
         try:
             return asking.result()
         finally:
@@ -318,9 +365,9 @@ class _Calls:
         question = _fit(synapse, timeout)
         if not isinstance(question, StreamPrompting):
             question = StreamPrompting(roles=question.roles, messages=question.messages, timeout=question.timeout)
-        return Stream(partial(self._ask, target, question, write_body(question)), self._loop)
+        return Stream(partial(self._ask, target, question, write_body(question)), self._sessions.background())
 
-# %% ../../nbs/27_dendrite.ipynb #c025
+# %% ../../nbs/27_dendrite.ipynb #c026
 def _fit(synapse: Prompting, timeout: float | None) -> Prompting:
     "The question without an answer, with the time limit that counts."
     timeout = synapse.timeout if timeout is None else timeout
@@ -329,7 +376,7 @@ def _fit(synapse: Prompting, timeout: float | None) -> Prompting:
     return synapse.model_copy(update={"completion": None, "timeout": timeout})
 
 
-class Dendrite(_Calls, _Asking, _Background):
+class Dendrite(_Calls):
     """Asks miners for completions over signed HTTP.
 
     `await dendrite(targets, synapse, timeout)`, or `dendrite.query(...)` as a plain call. One answer for each target,
@@ -341,23 +388,21 @@ class Dendrite(_Calls, _Asking, _Background):
         wallet: Any,  # signs with its hotkey
         *,
         max_answer: int = 1_000_000,  # bytes of one answer
-        connections: int = 256,  # open at a time; they are kept for the next question
+        connections: int = 256,  # open at a time in one event loop; they are kept for the next question
         require_signed: bool = True,  # whether an answer without the miner's signature counts for nothing
     ):
         self._signer = bt.signing.resolve_signer(wallet, "hotkey")  # once: a wallet on disk is read for every signer
         self.hotkey, self.max_answer, self._nonce = self._signer.ss58_address, max_answer, 0
         self.require_signed = require_signed
-        super().__init__(connections)
+        self._sessions = _Sessions(connections)
+        self._closing = weakref.finalize(self, self._sessions.close)  # also when it is forgotten
 
-    async def _ask_all(self, targets: list, synapse: Prompting) -> list[Prompting]:
-        body = write_body(synapse)
-        return await asyncio.gather(*(self._ask(target, synapse, body) for target in targets))
+    def close(self) -> None:
+        "Close the connections and end the thread, if there is one. Harmless the second time."
+        self._closing()
 
-    def _open(self) -> None:
-        if not self._closing.alive:
-            raise RuntimeError("this dendrite is closed; make a new one")
+    def __enter__(self) -> Self:
+        return self
 
-    def _submit(self, targets: Iterable, synapse: Prompting, timeout: float | None) -> Future:
-        "Start asking in the background."
-        self._open()
-        return asyncio.run_coroutine_threadsafe(self._ask_all(list(targets), _fit(synapse, timeout)), self._loop)
+    def __exit__(self, *_) -> None:
+        self.close()

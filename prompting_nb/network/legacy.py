@@ -57,8 +57,12 @@ _CALLER = "bt_header_dendrite_"
 
 def is_legacy(headers: list) -> bool:  # pairs of bytes, names in lower case
     "Whether a request comes in the older format. One with headers of both kinds counts as new."
-    old = any(key.startswith(b"bt_header_dendrite_") for key, _ in headers)
-    return old and not any(key.startswith(b"x-bittensor-") for key, _ in headers)
+    old = False
+    for key, _ in headers:
+        if key.startswith(b"x-bittensor-"):
+            return False
+        old = old or key.startswith(b"bt_header_dendrite_")
+    return old
 
 
 def _claims(headers: list) -> tuple[dict, bytes, int]:

@@ -28,14 +28,14 @@ class Metrics:
         waiting: Callable[[], float] = lambda: 0,  # requests in the queue at present
         running: Callable[[], float] = lambda: 0,  # requests that are worked on at present
     ):
-        self.registry, self._children = CollectorRegistry(), {}
-        add = {"registry": self.registry}
-        self.requests = Counter("axon_requests", "Requests by outcome and reason.", ["outcome", "reason"], **add)
-        self.seconds = Histogram("axon_request_seconds", "Seconds to an answer.", buckets=_SECONDS, **add)
-        self.cache_hits = Counter("axon_cache_hits", "Prompts refused because they were sent lately.", **add)
-        self.connections = Counter("axon_connections_refused", "Connections closed by a limit.", ["reason"], **add)
-        Gauge("axon_queue_depth", "Requests that wait.", **add).set_function(waiting)
-        Gauge("axon_running", "Requests that are worked on.", **add).set_function(running)
+        self.registry = here = CollectorRegistry()
+        self._children, reason = {}, ["reason"]
+        self.requests = Counter("axon_requests", "Requests by outcome and reason.", ["outcome", *reason], registry=here)
+        self.seconds = Histogram("axon_request_seconds", "Seconds to an answer.", buckets=_SECONDS, registry=here)
+        self.cache_hits = Counter("axon_cache_hits", "Prompts refused because they were sent lately.", registry=here)
+        self.connections = Counter("axon_connections_refused", "Connections closed by a limit.", reason, registry=here)
+        Gauge("axon_queue_depth", "Requests that wait.", registry=here).set_function(waiting)
+        Gauge("axon_running", "Requests that are worked on.", registry=here).set_function(running)
 
     def count(
         self,
@@ -52,6 +52,15 @@ class Metrics:
             self.seconds.observe(seconds)
         elif reason == "repeated":
             self.cache_hits.inc()
+
+    def totals(self) -> dict[str, int]:
+        "Requests so far, by `outcome`."
+        found: dict[str, int] = {}
+        for sample in (sample for metric in self.requests.collect() for sample in metric.samples):
+            if sample.name.endswith("_total"):
+                name = sample.labels["outcome"]
+                found[name] = found.get(name, 0) + int(sample.value)
+        return found
 
     def text(self) -> bytes:
         "Everything, as Prometheus reads it."

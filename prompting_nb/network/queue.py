@@ -16,7 +16,7 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any, AsyncIterator, Callable, Iterator
+from typing import Any, AsyncGenerator, Awaitable, Callable, Generator
 
 # %% ../../nbs/23_queue.ipynb #c005
 class QueueFull(Exception):
@@ -202,6 +202,29 @@ async def _in_thread(slot: Slot, threads: Threads, fn: Callable, *args) -> Any:
     return await asyncio.wrap_future(working)
 
 
+def _no_exit(error: BaseException) -> RuntimeError:
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+async def _tamed(awaitable: Awaitable) -> Any:
+    try:
+        return await awaitable
+    except (KeyboardInterrupt, SystemExit) as error:  # would end the loop, and with it everybody's requests
+        raise _no_exit(error) from error
+
+
+async def _in_task(slot: Slot, awaitable: Awaitable) -> Any:
+    "The result of a coroutine that holds the slot until it ends, even where it does not mind being cancelled."
+    slot.hold()
+    working = asyncio.ensure_future(_tamed(awaitable))
+    working.add_done_callback(lambda _: slot.release())
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        working.cancel()
+        raise
+
+
 async def work(
     fn: Callable,  # plain, coroutine, generator or async generator function
     synapse: Any,  # its argument
@@ -210,15 +233,14 @@ async def work(
 ) -> Any:  # what it returns; an iterator of pieces when it is a generator
     "`fn(synapse)`, wherever it belongs."
     try:
-        kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
-        plain = not any(kind(fn) for kind in kinds)
-        result = await _in_thread(slot, threads, fn, synapse) if plain else fn(synapse)
-        result = await result if inspect.isawaitable(result) else result
-    except (KeyboardInterrupt, SystemExit) as error:  # would end the loop, and with it everybody's requests
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        in_loop = inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn)
+        result = fn(synapse) if in_loop else await _in_thread(slot, threads, fn, synapse)
+        result = await _in_task(slot, result) if hasattr(result, "__await__") else result
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise _no_exit(error) from error
     return pieces(result, slot, threads) if is_stream(result) else result
 
-# %% ../../nbs/23_queue.ipynb #c025
+# %% ../../nbs/23_queue.ipynb #c027
 _END = object()
 
 
@@ -227,7 +249,7 @@ def is_stream(result: Any) -> bool:
     return inspect.isasyncgen(result) or inspect.isgenerator(result)
 
 
-async def _steps(generator: Iterator, slot: Slot, threads: Threads) -> AsyncIterator[Any]:
+async def _steps(generator: Generator, slot: Slot, threads: Threads) -> AsyncGenerator[Any, None]:
     "The items of a plain generator, each made in a thread."
     loop, step = asyncio.get_running_loop(), None
     slot.hold()  # until it is closed
@@ -246,7 +268,7 @@ async def _steps(generator: Iterator, slot: Slot, threads: Threads) -> AsyncIter
         step.add_done_callback(close) if step else close()
 
 
-async def pieces(generator: Any, slot: Slot, threads: Threads) -> AsyncIterator[str]:
+async def pieces(generator: Any, slot: Slot, threads: Threads) -> AsyncGenerator[str, None]:
     "The pieces that a generator of either kind makes. Raises TypeError for a piece that is not text."
     items = generator if inspect.isasyncgen(generator) else _steps(generator, slot, threads)
     try:
@@ -256,6 +278,6 @@ async def pieces(generator: Any, slot: Slot, threads: Threads) -> AsyncIterator[
             if item:
                 yield item
     except (KeyboardInterrupt, SystemExit) as error:
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise _no_exit(error) from error
     finally:
         await items.aclose()

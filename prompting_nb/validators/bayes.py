@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torchtyping import TensorType
 
 from ..config import Config, InputError, add_argument, merge
-from ..shapes import check_shapes
+from ..shapes import TensorType, check_shapes
 from .encoders import Encoder, mean_direction, mean_pooling
 from .gating import (BaseGatingModel, _check_capacity, _check_identity, _read, _row_sources,
                                             _rows_of, _saved_hotkeys, _Scores, _settings, _write, uid_hotkeys)
@@ -155,7 +154,16 @@ class Question(NamedTuple):
 
 
 class _Knowledge(BaseGatingModel):
-    "What a Bayesian gate knows. Needs `encoder`, `num_uids` and `topics`."
+    "What a Bayesian gate knows."
+
+    topics: int
+    prior_mean: torch.Tensor
+    prior_covariance: torch.Tensor
+    prior_noise: torch.Tensor
+    centres: torch.Tensor  # (found, hidden)
+    squares: torch.Tensor  # (uids, d, d)
+    products: torch.Tensor  # (uids, d)
+    covariances: torch.Tensor  # (uids, d, d)
 
     def _begin(self, hidden_size: int, memory: int) -> None:
         "Know nothing."
@@ -256,7 +264,7 @@ class _Expected(_Scores):
     "Expected rewards, that remember the embedding they were made from."
 
     @staticmethod
-    def forward(ctx, phi: torch.Tensor, weight: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, phi: torch.Tensor, weight: torch.Tensor, embedding: Any, /) -> torch.Tensor:
         ctx.embedding = embedding
         return _Scores.forward(ctx, phi, weight, None)
 
@@ -266,8 +274,8 @@ def _made_from(scores: torch.Tensor) -> torch.Tensor:
     steps = [scores.grad_fn]
     while steps:
         step = steps.pop()
-        if hasattr(step, "embedding"):
-            return step.embedding
+        if (embedding := getattr(step, "embedding", None)) is not None:
+            return embedding
         steps += [before for before, _ in getattr(step, "next_functions", ()) if before is not None]
     raise ValueError("the scores do not come from this gate")
 
@@ -328,7 +336,7 @@ class _Moving(_Learning):
         before, now = self.hotkeys if unknown else uid_hotkeys(previous_metagraph), uid_hotkeys(metagraph)
         _check_capacity(before | now, metagraph, self.num_uids)
         self._move(_row_sources(before, now, self.num_uids))
-        self.hotkeys = now
+        self.hotkeys, self._latest = now, None
 
 # %% ../../nbs/44_bayes.ipynb #c036
 class _Saving(_Moving):
@@ -418,9 +426,9 @@ class BayesianGatingModel(_Saving):
         super().__init__()
         settings = _settings(type(self), config, model_name, num_uids)
         self.check_config(settings)
-        hotkeys, num_uids = uid_hotkeys(metagraph), settings.gating.num_uids
-        _check_capacity(hotkeys, metagraph, num_uids)
-        self.config, self.num_uids, self.hotkeys, self.topics = settings, num_uids, hotkeys, settings.gating.topics
+        vars(self)["config"] = settings  # a value that still answers as the class method whose place it takes
+        self.num_uids, self.topics, self.hotkeys = settings.gating.num_uids, settings.gating.topics, uid_hotkeys(metagraph)
+        _check_capacity(self.hotkeys, metagraph, self.num_uids)
         self.encoder = Encoder(settings.gating.model_name, pool=mean_pooling, combine=mean_direction)
         self._begin(self.encoder.hidden_size, settings.gating.memory)
         self.to(self.encoder.model.device)
@@ -434,8 +442,9 @@ class BayesianGatingModel(_Saving):
             raise TypeError(f"a message must be a str, got {type(message).__name__}")
         x = self.encoder(message).to(self.squares)
         phi = self.features(x)
-        mean = _Expected.apply(phi, self.head.weight, x)
-        return Posterior(mean, ((self.covariances @ phi) @ phi).clamp(min=0).sqrt())
+        mean, sd = _Expected.apply(phi, self.head.weight, x), ((self.covariances @ phi) @ phi).clamp(min=0).sqrt()
+        self._latest = message, mean.detach(), sd
+        return Posterior(mean, sd)
 
     @check_shapes
     def forward(

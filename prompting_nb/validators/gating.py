@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torchtyping import TensorType
 
 from ..config import Config, InputError, add_argument, merge, read_config
 from ..pretrained import resolve
-from ..shapes import check_shapes
+from ..shapes import TensorType, check_shapes
+from ..show import Bar, html_table
 from .encoders import Encoder, last_token, last_window, mean_direction, mean_pooling
 
 # %% ../../nbs/41_gating.ipynb #c003
@@ -60,6 +60,16 @@ def _complaints(gating: Config) -> list[str]:
 # %% ../../nbs/41_gating.ipynb #c010
 class BaseGatingModel(torch.nn.Module, ABC):
     "This class is an abstract base class for the gating model. It defines the interface for the gating model."
+
+    num_uids: int
+    hotkeys: dict[int, str]  # of the uids
+    encoder: Encoder
+    head: torch.nn.Linear
+    optimizer: torch.optim.Optimizer
+    _latest: tuple | None = None  # the message scored last; scores and standard deviations (or None) of all uids
+
+    def _repr_html_(self) -> str:
+        return _shown(self)
 
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
@@ -101,6 +111,20 @@ class BaseGatingModel(torch.nn.Module, ABC):
     @abstractmethod
     def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
         "Resync the gating model with the latest state of the network"
+
+# %% ../../nbs/41_gating.ipynb #c010bs
+def _shown(gate: BaseGatingModel, most: int = 10) -> str:
+    "The best uids for the latest message, as HTML."
+    title = f"{type(gate).__name__} over {len(gate.hotkeys)} uids"
+    if gate._latest is None:
+        return html_table(f"{title}; no message was scored yet", (), ())
+    message, scores, sds = gate._latest
+    known = sorted((scores[uid].item(), -uid) for uid in gate.hotkeys if uid < len(scores))[::-1]
+    (top, _), (low, _) = known[0], known[-1]
+    rows = [(-uid, gate.hotkeys[-uid][:12], Bar(value, (value - low) / ((top - low) or 1.0)),
+             *(() if sds is None else (sds[-uid].item(),))) for value, uid in known[:most]]
+    columns = ("uid", "hotkey", "score", *(() if sds is None else ("standard deviation",)))
+    return html_table(f"{title}: the best for “{message[:80]}”", columns, rows)
 
 # %% ../../nbs/41_gating.ipynb #c013
 def softmax_mse(
@@ -169,13 +193,13 @@ class _Scores(torch.autograd.Function):
     "`torch.nn.functional.linear` for one input, with sparse gradients when few of its outputs were used."
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: Any, /) -> torch.Tensor:  # `bias` may be None
         ctx.save_for_backward(x)
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple:
-        x, = ctx.saved_tensors
+    def backward(ctx, *gradients: torch.Tensor) -> tuple:
+        (gradient,), (x,) = gradients, ctx.saved_tensors
         rows = gradient.nonzero().flatten()
         if 4 * len(rows) > len(gradient):
             return None, gradient[:, None] * x, gradient if ctx.needs_input_grad[2] else None
@@ -375,7 +399,8 @@ def _build(gate: BaseGatingModel, metagraph: Any, settings: Config, pool: Callab
     "Give a gate its parts: hotkeys, encoder, head, optimizer."
     hotkeys, num_uids = uid_hotkeys(metagraph), settings.gating.num_uids
     _check_capacity(hotkeys, metagraph, num_uids)  # before anything large is loaded
-    gate.config, gate.num_uids, gate.hotkeys = settings, num_uids, hotkeys
+    vars(gate)["config"] = settings  # a value that still answers as the class method whose place it takes
+    gate.num_uids, gate.hotkeys = num_uids, hotkeys
     gate.encoder = Encoder(settings.gating.model_name, pool=pool, combine=combine)
     gate.head = torch.nn.Linear(gate.encoder.hidden_size, num_uids).to(gate.encoder.model.device)
     with torch.no_grad():
@@ -388,12 +413,14 @@ def _forward(gate: BaseGatingModel, message: str) -> torch.Tensor:
     "Scores `(num_uids,)` of one message, with gradient to the head only."
     if not isinstance(message, str):
         raise TypeError(f"a message must be a str, got {type(message).__name__}")
-    return score(gate.encoder(message).to(gate.head.weight), gate.head)
+    scores = score(gate.encoder(message).to(gate.head.weight), gate.head)
+    gate._latest = message, scores.detach(), None
+    return scores
 
 
 def _backward(gate: BaseGatingModel, scores: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     "One learning step; the loss before it."
-    value, gradients = _loss_and_gradients(gate.head, LOSSES[gate.config.gating.loss], scores, rewards)
+    value, gradients = _loss_and_gradients(gate.head, LOSSES[gate.config().gating.loss], scores, rewards)
     _step(gate.head, gate.optimizer, gradients)
     return value
 
@@ -406,7 +433,7 @@ def _resync(gate: BaseGatingModel, previous_metagraph: Any, metagraph: Any) -> N
     _check_capacity(before | now, metagraph, gate.num_uids)
     sources = _row_sources(before, now, gate.num_uids)
     _rearrange(gate.head, gate.optimizer, sources)
-    gate.hotkeys = now
+    gate.hotkeys, gate._latest = now, None
     _log.info("resync: uids that start anew: %s", (sources < 0).nonzero().flatten().tolist())
 
 # %% ../../nbs/41_gating.ipynb #c060

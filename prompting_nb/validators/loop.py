@@ -8,13 +8,12 @@ __all__ = ['RULES', 'GATES', 'GATE', 'WorkerMiner', 'Network', 'Judge', 'teach',
 
 # %% ../../nbs/51_loop.ipynb #c002
 import dataclasses
-import html
 import json
 import logging
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from ..preferences import Ranking, score_rankings
 from ..pretrained import MINILM
 from ..protocol import Prompting
 from ..reward import RewardModel, TextEncoder
+from ..show import Bar, html_table
 from ..tasks import Arena, Worker
 from ..training import TrainConfig, train
 from . import replay
@@ -139,8 +139,8 @@ class Judge:
     "Turns completions into rewards: the grade that one may expect of a completion with such a score."
 
     model: Any  # has `score(prompts, completions) -> (n, 1)`, as a `RewardModel` does
-    scores: list[float] = field(default=(0.0, 1.0), repr=False)  # rising scores of the model ...
-    grades: list[float] = field(default=(0.0, 1.0), repr=False)  # ... and their worth; straight lines in between
+    scores: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # rising scores of the model ...
+    grades: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # ... and their worth; straight lines in between
 
     @classmethod
     def fitted(
@@ -223,12 +223,10 @@ class Event(replay.Event):
 
     def _repr_html_(self) -> str:
         cells = zip(self.uids, self.propensities, self.statuses, self.rewards, self.completions)
-        rows = "".join(f"<tr><td>{uid}</td><td>{chance:.2f}</td><td>{status}</td><td>{reward:.2f}</td>"
-                       f"<td style='text-align:left'>{html.escape((text or '')[:120])}</td></tr>"
-                       for uid, chance, status, reward, text in cells)
-        return (f"<p><b>Step {self.step}</b>: {html.escape(self.prompt[:200])}</p><table><tr><th>uid</th>"
-                "<th>propensity</th><th>status</th><th>reward</th><th style='text-align:left'>completion</th></tr>"
-                f"{rows}</table>")
+        rows = [(uid, chance, status, Bar(reward, reward or 0.0), (text or "")[:120])
+                for uid, chance, status, reward, text in cells]
+        columns = ("uid", "propensity", "status", "reward", "completion")
+        return html_table(f"Step {self.step}: {self.prompt[:200]}", columns, rows)
 
 # %% ../../nbs/51_loop.ipynb #c023
 class MovingAverage:
@@ -291,7 +289,14 @@ class Policy:
 
 # %% ../../nbs/51_loop.ipynb #c028
 class _Choosing:
-    "Whom to ask. Needs `metagraph`, `wallet`, `policy`, `averages`, `steps` and `generator`."
+    "Whom to ask."
+
+    metagraph: Any
+    wallet: Any
+    policy: Policy
+    averages: MovingAverage
+    steps: int  # taken so far
+    generator: torch.Generator
 
     def serving(self) -> list[int]:
         "The uids that can be asked: those with an address, except the validator itself."
@@ -305,24 +310,30 @@ class _Choosing:
         "The uids to ask."
         policy, asked, serving = self.policy, self.averages.counts, self.serving()
         new = [uid for uid in serving if asked[self.metagraph.hotkeys[uid]] < policy.welcome]
-        given = dict(available=serving, newcomers=new, generator=self.generator, epsilon=policy.floor)
+        given: dict[str, Any] = {"available": serving, "newcomers": new, "generator": self.generator,
+                                 "epsilon": policy.floor}
         if policy.rule == "gumbel":
             return gumbel_top_k(scores, policy.k, temperature=policy.temperature, **given)
         if policy.rule == "epsilon" or sd is None:
             steps = max(policy.explore_steps, 1)
-            epsilon = annealed(self.steps, start=policy.explore, end=policy.explore_end, steps=steps)
-            return select(scores, policy.k, **given | {"epsilon": epsilon})
+            given["epsilon"] = annealed(self.steps, start=policy.explore, end=policy.explore_end, steps=steps)
+            return select(scores, policy.k, **given)
         width = narrowing(self.steps * policy.k / max(len(serving), 1))
         return {"thompson": thompson, "ucb": ucb}[policy.rule](scores, sd, policy.k, width=width, **given)
 
 # %% ../../nbs/51_loop.ipynb #c030
-def _rounded(values: Any) -> list[float]:
+def _rounded(values: Any) -> list:
     "Plain floats with as many digits as anybody reads; a small one keeps its first five."
     return [float(f"{float(value):.5g}") for value in values]
 
 
 class _Learning(_Choosing):
-    "Asking and learning. Needs `gate`, `dendrite`, `judge` and `client` as well."
+    "Asking and learning."
+
+    gate: Any
+    dendrite: Dendrite
+    judge: Callable
+    client: Any
 
     def step(
         self,
@@ -344,12 +355,14 @@ class _Learning(_Choosing):
                      hotkeys=[n.hotkey for n in neurons], propensities=_rounded(propensities),
                      rewards=_rounded(rewards), scores=_rounded(scores.detach()[:len(self.metagraph)]),
                      available=self.serving(), loss=float(loss), completions=completions,
-                     statuses=[a.dendrite.status_code for a in answers],
+                     statuses=[a.dendrite.status_code or 0 for a in answers],
                      seconds=_rounded([a.dendrite.process_time for a in answers]))
 
 # %% ../../nbs/51_loop.ipynb #c032
 class _Following(_Learning):
     "Keeping up with the chain."
+
+    netuid: int
 
     def sync(self) -> list[int]:  # the uids whose hotkey is another one now
         "Read the metagraph anew. The gate keeps what it knows about those who stayed."
@@ -478,7 +491,7 @@ class Trace:
 
     def got(self) -> np.ndarray:  # (steps,)
         "The mean grade of the answers of each step."
-        return np.array([np.mean(event.grades) for event in self.events])
+        return np.array([np.mean(np.asarray(event.grades, dtype=float)) for event in self.events])
 
     def last(self, share: float = 1 / 3) -> int:
         "The number of steps in the last part of the run. Raises `InputError` when no step was taken."
@@ -497,7 +510,12 @@ class Trace:
 
 # %% ../../nbs/51_loop.ipynb #c048
 class _Round:
-    "Going round. Needs `arena`, `judge`, `policy`, `on_event` and `trace`."
+    "Going round."
+
+    arena: Arena
+    judge: Callable
+    trace: Trace
+    on_event: Callable[[Event], Any]
 
     def _ask_all(self, network: Network, validator: Validator, progress: bool) -> None:
         with tqdm(self.arena.prompts, desc="asking", unit="prompt", disable=not progress) as bar:
@@ -506,7 +524,8 @@ class _Round:
                     self._change_hands(network, validator, step)
                 self._note(validator.step(prompt), network)
                 network.chain.step()
-                bar.set_postfix(reward=f"{np.mean([event.rewards for event in self.trace.events[-20:]]):.2f}")
+                rewards = np.array([event.rewards for event in self.trace.events[-20:]], dtype=float)
+                bar.set_postfix(reward=f"{rewards.mean():.2f}")
 
     def _change_hands(self, network: Network, validator: Validator, step: int) -> None:
         "The uid that was asked most goes to the newcomer."
@@ -533,7 +552,7 @@ class _Round:
         "What the workers' answers are worth; in the judge's opinion where nobody can grade them."
         if self.arena.grade is None:
             return self.judge(prompt, [worker.outcome(prompt) for worker in workers]).tolist()
-        return [self.arena.truth(prompt, worker) for worker in workers]
+        return [self.arena.truth(prompt, worker) or 0.0 for worker in workers]
 
 # %% ../../nbs/51_loop.ipynb #c049
 class Loop(_Round):
@@ -552,12 +571,14 @@ class Loop(_Round):
         self.make_gate, self.on_event = gate, on_event
         self.policy.check(arena)
         self.trace = Trace(self.policy.k)
+        self.network: Optional[Network] = None
         self.validator: Optional[Validator] = None
 
     def run(self, progress: bool = True) -> Trace:
         "Ask every prompt. However it ends, all servers stop, and `trace` and `validator` keep what was learned until then."
         self.trace = Trace(self.policy.k)
         with Network(self.arena.workers, seed=self.seed) as network:
+            self.network = network
             self.trace.holders = [Holder(uid, m.worker.name, m.hotkey) for uid, m in sorted(network.miners.items())]
             gate = self.make_gate(network.client.subnets.metagraph(network.netuid), self.seed)
             with Validator(network.wallet, network.client, self.judge, gate, self.policy,

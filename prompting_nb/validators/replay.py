@@ -75,8 +75,8 @@ def read_events(
             event = Event(**{name: given[name] for name in _FIELDS})
             problem = _problem(event)
         except (ValueError, TypeError, KeyError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        if problem:
+            event, problem = None, f"{type(error).__name__}: {error}"
+        if event is None or problem:
             raise InputError(f"{path}:{number}: no event: {problem}")
         events.append(event)
     return events
@@ -139,7 +139,7 @@ def _expected(events: list, fit: Callable, folds: int, seed: int) -> list:
     return [models[f](event).double() for event, f in zip(events, fold)]
 
 # %% ../../nbs/43_replay.ipynb #c022
-def _quotient(top: torch.Tensor, bottom: torch.Tensor) -> tuple:  # both (events,)
+def _quotient(top: torch.Tensor, bottom: torch.Tensor) -> tuple[float, tuple[float, float]]:  # both (events,)
     "`top.sum() / bottom.sum()` and its asymptotic 95 % interval."
     if not len(top) or bottom.sum() <= 0:
         return math.nan, (math.nan, math.nan)

@@ -9,10 +9,9 @@ __all__ = ['Selection', 'select', 'annealed', 'gumbel_top_k', 'thompson', 'ucb',
 from typing import Callable, NamedTuple
 
 import torch
-from torchtyping import TensorType
 
 from ..config import InputError
-from ..shapes import check_shapes
+from ..shapes import TensorType, check_shapes
 
 # %% ../../nbs/42_selection.ipynb #c005
 class Selection(NamedTuple):
@@ -37,7 +36,7 @@ def _uids(given, size: int, name: str) -> torch.Tensor:
 
 
 @check_shapes
-def _candidates(scores: TensorType["network_size"], k: int, available) -> tuple:
+def _candidates(scores: TensorType["network_size"], k: int, available) -> tuple[torch.Tensor, torch.Tensor]:
     "The scores as plain float64 on the CPU and the uids that can be asked."
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")

@@ -67,7 +67,7 @@ class Writer:
         data = data.encode() if kind == "svg" else base64.b64decode(data)
         name = f"{self.stem}_files/figure-{len(self.figures) + 1}.{kind}"
         self.figures[name] = data
-        size = 'width="%d" height="%d"' % struct.unpack(">II", data[16:24]) if kind == "png" else ""
+        size = 'width="{}" height="{}"'.format(*struct.unpack(">II", data[16:24])) if kind == "png" else ""
         caption = option.get("fig-cap", "")
         alt = html.escape(option.get("fig-alt") or caption or f"Plot: {self.heading}")
         image = f'<img src="{name}" alt="{alt}" {size}>'
@@ -153,6 +153,9 @@ def to_html(markdown: str, cache: Path | None = None) -> str:
                   lambda m: f'href="{m[1]}{address(m[2])}', body)
 
 
+SILENT = ("annotation", "style", "script", "details")  # what search does not look at: markup, and folded source
+
+
 class Sections(HTMLParser):
     "The headings of a page with the text below each of them."
 
@@ -167,17 +170,17 @@ class Sections(HTMLParser):
             api = "api-name" in attrs.get("class", "")
             self.found.append(dict(level=int(tag[1]), id=attrs["id"], name="", api=api, text=[]))
             self.inside = True
-        self.depth += tag in ("annotation", "style", "script")
+        self.depth += tag in SILENT
 
     def handle_endtag(self, tag):
         self.inside = self.inside and not re.fullmatch("h[2-4]", tag)
-        self.depth -= tag in ("annotation", "style", "script")
+        self.depth -= tag in SILENT
 
     def handle_data(self, data):
         if self.inside:
             self.found[-1]["name"] += data
-        elif not self.depth and data.strip():
-            self.found[-1]["text"].append(data.strip())
+        elif not self.depth:
+            self.found[-1]["text"].append(data)
 
 
 # ---- the site
@@ -270,7 +273,7 @@ def write(out: Path, menu: list, settings: dict) -> None:
             (path.parent / name).write_bytes(data)
     for path in (HERE / "style.css", HERE / "site.js", get_config().nbs_path / "api.css"):  # the last is Quarto's too
         shutil.copy(path, out / path.name)
-    index = [[f"{page.url}#{s['id']}".rstrip("#"), page.title, s["name"], int(s["api"]), " ".join(s["text"])[:4000]]
+    index = [[f"{page.url}#{s['id']}".rstrip("#"), page.title, s["name"], int(s["api"]), " ".join("".join(s["text"]).split())[:4000]]
              for page in pages for s in page.sections]
     (out / "search.js").write_text(f"window.searchIndex={json.dumps(index, ensure_ascii=False)}", encoding="utf-8")
 

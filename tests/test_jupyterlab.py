@@ -1,0 +1,145 @@
+"""JupyterLab itself, as a reader meets it: a browser runs a tutorial to its last picture, and interrupt and restart of a
+kernel leave no server behind."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from jupyter_client.manager import KernelManager
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
+                 if os.access(p, os.X_OK)), None)
+SETTINGS = '{"windowingMode": "none"}'  # cells that are not in sight exist as well
+
+
+# ---- a browser
+
+@pytest.fixture
+def lab(tmp_path):
+    "The address of a JupyterLab on loopback that serves a copy of the notebooks."
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    settings = tmp_path / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(SETTINGS)
+    environment = ENVIRONMENT | {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"), "HOME": str(tmp_path),
+                                 "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0",
+               "--IdentityProvider.token=abc", f"--ServerApp.root_dir={tmp_path / 'nbs'}",
+               f"--ServerApp.info_file={tmp_path}/info",
+               "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
+    with open(tmp_path / "lab.log", "w+") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as server:
+        try:
+            deadline, found = time.monotonic() + 120, None
+            while not found and time.monotonic() < deadline and server.poll() is None:
+                found = re.search(r"http://127\.0\.0\.1:(\d+)/", (tmp_path / "lab.log").read_text())
+                time.sleep(0.2)  # the server has no other sign of being ready
+            assert found, (tmp_path / "lab.log").read_text()
+            with urlopen(f"{found[0]}api?token=abc") as answer:
+                assert answer.status == 200
+            yield found[0]
+        finally:
+            server.terminate()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium at /usr/bin/chromium: apt-get install chromium")
+def test_the_tutorial_runs_in_jupyterlab_to_its_last_picture(lab):
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.goto(f"{lab}lab/tree/tutorials/the_whole_loop.ipynb?token=abc", timeout=120_000)
+        cells = page.locator(".jp-NotebookPanel .jp-CodeCell")
+        cells.first.wait_for(timeout=120_000)
+        page.locator('.jp-NotebookPanel .jp-Toolbar-kernelStatus, .jp-NotebookPanel [data-status="idle"]').first.wait_for(
+            timeout=60_000)
+        page.get_by_role("menuitem", name="Kernel", exact=True).click()
+        page.get_by_text("Restart Kernel and Clear Outputs of All Cells…", exact=True).click()
+        page.get_by_role("button", name="Confirm Kernel Restart").click()
+        api.expect(page.locator(".jp-NotebookPanel .jp-OutputArea-output")).to_have_count(0, timeout=60_000)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        # the last cell has its number once everything before it has run
+        api.expect(cells.last.locator(".jp-InputPrompt").first).to_have_text(re.compile(r"\[\d+\]:"), timeout=400_000)
+        assert page.locator('.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]:has-text("Traceback")').count() == 0
+        pictures = page.locator(".jp-NotebookPanel .jp-RenderedImage img")
+        assert pictures.count() >= 2
+        pictures.last.scroll_into_view_if_needed()
+        assert pictures.last.evaluate("picture => picture.naturalWidth") > 300
+        browser.close()
+
+
+# ---- kernels
+
+@pytest.fixture
+def kernel():
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+START = """
+from prompting_nb.baseminer.miners import TemplateMiner
+from prompting_nb.network.chain import EmbeddedChain, make_wallet
+chain, wallet = EmbeddedChain(), make_wallet("miner")
+chain.register(wallet)
+miner = TemplateMiner(wallet=wallet, subtensor=chain.client())
+"""
+
+
+def said(client, code: str, until: str) -> str:
+    "Run code, and return what it printed as soon as that has `until` in it."
+    mine = client.execute(code, stop_on_error=False)  # an interrupt is no reason to forget what comes next
+    text = ""
+    while until not in text:
+        message = client.get_iopub_msg(timeout=120)
+        if message["parent_header"].get("msg_id") != mine:
+            continue  # the end of what ran before
+        assert message["msg_type"] != "error", "\n".join(message["content"]["traceback"])
+        text += message["content"].get("text", "") if message["msg_type"] == "stream" else ""
+    return text
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def stops(port: int, seconds: float = 30.0) -> bool:
+    "Does the port fall silent? (Another process ends: there is nothing to wait for but the port.)"
+    deadline = time.monotonic() + seconds
+    while listens(port) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not listens(port)
+
+
+def test_interrupt_leaves_no_server_behind(kernel):
+    manager, client = kernel
+    port = int(said(client, START + "import time\nwith miner:\n    print('port', miner.axon.port, '.', flush=True)\n"
+                    "    time.sleep(600)", " .").split()[1])
+    assert listens(port)
+    manager.interrupt_kernel()
+    assert stops(port)
+    assert said(client, "print('alive', miner.axon.is_running, '.')", " .") == "alive False .\n"
+
+
+def test_restart_leaves_no_server_behind(kernel):
+    manager, client = kernel
+    port = int(said(client, START + "miner.__enter__()\nprint('port', miner.axon.port, '.', flush=True)", " .").split()[1])
+    assert listens(port)
+    manager.restart_kernel(now=False)
+    assert stops(port)

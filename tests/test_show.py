@@ -1,0 +1,106 @@
+"""What objects show of themselves in a notebook is safe, whatever strangers have written into them, and readable."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bs4 import BeautifulSoup
+
+from prompting_nb.baseminer.miner import Miner
+from prompting_nb.evaluation import RewardEvaluation
+from prompting_nb.network.chain import EmbeddedChain, MetagraphTable, make_wallet
+from prompting_nb.show import Bar, html_table
+from prompting_nb.validators.gating import SentenceEmbedGatingModel
+from prompting_nb.validators.loop import Event
+
+NASTY = "<script>alert('x')</script><img src=x onerror=alert(1)> \"&amp;\" é"
+
+
+def table() -> str:
+    return html_table(NASTY, (NASTY, "n"), [(NASTY, Bar(0.5, 0.5))])
+
+
+def metagraph() -> str:
+    neuron = dict(uid=0, hotkey=NASTY, total_stake=SimpleNamespace(amount=1.0), validator_permit=True, axon=NASTY)
+    return MetagraphTable(SimpleNamespace(netuid=1, block=7, neurons=[SimpleNamespace(**neuron)]))._repr_html_()
+
+
+def event() -> str:
+    return Event(step=0, block=1, prompt=NASTY, uids=[0, 1], hotkeys=[NASTY, "b"], propensities=[0.5, 1.0],
+                 rewards=[0.25, 0.0], scores=[0.1, 0.2], statuses=[200, 408], completions=[NASTY, None], loss=0.1,
+                 seconds=[0.1, 1.0])._repr_html_()
+
+
+def gate() -> str:
+    made = SentenceEmbedGatingModel(SimpleNamespace(hotkeys=[NASTY, "b"]), model_name="minilm", num_uids=4)
+    assert "no message was scored yet" in made._repr_html_()
+    made(NASTY)
+    return made._repr_html_()
+
+
+def evaluation() -> str:
+    return RewardEvaluation(0.75, (0.6, 0.9), 4, 20, float("nan"), 0, 0.1, [], 0.8, 0.5, 0.9)._repr_html_()
+
+
+def miner() -> str:
+    class Named(Miner):
+        @classmethod
+        def add_args(cls, parser) -> None: ...
+
+        def config(self): return {"miner": {"name": NASTY}}
+
+        def prompt(self, synapse): ...
+
+    chain, wallet = EmbeddedChain(), make_wallet("shown")
+    chain.register(wallet)
+    with chain.client() as client:
+        made = Named(wallet=wallet, subtensor=client)
+        made.error = RuntimeError(NASTY)
+        return made._repr_html_()
+
+
+@pytest.fixture(params=[table, metagraph, event, gate, evaluation, miner], ids=lambda function: function.__name__)
+def shown(request) -> str:
+    return request.param()
+
+
+def test_nothing_that_strangers_write_becomes_markup(shown, request):
+    tree = BeautifulSoup(shown, "html.parser")
+    assert {tag.name for tag in tree.find_all()} <= {"table", "caption", "b", "thead", "tbody", "tr", "th", "td", "span"}
+    assert all(set(tag.attrs) <= {"style", "scope", "aria-hidden"} for tag in tree.find_all())
+    if "evaluation" not in request.node.name:
+        assert NASTY[:8] in tree.get_text()  # it is there to be read
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_has_the_colour_of_the_page_and_bars_stand_out_from_it(shown):
+    styles = " ".join(tag["style"] for tag in BeautifulSoup(shown, "html.parser").find_all(style=True))
+    assert set(re.findall(r"(?<![-\w])color:([^;]+)", styles)) <= {"inherit"}  # light or dark: the page knows
+    for bar in set(re.findall(r"background:(#\w{6})", styles)):
+        for page in ("#ffffff", "#111111"):
+            bright, dim = sorted((luminance(bar), luminance(page)), reverse=True)
+            assert (bright + 0.05) / (dim + 0.05) >= 3  # WCAG 2.2, 1.4.11: graphics
+
+
+def test_rows_are_in_the_order_that_one_looks_for():
+    neurons = [SimpleNamespace(uid=i, hotkey=f"hotkey-{i}", total_stake=SimpleNamespace(amount=float(i)),
+                               validator_permit=False, axon=None) for i in range(12)]
+    tree = BeautifulSoup(MetagraphTable(SimpleNamespace(netuid=1, block=7, neurons=neurons))._repr_html_(), "html.parser")
+    assert [row.td.get_text() for row in tree.tbody.find_all("tr")] == [str(uid) for uid in range(11, 1, -1)]
+    assert "10 of 12 uids" in tree.caption.get_text()
+
+
+def test_a_gate_forgets_what_it_showed_when_the_uids_change():
+    gate = SentenceEmbedGatingModel(SimpleNamespace(hotkeys=["a", "b"]), model_name="minilm", num_uids=2)
+    with torch.no_grad():
+        gate.head.bias.copy_(torch.tensor([0.0, 9.0]))
+    gate("Who?")
+    assert gate._repr_html_().index(">b<") < gate._repr_html_().index(">a<")
+    gate.resync(None, SimpleNamespace(hotkeys=["b", "a"]))
+    assert "no message was scored yet" in gate._repr_html_()
