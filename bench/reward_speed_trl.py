@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 LR, STEP = 3e-4, 16
@@ -27,20 +27,30 @@ def settings(tuned, at_once, group, pairs_a_step):
     return RewardConfig(**common, **(dict(bf16=True, gradient_checkpointing=False) if tuned else {}))
 
 
+class Ends(TrainerCallback):
+    "When each step of the optimiser ended."
+
+    def __init__(self):
+        self.times = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.times.append(time.perf_counter())
+
+
 def train(folder, rows, tuned, at_once=None, group=False, pairs_a_step=STEP, test=None):
-    "Train on the tokens of pairs [chosen, rejected]; the time of `train()`, and the loss of its first step."
+    "Train on the tokens of pairs [chosen, rejected]; the time after the first step, and its loss."
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     columns = {"chosen_ids": [a for a, _ in rows], "rejected_ids": [b for _, b in rows]}
     if group:  # this is where the sampler looks for lengths
         columns["input_ids"] = [max(both, key=len) for both in rows]
+    ends = Ends()
     trainer = RewardTrainer(model=model, args=settings(tuned, at_once, group, pairs_a_step), processing_class=tokenizer,
-                            train_dataset=Dataset.from_dict(columns))
-    started = time.perf_counter()
+                            train_dataset=Dataset.from_dict(columns), callbacks=[ends])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    found = {"seconds": time.perf_counter() - started, "steps": trainer.state.global_step, "loss": losses[0],
-             "bf16": trainer.args.bf16}
+    found = {"seconds": ends.times[-1] - ends.times[0], "pairs": len(rows) - pairs_a_step, "steps": len(ends.times),
+             "loss": losses[0], "bf16": trainer.args.bf16}
     if test:
         model.eval()
         with torch.no_grad():

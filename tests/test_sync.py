@@ -1,5 +1,6 @@
 """Notebooks, package and README say the same: exporting, cleaning and making the README again changes no file."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -37,3 +38,10 @@ def test_sidebar_lists_every_page():
     pages = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")
              if ".ipynb_checkpoints" not in p.parts}
     assert listed == pages
+
+
+def test_pages_install_the_package_where_it_is_missing():
+    "On Colab a page starts without the package. The pages of 70 and up read files of a checkout, so they need one."
+    pages = [p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name[0] not in "79"]
+    without = [p.name for p in pages if '%pip install -q git+' not in "".join(json.loads(p.read_text())["cells"][1]["source"])]
+    assert len(pages) > 50 and without == []

@@ -73,7 +73,7 @@ def _outputs(cell) -> list[tuple[str, str]]:
 
 def _close(a: str, b: str) -> bool:
     "Are two printed numbers equal but for the last digits?"
-    if "." not in a and "e" not in a:
+    if a == b or "." not in a and "e" not in a:
         return a == b
     unit = 10.0 ** -len(a.split("e")[0].partition(".")[2])
     return abs(float(a) - float(b)) <= max(0.01 * abs(float(a)), 2 * unit)
@@ -109,12 +109,23 @@ def differences(stored, fresh) -> list[str]:
     return found
 
 
+def _joined(outputs) -> list:
+    "Outputs with the pieces of one stream joined: where a stream is cut depends on timing."
+    joined = []
+    for output in outputs:
+        if joined and output.output_type == "stream" and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
 def write(path: Path, fresh) -> None:
     "Store the fresh outputs, cleaned as every commit of a notebook is."
     notebook = nbformat.read(path, as_version=4)
     for old, new in zip(notebook.cells, fresh.cells):
         if old.cell_type == "code":
-            old.outputs = [o for o in new.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
+            old.outputs = _joined(o for o in new.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {}))
             old.execution_count = None
     nbformat.write(notebook, path)
     subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], cwd=ROOT, check=True)
