@@ -1,6 +1,7 @@
 """JupyterLab itself, as a reader meets it: a browser runs a tutorial to its last picture, and interrupt and restart of a
 kernel leave no server behind."""
 
+import json
 import os
 import re
 import shutil
@@ -17,8 +18,6 @@ from jupyter_client.manager import KernelManager
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
-                 if os.access(p, os.X_OK)), None)
 SETTINGS = '{"windowingMode": "none"}'  # cells that are not in sight exist as well
 
 
@@ -51,31 +50,31 @@ def lab(tmp_path):
             server.terminate()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium at /usr/bin/chromium: apt-get install chromium")
-def test_the_tutorial_runs_in_jupyterlab_to_its_last_picture(lab):
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(120_000)  # other tests may keep the machine busy
-        page.goto(f"{lab}lab/tree/tutorials/the_whole_loop.ipynb?token=abc")
-        cells = page.locator(".jp-NotebookPanel .jp-CodeCell")
-        cells.first.wait_for()
-        page.locator('.jp-NotebookPanel .jp-Toolbar-kernelStatus, .jp-NotebookPanel [data-status="idle"]').first.wait_for()
-        page.get_by_role("menuitem", name="Kernel", exact=True).click()
-        page.get_by_text("Restart Kernel and Clear Outputs of All Cells…", exact=True).click()
-        page.get_by_role("button", name="Confirm Kernel Restart").click()
-        api.expect(page.locator(".jp-NotebookPanel .jp-OutputArea-output")).to_have_count(0, timeout=120_000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
-        # the last cell has its number once everything before it has run
-        api.expect(cells.last.locator(".jp-InputPrompt").first).to_have_text(re.compile(r"\[\d+\]:"), timeout=400_000)
-        assert page.locator('.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]:has-text("Traceback")').count() == 0
-        pictures = page.locator(".jp-NotebookPanel .jp-RenderedImage img")
-        assert pictures.count() >= 2
-        pictures.last.scroll_into_view_if_needed()
-        assert pictures.last.evaluate("picture => picture.naturalWidth") > 300
-        browser.close()
+def test_the_tutorial_runs_in_jupyterlab_to_its_last_picture(lab, browser):
+    from playwright.sync_api import expect
+
+    notebook = json.loads((ROOT / "nbs/tutorials/the_whole_loop.ipynb").read_text())
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(120_000)  # other tests may keep the machine busy
+    page.goto(f"{lab}lab/tree/tutorials/the_whole_loop.ipynb?token=abc")
+    cells = page.locator(".jp-NotebookPanel .jp-CodeCell")
+    expect(cells).to_have_count(sum(cell["cell_type"] == "code" for cell in notebook["cells"]), timeout=120_000)  # they come one by one
+    page.locator('.jp-NotebookPanel [data-status="idle"]').first.wait_for()
+    page.get_by_role("menuitem", name="Edit", exact=True).click()
+    page.get_by_text("Clear Outputs of All Cells", exact=True).click()
+    expect(page.locator(".jp-NotebookPanel .jp-OutputArea-output")).to_have_count(0, timeout=120_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    prompt = lambda cell: cell.locator(".jp-InputPrompt").first
+    expect(prompt(cells.last)).to_have_text(re.compile(r"\[[*\d]+\]:"), timeout=60_000)  # it is in the queue
+    # the last cell has its number once everything before it has run
+    expect(prompt(cells.last)).to_have_text(re.compile(r"\[\d+\]:"), timeout=400_000)
+    assert page.locator('.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]:has-text("Traceback")').count() == 0
+    pictures = page.locator(".jp-NotebookPanel .jp-RenderedImage img")
+    assert pictures.count() >= 3
+    pictures.last.scroll_into_view_if_needed()
+    assert pictures.last.evaluate("picture => picture.naturalWidth") > 300
+    page.close()
 
 
 # ---- kernels

@@ -28,10 +28,6 @@ sys.path.insert(0, str(ROOT))
 pytestmark = [pytest.mark.site, pytest.mark.slow]
 bs4 = pytest.importorskip("bs4")
 
-CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
-                 if os.access(p, os.X_OK)), None)
-browser_needed = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium at /usr/bin/chromium: apt-get install chromium")
-
 
 # ---- what is tested
 
@@ -348,16 +344,6 @@ def test_cells_become_what_they_are(small):
 
 # ---- in a browser
 
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--font-render-hinting=none"])
-        yield chromium
-        chromium.close()
-
-
 @pytest.fixture
 def serve():
     "Folders on loopback ports, as a host of pages would serve them."
@@ -397,7 +383,6 @@ def violations(page, where: str, context=None, **options) -> list[str]:
     return [f"{where}: {v['id']}: {v['nodes'][0]['html'][:160]}" for v in found]
 
 
-@browser_needed
 def test_every_page_loads_fits_a_phone_and_passes_axe(site, browser, serve):
     "Contrast is measured where a page brings colours of its own; those of the style are tested below, in both themes."
     base, complaints = serve(site), []
@@ -419,7 +404,6 @@ def test_every_page_loads_fits_a_phone_and_passes_axe(site, browser, serve):
     assert complaints == []
 
 
-@browser_needed
 def test_the_wide_layout_passes_axe_in_both_themes(small, browser, serve):
     base, complaints = serve(small), []
     for scheme in ("light", "dark"):
@@ -436,7 +420,6 @@ def test_the_wide_layout_passes_axe_in_both_themes(small, browser, serve):
     assert complaints == []
 
 
-@browser_needed
 def test_search_finds_names_and_words(site, browser, serve):
     page = browser.new_page()
     page.goto(serve(site) + "tutorials/the_whole_loop.html")
@@ -459,7 +442,6 @@ def test_search_finds_names_and_words(site, browser, serve):
     page.close()
 
 
-@browser_needed
 def test_the_dark_theme_is_remembered(small, browser, serve):
     base = serve(small)
     page = browser.new_context(color_scheme="light").new_page()
@@ -475,7 +457,6 @@ def test_the_dark_theme_is_remembered(small, browser, serve):
     page.context.close()
 
 
-@browser_needed
 def test_the_keyboard_is_enough(small, browser, serve):
     page = browser.new_page(viewport={"width": 390, "height": 800})
     page.goto(serve(small) + "toy.html")
@@ -528,7 +509,6 @@ def shoot(page, base: str, name: str):
     return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 
 
-@browser_needed
 def test_pages_look_as_they_did(small, browser, serve):
     import matplotlib
     from PIL import Image, ImageChops

@@ -44,7 +44,7 @@ def pyright(folder: Path) -> list[dict]:
         pytest.skip("basedpyright is not installed")
     command = [sys.executable, "-m", "basedpyright", "-p", folder, "--pythonpath", sys.executable, "--outputjson"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.stdout.startswith("{"), done.stdout + done.stderr
+    assert done.stdout.lstrip().startswith("{"), done.stdout + done.stderr
     return json.loads(done.stdout)["generalDiagnostics"]
 
 

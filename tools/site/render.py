@@ -84,8 +84,9 @@ class Writer:
         for kind in ("svg+xml", "png"):
             if f"image/{kind}" in data:
                 return _raw(self.figure(data[f"image/{kind}"], kind[:3], option))
-        if "text/markdown" in data or "text/latex" in data:
-            return data.get("text/markdown") or data["text/latex"]
+        for kind in ("text/markdown", "text/latex"):
+            if kind in data:
+                return data[kind]
         return _plain(data.get("text/plain", ""))
 
     def cell(self, cell: dict) -> None:
