@@ -33,7 +33,7 @@ def parse(arguments=None):
     parser.add_argument("--parts", nargs="+", choices=["speed", "quality"], default=["speed", "quality"], help="default: both")
     args = parser.parse_args(arguments)
     if args.quick:
-        args.seeds, args.prompts, args.pairs, args.repetitions = 1, 96, 16, 2
+        args.seeds, args.prompts, args.pairs, args.repetitions = 1, 96, 32, 1
     if "speed" in args.parts and not args.trl_python:
         parser.error("the speed part needs --trl-python: the Python of an environment with bench/requirements-reward.txt")
     return args

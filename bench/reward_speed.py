@@ -2,13 +2,15 @@
 
 Models with random weights, GPT-2 (6 layers of 384) and a BERT of the size of MiniLM, get the same pairs: lengths are skewed
 (median about 130 tokens, tail to 1024), chosen and rejected share their prompt. Peers run in processes of their own and take
-turns in every repetition, which has pairs of its own. Measured are pairs a second from the end of the first step to the end
-of the last, so that what is done once in a run (memory for the optimiser, the trainer's own preparations) does not count:
+turns in every repetition, which has pairs of its own. Measured are pairs a second up to the end of the last step: for ours from
+the call of `train`, tokenising and all; for the others, which are handed our tokens, from the beginning of the first step:
 
   ours         prompting_nb.training.train with its defaults, on rankings of two
   trl_default  RewardTrainer with its defaults (8 pairs at once, checkpointed activations), 16 pairs a step
   trl_tuned    bf16, no checkpointing, 16 pairs a step: one pair at once, or 2 or 4 grouped by length, whichever is fastest here
-  reference    two forwards of rows that are padded to 1024, in float32 (its rate does not depend on the texts: 4 pairs a step)
+  reference    two forwards of rows that are padded to 1024, in float32, with GPT-2's own dropout, since it trained in train
+               mode (its rate does not depend on the texts: 4 pairs a step)
+  no_dropout   the same without dropout, as everybody else trains here
 
 AdamW (fused), learning rate, weight decay and clipping are the same. That they learn the same is shown by one step on the
 same 8 pairs, from the same weights: its loss, and the loss on other pairs after it. Scoring is compared with
@@ -32,7 +34,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 KINDS = {"gpt2": "GPT-2, 6 layers of 384", "bert": "BERT, 6 layers of 384"}
-NAMES = {"ours": "ours", "trl_default": "TRL, defaults", "trl_tuned": "TRL, tuned", "reference": "reference"}
+NAMES = {"ours": "ours", "trl_default": "TRL, defaults", "trl_tuned": "TRL, tuned", "reference": "reference",
+         "no_dropout": "reference, no dropout"}
 TUNED = [{"at_once": 1}, {"at_once": 2, "group": True}, {"at_once": 4, "group": True}]
 TARGETS = {"train_vs_trl_default": 5, "train_vs_trl_tuned": 2, "train_vs_reference": 38,
            "train_bert_vs_trl_default": 2.4, "train_bert_vs_trl_tuned": 1.4, "score_vs_pipeline": 2}
@@ -128,9 +131,9 @@ class Ours:
         rank = lambda pairs: [Ranking(pair["prompt"], [pair["chosen"], pair["rejected"]], [1.0, 0.0]) for pair in pairs]
         one_step = {"tokens_per_batch": 10**6, "lr": 2 * LR}  # in its only step the rate is half way down
         config = TrainConfig(**{"lr": LR, "warmup": 0.0, "weight_decay": 0.0, **(one_step if test else {})})
-        model, rankings, ends = self.model(), rank(pairs), []
+        model, rankings, ends = self.model(), rank(pairs), [time.perf_counter()]
         history = train(model, rankings, config, progress=False, on_step=lambda step: ends.append(time.perf_counter()))
-        found = {"seconds": ends[-1] - ends[0], "pairs": len(pairs) - history.steps[0]["pairs"], "steps": len(ends),
+        found = {"seconds": ends[-1] - ends[0], "pairs": len(pairs), "steps": len(history.steps),
                  "loss": history.steps[0]["loss"]}
         return {**found, "test_loss": validate(model, rank(test))["loss"]} if test else found
 
@@ -140,11 +143,13 @@ class Ours:
 
         from prompting_nb.packing import lay_out, packed_rewards, shares_prefix
 
-        model, groups = self.model(), self.rows(pairs)["rows"]
-        with FlopCounterMode(display=False) as counter:
-            packed_rewards(model, groups, threads=1).sum().backward()
+        model, groups, flop = self.model(), self.rows(pairs)["rows"], 0
+        for start in range(0, len(groups), STEP):  # all at once would not fit into memory
+            with FlopCounterMode(display=False) as counter:
+                packed_rewards(model, groups[start : start + STEP], threads=1).sum().backward()
+            flop += counter.get_total_flops()
         lengths = sorted(len(row) for rows in groups for row in rows)
-        return {"flop": counter.get_total_flops() / len(pairs), "median_tokens": statistics.median(lengths),
+        return {"flop": flop / len(pairs), "median_tokens": statistics.median(lengths),
                 "longest_tokens": lengths[-1], "tokens_of_pair": sum(lengths) / len(pairs),
                 "tokens_computed_of_pair": len(lay_out(groups, shares_prefix(model))) / len(pairs)}
 
@@ -179,12 +184,12 @@ class Reference:
     def __init__(self, folder):
         self.folder = folder
 
-    def train(self, pairs, rows, test=None, **options):
+    def train(self, pairs, rows, test=None, dropout=False, **options):
         import torch
         from transformers import AutoModelForSequenceClassification
 
         model = AutoModelForSequenceClassification.from_pretrained(self.folder)
-        model.eval()  # without dropout, as everywhere here
+        model.train(dropout and not test)
         optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0, fused=True)
 
         def loss_of(some):
@@ -197,7 +202,7 @@ class Reference:
                 rewards.append(model(input_ids=ids, attention_mask=mask).logits)
             return -torch.nn.functional.logsigmoid(rewards[0] - rewards[1]).mean()
 
-        losses, ends, at_once = [], [], PARITY if test else 4
+        losses, started, at_once = [], time.perf_counter(), PARITY if test else 4
         for start in range(0, len(rows), at_once):
             loss = loss_of(rows[start : start + at_once])
             loss.backward()
@@ -205,8 +210,7 @@ class Reference:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            ends.append(time.perf_counter())
-        found = {"seconds": ends[-1] - ends[0], "pairs": len(rows) - at_once, "steps": len(ends), "loss": losses[0]}
+        found = {"seconds": time.perf_counter() - started, "pairs": len(rows), "steps": len(losses), "loss": losses[0]}
         if test:
             with torch.no_grad():
                 found["test_loss"] = loss_of(test).item()
@@ -283,7 +287,7 @@ def median(values):
 
 
 def rate_of(found):
-    "Pairs a second of a run, without its first step."
+    "Pairs a second of a run."
     return found["pairs"] / found["seconds"]
 
 
@@ -309,9 +313,12 @@ def select(name, data, test=None):
 
 def training(args, kind, folder, step):
     "The rates and losses of everyone who trains a model of a kind."
-    names = [name for name in NAMES if name != "reference" or kind == "gpt2"]
-    peers = {name: Peer(args, name, kind, folder) for name in names}
-    options = {name: {} for name in names}
+    padded = ("reference", "no_dropout")
+    names = [name for name in NAMES if name not in padded or kind == "gpt2"]
+    peers = {name: Peer(args, name, kind, folder) for name in names if name != "no_dropout"}
+    if kind == "gpt2":
+        peers["no_dropout"] = peers["reference"]
+    options = {name: {"dropout": True} if name == "reference" else {} for name in names}
     options["trl_default"], options["trl_tuned"] = {"tuned": False}, {"tuned": True, **TUNED[0]}
     data = data_of(peers["ours"], PARITY, 1000)
     learnt = dict(parity(peers, options, data_of(peers["ours"], PARITY, 2000), data))
@@ -326,16 +333,17 @@ def training(args, kind, folder, step):
         data = data_of(peers["ours"], args.pairs, repetition)
         few = {key: values[:FEW] for key, values in data.items() if key in ("pairs", "rows")}
         for name in random.Random(repetition).sample(names, len(names)):
-            pairs = few if name == "reference" else data
+            pairs = few if name in padded else data
             found = peers[name].ask("train", **select(name, pairs), **options[name])
             rates[name].append(rate_of(found))
             steps[name], memory[name] = found["steps"], found["peak_mb"]
         step()
+    for name in set(names) - {"ours", "no_dropout"}:
+        peers[name].close()
     pairs = [pair for repetition in range(args.repetitions) for pair in make_pairs(args.pairs, repetition)]
-    step()
     work_of_pair, machine = peers["ours"].ask("work", pairs=pairs), peers["ours"].ask("rate")
-    for peer in peers.values():
-        peer.close()
+    peers["ours"].close()
+    step()
     gflops = statistics.median(rates["ours"]) * work_of_pair["flop"] / 1e9
     return {"pairs_per_second": {name: median(values) for name, values in rates.items()}, "steps": steps, "memory_mb": memory,
             "ratios": {name: median([a / b for a, b in zip(rates["ours"], rates[name])]) for name in names if name != "ours"},

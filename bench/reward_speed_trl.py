@@ -28,17 +28,20 @@ def settings(tuned, at_once, group, pairs_a_step):
 
 
 class Ends(TrainerCallback):
-    "When each step of the optimiser ended."
+    "When the first step of the optimiser began, and when each of them ended."
 
     def __init__(self):
         self.times = []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.times = self.times or [time.perf_counter()]
 
     def on_step_end(self, *args, **kwargs):
         self.times.append(time.perf_counter())
 
 
 def train(folder, rows, tuned, at_once=None, group=False, pairs_a_step=STEP, test=None):
-    "Train on the tokens of pairs [chosen, rejected]; the time after the first step, and its loss."
+    "Train on the tokens of pairs [chosen, rejected]; the time that takes, and the loss of the first step."
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     columns = {"chosen_ids": [a for a, _ in rows], "rejected_ids": [b for _, b in rows]}
@@ -49,7 +52,7 @@ def train(folder, rows, tuned, at_once=None, group=False, pairs_a_step=STEP, tes
                             train_dataset=Dataset.from_dict(columns), callbacks=[ends])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    found = {"seconds": ends.times[-1] - ends.times[0], "pairs": len(rows) - pairs_a_step, "steps": len(ends.times),
+    found = {"seconds": ends.times[-1] - ends.times[0], "pairs": len(rows), "steps": len(ends.times) - 1,
              "loss": losses[0], "bf16": trainer.args.bf16}
     if test:
         model.eval()

@@ -33,6 +33,12 @@ class Layout:
     last: torch.Tensor  # (texts,) where the last token of each text is
 
     @property
+    def first(self) -> torch.Tensor:  # (texts,)
+        "Where the first token is that each text has for itself."
+        own = [size for _, sizes in self.pieces for size in sizes]
+        return self.last + 1 - torch.tensor(own, device=self.last.device)
+
+    @property
     def sizes(self) -> list[int]:
         "The length of every piece in the row: shared, own, own ..., shared, own ..."
         return [size for shared, own in self.pieces for size in (shared, *own)]
@@ -99,7 +105,7 @@ def _packed_attention(
     "Attention in the form that transformers calls: (1, heads, tokens, size) in, (1, tokens, heads, size) out."
     repeat = query.shape[1] // key.shape[1]  # heads of a key, in models where several queries share one
     key, value = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
-    only_last = query.shape[2] == len(layout.last) != len(layout)  # the last layer needs no other query
+    only_last = query.shape[2] == len(layout.last) != len(layout)  # of the last layer, nothing else is read
     causal = module.is_causal
     # `split`, and not a slice for each piece: the backward pass then writes each gradient once
     keys, values = (iter(x.split(layout.sizes, dim=2)) for x in (key, value))
@@ -144,9 +150,23 @@ def _last_llama(block, hidden: torch.Tensor, layout: Layout, position_embeddings
     hidden = hidden[:, last] + attention.o_proj(mixed.flatten(2))
     return hidden + block.mlp(block.post_attention_layernorm(hidden))
 
+
+def _first_bert(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
+    "BERT's layer for the first tokens, which its pooler reads."
+    attention, first = block.attention.self, layout.first
+    heads = lambda x: x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+    query, key, value = map(heads, (attention.query(hidden[:, first]), attention.key(hidden), attention.value(hidden)))
+    mixed, _ = _packed_attention(attention, query, key, value, None, attention.scaling, layout=layout)
+    return block.feed_forward_chunk(block.attention.output(mixed.flatten(2), hidden[:, first]))
+
 # %% ../nbs/14_packing.ipynb #c020
-SHARING = {"gpt2": lambda base: (base.h[-1], _last_gpt2), "llama": lambda base: (base.layers[-1], _last_llama)}
+SHARING = {"gpt2", "llama"}
 PACKING = {*SHARING, "bert"}
+_LAST = {  # model and pooling: the last layer, how to compute what is read of it, and where that is in a layout
+    ("gpt2", "last"): (lambda base: base.h[-1], _last_gpt2, "last"),
+    ("llama", "last"): (lambda base: base.layers[-1], _last_llama, "last"),
+    ("bert", "pooler"): (lambda base: base.encoder.layer[-1], _first_bert, "first"),
+}
 
 
 def shares_prefix(encoder: TextEncoder) -> bool:
@@ -170,9 +190,10 @@ def packed(encoder: TextEncoder) -> Iterator[None]:
             if isinstance(child, NewGELUActivation)]
     originals = [getattr(*place) for place in slow]
     block = None
-    if shares_prefix(encoder):
-        block, function = SHARING[config.model_type](base)
-        block.forward = MethodType(_only_last(function), block)
+    if (config.model_type, encoder.pooling) in _LAST:
+        layer_of, function, places = _LAST[config.model_type, encoder.pooling]
+        block = layer_of(base)
+        block.forward = MethodType(_only(function, places), block)
     for parent, name in slow:
         setattr(parent, name, torch.nn.GELU("tanh"))
     config._attn_implementation = "prompting_nb_packed"
@@ -186,12 +207,12 @@ def packed(encoder: TextEncoder) -> Iterator[None]:
             del block.forward  # the method of the class is back
 
 
-def _only_last(function: Callable) -> Callable:
-    "A block's forward that computes the last tokens; the rest of its output is zero, and nobody reads it."
+def _only(function: Callable, places: str) -> Callable:
+    "A block's forward that computes what is read; the rest of its output is zero, and nobody looks there."
     def forward(block, hidden, *args, layout: Any, position_embeddings=None, **kwargs):
         rotation = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
         found = function(block, hidden, layout, **rotation)
-        return torch.zeros_like(hidden, dtype=found.dtype).index_copy(1, layout.last, found)
+        return torch.zeros_like(hidden, dtype=found.dtype).index_copy(1, getattr(layout, places), found)
     return forward
 
 # %% ../nbs/14_packing.ipynb #c025
@@ -210,8 +231,7 @@ def run_layout(
         return hidden[layout.last]
     sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared by a model that reads both ways
     if encoder.pooling == "pooler":
-        first = layout.last + 1 - torch.tensor(sizes, device=hidden.device)
-        return encoder.model.pooler(hidden[first][:, None]).to(hidden.dtype)  # it takes the first token of each row
+        return encoder.model.pooler(hidden[layout.first][:, None]).to(hidden.dtype)  # it takes the first token of each row
     means = torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
     return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
 
