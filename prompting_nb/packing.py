@@ -77,7 +77,7 @@ def lay_out(
     return Layout(as_tensor([ids]), as_tensor([positions]), pieces, as_tensor(last))
 
 # %% ../nbs/14_packing.ipynb #c014
-_PRODUCTS = 600 * 600  # queries x keys up to which attention is two matrix products; beyond, torch's fused kernel
+_PRODUCTS = 800 * 800  # queries x keys up to which attention is two matrix products; beyond, torch's fused kernel
 
 
 def attend(

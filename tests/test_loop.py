@@ -141,6 +141,7 @@ def test_interruption_leaves_what_was_learned_readable(tmp_path, reward, number,
     assert (out / "gate.safetensors").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args, says", [
     (["--nonsense", "1"], "--nonsense"),
     (["--steps", "many"], "steps"),

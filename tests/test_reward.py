@@ -293,6 +293,7 @@ def run_workers(folder, out, processes):
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, packed", [("bert", True), ("gpt2", True), ("gpt_neo", False)])
 def test_two_processes_learn_what_one_learns(toys, tmp_path, kind, packed):
     one, two = (run_workers(toys[kind], tmp_path / f"{n}.json", n) for n in (1, 2))

@@ -117,6 +117,7 @@ def test_the_command_says_what_is_wrong_in_one_line(argv, reason, tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
+@pytest.mark.slow
 def test_the_command_in_two_processes(tmp_path):
     rows = [{"prompt": f"Say {n}.", "chosen": f"Gladly: {n}", "rejected": f"I do not say {n}"} for n in range(12)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))

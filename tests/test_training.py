@@ -46,6 +46,7 @@ def run(folder, out, kill):
     return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 @pytest.mark.parametrize("kind, kill", [("bert", "step"), ("gpt2", "write")])
 def test_a_killed_run_resumes_to_the_same_weights(toys, tmp_path, kind, kill):  # noqa: F811
