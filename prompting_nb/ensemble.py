@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from .config import InputError
-from .preferences import Ranking, decisions
+from .preferences import Ranking, decided, decisions
 from .reward import RewardModel, evaluating, in_batches, length_of
 
 # %% ../nbs/18_ensemble.ipynb #c005
@@ -79,9 +79,7 @@ def start_head(
     bf16: bool = False,  # compute the features in bfloat16
 ) -> RewardModel:  # the model itself; raises `InputError` where nothing was decided
     "Fit the head of a reward model to rankings."
-    rankings = [ranking for ranking in rankings if any(decisions(ranking))]
-    if not rankings:
-        raise InputError("there is nothing to learn: no prompt has two completions with different scores")
+    rankings = decided(rankings)
     features = text_features(model, rankings, batch_size, progress, bf16)
     head, own = fit_head(features, [r.scores for r in rankings], decay), cast(torch.nn.Linear, model.head[1])
     size = own.in_features

@@ -35,8 +35,12 @@ class Layout:
     @property
     def first(self) -> torch.Tensor:  # (texts,)
         "Where the first token is that each text has for itself."
-        own = [size for _, sizes in self.pieces for size in sizes]
-        return self.last + 1 - torch.tensor(own, device=self.last.device)
+        return self.last + 1 - torch.tensor(self.own, device=self.last.device)
+
+    @property
+    def own(self) -> list[int]:
+        "The tokens that each text has for itself."
+        return [size for _, own in self.pieces for size in own]
 
     @property
     def sizes(self) -> list[int]:
@@ -229,10 +233,9 @@ def run_layout(
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (tokens, size)
     if encoder.pooling == "last":
         return hidden[layout.last]
-    sizes = [size for _, own in layout.pieces for size in own]  # nothing is shared by a model that reads both ways
     if encoder.pooling == "pooler":
         return encoder.model.pooler(hidden[layout.first][:, None]).to(hidden.dtype)  # it takes the first token of each row
-    means = torch.stack([text.mean(dim=0) for text in hidden.split(sizes)])
+    means = torch.stack([text.mean(dim=0) for text in hidden.split(layout.own)])  # such a model shares nothing
     return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
 
 # %% ../nbs/14_packing.ipynb #c027

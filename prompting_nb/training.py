@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from .config import InputError
 from .packing import can_pack, common_start, packed_rewards, score_packed, shares_prefix
-from .preferences import Ranking, decisions, score_rankings
+from .preferences import Ranking, decided, decisions, score_rankings
 from .reward import RankingLoss, RewardModel, decided_pairs, pad
 
 # %% ../nbs/16_training.ipynb #c009
@@ -471,9 +471,7 @@ def train(
 ) -> History:  # raises `InputError` when nothing is decided, RuntimeError when loss or gradient are not finite
     "Train a reward model on rankings. The same seed gives the same model."
     config, started = config or TrainConfig(), clock()
-    rankings = [ranking for ranking in rankings if any(decisions(ranking))]
-    if not rankings:
-        raise InputError("there is nothing to learn: no prompt has two completions with different scores")
+    rankings = decided(rankings)
     if config.patience and not eval_rankings:
         raise InputError("patience needs eval_rankings: without an evaluation nothing says when to stop")
     rows, run = tokenise(model, rankings), _Course(model, config, trackers, log_folder)

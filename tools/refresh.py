@@ -52,18 +52,26 @@ def run(path: Path, timeout: int = 600):
     return notebook
 
 
-def _outputs(cell) -> list[tuple[str, str]]:
-    "What a cell shows: pairs of kind and content, pieces of one stream joined. Warnings on stderr are nobody's output."
-    shown = []
-    for output in cell.get("outputs", []):
-        data = output.get("data", {})
-        if WIDGET in data:
+def _kept(outputs) -> list:
+    "Outputs without warnings and progress bars, the pieces of one stream joined: where a stream is cut depends on timing."
+    kept = []
+    for output in outputs:
+        if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
             continue
+        if kept and output.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(copy.deepcopy(output))
+    return kept
+
+
+def _outputs(cell) -> list[tuple[str, str]]:
+    "What a cell shows: pairs of kind and content."
+    shown = []
+    for output in _kept(cell.get("outputs", [])):
+        data = output.get("data", {})
         if output.output_type == "stream":
-            if output.name == "stdout" and shown and shown[-1][0] == "stdout":
-                shown[-1] = ("stdout", shown[-1][1] + output.text)
-            elif output.name == "stdout":
-                shown.append(("stdout", output.text))
+            shown.append(("stdout", output.text))
         elif "image/png" in data:
             shown.append(("image/png", data["image/png"]))
         elif kind := next((kind for kind in TEXTS if kind in data), None):
@@ -109,23 +117,12 @@ def differences(stored, fresh) -> list[str]:
     return found
 
 
-def _joined(outputs) -> list:
-    "Outputs with the pieces of one stream joined: where a stream is cut depends on timing."
-    joined = []
-    for output in outputs:
-        if joined and output.output_type == "stream" and joined[-1].get("name") == output.name:
-            joined[-1].text += output.text
-        else:
-            joined.append(output)
-    return joined
-
-
 def write(path: Path, fresh) -> None:
     "Store the fresh outputs, cleaned as every commit of a notebook is."
     notebook = nbformat.read(path, as_version=4)
     for old, new in zip(notebook.cells, fresh.cells):
         if old.cell_type == "code":
-            old.outputs = _joined(o for o in new.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {}))
+            old.outputs = _kept(new.outputs)
             old.execution_count = None
     nbformat.write(notebook, path)
     subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], cwd=ROOT, check=True)
