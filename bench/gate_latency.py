@@ -10,11 +10,9 @@ each batch; it runs with its default batch size and with whichever size turns ou
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -27,7 +25,7 @@ from types import SimpleNamespace
 import sentence_transformers
 import torch
 import torch.nn.functional as F
-import transformers
+from machine import machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -178,7 +176,8 @@ def measure_here(progress: bool, quick: bool) -> dict:
     result |= closeness(encoders, things["gate"], sum((draw(seed) for seed in range(draws)), []))
     lengths = [len(ids) for ids in encoders["float32"].tokenizer(draw(0))["input_ids"]]
     return result | {"memory_mb": memory(encoders, things["gate"]), "threads": THREADS, "num_uids": UIDS,
-                     "messages": MESSAGES, "tokens": sorted(lengths), "draws": draws, "machine": machine()}
+                     "messages": MESSAGES, "tokens": sorted(lengths), "draws": draws,
+                     "machine": {**machine("torch", "transformers", "sentence-transformers"), "instructions": instructions()}}
 
 
 def _ratios(rows: list[dict]) -> dict:
@@ -198,15 +197,10 @@ def _ratios(rows: list[dict]) -> dict:
     }
 
 
-def machine() -> dict:
-    "Where this was measured."
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    flags = [flag for flag in ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-             if torch.cpu.get_capabilities().get(flag)] if hasattr(torch.cpu, "get_capabilities") else []
-    return {"processor": name, "instructions": flags, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "sentence-transformers": sentence_transformers.__version__}
+def instructions() -> list:
+    "What the processor has for bfloat16 and int8, as far as torch tells it."
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return [name for name in ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16") if found.get(name)]
 
 
 def show(result: dict, console: Console) -> None:

@@ -12,7 +12,6 @@ part 2 is left out. In full about ten minutes on two cores.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 
 import gate_learning as learning
 import gate_recorded as recorded
+from machine import machine
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
 from prompting_nb.validators.selection import gumbel_top_k, select, thompson
@@ -236,8 +236,7 @@ def main() -> int:
         if args.tune:
             tune(pool)
             return 0
-        results = {"machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                               "python": platform.python_version(), "torch": torch.__version__}}
+        results = {"machine": machine("torch")}
         results["synthetic"] = synthetic(pool, args.quick)
         if Path(args.scores).is_file():
             results["recorded"] = on_records(pool, args.scores, args.quick)

@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ import aiohttp
 import miner_load as load
 import miner_servers as servers
 import uvloop
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -400,17 +400,13 @@ def signatures(count: int = 300, repetitions: int = 11) -> dict:
 # The report
 
 
-def machine(legacy: str) -> dict:
+def environment(legacy: str) -> dict:
     "Where this ran, and on what."
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), None) \
-        if Path("/proc/cpuinfo").exists() else platform.processor()
     freeze = subprocess.run([legacy, "-m", "pip", "freeze"], capture_output=True, text=True).stdout.split()
     stock = {name: row.split("==")[1] for row in freeze for name in ("bittensor", "fastapi", "starlette", "uvicorn")
              if row.startswith(f"{name}==")}
     names = ("bittensor", "starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "pydantic")
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "system": platform.system(), "python": platform.python_version(),
-            "versions": {name: version(name) for name in names}, "stock_versions": stock}
+    return {**machine(), "versions": {name: version(name) for name in names}, "stock_versions": stock}
 
 
 def table(title: str, rows: list[dict], columns: dict) -> Table:
@@ -491,7 +487,7 @@ def run(options) -> dict:
              Peer("Starlette", LoadClient(starlette, wallets), starlette),
              Peer("our server", LoadClient(ours, wallets), ours)]
     try:
-        found = {"machine": machine(legacy), "signatures": signatures(), "policy": policy(2000, 5)}
+        found = {"machine": environment(legacy), "signatures": signatures(), "policy": policy(2000, 5)}
         found["stock_inversions"] = stock_order(peers[0].client, stock)
         found["closed"] = closed_loops(peers, seconds, repetitions)
         capacity = {row["peer"]: row["rate"] for row in found["closed"] if row["at_a_time"] == 16}

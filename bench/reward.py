@@ -16,6 +16,7 @@ from rich.console import Console
 
 import reward_quality
 import reward_speed
+from machine import machine
 from prompting_nb.config import InputError
 
 KEYS = ("train_vs_trl_default", "train_vs_trl_tuned", "train_vs_reference", "train_bert_vs_trl_default", "train_bert_vs_trl_tuned",
@@ -50,7 +51,7 @@ def main():
         found = reward_quality.quality(args)
         reward_quality.show(found)
         result |= found
-    result = {key: result.get(key) for key in KEYS} | result | {"machine": reward_quality.machine()}
+    result = {key: result.get(key) for key in KEYS} | result | {"machine": machine("torch", "transformers")}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -21,6 +20,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from machine import machine
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared/data/alpacaeval/prompts-responses.jsonl.gz"
@@ -296,14 +297,6 @@ def quality(args, progress=True):
                                      "model": MODEL, "training": TRAIN, "trl_lr": args.trl_lr}}}
 
 
-def machine():
-    import torch
-    import transformers
-
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
-            "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def show(result):
     "Print the result as a table."
     from rich.console import Console
@@ -359,7 +352,7 @@ def main():
     from prompting_nb.config import InputError
 
     try:
-        result = quality(args) | {"machine": machine()}
+        result = quality(args) | {"machine": machine("torch", "transformers")}
     except InputError as error:
         sys.exit(f"reward_quality.py: {error}")
     show(result)

@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import resource
 import statistics
@@ -29,8 +28,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from machine import cores, machine
 
 HERE = Path(__file__).resolve().parent
 KINDS = {"gpt2": "GPT-2, 6 layers of 384", "bert": "BERT, 6 layers of 384"}
@@ -298,10 +298,9 @@ def data_of(ours, count, seed):
 
 def parity(peers, options, test, data):
     "What one step on the same pairs does to each model."
-    for name, peer in peers.items():
+    for name in (name for name in peers if name != "no_dropout"):  # the reference takes this step without dropout
         more = {"at_once": PARITY, "pairs_a_step": PARITY} if name == "trl_default" else {"pairs_a_step": PARITY}
-        job = select(name, data, test)
-        yield name, peer.ask("train", **job, **{**options[name], **more})
+        yield name, peers[name].ask("train", **select(name, data, test), **{**options[name], **more})
 
 
 def select(name, data, test=None):
@@ -322,6 +321,7 @@ def training(args, kind, folder, step):
     options["trl_default"], options["trl_tuned"] = {"tuned": False}, {"tuned": True, **TUNED[0]}
     data = data_of(peers["ours"], PARITY, 1000)
     learnt = dict(parity(peers, options, data_of(peers["ours"], PARITY, 2000), data))
+    learnt |= {name: learnt["reference"] for name in names if name == "no_dropout"}
     step()
     data = data_of(peers["ours"], args.pairs, 3000)
     tried = [{**how, "rate": rate_of(peers["trl_tuned"].ask("train", rows=data["rows"], tuned=True, **how))} for how in TUNED]
@@ -411,18 +411,8 @@ def speed(args):
         "train_bert_vs_trl_tuned": ratio("bert", "trl_tuned"),
         "score_vs_pipeline": min(found["ratio"]["median"] for found in score.values()),
         "speed": {"training": train, "scoring": score, "gpu": "not measured", "pairs": args.pairs, "repetitions": args.repetitions,
-                  "pairs_a_step": STEP, "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": args.threads},
-                  "versions": {"python": platform.python_version(), "torch": version("torch"), "trl": trl[0],
-                               "transformers": version("transformers"), "torch with trl": trl[1]}}}
-
-
-def processor():
-    "The name of the processor, where the system tells it."
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+                  "pairs_a_step": STEP,
+                  "machine": {**machine("torch", "transformers"), "threads": args.threads, "trl": trl[0], "torch with trl": trl[1]}}}
 
 
 def show(found, console):
@@ -455,7 +445,7 @@ def show(found, console):
     for name, wanted in TARGETS.items():
         table.add_row(name, f"{found[name]:.2f}", f"{wanted}", "yes" if found[name] >= wanted else "no")
     console.print(table)
-    console.print(" ".join(f"{name} {value};" for name, value in {**details["machine"], **details["versions"]}.items()))
+    console.print(" ".join(f"{name} {value};" for name, value in details["machine"].items()))
     console.print("GPU: not measured")
 
 
@@ -465,7 +455,7 @@ def add_flags(parser):
     parser.add_argument("--pairs", type=int, default=48, help="pairs in a repetition")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--keep", help="folder for the figures of each part; parts that it has are not measured again")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each peer")
+    parser.add_argument("--threads", type=int, default=cores(), help="threads of each peer")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

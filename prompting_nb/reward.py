@@ -281,13 +281,14 @@ class TextEncoder(torch.nn.Module):
 # %% ../nbs/10_reward.ipynb #c058
 @contextmanager
 def evaluating(module: torch.nn.Module):
-    "Put a module into eval mode for a `with` block."
-    was_training = module.training
+    "Put a module into eval mode for a `with` block; each of its parts gets its own mode back."
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield module
     finally:
-        module.train(was_training)
+        for part, was_training in modes:
+            part.training = was_training
 
 
 def embed(

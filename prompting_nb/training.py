@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'Draw', 'draw', 'length_batches', 'token_batches', 'plan_batches', 'tokenise', 'collate', 'schedule',
-           'bf16_pays', 'measure', 'share_of', 'this_process', 'History', 'validate', 'write_checkpoint',
-           'read_checkpoint', 'run_digest', 'parameter_groups', 'train']
+           'bf16_pays', 'measure', 'share_of', 'this_process', 'fully_sharded', 'History', 'validate',
+           'write_checkpoint', 'read_checkpoint', 'run_digest', 'whole_weights', 'parameter_groups', 'train']
 
 # %% ../nbs/16_training.ipynb #c002
+import copy
 import hashlib
 import json
 import logging
@@ -20,12 +21,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, cast
+from typing import Any, Callable, Iterator, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .config import InputError
@@ -232,14 +237,28 @@ def this_process() -> tuple[int, int]:  # its rank from 0, and how many processe
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def fully_sharded() -> bool:
+    "Whether this launch divides the weights among its processes (FSDP). Raises `InputError` for its first version."
+    if this_process()[1] == 1 or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        raise InputError("FSDP has to be version 2: launch with --fsdp_version 2, or set FSDP_VERSION=2")
+    return True
+
+
 def _accelerator(device: torch.device, trackers: list[str] | None = None, folder: str | None = None) -> Accelerator:
     "An accelerator for the processes that there are; raises `InputError` for a tracker that is not installed."
     installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
     if (missing := [name for name in trackers or [] if name not in installed]):
         raise InputError(f"the tracker {missing[0]} is not installed: take one of {sorted(installed)}, or pip install it")
     several = this_process()[1] > 1
-    return Accelerator(cpu=several and device.type == "cpu", device_placement=several, mixed_precision="no",
-                       log_with=[*trackers] if trackers else None, project_dir=folder)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2) if fully_sharded() else None
+    accelerator = Accelerator(cpu=several and device.type == "cpu", device_placement=several, mixed_precision="no",
+                              fsdp_plugin=plugin, log_with=[*trackers] if trackers else None, project_dir=folder)
+    if plugin:  # torch shards on CPUs as well as on GPUs; Accelerate would take plain DDP for CPUs
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
 
 # %% ../nbs/16_training.ipynb #c051
 @contextmanager
@@ -266,6 +285,7 @@ class History:
     processes: int = 1
     bf16: bool = False
     packed: bool = False
+    sharded: bool = False  # whether the processes divided the weights among them
     resumed: int = 0  # the step that a checkpoint let the run begin at
 
     def to_dict(self) -> dict:
@@ -277,16 +297,20 @@ def validate(
     model: RewardModel,
     rankings: list[Ranking],
     bf16: bool = False,  # as for `RewardModel.score`
+    packed: bool = True,  # without padding, where the model allows it
 ) -> dict:  # loss, accuracy, margin: means over prompts
     "How well a model orders rankings, with the measures of training."
-    means = []
-    for ranking, rewards in zip(rankings, score_rankings(partial(score_packed, model, bf16=bf16), rankings)):
+    means, score = [], partial(score_packed, model) if packed else model.score
+    for ranking, rewards in zip(rankings, score_rankings(partial(score, bf16=bf16), rankings)):
         if any(decisions(ranking)):
             scores = torch.tensor(ranking.scores, dtype=torch.float64)
             means.append(measure(torch.tensor(rewards)[:, None], scores, torch.zeros(len(ranking)))[1])
     return dict(zip(("loss", "accuracy", "margin"), torch.stack(means).mean(dim=0).tolist()))
 
 # %% ../nbs/16_training.ipynb #c059
+_FORMAT = 2  # of checkpoints; a number of its own for each way they were written
+
+
 def write_checkpoint(
     folder: str | Path,  # created where it is missing
     state: dict,  # tensors, numbers, texts, and lists and dicts of them
@@ -324,7 +348,7 @@ def run_digest(config: TrainConfig, rankings: list[Ranking]) -> str:
     "What a checkpoint belongs to: everything that decides the course of a run. A time limit may change."
     settings = {name: value for name, value in asdict(config).items() if name not in ("max_seconds", "checkpoint_every")}
     data = [[r.prompt, r.completions, r.scores] for r in rankings]
-    return hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_FORMAT, settings, data], sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/16_training.ipynb #c062
 class _Learner(torch.nn.Module):
@@ -333,6 +357,8 @@ class _Learner(torch.nn.Module):
     def __init__(self, model: RewardModel, packed: bool, bf16: bool):
         super().__init__()
         self.model, self.packed, self.bf16 = model, packed, bf16
+        names = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = [name for name in getattr(model.model, "_no_split_modules", None) or () if name in names]
 
     def forward(self, groups: list[list[list[int]]]) -> torch.Tensor:
         "(texts, 1) rewards of `groups[prompt][completion]`, token ids."
@@ -341,6 +367,17 @@ class _Learner(torch.nn.Module):
         device = self.model.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             return self.model(*pad([row for rows in groups for row in rows], device))
+
+    def validate(self, rankings: list[Ranking]) -> dict:
+        "What `validate` finds, in the precision of training."
+        return validate(self.model, rankings, self.bf16, self.packed)
+
+
+def whole_weights(learner: _Learner) -> dict:
+    "Copies of all weights of the model on the CPU; where they are divided, every process has to ask for them."
+    whole = lambda value: value.full_tensor() if isinstance(value, DTensor) else value
+    return {name.removeprefix("model."): whole(value).detach().to("cpu", copy=True)
+            for name, value in learner.state_dict().items()}
 
 # %% ../nbs/16_training.ipynb #c064
 def parameter_groups(
@@ -360,19 +397,27 @@ class _Run:
 
     def __init__(self, model: RewardModel, config: TrainConfig, trackers: list[str] | None, folder: str | None):
         self.accelerator = _accelerator(model.device, trackers, folder)
-        fused = model.device.type in ("cpu", "cuda")  # one kernel for all parameters
-        optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=fused)
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        by_layers = self.sharded and bool(cast(Any, self.accelerator.state.fsdp_plugin).auto_wrap_policy)
+        self.given, self.model = model, copy.deepcopy(model) if self.sharded else model
+        packed = config.packed and can_pack(model) and not config.encoder_dropout and not by_layers
         bf16 = bf16_pays(model.device) if config.bf16 == "auto" else bool(config.bf16)
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        packed = config.packed and can_pack(model) and not config.encoder_dropout and not sharded
-        self.model, self.sharded = model, sharded
-        self.learner, self.optimizer = self.accelerator.prepare(_Learner(model, packed, bf16), optimizer)
-        self.device, self.rank, self.config = model.device, self.accelerator.process_index, config
-        self.history = History(processes=self.accelerator.num_processes, bf16=bf16, packed=packed)
+        self._prepare(_Learner(self.model, packed, bf16), config)
+        self.device = self.accelerator.device if self.sharded else model.device
+        self.rank, self.config = self.accelerator.process_index, config
+        self.history = History(processes=self.accelerator.num_processes, bf16=bf16, packed=packed, sharded=self.sharded)
         if trackers:
             self.accelerator.init_trackers("reward", {k: v for k, v in asdict(config).items() if v is not None})
-        logging.getLogger(__name__).info("training on %s, %d process(es), bf16 %s, packed %s", self.device,
-                                         self.history.processes, bf16, packed)
+        logging.getLogger(__name__).info("training on %s, %d process(es), bf16 %s, packed %s, sharded %s", self.device,
+                                         self.history.processes, bf16, packed, self.sharded)
+
+    def _prepare(self, learner: _Learner, config: TrainConfig) -> None:
+        "Hand the module and its optimiser to Accelerate."
+        fused = self.model.device.type in ("cpu", "cuda")  # one kernel for all parameters
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, config), weight_decay=config.weight_decay, fused=fused)
+        self.learner, self.optimizer = self.accelerator.prepare(learner, optimizer)
+        if self.sharded:
+            register_fsdp_forward_method(self.learner, "validate")
 
     def learn(self, batches: list[list[Draw]], rankings: list[Ranking], rows: list, lr: float, number: int) -> dict:
         "One step of the optimiser; the measures are those of all processes together."
@@ -396,7 +441,8 @@ class _Run:
 
     def _update(self, loss: float, lr: float, number: int) -> float:
         "Change the weights; returns the norm of the gradient before clipping."
-        norm = float(cast(torch.Tensor, self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip)))
+        total: Any = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip)
+        norm = float(total.full_tensor() if self.sharded else total)
         _finite(norm, "norm of the gradient", number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
@@ -424,37 +470,49 @@ class _Course(_Run):
     best: dict | None = None  # the weights of the best evaluation, where `patience` asks for them
     before: float = 0.0  # seconds that were spent before the run was taken up again
 
+    def unwrapped(self) -> _Learner:
+        "The learner without what DDP puts around it."
+        return self.accelerator.unwrap_model(self.learner)
+
     def evaluate(self, rankings: list[Ranking], step: int, epoch: int) -> None:
-        found = {"step": step, "epoch": epoch, **validate(self.model, rankings, self.history.bf16)}
+        found = {"step": step, "epoch": epoch, **self.unwrapped().validate(rankings)}
         earlier = [e["loss"] for e in self.history.evaluations]
         self.history.evaluations.append(found)
         self.log("eval", found, step)
         if self.config.patience and found["loss"] < min(earlier, default=math.inf):
-            self.best = {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+            self.best = whole_weights(self.unwrapped())
 
     def out_of_patience(self) -> bool:
         losses, patience = [found["loss"] for found in self.history.evaluations], self.config.patience
         return bool(patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience)
 
     def save(self, folder: str | Path, digest: str, step: int, seconds: float) -> None:
+        weights = whole_weights(self.unwrapped())
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = get_optimizer_state_dict(self.learner, self.optimizer.optimizer, options=options)
         if self.rank == 0:
             write_checkpoint(folder, {"digest": digest, "step": step, "seconds": seconds, "best": self.best,
-                                      "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                                      "model": weights, "optimizer": optimizer,
                                       "steps": self.history.steps, "evaluations": self.history.evaluations})
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder: str | Path, digest: str) -> int:
         "Take up the run in a folder; returns its next step, 0 where there is none."
-        if self.sharded:
-            raise InputError("checkpoints are not written under FSDP: train without one, or with DDP")
         state = read_checkpoint(folder, digest)
         if state is None:
             return 0
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        whole = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.learner, {f"model.{k}": value for k, value in state["model"].items()}, options=whole)
+        set_optimizer_state_dict(self.learner, self.optimizer.optimizer, state["optimizer"], options=whole)
         self.history.steps, self.history.evaluations = state["steps"], state["evaluations"]
         self.best, self.before, self.history.resumed = state["best"], state["seconds"], state["step"]
         return state["step"]
+
+    def give(self) -> None:
+        "Hand the best weights, or those that were learnt in shards, to the model that was given."
+        if self.best or self.sharded:
+            self.given.load_state_dict(self.best or whole_weights(self.unwrapped()))
+
 
 # %% ../nbs/16_training.ipynb #c071
 def train(
@@ -482,7 +540,7 @@ def train(
     spent = lambda: run.before + clock() - started
     if config.max_steps and config.max_steps < len(plan):
         plan, history.stopped = plan[: config.max_steps], "max_steps"
-    with _training(model, config), run.bar(len(plan), progress) as bar:
+    with _training(run.model, config), run.bar(len(plan), progress) as bar:
         for step, (epoch, batches) in list(enumerate(plan))[first:]:
             elapsed = run.agree(spent()) / (config.max_seconds or math.inf)
             if elapsed >= 1 or run.out_of_patience():
@@ -502,8 +560,7 @@ def train(
                 on_step(history.steps[-1])
     if checkpoint:
         run.save(checkpoint, digest, len(history.steps), spent())
-    if run.best:
-        model.load_state_dict(run.best)
+    run.give()
     for tracker in run.accelerator.trackers:
         tracker.finish()
     history.seconds = spent()

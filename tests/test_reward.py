@@ -267,41 +267,79 @@ def test_pairs_and_rankings_of_two_train_alike(toys):
 
 
 WORKER = """
-import json, random, sys
+import json, os, random, sys
 sys.path.insert(0, sys.argv[3])
 from test_reward import RewardModel, TrainConfig, kind_words, torch, train
 torch.manual_seed(0)
-model = RewardModel(sys.argv[1], dropout=0.0, device="cpu")
-config = TrainConfig(epochs=2, lr=1e-3, tokens_per_batch=200, accumulate=2, bf16=False, max_seconds=1e6)
-history = train(model, list(kind_words(13, random.Random(0))), config, progress=False)
+packed, checkpoint, leave_after = sys.argv[4:]
+model, rankings = RewardModel(sys.argv[1], dropout=0.0, device="cpu"), list(kind_words(13, random.Random(0)))
+config = TrainConfig(epochs=2, lr=1e-3, tokens_per_batch=200, accumulate=2, bf16=False, max_seconds=1e6, packed=packed == "packed",
+                     eval_every=2, patience=9, checkpoint_every=1)
+leave = lambda step: os._exit(0) if step["step"] == int(leave_after) else None
+history = train(model, rankings, config, rankings[:3], progress=False, checkpoint=checkpoint or None, on_step=leave)
 if history.processes == 1 or torch.distributed.get_rank() == 0:
     score = model.score("what is 1", ["good", "sun"]).flatten().tolist()
     curve = [[step[name] for name in ("loss", "accuracy", "margin", "grad_norm")] for step in history.steps]
-    json.dump({"processes": history.processes, "packed": history.packed, "curve": curve, "score": score}, open(sys.argv[2], "w"))
+    json.dump({"processes": history.processes, "packed": history.packed, "sharded": history.sharded, "resumed": history.resumed,
+               "curve": curve, "evaluations": [found["loss"] for found in history.evaluations], "score": score}, open(sys.argv[2], "w"))
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
+LAUNCHERS = {
+    "one": [],
+    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "fsdp": ["-m", "accelerate.commands.accelerate_cli", "launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
+             "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]}
+LAUNCHERS["fsdp by layers"] = [*LAUNCHERS["fsdp"], "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 
 
-def run_workers(folder, out, processes):
+def launch(how, folder, out, packed="packed", checkpoint="", leave_after=-1):
     script = out.with_suffix(".py")
     script.write_text(WORKER)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launch, script, folder, out, os.path.dirname(__file__)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200)
+    port = ["--main_process_port", "0"] if "fsdp" in how else []
+    command = [sys.executable, *LAUNCHERS[how], *port, script, folder, out, os.path.dirname(__file__), packed, checkpoint, leave_after]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(out.parent)}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(out.read_text())
+    return json.loads(out.read_text()) if out.exists() else None
+
+
+def same_course(one, other):
+    assert len(one["curve"]) > 3
+    for step, found in zip(one["curve"], other["curve"], strict=True):
+        assert found == pytest.approx(step, abs=1e-4, rel=1e-3)
+    assert other["evaluations"] == pytest.approx(one["evaluations"], abs=1e-4)
+    assert other["score"] == pytest.approx(one["score"], abs=1e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, packed", [("bert", True), ("gpt2", True), ("gpt_neo", False)])
-def test_two_processes_learn_what_one_learns(toys, tmp_path, kind, packed):
-    one, two = (run_workers(toys[kind], tmp_path / f"{n}.json", n) for n in (1, 2))
-    assert (one["processes"], two["processes"], two["packed"]) == (1, 2, packed)
-    assert len(one["curve"]) > 3
-    for step, other in zip(one["curve"], two["curve"], strict=True):
-        assert other == pytest.approx(step, abs=1e-4, rel=1e-3)
-    assert two["score"] == pytest.approx(one["score"], abs=1e-3)
+@pytest.mark.parametrize("kind, how, packed", [
+    ("bert", "ddp", True), ("gpt2", "ddp", True), ("gpt_neo", "ddp", False),
+    ("gpt2", "fsdp", True), ("llama", "fsdp by layers", False), ("bert", "fsdp by layers", False)])
+def test_two_processes_learn_what_one_learns(toys, tmp_path, kind, how, packed):
+    one, two = (launch(which, toys[kind], tmp_path / f"{n}.json", "packed" if packed else "plain") for n, which in enumerate(("one", how)))
+    assert (one["processes"], two["processes"], two["packed"], two["sharded"]) == (1, 2, packed, "fsdp" in how)
+    same_course(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, then", [("fsdp", "fsdp"), ("fsdp by layers", "one"), ("ddp", "fsdp")])
+def test_a_run_goes_on_with_other_processes(toys, tmp_path, how, then):
+    whole = launch("one", toys["llama"], tmp_path / "whole.json", "plain")
+    assert launch(how, toys["llama"], tmp_path / "cut.json", "plain", tmp_path / "points", 3) is None
+    rest = launch(then, toys["llama"], tmp_path / "rest.json", "plain", tmp_path / "points")
+    assert rest["resumed"] == 4
+    same_course(whole, rest)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_looking_does_not_change_training(toys, kind):
+    rankings, curves = list(kind_words(13, random.Random(0))), []
+    for eval_every in (1, 1000):
+        config = TrainConfig(epochs=2, lr=1e-3, tokens_per_batch=200, bf16=False, packed=False, eval_every=eval_every)
+        history = train(toy(toys, kind), rankings, config, rankings[:3], progress=False)
+        curves.append([step["loss"] for step in history.steps])
+    assert curves[0] == curves[1]
 
 
 # ---------------------------------------------------------------- floors
