@@ -326,7 +326,7 @@ def features(
     groups: list[list[list[int]]],  # token ids: `groups[prompt][completion]`
     threads: int | None = None,  # `None`: as many as torch uses on a CPU, else 1
     bf16: bool = False,  # matrix products in bfloat16
-    part: int = 1024,  # tokens that a thread computes at a time, more only for a single group that is longer
+    part: int = 1536,  # tokens that a thread computes at a time, more only for a single group that is longer
 ) -> torch.Tensor:  # (texts, size) float32, differentiable
     "The vectors of texts, without padding, and with what the texts of a group have in common computed once."
     share, device = shares_prefix(encoder), encoder.device
@@ -361,7 +361,7 @@ def score_packed(
     prompts: list[str],  # one for each completion
     completions: list[str],
     bf16: bool = False,  # compute in bfloat16
-    budget: int = 8192,  # tokens of a batch
+    budget: int = 16384,  # tokens of a batch
 ) -> torch.Tensor:  # (n, 1) float32 on the CPU, in the order given
     "The rewards of completions as `RewardModel.score` gives them, without padding where the model allows it."
     if not can_pack(model) or not completions:
@@ -376,4 +376,4 @@ def score_packed(
         batches[-1][-1].append(row)
         before, tokens = prompt, tokens + len(row)
     with evaluating(model), torch.no_grad():
-        return torch.cat([packed_rewards(model, groups, bf16=bf16) for groups in batches]).cpu()
+        return torch.cat([packed_rewards(model, groups, bf16=bf16, part=2048) for groups in batches]).cpu()
