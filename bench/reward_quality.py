@@ -263,8 +263,8 @@ def quality(args, progress=True):
 
     if not Path(args.data).is_file():
         raise InputError(f"{args.data} is missing: give the recorded rankings (.jsonl.gz) with --data")
-    kinds = [kind for kind in args.only or [*MODELS, "cosine"] if not kind.startswith("trl") or args.trl_python]
-    kinds = [kind for kind in kinds if kind not in args.skip]
+    usual = [kind for kind in (*MODELS, "cosine") if args.all or kind != "trl_all"]
+    kinds = [kind for kind in args.only or usual if not kind.startswith("trl") or args.trl_python]
     tests = [division(args, seed)[1] for seed in range(args.seeds)]
     scores, seconds, curve = everything(args, kinds, args.seeds, progress)
     scores |= {("length", seed): score_rankings(longer_wins, test) for seed, test in enumerate(tests)}
@@ -332,8 +332,7 @@ def add_arguments(parser):
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--wrapper", default="", help="command that every job is run with, such as 'nice -n 19'")
     parser.add_argument("--only", nargs="+", choices=[*MODELS, "cosine"], help="only these models")
-    parser.add_argument("--skip", nargs="+", choices=[*MODELS, "cosine"], default=["trl_all"],
-                        help="leave these out (default: %(default)s, a quarter of an hour for each division)")
+    parser.add_argument("--all", action="store_true", help="trl_all as well: a quarter of an hour more for each division")
 
 
 def main():

@@ -6,7 +6,8 @@ turns in every repetition, which has pairs of its own; each turn begins with 8 p
 second up to the end of the last step: for ours from the call of `train`, tokenising and all; for the others, which are handed our
 tokens, from the beginning of the first step:
 
-  ours         prompting_nb.training.train with its defaults, on rankings of two
+  ours         prompting_nb.training.train with its defaults, on rankings of two; batches are so large that there are about as many
+               steps as for TRL, with its 16 pairs a step (chosen on pairs that are not measured)
   trl_default  RewardTrainer with its defaults (8 pairs at once, checkpointed activations), 16 pairs a step
   trl_tuned    bf16, no checkpointing, 16 pairs a step: one pair at once, or 2 or 4 grouped by length, whichever is fastest here
   reference    two forwards of rows that are padded to 1024, in float32, with GPT-2's own dropout, since it trained in train
@@ -29,6 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from machine import cores, machine
@@ -94,6 +98,13 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
 
 
+def rank(pairs):
+    "Pairs as rankings of two."
+    from prompting_nb.preferences import Ranking
+
+    return [Ranking(pair["prompt"], [pair["chosen"], pair["rejected"]], [1.0, 0.0]) for pair in pairs]
+
+
 class Ours:
     "This package, with its defaults."
 
@@ -125,13 +136,22 @@ class Ours:
         rows = list(zip(encode("chosen"), encode("rejected")))
         return {"rows": rows, "texts": [" ".join(words(row)) for both in rows for row in both]}
 
-    def train(self, pairs, test=None, **options):
-        from prompting_nb.preferences import Ranking
+    def batch(self, pairs):
+        "The least tokens of a batch with which there are as few steps as TRL takes."
+        from prompting_nb.packing import shares_prefix
+        from prompting_nb.training import TrainConfig, plan_batches, token_batches, tokenise
+
+        model, rankings = self.model(), rank(pairs)
+        plan = partial(plan_batches, rankings, tokenise(model, rankings), batches_of=partial(token_batches, share=shares_prefix(model)))
+        enough = (size for size in count(1024, 512) if len(plan(TrainConfig(tokens_per_batch=size))) <= len(pairs) / STEP)
+        return {"tokens": next(enough)}
+
+    def train(self, pairs, test=None, tokens=4096, **options):
         from prompting_nb.training import TrainConfig, train, validate
 
-        rank = lambda pairs: [Ranking(pair["prompt"], [pair["chosen"], pair["rejected"]], [1.0, 0.0]) for pair in pairs]
         one_step = {"tokens_per_batch": 10**6, "lr": 2 * LR}  # in its only step the rate is half way down
-        config = TrainConfig(**{"lr": LR, "warmup": 0.0, "weight_decay": 0.0, **(one_step if test else {})})
+        given = {"lr": LR, "warmup": 0.0, "weight_decay": 0.0, "tokens_per_batch": tokens}
+        config = TrainConfig(**{**given, **(one_step if test else {})})
         model, rankings, ends = self.model(), rank(pairs), [time.perf_counter()]
         history = train(model, rankings, config, progress=False, on_step=lambda step: ends.append(time.perf_counter()))
         found = {"seconds": ends[-1] - ends[0], "pairs": len(pairs), "steps": len(history.steps),
@@ -297,11 +317,28 @@ def data_of(ours, count, seed):
     return {"pairs": pairs, **ours.ask("rows", pairs=pairs)}
 
 
-def parity(peers, options, test, data):
+@contextmanager
+def turns(args, peers, kind, folder):
+    "Ask a peer to train; the reference lives for its turn only, since it holds more memory than all others together."
+    guests = {}
+
+    def ask(name, **job):
+        if name not in peers and not guests:
+            guests["reference"] = Peer(args, "reference", kind, folder)
+        return (peers.get(name) or guests["reference"]).ask("train", **job)
+
+    try:
+        yield ask
+    finally:
+        for guest in guests.values():
+            guest.close()
+
+
+def parity(ask, names, options, test, data):
     "What one step on the same pairs does to each model."
-    for name in (name for name in peers if name != "no_dropout"):  # the reference takes this step without dropout
+    for name in (name for name in names if name != "no_dropout"):  # the reference takes this step without dropout
         more = {"at_once": PARITY, "pairs_a_step": PARITY} if name == "trl_default" else {"pairs_a_step": PARITY}
-        yield name, peers[name].ask("train", **select(name, data, test), **{**options[name], **more})
+        yield name, ask(name, **select(name, data, test), **{**options[name], **more})
 
 
 def select(name, data, test=None):
@@ -315,19 +352,19 @@ def training(args, kind, folder, step):
     "The rates and losses of everyone who trains a model of a kind."
     padded = ("reference", "no_dropout")
     names = [name for name in NAMES if name not in padded or kind == "gpt2"]
-    peers = {name: Peer(args, name, kind, folder) for name in names if name != "no_dropout"}
-    if kind == "gpt2":
-        peers["no_dropout"] = peers["reference"]
+    peers = {name: Peer(args, name, kind, folder) for name in names if name not in padded}
     options = {name: {"dropout": True} if name == "reference" else {} for name in names}
     options["trl_default"], options["trl_tuned"] = {"tuned": False}, {"tuned": True, **TUNED[0]}
     data = data_of(peers["ours"], PARITY, 1000)
-    learnt = dict(parity(peers, options, data_of(peers["ours"], PARITY, 2000), data))
+    with turns(args, peers, kind, folder) as ask:
+        learnt = dict(parity(ask, names, options, data_of(peers["ours"], PARITY, 2000), data))
     learnt |= {name: learnt["reference"] for name in names if name == "no_dropout"}
     step()
     data = data_of(peers["ours"], args.pairs, 3000)
     tried = [{**how, "rate": rate_of(peers["trl_tuned"].ask("train", rows=data["rows"], tuned=True, **how))} for how in TUNED]
     best = max(tried, key=lambda how: how["rate"])
     options["trl_tuned"].update(at_once=best["at_once"], group=best.get("group", False))
+    options["ours"] = {"tokens": peers["ours"].ask("batch", pairs=data["pairs"])["tokens"]}
     step()
     rates, steps, memory = {name: [] for name in names}, {}, {}
     for repetition in range(args.repetitions):
@@ -335,13 +372,14 @@ def training(args, kind, folder, step):
         few = {key: values[:FEW] for key, values in data.items() if key in ("pairs", "rows")}
         for name in random.Random(repetition).sample(names, len(names)):
             pairs = few if name in padded else data
-            if name not in padded:  # what lay idle wakes up; the padded ones take half a minute, and do so on the way
-                peers[name].ask("train", **select(name, few), **options[name])
-            found = peers[name].ask("train", **select(name, pairs), **options[name])
+            with turns(args, peers, kind, folder) as ask:
+                if name not in padded:  # what lay idle wakes up; the padded ones take half a minute, and do so on the way
+                    ask(name, **select(name, few), **options[name])
+                found = ask(name, **select(name, pairs), **options[name])
             rates[name].append(rate_of(found))
             steps[name], memory[name] = found["steps"], found["peak_mb"]
         step()
-    for name in set(names) - {"ours", "no_dropout"}:
+    for name in set(peers) - {"ours"}:
         peers[name].close()
     pairs = [pair for repetition in range(args.repetitions) for pair in make_pairs(args.pairs, repetition)]
     work_of_pair, machine = peers["ours"].ask("work", pairs=pairs), peers["ours"].ask("rate")
@@ -351,7 +389,8 @@ def training(args, kind, folder, step):
     return {"pairs_per_second": {name: median(values) for name, values in rates.items()}, "steps": steps, "memory_mb": memory,
             "ratios": {name: median([a / b for a, b in zip(rates["ours"], rates[name])]) for name in names if name != "ours"},
             "loss": {name: {key: found[key] for key in ("loss", "test_loss")} for name, found in learnt.items()},
-            "trl_tried": tried, "work": {key: value for key, value in work_of_pair.items() if key != "peak_mb"},
+            "trl_tried": tried, "tokens_per_batch": options["ours"]["tokens"],
+            "work": {key: value for key, value in work_of_pair.items() if key != "peak_mb"},
             "machine": {key: value for key, value in machine.items() if key != "peak_mb"}, "gflops": gflops,
             "share_of_machine": gflops / machine["gflops"]}
 
