@@ -2,9 +2,9 @@
 
 Models with random weights, GPT-2 (6 layers of 384) and a BERT of the size of MiniLM, get the same pairs: lengths are skewed
 (median about 130 tokens, tail to 1024), chosen and rejected share their prompt. Peers run in processes of their own and take
-turns in every repetition, which has pairs of its own; each turn begins with 8 pairs that are not counted. Measured are pairs a
-second up to the end of the last step: for ours from the call of `train`, tokenising and all; for the others, which are handed our
-tokens, from the beginning of the first step:
+turns in every repetition, which has pairs of its own; each turn begins with 8 pairs (the reference: 4) that are not counted.
+Measured are pairs a second up to the end of the last step: for ours from the call of `train`, tokenising and all; for the others,
+which are handed our tokens, from the beginning of the first step:
 
   ours         prompting_nb.training.train with its defaults, on rankings of two; batches are so large that there are about as many
                steps as for TRL, with its 16 pairs a step (chosen on pairs that are not measured)
@@ -373,8 +373,8 @@ def training(args, kind, folder, step):
         for name in random.Random(repetition).sample(names, len(names)):
             pairs = few if name in padded else data
             with turns(args, peers, kind, folder) as ask:
-                if name not in padded:  # what lay idle wakes up; the padded ones take half a minute, and do so on the way
-                    ask(name, **select(name, few), **options[name])
+                warm = {key: values[:4] for key, values in few.items()} if name in padded else few  # one step of the reference
+                ask(name, **select(name, warm), **options[name])
                 found = ask(name, **select(name, pairs), **options[name])
             rates[name].append(rate_of(found))
             steps[name], memory[name] = found["steps"], found["peak_mb"]
