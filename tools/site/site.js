@@ -76,17 +76,15 @@ const load = () => new Promise((done) => {
   document.head.append(Object.assign(document.createElement("script"), { src: up + "search.js", onload: done }));
 });
 const openSearch = async () => { if (dialog.open) return; dialog.showModal(); input.select(); await load(); find() };
-const literal = (word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
-const begins = (text, word) => new RegExp(`(^|[^\\p{L}\\p{N}])${literal(word)}`, "iu").test(text); // a word of the text begins so
 function score([, title, name, api, text], words) {
   let sum = 0;
   for (const word of words) {
     const at = name.toLowerCase(), last = at.split(".").pop();
     if (at === word || last === word) sum += api ? 60 : 50;
     else if (at.startsWith(word) || last.startsWith(word)) sum += api ? 30 : 25;
-    else if (at.includes(word)) sum += begins(at, word) ? 15 : 10;
-    else if (title.toLowerCase().includes(word)) sum += begins(title, word) ? 6 : 4;
-    else if (text.toLowerCase().includes(word)) sum += begins(text, word) ? 3 : 1;
+    else if (at.includes(word)) sum += 15;
+    else if (title.toLowerCase().includes(word)) sum += 6;
+    else if (text.toLowerCase().includes(word)) sum += 2;
     else return 0;
   }
   return sum - name.length / 100;
@@ -97,7 +95,7 @@ function snippet(text, words) {
   return mark((from ? "… " : "") + part + (from + 130 < text.length ? " …" : ""), words);
 }
 function mark(text, words) {
-  const pattern = words.map((w) => literal(escape(w))).join("|");
+  const pattern = words.map((w) => escape(w).replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
   return escape(text).replace(new RegExp(pattern, "gi"), (found) => `<mark>${found}</mark>`);
 }
 function find() {
