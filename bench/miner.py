@@ -406,7 +406,8 @@ def environment(legacy: str) -> dict:
     stock = {name: row.split("==")[1] for row in freeze for name in ("bittensor", "fastapi", "starlette", "uvicorn")
              if row.startswith(f"{name}==")}
     names = ("bittensor", "starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "pydantic")
-    return {**machine(), "versions": {name: version(name) for name in names}, "stock_versions": stock}
+    where = machine()
+    return {"cpu": where.pop("processor"), **where, "versions": {name: version(name) for name in names}, "stock_versions": stock}
 
 
 def table(title: str, rows: list[dict], columns: dict) -> Table:

@@ -513,7 +513,6 @@ class _Course(_Run):
         if self.best or self.sharded:
             self.given.load_state_dict(self.best or whole_weights(self.unwrapped()))
 
-
 # %% ../nbs/16_training.ipynb #c071
 def train(
     model: RewardModel,  # trained in place; parameters with `requires_grad` False are left alone
