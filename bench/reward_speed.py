@@ -496,7 +496,7 @@ def show(found, console):
 def add_flags(parser):
     "The flags of the run."
     parser.add_argument("--trl-python", default=sys.executable, help="Python of an environment with trl, transformers and torch")
-    parser.add_argument("--pairs", type=int, default=48, help="pairs in a repetition")
+    parser.add_argument("--pairs", type=int, default=96, help="pairs in a repetition")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--keep", help="folder for the figures of each part; parts that it has are not measured again")
     parser.add_argument("--threads", type=int, default=cores(), help="threads of each peer")

@@ -273,6 +273,21 @@ def _training(model: RewardModel, config: TrainConfig) -> Iterator[None]:
         finally:
             model.train(was_training)
 
+
+@contextmanager
+def _adding_rows(model: RewardModel, alone: bool) -> Iterator[None]:
+    "On a CPU and in one process, let the token embeddings learn from the rows that occur."
+    table = model.model.get_input_embeddings()
+    plain = type(table) is torch.nn.Embedding and table.weight.requires_grad and not table.sparse
+    if not (alone and plain and model.device.type == "cpu"):
+        yield
+        return
+    table.sparse, table.weight.grad = True, torch.zeros_like(table.weight)  # rows are added to a gradient that is there
+    try:
+        yield
+    finally:
+        table.sparse, table.weight.grad = False, None
+
 # %% ../nbs/16_training.ipynb #c054
 @dataclass
 class History:
@@ -447,7 +462,11 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["share"]
         self.optimizer.step()
+        table: Any = self.model.model.get_input_embeddings()
+        rows = table.weight.grad if getattr(table, "sparse", False) else None
         self.optimizer.zero_grad()
+        if rows is not None:
+            table.weight.grad = rows.zero_()
         return norm
 
     def agree(self, seconds: float) -> float:
@@ -539,7 +558,8 @@ def train(
     spent = lambda: run.before + clock() - started
     if config.max_steps and config.max_steps < len(plan):
         plan, history.stopped = plan[: config.max_steps], "max_steps"
-    with _training(run.model, config), run.bar(len(plan), progress) as bar:
+    alone = history.processes == 1
+    with _training(run.model, config), _adding_rows(run.model, alone), run.bar(len(plan), progress) as bar:
         for step, (epoch, batches) in list(enumerate(plan))[first:]:
             elapsed = run.agree(spent()) / (config.max_seconds or math.inf)
             if elapsed >= 1 or run.out_of_patience():
