@@ -27,11 +27,11 @@ class Span:
 def _blocks(
     n: int,  # queries
     m: int,  # keys
-    size: int | None,  # queries of a block, roughly; `None`: all
+    size: int,  # queries of a block, roughly
     causal: bool,
 ) -> Iterator[tuple[slice, slice]]:  # queries, and the keys that they see
     "A text's queries in blocks of equal size."
-    step = math.ceil(n / max(1, round(n / (size or n))))
+    step = math.ceil(n / max(1, round(n / size)))
     for start in range(0, n, step):
         stop = min(start + step, n)
         yield slice(start, stop), slice(0, m - n + stop if causal else m)
@@ -79,7 +79,7 @@ class _Attention(torch.autograd.Function):
             q, k, v = query[:, span.queries].contiguous(), _gather(key, span), _gather(value, span)
             tensors += [q, k, v]
             keep = q.shape[1] * k.shape[1] <= kept
-            for rows, keys in _blocks(q.shape[1], k.shape[1], block if causal or not keep else None, causal):
+            for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
                 p = _probabilities(q[:, rows], k[:, keys], causal)
                 out[span.queries][rows] = torch.bmm(p, v[:, keys]).transpose(0, 1)
                 tensors.append(p if keep else None)
@@ -97,8 +97,7 @@ class _Attention(torch.autograd.Function):
         for span in spans:
             q, k, v = next(tensors), next(tensors), next(tensors)
             of_span, delta_of_span = grad[span.queries].transpose(0, 1).contiguous(), delta[:, span.queries]
-            whole = not causal and q.shape[1] * k.shape[1] <= kept
-            for rows, keys in _blocks(q.shape[1], k.shape[1], None if whole else block, causal):
+            for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
                 g, p = of_span[:, rows], next(tensors)
                 p = _probabilities(q[:, rows], k[:, keys], causal) if p is None else p
                 of_scores = torch.bmm(g, v[:, keys].transpose(1, 2)).sub_(delta_of_span[:, rows]).mul_(p)
