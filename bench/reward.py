@@ -1,6 +1,6 @@
 """The reward model beside TRL, the reference and a transformers pipeline: speed (reward_speed.py) and quality (reward_quality.py).
 
-Both parts in one run: about an hour on two cores, most of it TRL's training. The quality part keeps what it
+Both parts in one run: an hour or more on two cores, most of it TRL's training. The quality part keeps what it
 computed in a folder (--work), so a run that was interrupted goes on where it stopped. With --parts only one of them is
 measured, and the figures of the other stay in the JSON file as they were.
 
