@@ -64,8 +64,8 @@ def _scatter(total: torch.Tensor, span: Span, part: torch.Tensor) -> None:
     "Add the gradient (heads, keys, size) of the first keys of a span to that of all, (tokens, heads, size)."
     shared, part = span.shared.stop - span.shared.start, part.transpose(0, 1)
     if shared:
-        total[span.shared][: len(part)] += part[:shared]
-    total[span.own][: max(len(part) - shared, 0)] += part[shared:]
+        total[span.shared] += part[:shared]
+    total[span.own][: len(part) - shared] += part[shared:]
 
 
 class _Attention(torch.autograd.Function):
@@ -73,12 +73,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scale, spans, causal, block, kept):
-        query, tensors = query * scale, []
+        query, tensors, learn = query * scale, [], any(ctx.needs_input_grad)
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         for span in spans:
             q, k, v = query[:, span.queries].contiguous(), _gather(key, span), _gather(value, span)
-            tensors += [q, k, v]
-            keep = q.shape[1] * k.shape[1] <= kept
+            tensors += [q, k, v] if learn else []
+            keep = learn and q.shape[1] * k.shape[1] <= kept
             for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
                 p = _probabilities(q[:, rows], k[:, keys], causal)
                 out[span.queries][rows] = torch.bmm(p, v[:, keys]).transpose(0, 1)
