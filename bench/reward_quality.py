@@ -42,14 +42,14 @@ FIGURES = ("accuracy", "shorter_accuracy", "best_of", "ece")
 
 def rankings_of(args):
     "All rankings, or the first few."
-    from prompting_nb.preferences import read_rankings
+    from prompting_nb.reward.preferences import read_rankings
 
     return read_rankings(args.data)[: args.prompts]
 
 
 def division(args, seed):
     "Training and held-out rankings."
-    from prompting_nb.preferences import split
+    from prompting_nb.reward.preferences import split
 
     rankings = rankings_of(args)
     return split(rankings, test=round(TEST * len(rankings)), seed=seed)
@@ -67,7 +67,7 @@ def model_of(seed):
 
 def as_pairs(rankings, count, seed):
     "Disjoint pairs of each ranking, at most so many: each answer is read once."
-    from prompting_nb.preferences import Ranking
+    from prompting_nb.reward.preferences import Ranking
 
     rng, found = random.Random(seed), []
     for ranking in rankings:
@@ -83,9 +83,9 @@ def read_texts(args):
     "The features of the texts of some prompts, from an encoder at rest."
     import torch
 
-    from prompting_nb.ensemble import text_features
-    from prompting_nb.preferences import Ranking
-    from prompting_nb.training import bf16_pays
+    from prompting_nb.reward.ensemble import text_features
+    from prompting_nb.reward.preferences import Ranking
+    from prompting_nb.reward.training import bf16_pays
 
     rankings = rankings_of(args)[args.number * CHUNK : (args.number + 1) * CHUNK]
     if args.job == "texts_no_prompt":
@@ -98,10 +98,10 @@ def cosines(args):
     "The cosine between prompt and answer for some prompts."
     import torch
 
-    from prompting_nb.evaluation import zero_shot_cosine
-    from prompting_nb.preferences import score_rankings
-    from prompting_nb.reward import TextEncoder
-    from prompting_nb.training import bf16_pays
+    from prompting_nb.reward.evaluation import zero_shot_cosine
+    from prompting_nb.reward.preferences import score_rankings
+    from prompting_nb.reward.model import TextEncoder
+    from prompting_nb.reward.training import bf16_pays
 
     rankings = rankings_of(args)[args.number * CHUNK : (args.number + 1) * CHUNK]
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16_pays(torch.device("cpu"))):
@@ -110,8 +110,8 @@ def cosines(args):
 
 def train_ours(args):
     "The held-out scores of a model that was trained as a whole."
-    from prompting_nb.preferences import score_rankings
-    from prompting_nb.training import TrainConfig, train
+    from prompting_nb.reward.preferences import score_rankings
+    from prompting_nb.reward.training import TrainConfig, train
 
     (learn, test), model = division(args, args.number), model_of(args.number)
     if args.job == "trained_pairs":
@@ -127,8 +127,8 @@ def train_trl(args):
     import torch
 
     from prompting_nb.pretrained import minilm_path
-    from prompting_nb.reward import TextEncoder, _encode_pairs
-    from prompting_nb.training import bf16_pays
+    from prompting_nb.reward.model import TextEncoder, _encode_pairs
+    from prompting_nb.reward.training import bf16_pays
 
     learn, test = division(args, args.number)
     length = MODEL["max_length"]
@@ -194,7 +194,7 @@ def interval(values):
 
 def fitted_scores(kind, features, args, seed, read=16):
     "Held-out scores of a head that is fitted to so many answers of each training prompt, or the cosines themselves."
-    from prompting_nb.ensemble import fit_head
+    from prompting_nb.reward.ensemble import fit_head
 
     learn, test = division(args, seed)
     if kind == "cosine":
@@ -214,7 +214,7 @@ def two_by_two(order):
 
 def k_way(features, args, tests):
     "Accuracy of heads that are fitted to all pairs of the answers that are read, and to disjoint pairs of them."
-    from prompting_nb.evaluation import pairwise_accuracy
+    from prompting_nb.reward.evaluation import pairwise_accuracy
 
     found = {}
     for read in READ:
@@ -258,8 +258,8 @@ def everything(args, kinds, seeds, progress):
 def quality(args, progress=True):
     "Train and evaluate everything; a dict with a mean and an interval over seeds for each figure of each scorer."
     from prompting_nb.config import InputError
-    from prompting_nb.evaluation import accuracy_by_length, evaluate_scores, longer_wins
-    from prompting_nb.preferences import score_rankings
+    from prompting_nb.reward.evaluation import accuracy_by_length, evaluate_scores, longer_wins
+    from prompting_nb.reward.preferences import score_rankings
 
     if not Path(args.data).is_file():
         raise InputError(f"{args.data} is missing: give the recorded rankings (.jsonl.gz) with --data")

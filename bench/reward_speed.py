@@ -6,7 +6,7 @@ turns in every repetition, which has pairs of its own; each turn begins with 8 p
 Measured are pairs a second up to the end of the last step: for ours from the call of `train`, tokenising and all; for the others,
 which are handed our tokens, from the beginning of the first step:
 
-  ours         prompting_nb.training.train with its defaults, on rankings of two; batches are so large that there are about as many
+  ours         prompting_nb.reward.training.train with its defaults, on rankings of two; batches are so large that there are about as many
                steps as for TRL, with its 16 pairs a step (chosen on pairs that are not measured)
   trl_default  RewardTrainer with its defaults (8 pairs at once, checkpointed activations), 16 pairs a step
   trl_tuned    bf16, no checkpointing, 16 pairs a step: one pair at once, or 2 or 4 grouped by length, whichever is fastest here
@@ -100,7 +100,7 @@ def peak_mb():
 
 def rank(pairs):
     "Pairs as rankings of two."
-    from prompting_nb.preferences import Ranking
+    from prompting_nb.reward.preferences import Ranking
 
     return [Ranking(pair["prompt"], [pair["chosen"], pair["rejected"]], [1.0, 0.0]) for pair in pairs]
 
@@ -109,7 +109,7 @@ class Ours:
     "This package, with its defaults."
 
     def __init__(self, folder):
-        from prompting_nb.training import bf16_pays
+        from prompting_nb.reward.training import bf16_pays
 
         import torch
 
@@ -138,8 +138,8 @@ class Ours:
 
     def batch(self, pairs):
         "The least tokens of a batch with which there are as few steps as TRL takes."
-        from prompting_nb.packing import shares_prefix
-        from prompting_nb.training import TrainConfig, plan_batches, token_batches, tokenise
+        from prompting_nb.reward.fast.packing import shares_prefix
+        from prompting_nb.reward.training import TrainConfig, plan_batches, token_batches, tokenise
 
         model, rankings = self.model(), rank(pairs)
         plan = partial(plan_batches, rankings, tokenise(model, rankings), batches_of=partial(token_batches, share=shares_prefix(model)))
@@ -147,7 +147,7 @@ class Ours:
         return {"tokens": next(enough)}
 
     def train(self, pairs, test=None, tokens=4096, **options):
-        from prompting_nb.training import TrainConfig, train, validate
+        from prompting_nb.reward.training import TrainConfig, train, validate
 
         one_step = {"tokens_per_batch": 10**6, "lr": 2 * LR}  # in its only step the rate is half way down
         given = {"lr": LR, "warmup": 0.0, "weight_decay": 0.0, "tokens_per_batch": tokens}
@@ -162,7 +162,7 @@ class Ours:
         "Multiplications and additions of matrix products in a pass forward and back, counted by torch."
         from torch.utils.flop_counter import FlopCounterMode
 
-        from prompting_nb.packing import lay_out, packed_rewards, shares_prefix
+        from prompting_nb.reward.fast.packing import lay_out, packed_rewards, shares_prefix
 
         model, groups, flop = self.model(), self.rows(pairs)["rows"], 0
         for start in range(0, len(groups), STEP):  # all at once would not fit into memory
@@ -175,7 +175,7 @@ class Ours:
                 "tokens_computed_of_pair": len(lay_out(groups, shares_prefix(model))) / len(pairs)}
 
     def score(self, pairs, **options):
-        from prompting_nb.packing import score_packed
+        from prompting_nb.reward.fast.packing import score_packed
 
         self.scorer = getattr(self, "scorer", None) or self.model()
         prompts = [pair["prompt"] for pair in pairs for _ in range(2)]

@@ -1,50 +1,99 @@
-"""The house stands: a page imports only from pages with a lower number, and the floors stay apart where they should."""
+"""The house stands: each wing imports only what its row of the table allows, and no two modules import each other in a circle."""
 
 import ast
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERS = {}  # module -> number of its notebook
-for _path in sorted((ROOT / "nbs").glob("*.ipynb")):
-    _code = "\n".join("".join(cell["source"]) for cell in json.loads(_path.read_text())["cells"])
-    if (_module := re.search(r"#\| default_exp (\S+)", _code)):
-        NUMBERS["prompting_nb." + _module[1]] = int(_path.name[:2])
+PACKAGE = ROOT / "prompting_nb"
+
+# wing -> what its modules may import besides each other: wings, single modules, and libraries that they must not know
+MAY_IMPORT = {
+    "root": set(),
+    "reward": {"root"},
+    "network": {"root"},
+    "baseminer": {"root", "network"},
+    "validators": {"root", "network", "baseminer.running", "baseminer.subnet"},
+    "loop": {"root", "reward", "network", "baseminer", "validators"},
+}
+CLI = {"reward.command", "baseminer.command", "loop.command"}  # the command line joins the wings' commands, and only those
+FOREIGN = {"reward": {"bittensor", "aiohttp", "starlette", "uvicorn", "httpx"}, "network": {"torch", "transformers"}}
+TORCH_IN_MINERS = {"baseminer.miners", "baseminer.batching"}  # only miners that use a model need torch
 
 
-def imports(module: str) -> set[str]:
-    "The modules of the project that a module imports, anywhere in its code."
-    path = ROOT / (module.replace(".", "/") + ".py")
-    package, found = module.split(".")[:-1], set()
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = sorted(name_of(p) for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+
+
+def wing(module: str) -> str:
+    return module.split(".")[0] if "." in module else "root"
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    "All names that a module imports anywhere in its code, those of the package without `prompting_nb.` in front."
+    path = PACKAGE / (module.replace(".", "/") + ".py")
+    package, found = ["prompting_nb", *module.split(".")[:-1]], set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[:len(package) - node.level + 1] if node.level else [])
-            start = ".".join(filter(None, [base, node.module]))
-            names = [start, *(f"{start}.{alias.name}" for alias in node.names)]
-        found |= {name for name in names if name in NUMBERS}
-    return found
+            base = package[:len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *filter(None, [node.module])])
+            found |= {start, *(f"{start}.{alias.name}" for alias in node.names)}
+    return frozenset(name.removeprefix("prompting_nb.") for name in found)
 
 
-@pytest.mark.parametrize("module", sorted(NUMBERS))
-def test_imports_come_from_pages_before(module):
-    assert {name: NUMBERS[name] for name in imports(module) if NUMBERS[name] >= NUMBERS[module]} == {}
+def uses(module: str) -> set[str]:
+    return set(imports(module)) & set(MODULES) - {module}
 
 
-@pytest.mark.parametrize("floor, others", [("1", "234"), ("2", "134"), ("3", "14"), ("4", "23")])
-def test_floors_that_do_not_know_each_other(floor, others):
-    "Reward (1), network (2), miner (3) and validator (4) meet only above; a miner knows the network it serves on."
-    for module, number in NUMBERS.items():
-        if f"{number:02}"[0] == floor:
-            assert {name for name in imports(module) if f"{NUMBERS[name]:02}"[0] in others} == set(), module
+@pytest.mark.parametrize("module", MODULES)
+def test_a_wing_imports_what_the_table_allows(module):
+    allowed = CLI | {"root"} if module == "cli" else MAY_IMPORT[wing(module)]
+    wrong = {name for name in uses(module) if wing(name) != wing(module) and not {wing(name), name} & allowed}
+    assert wrong == set()
+    assert module == "cli" or "cli" not in uses(module)
 
 
-def test_every_module_has_a_page():
-    modules = {".".join(("prompting_nb", *path.relative_to(ROOT / "prompting_nb").with_suffix("").parts))
-               for path in (ROOT / "prompting_nb").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")}
-    assert modules == set(NUMBERS)
+@pytest.mark.parametrize("module", MODULES)
+def test_no_wing_imports_a_library_that_it_must_not_know(module):
+    libraries = {name.split(".")[0] for name in imports(module)}
+    assert libraries & FOREIGN.get(wing(module), set()) == set()
+    if wing(module) == "baseminer" and module not in TORCH_IN_MINERS:
+        assert "torch" not in libraries
+
+
+def test_no_module_imports_a_private_name_of_another():
+    "What two modules share has a public name."
+    found = [f"{module}: {name}" for module in MODULES for name in imports(module)
+             if name.rpartition(".")[0] in MODULES and name.rpartition(".")[2].startswith("_")]
+    assert found == []
+
+
+def test_no_circle():
+    left = {module: uses(module) for module in MODULES}
+    while free := [module for module, used in left.items() if not used & left.keys()]:
+        for module in free:
+            del left[module]
+    assert left == {}
+
+
+def test_every_module_has_a_page_in_its_wing():
+    "`nbs/X/NN_y.ipynb` is `prompting_nb/X/y.py`."
+    pages = {}
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        code = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+        if ".ipynb_checkpoints" not in path.parts and (found := re.search(r"#\| default_exp (\S+)", code)):
+            pages[found[1]] = path.relative_to(ROOT / "nbs").as_posix()
+    assert sorted(pages) == MODULES
+    for module, page in pages.items():
+        assert re.fullmatch(rf"\d\d_{module.rpartition('.')[2]}\.ipynb", Path(page).name), page
+        assert Path(page).parent.as_posix() == (module.rpartition(".")[0].replace(".", "/") or "."), page

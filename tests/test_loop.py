@@ -15,9 +15,9 @@ import torch
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
-from prompting_nb.tasks import Worker, built_in
+from prompting_nb.loop.tasks import Worker, built_in
 from prompting_nb.validators.encoders import Encoder
-from prompting_nb.validators.loop import Judge, Loop, Network, Policy, Validator
+from prompting_nb.loop.run import Judge, Loop, Network, Policy, Validator
 from prompting_nb.validators.replay import ask_anyone, estimate, read_events
 
 PROGRAM = Path(sys.executable).with_name("prompting-nb")
@@ -175,7 +175,7 @@ def test_help_teaches_and_imports_little():
 
 @pytest.mark.parametrize("module, absent", [
     ("prompting_nb", ["torch", "bittensor", "transformers"]),
-    ("prompting_nb.reward", ["bittensor", "aiohttp", "uvicorn"]),
+    ("prompting_nb.reward.model", ["bittensor", "aiohttp", "uvicorn"]),
     ("prompting_nb.baseminer.miner", ["torch", "transformers"]),
     ("prompting_nb.network.axon", ["torch"]),
     ("prompting_nb.validators.gating", ["bittensor", "aiohttp", "uvicorn"]),

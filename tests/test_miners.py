@@ -17,7 +17,7 @@ import pytest
 
 from prompting_nb.baseminer.command import miner_parser
 from prompting_nb.baseminer.miners import MINERS, OpenAICompatibleMiner, TransformersMiner, UpstreamError, _Request
-from prompting_nb.batching import Batcher
+from prompting_nb.baseminer.batching import Batcher
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting

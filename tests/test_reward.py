@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModel, BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast,
                           RobertaConfig)
 
-from prompting_nb.evaluation import best_of_k, calibration, evaluate
-from prompting_nb.preferences import Ranking, pairs, split
-from prompting_nb.reward import PairwiseLoss, RankingLoss, RewardModel, _fit, pack, pad
-from prompting_nb.training import Draw, TrainConfig, length_batches, train
+from prompting_nb.reward.evaluation import best_of_k, calibration, evaluate
+from prompting_nb.reward.preferences import Ranking, pairs, split
+from prompting_nb.reward.model import PairwiseLoss, RankingLoss, RewardModel, _fit, pack, pad
+from prompting_nb.reward.training import Draw, TrainConfig, length_batches, train
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] what is the sum of two and three ? four five six it a sure maybe no good day sun thanks".split()
 SIZE = dict(vocab_size=40, initializer_range=0.2)
@@ -344,9 +344,9 @@ def test_looking_does_not_change_training(toys, kind):
 
 # ---------------------------------------------------------------- floors
 @pytest.mark.parametrize("module, unwanted", [
-    ("prompting_nb.preferences", ["torch", "bittensor", "aiohttp"]),
-    ("prompting_nb.evaluation", ["bittensor", "aiohttp", "starlette", "uvicorn", "sentence_transformers"]),
-    ("prompting_nb.training", ["bittensor", "aiohttp", "starlette", "uvicorn", "fastcore"])])
+    ("prompting_nb.reward.preferences", ["torch", "bittensor", "aiohttp"]),
+    ("prompting_nb.reward.evaluation", ["bittensor", "aiohttp", "starlette", "uvicorn", "sentence_transformers"]),
+    ("prompting_nb.reward.training", ["bittensor", "aiohttp", "starlette", "uvicorn", "fastcore"])])
 def test_imports_only_floors_below(module, unwanted):
     code = f"import sys, {module}; print([name for name in {unwanted!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from prompting_nb.cli import main
 from prompting_nb.config import InputError
-from prompting_nb.conversations import Conversation, messages_of, prompt_of
-from prompting_nb.evaluation import Answers, best_of_k_accuracy, ties_score
-from prompting_nb.preferences import parse_ranking, rankings_from
+from prompting_nb.reward.conversations import Conversation, messages_of, prompt_of
+from prompting_nb.reward.evaluation import Answers, best_of_k_accuracy, ties_score
+from prompting_nb.reward.preferences import parse_ranking, rankings_from
 from prompting_nb.reward import PairwiseLoss, RankingLoss, RewardModel
 
 PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A carrot."}

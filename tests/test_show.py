@@ -8,11 +8,11 @@ import torch
 from bs4 import BeautifulSoup
 
 from prompting_nb.baseminer.miner import Miner
-from prompting_nb.evaluation import RewardEvaluation
+from prompting_nb.reward.evaluation import RewardEvaluation
 from prompting_nb.network.chain import EmbeddedChain, MetagraphTable, make_wallet
 from prompting_nb.show import Bar, html_table
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
-from prompting_nb.validators.loop import Event
+from prompting_nb.loop.run import Event
 
 NASTY = "<script>alert('x')</script><img src=x onerror=alert(1)> \"&amp;\" é"
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_reward import kind_words, toy, toys  # noqa: F401 (a fixture)
 
-from prompting_nb.packing import can_pack
-from prompting_nb.training import TrainConfig, train
+from prompting_nb.reward.fast.packing import can_pack
+from prompting_nb.reward.training import TrainConfig, train
 
 WORKER = """
 import os, random, signal, sys
