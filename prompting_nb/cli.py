@@ -30,22 +30,58 @@ embedded chain, a gate learns whom to ask. No GPU, wallet, chain or model hub is
 def _add_loop_args(parser) -> None:
     "The flags of `prompting-nb loop`."
     add = lambda *args, **kwargs: add_argument(parser, *args, **kwargs)
-    add("--prompts", type=Optional[str], default=None,
+    add(
+        "--prompts",
+        type=Optional[str],
+        default=None,
         help="File with recorded completions (.jsonl, .jsonl.gz) or with plain prompts (.txt, or JSON lines with a "
-             "prompt each). Without it: built-in tasks that a program can check.")
-    add("--steps", type=Optional[int], default=None,
-        help="Prompts in the loop. Default: 240, three tenths of recorded completions, or all plain prompts.")
+        "prompt each). Without it: built-in tasks that a program can check.",
+    )
+    add(
+        "--steps",
+        type=Optional[int],
+        default=None,
+        help="Prompts in the loop. Default: 240, three tenths of recorded completions, or all plain prompts.",
+    )
     add("--top-k", type=int, default=3, help="Miners asked at each step.")
-    add("--gate", type=str, default="bayes", help="Who chooses: bayes, sentence or last-token.")
-    add("--rule", type=str, default="thompson",
-        help="How chance has a part: thompson, ucb (both need --gate bayes), gumbel or epsilon.")
+    add(
+        "--gate",
+        type=str,
+        default="bayes",
+        help="Who chooses: bayes, sentence or last-token.",
+    )
+    add(
+        "--rule",
+        type=str,
+        default="thompson",
+        help="How chance has a part: thompson, ucb (both need --gate bayes), gumbel or epsilon.",
+    )
     add("--seed", type=int, default=0, help="Of everything that is drawn at random.")
-    add("--out", type=Optional[str], default=None, help="Folder for the results. Default: the next free runs/loop-N.")
+    add(
+        "--out",
+        type=Optional[str],
+        default=None,
+        help="Folder for the results. Default: the next free runs/loop-N.",
+    )
     add("--force", action="store_true", help="Overwrite --out if it exists.")
-    add("--timeout", type=float, default=1.0, help="Seconds that the miners have to answer.")
-    add("--reward", type=Optional[str], default=None,
-        help="Folder of a trained reward model, such as runs/loop-1/reward. Default: train one first.")
-    add("--epochs", type=int, default=2, help="Times that the reward model sees every training prompt.")
+    add(
+        "--timeout",
+        type=float,
+        default=1.0,
+        help="Seconds that the miners have to answer.",
+    )
+    add(
+        "--reward",
+        type=Optional[str],
+        default=None,
+        help="Folder of a trained reward model, such as runs/loop-1/reward. Default: train one first.",
+    )
+    add(
+        "--epochs",
+        type=int,
+        default=2,
+        help="Times that the reward model sees every training prompt.",
+    )
     add("--quiet", action="store_true", help="No progress bars.")
     add("--debug", action="store_true", help="Show the traceback of an error.")
 
@@ -56,15 +92,30 @@ def loop_parser() -> jsonargparse.ArgumentParser:
     from prompting_nb.loop.run import GATE
 
     def gating(parser):
-        add_argument(parser, "--gating.num_uids", type=Optional[int], default=None,
-                     help="Number of uids to gate on. Default: as many as the network has.")
+        add_argument(
+            parser,
+            "--gating.num_uids",
+            type=Optional[int],
+            default=None,
+            help="Number of uids to gate on. Default: as many as the network has.",
+        )
         BayesianGatingModel.add_args(parser)
-        parser.set_defaults({f"gating.{name}": value for name, value in GATE["gating"].items()})
+        parser.set_defaults(
+            {f"gating.{name}": value for name, value in GATE["gating"].items()}
+        )
 
     example = "example: prompting-nb loop --steps 100 --top-k 2 --out my-run"
-    parser = make_parser(_add_loop_args, gating, prog="prompting-nb loop", description=_LOOP, epilog=example,
-                         exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these flags.")
+    parser = make_parser(
+        _add_loop_args,
+        gating,
+        prog="prompting-nb loop",
+        description=_LOOP,
+        epilog=example,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of these flags."
+    )
     return parser
 
 # %% ../nbs/07_cli.ipynb #c010
@@ -79,7 +130,9 @@ def _reward_model(arena, settings: Config, say: Callable):
     if settings.reward:
         return RewardModel.from_pretrained(settings.reward, device=None)
     say(f"teaching the reward model on {len(arena.train)} rankings")
-    return teach(arena, settings.seed, progress=not settings.quiet, epochs=settings.epochs)
+    return teach(
+        arena, settings.seed, progress=not settings.quiet, epochs=settings.epochs
+    )
 
 
 def _check(settings: Config) -> None:
@@ -89,17 +142,29 @@ def _check(settings: Config) -> None:
     from prompting_nb.loop.run import GATES
 
     if settings.gate not in GATES:
-        raise InputError(f"--gate must be one of {', '.join(GATES)}, got {settings.gate!r}")
+        raise InputError(
+            f"--gate must be one of {', '.join(GATES)}, got {settings.gate!r}"
+        )
     for name, least in (("steps", 2), ("top_k", 1), ("epochs", 1)):
         value = settings[name]
         if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+            raise InputError(
+                f"--{name.replace('_', '-')} must be at least {least}, got {value}"
+            )
     if settings.steps and settings.steps > _MOST_STEPS and not settings.prompts:
-        raise InputError(f"--steps must be at most {_MOST_STEPS} for the built-in tasks, got {settings.steps}")
-    given = {name: value for name, value in vars(settings.gating).items() if value is not None}
+        raise InputError(
+            f"--steps must be at most {_MOST_STEPS} for the built-in tasks, got {settings.steps}"
+        )
+    given = {
+        name: value
+        for name, value in vars(settings.gating).items()
+        if value is not None
+    }
     BayesianGatingModel.check_config(merge({"gating": given}))
     if settings.prompts and not Path(settings.prompts).is_file():
-        raise InputError(f"{settings.prompts} is not a file: give a .jsonl, .jsonl.gz or .txt file to --prompts")
+        raise InputError(
+            f"{settings.prompts} is not a file: give a .jsonl, .jsonl.gz or .txt file to --prompts"
+        )
     check_folder(settings.out, settings.force)
 
 
@@ -107,7 +172,9 @@ def _check_width(settings: Config, arena) -> None:
     "Raise `InputError` when the gate has fewer places than the network has uids."
     width, needed = settings.gating.num_uids, len(arena.workers) + 1
     if width is not None and width < needed:
-        raise InputError(f"--gating.num_uids {width} is too small for {needed} uids: the miners and the validator")
+        raise InputError(
+            f"--gating.num_uids {width} is too small for {needed} uids: the miners and the validator"
+        )
 
 # %% ../nbs/07_cli.ipynb #c011
 def _finish(recorder, loop, assessment, status: str, say: Callable) -> dict:
@@ -136,7 +203,12 @@ def run_loop(
     _check(settings)
     check_encoder(settings.gating.model_name)  # to find out now whether it can be had
     arena = open_arena(settings.prompts, Encoder(MINILM), settings.steps, settings.seed)
-    policy = Policy(settings.top_k, settings.timeout, settings.rule, explore_steps=round(0.3 * len(arena.prompts)))
+    policy = Policy(
+        settings.top_k,
+        settings.timeout,
+        settings.rule,
+        explore_steps=round(0.3 * len(arena.prompts)),
+    )
     policy.check(arena)
     _check_width(settings, arena)
     say(str(arena))
@@ -144,12 +216,16 @@ def run_loop(
     assessment, judge = assess(model, arena, progress=not settings.quiet)
     folder = make_folder(settings.out, settings.force)
     recorder, status = Recorder(folder), "failed"
-    gate = lambda metagraph, seed: default_gate(metagraph, seed, {"gating": vars(settings.gating)}, settings.gate)
+    gate = lambda metagraph, seed: default_gate(
+        metagraph, seed, {"gating": vars(settings.gating)}, settings.gate
+    )
     loop = Loop(arena, judge, policy, gate, settings.seed, recorder.event)
     try:
         if not settings.reward:
             model.save_pretrained(folder / "reward")
-        say(f"starting {len(arena.workers)} miners, asking {policy.k} of them at each of {len(arena.prompts)} steps")
+        say(
+            f"starting {len(arena.workers)} miners, asking {policy.k} of them at each of {len(arena.prompts)} steps"
+        )
         loop.run(progress=not settings.quiet)
         status = "finished"
     except KeyboardInterrupt:
@@ -157,7 +233,9 @@ def run_loop(
         raise
     finally:
         summary = _finish(recorder, loop, assessment, status, say)
-        say(f"{status} after {time.monotonic() - started:.0f} s; report: {folder / 'report.html'}")
+        say(
+            f"{status} after {time.monotonic() - started:.0f} s; report: {folder / 'report.html'}"
+        )
     return summary
 
 # %% ../nbs/07_cli.ipynb #c013
@@ -171,6 +249,7 @@ def _one_line(error: BaseException) -> str:
 @contextmanager
 def _stoppable():
     "Let a stop by the system (SIGTERM) end the work as orderly as Ctrl-C does."
+
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -187,6 +266,7 @@ def _stoppable():
 @contextmanager
 def _reported(command: str, debug: bool):
     "Turn an exception into one line and a `SystemExit` with the status that goes with it."
+
     def end(status: int, text: str):
         print(f"prompting-nb {command}: {text}", file=sys.stderr)
         raise SystemExit(status)
@@ -205,28 +285,53 @@ def _reported(command: str, debug: bool):
 # %% ../nbs/07_cli.ipynb #c014
 def _later(module: str, name: str) -> Callable:
     "A function of one of our modules, which is imported when it is called."
-    return lambda *args: getattr(importlib.import_module(f"prompting_nb.{module}"), name)(*args)
+    return lambda *args: getattr(
+        importlib.import_module(f"prompting_nb.{module}"), name
+    )(*args)
 
 
 COMMANDS = {
-    "loop": (loop_parser, run_loop, "run the whole loop on this machine, and write a report"),
-    "miner": (_later("baseminer.command", "miner_parser"), _later("baseminer.command", "run_miner"),
-              "run a miner, on a chain in memory or a real one"),
-    "reward": (_later("reward_command", "reward_parser"), _later("reward_command", "run_reward"),
-               "train, evaluate and use a reward model"),
+    "loop": (
+        loop_parser,
+        run_loop,
+        "run the whole loop on this machine, and write a report",
+    ),
+    "miner": (
+        _later("baseminer.command", "miner_parser"),
+        _later("baseminer.command", "run_miner"),
+        "run a miner, on a chain in memory or a real one",
+    ),
+    "reward": (
+        _later("reward_command", "reward_parser"),
+        _later("reward_command", "run_reward"),
+        "train, evaluate and use a reward model",
+    ),
 }
-_HELP = "\n".join(["usage: prompting-nb COMMAND [flags]", "",
-                   "The loop behind a decentralised network of language models.", "", "commands:",
-                   *(f"  {name:8} {what}" for name, (_, _, what) in COMMANDS.items()), "",
-                   "`prompting-nb COMMAND --help` lists the flags of a command."])
+_HELP = "\n".join(
+    [
+        "usage: prompting-nb COMMAND [flags]",
+        "",
+        "The loop behind a decentralised network of language models.",
+        "",
+        "commands:",
+        *(f"  {name:8} {what}" for name, (_, _, what) in COMMANDS.items()),
+        "",
+        "`prompting-nb COMMAND --help` lists the flags of a command.",
+    ]
+)
 
 
 def main(
-    argv: list[str] | None = None,  # without the program's name; `None` is the process's own
-) -> None:  # raises `SystemExit` with status 0, 1 (failed), 2 (bad input) or 130 (interrupted)
+    argv: list[str]
+    | None = None,  # without the program's name; `None` is the process's own
+) -> (
+    None
+):  # raises `SystemExit` with status 0, 1 (failed), 2 (bad input) or 130 (interrupted)
     "The program `prompting-nb`."
     argv = sys.argv[1:] if argv is None else list(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads should not spin while miners want to work
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # torch's threads should not spin while miners want to work
     if not argv or argv[0] in ("-h", "--help"):
         print(_HELP)
     elif argv[0] == "--version":
@@ -239,5 +344,8 @@ def main(
             run(settings)
     else:
         known = ", ".join(COMMANDS)
-        print(f"prompting-nb: there is no command {argv[0]!r}; the commands are: {known}", file=sys.stderr)
+        print(
+            f"prompting-nb: there is no command {argv[0]!r}; the commands are: {known}",
+            file=sys.stderr,
+        )
         raise SystemExit(2)

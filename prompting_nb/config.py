@@ -29,7 +29,11 @@ def _flat(values: Any, prefix: str = "") -> dict:
     items = values.items() if isinstance(values, dict) else vars(values).items()
     out = {}
     for key, value in items:
-        nested = isinstance(value, dict) or hasattr(value, "__dict__") and type(value).__name__ in ("Namespace", "Config")
+        nested = (
+            isinstance(value, dict)
+            or hasattr(value, "__dict__")
+            and type(value).__name__ in ("Namespace", "Config")
+        )
         out |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return out
 
@@ -73,7 +77,9 @@ def make_parser(
     **kwargs,  # for `jsonargparse.ArgumentParser`: prog, description ...
 ) -> jsonargparse.ArgumentParser:
     "A parser with the arguments of every given part."
-    parser = jsonargparse.ArgumentParser(default_env=environment, env_prefix="PROMPTING_NB", **kwargs)
+    parser = jsonargparse.ArgumentParser(
+        default_env=environment, env_prefix="PROMPTING_NB", **kwargs
+    )
     for add in add_args:
         add(parser)
     return parser
@@ -93,7 +99,8 @@ def _only_known(parser, argv: list) -> list:
 
 def read_config(
     *add_args: Callable,  # functions that take the parser and add their arguments
-    argv: list | None = None,  # the command line; `None` is the process's own, or empty in a notebook
+    argv: list
+    | None = None,  # the command line; `None` is the process's own, or empty in a notebook
     defaults: Any = None,  # values stronger than the declared defaults, weaker than environment and command line
     environment: bool = True,  # whether `PROMPTING_NB_...` in the environment counts
 ) -> Config:  # raises `InputError` for a value that does not parse

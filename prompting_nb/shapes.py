@@ -49,17 +49,23 @@ def _dimensions(annotation) -> tuple | None:
 def _compare(function: str, name: str, value: Any, dims: tuple, sizes: dict) -> None:
     "Raise `ShapeError` unless the tensor has these dimensions; bind names of dimensions in `sizes`."
     if not isinstance(value, torch.Tensor):
-        raise ShapeError(f"{function}: {name} should be a tensor of shape {_show(dims)}, got {type(value).__name__}")
+        raise ShapeError(
+            f"{function}: {name} should be a tensor of shape {_show(dims)}, got {type(value).__name__}"
+        )
     shape = value.shape
     if len(shape) != len(dims):
         expected = f"{len(dims)} dimension(s) {_show(dims)}"
-        raise ShapeError(f"{function}: {name} should have {expected}, got shape {tuple(shape)}")
+        raise ShapeError(
+            f"{function}: {name} should have {expected}, got shape {tuple(shape)}"
+        )
     for place, (dim, found) in enumerate(zip(dims, shape)):
         expected = sizes.setdefault(dim, found) if isinstance(dim, str) else dim
         if expected != found and expected != -1:
             label = f"{dim!r} = {expected}" if isinstance(dim, str) else str(expected)
             where = f"{function}: dimension {place} of {name}"
-            raise ShapeError(f"{where} should be {label}, got {found} in shape {tuple(shape)}")
+            raise ShapeError(
+                f"{where} should be {label}, got {found} in shape {tuple(shape)}"
+            )
 
 
 def _show(dims: tuple) -> str:
@@ -75,7 +81,11 @@ def check_shapes(function: Callable[_P, _R]) -> Callable[_P, _R]:
     "Check the `TensorType` annotations of a function's arguments and of what it returns, at every call."
     hints = typing.get_type_hints(function, include_extras=True)
     names = list(inspect.signature(function).parameters)
-    wanted = {name: dims for name, hint in hints.items() if (dims := _dimensions(hint)) is not None}
+    wanted = {
+        name: dims
+        for name, hint in hints.items()
+        if (dims := _dimensions(hint)) is not None
+    }
     returned = wanted.pop("return", None)
     specs = [(names.index(name), name, dims) for name, dims in wanted.items()]
     title = function.__qualname__

@@ -25,10 +25,18 @@ _BAR = "display:inline-block;height:.65em;border-radius:.1em;background:#767676;
 def _cell(value: Any) -> str:
     "A cell: text on the left, numbers on the right with three decimals, nothing for `None`."
     number, share = value if isinstance(value, Bar) else (value, None)
-    text = "" if number is None else f"{number:.3f}" if isinstance(number, float) else str(number)
+    text = (
+        ""
+        if number is None
+        else f"{number:.3f}"
+        if isinstance(number, float)
+        else str(number)
+    )
     bar = ""
     if share is not None:
-        width = 100 * min(max(share, 0.0), 1.0) if share == share else 0.0  # no bar for nan
+        width = (
+            100 * min(max(share, 0.0), 1.0) if share == share else 0.0
+        )  # no bar for nan
         bar = f'<span style="{_TRACK}" aria-hidden="true"><span style="{_BAR}{width:.0f}%"></span></span>'
     side = "left" if isinstance(value, str) else "right;white-space:nowrap"
     return f'<td style="{_CELL}{side}">{html.escape(text)}{bar}</td>'
@@ -41,9 +49,17 @@ def html_table(
 ) -> str:  # HTML with nothing but inline style
     "A table for people to look at."
     rows = [list(row) for row in rows]
-    sides = ["left" if isinstance(value, str) else "right" for value in rows[0]] if rows else ["left"] * len(columns)
-    head = "".join(f'<th scope="col" style="{_CELL}{side}">{html.escape(name)}</th>'
-                   for name, side in zip(columns, sides))
+    sides = (
+        ["left" if isinstance(value, str) else "right" for value in rows[0]]
+        if rows
+        else ["left"] * len(columns)
+    )
+    head = "".join(
+        f'<th scope="col" style="{_CELL}{side}">{html.escape(name)}</th>'
+        for name, side in zip(columns, sides)
+    )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     caption = f'<caption style="caption-side:top;text-align:left;color:inherit"><b>{html.escape(title)}</b></caption>'
-    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )

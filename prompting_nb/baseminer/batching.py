@@ -16,7 +16,9 @@ class Batcher:
 
     def __init__(
         self,
-        work: Callable[[list], list],  # n items -> n results; called in one thread, which is always the same
+        work: Callable[
+            [list], list
+        ],  # n items -> n results; called in one thread, which is always the same
         limit: int = 8,  # items of one call of `work`
     ):
         if limit < 1:
@@ -29,7 +31,9 @@ class Batcher:
         "Put `item` in the line. The future has its result, or the exception of its batch; cancelled, it leaves the line."
         future = Future()
         self._waiting.append((item, future))
-        self._thread.submit(self._next)  # finds nothing to do where a batch before took the item along
+        self._thread.submit(
+            self._next
+        )  # finds nothing to do where a batch before took the item along
         return future
 
     def __call__(self, item: Any) -> Any:
@@ -38,15 +42,23 @@ class Batcher:
 
     def _next(self) -> None:
         "Take a batch out of the line and do it."
-        batch = [self._waiting.popleft() for _ in range(min(self.limit, len(self._waiting)))]
-        batch = [(item, future) for item, future in batch if future.set_running_or_notify_cancel()]
+        batch = [
+            self._waiting.popleft() for _ in range(min(self.limit, len(self._waiting)))
+        ]
+        batch = [
+            (item, future)
+            for item, future in batch
+            if future.set_running_or_notify_cancel()
+        ]
         if not batch:
             return
         items, futures = zip(*batch)
         try:
             results = self.work(list(items))
             if len(results) != len(items):
-                raise RuntimeError(f"{len(items)} items went in and {len(results)} results came out")
+                raise RuntimeError(
+                    f"{len(items)} items went in and {len(results)} results came out"
+                )
         except BaseException as error:
             for future in futures:
                 future.set_exception(error)

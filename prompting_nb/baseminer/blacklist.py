@@ -49,10 +49,15 @@ def as_verdict(
     if isinstance(result, Verdict):
         return result
     if isinstance(result, bool):
-        return Verdict(result, "refused by a rule of this miner" if result else "admitted")
+        return Verdict(
+            result, "refused by a rule of this miner" if result else "admitted"
+        )
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
         return Verdict(result[0], str(result[1]))
-    return Verdict(True, f"a rule of this miner returned {type(result).__name__} instead of a decision")
+    return Verdict(
+        True,
+        f"a rule of this miner returned {type(result).__name__} instead of a decision",
+    )
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #c013
 @dataclass(frozen=True)
@@ -77,18 +82,26 @@ def _amount(stake: Any) -> float:
 def _rows(metagraph: Any) -> Iterable[tuple]:
     "Hotkey, uid, stake and permit of everybody: from neurons (bittensor 11) or from columns (bittensor up to 10)."
     if hasattr(metagraph, "neurons"):
-        return ((n.hotkey, n.uid, n.total_stake, n.validator_permit) for n in metagraph.neurons)
+        return (
+            (n.hotkey, n.uid, n.total_stake, n.validator_permit)
+            for n in metagraph.neurons
+        )
     n = len(metagraph.hotkeys)
     columns = {"uids": range(n), "S": [0.0] * n, "validator_permit": [False] * n}
-    return zip(metagraph.hotkeys, *(getattr(metagraph, name, default) for name, default in columns.items()))
+    return zip(
+        metagraph.hotkeys,
+        *(getattr(metagraph, name, default) for name, default in columns.items()),
+    )
 
 
 def index_callers(
     metagraph: Any,  # bittensor's, or anything with `hotkeys` (then the uid is the position, unless it has `uids`)
 ) -> dict:  # hotkey -> `Caller`
     "Everybody who is registered, to be found by hotkey."
-    return {hotkey: Caller(hotkey, int(uid), _amount(stake), bool(permit))
-            for hotkey, uid, stake, permit in _rows(metagraph)}
+    return {
+        hotkey: Caller(hotkey, int(uid), _amount(stake), bool(permit))
+        for hotkey, uid, stake, permit in _rows(metagraph)
+    }
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #c020
 def find_caller(
@@ -113,36 +126,48 @@ def _names(hotkeys: Any) -> frozenset:
 def whitelist(hotkeys: Iterable[str]) -> Rule:
     "Admits these hotkeys, whatever the rules after it would say."
     names = _names(hotkeys)
-    return lambda caller: Verdict(False, "hotkey is whitelisted") if caller.hotkey in names else None
+    return lambda caller: (
+        Verdict(False, "hotkey is whitelisted") if caller.hotkey in names else None
+    )
 
 
 def blacklist(hotkeys: Iterable[str]) -> Rule:
     "Refuses these hotkeys."
     names = _names(hotkeys)
-    return lambda caller: Verdict(True, "hotkey is blacklisted") if caller.hotkey in names else None
+    return lambda caller: (
+        Verdict(True, "hotkey is blacklisted") if caller.hotkey in names else None
+    )
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #c029
 def registration(allow_non_registered: bool = False) -> Rule:
     "Refuses hotkeys that are not registered on the subnet, unless they are allowed."
+
     def rule(caller: Caller):
         if not caller.registered and not allow_non_registered:
             return Verdict(True, "hotkey is not registered")
+
     return rule
 
 
 def validator_permit(required: bool = True) -> Rule:
     "Refuses hotkeys without a validator permit, where one is required."
+
     def rule(caller: Caller):
         if required and not caller.validator_permit:
             return Verdict(True, "hotkey has no validator permit")
+
     return rule
 
 
 def minimum_stake(required: float) -> Rule:
     "Refuses hotkeys with less stake than required, in the subnet's own units."
+
     def rule(caller: Caller):
         if caller.stake < required:
-            return Verdict(True, f"stake {caller.stake:g} is below the required {required:g}")
+            return Verdict(
+                True, f"stake {caller.stake:g} is below the required {required:g}"
+            )
+
     return rule
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #c033
@@ -155,7 +180,9 @@ class RequestLog:
         max_callers: int = 8192,  # hotkeys kept; twice what a large subnet has
     ):
         self.length, self.max_callers = length, max_callers
-        self._times: OrderedDict[str, deque] = OrderedDict()  # least recently heard first
+        self._times: OrderedDict[str, deque] = (
+            OrderedDict()
+        )  # least recently heard first
 
     def __len__(self) -> int:
         return len(self._times)
@@ -183,7 +210,9 @@ class RateLimiter:
         max_callers: int = 8192,  # hotkeys remembered
     ):
         if quota < 1 or not window > 0:
-            raise ValueError(f"a rate limit needs quota >= 1 and window > 0, not {quota} and {window}")
+            raise ValueError(
+                f"a rate limit needs quota >= 1 and window > 0, not {quota} and {window}"
+            )
         self.quota, self.window, self.clock = quota, window, clock
         self.log = RequestLog(quota, max_callers)
         self._lock = threading.Lock()
@@ -200,15 +229,23 @@ class RateLimiter:
     def retry_after(self, hotkey: str) -> float:
         "Seconds until this caller's next request would be admitted."
         times = self.log.times(hotkey)
-        return max(0.0, times[0] + self.window - self.clock()) if len(times) == self.quota else 0.0
+        return (
+            max(0.0, times[0] + self.window - self.clock())
+            if len(times) == self.quota
+            else 0.0
+        )
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #c043
 def rate_limit(limiter: RateLimiter) -> Rule:
     "Refuses a hotkey's requests beyond its quota."
+
     def rule(caller: Caller):
         if not limiter.admit(caller.hotkey):
-            reason = f"more than {limiter.quota} requests within {limiter.window:g} seconds"
+            reason = (
+                f"more than {limiter.quota} requests within {limiter.window:g} seconds"
+            )
             return TooOften.wait(limiter.retry_after(caller.hotkey), reason)
+
     return rule
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #c045
@@ -223,7 +260,10 @@ def judge(
         try:
             result = rule(caller)
         except Exception:
-            _log.exception("a blacklist rule failed for %s, which is therefore refused", caller.hotkey)
+            _log.exception(
+                "a blacklist rule failed for %s, which is therefore refused",
+                caller.hotkey,
+            )
             return Verdict(True, "a rule of this miner failed")
         if result is not None:
             return as_verdict(result)

@@ -32,9 +32,13 @@ class PromptCache:
         max_entries: int = 100_000,  # least recent claims are forgotten beyond this many (about 15 MB)
     ):
         if span < 0 or max_entries < 1:
-            raise ValueError(f"span must be >= 0 and max_entries >= 1, not {span} and {max_entries}")
+            raise ValueError(
+                f"span must be >= 0 and max_entries >= 1, not {span} and {max_entries}"
+            )
         self.span, self.max_entries = span, max_entries
-        self._claims: OrderedDict[bytes, int] = OrderedDict()  # key -> block of the claim, oldest first
+        self._claims: OrderedDict[bytes, int] = (
+            OrderedDict()
+        )  # key -> block of the claim, oldest first
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -61,7 +65,10 @@ class PromptCache:
 
     def _evict(self, block: int) -> None:
         "Forget what is older than the span and, of what is too much, the oldest (claims lie in order of their blocks)."
-        while len(self._claims) > self.max_entries or next(iter(self._claims.values())) + self.span < block:
+        while (
+            len(self._claims) > self.max_entries
+            or next(iter(self._claims.values())) + self.span < block
+        ):
             self._claims.popitem(last=False)
 
     def release(self, key: bytes) -> None:  # from `prompt_key`

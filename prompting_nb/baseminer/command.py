@@ -32,20 +32,52 @@ _EXAMPLES = """examples: prompting-nb miner --ask "What is 6 times 7?"  |  promp
 
 def _add_command_args(parser) -> None:
     "The flags of the command itself."
-    add_argument(parser, "--miner.kind", type=Literal[tuple(MINERS)], default="template", help="What answers.")
-    add_argument(parser, "--ask", type=Optional[str], default=None,
-                 help="Ask the miner this, show its answer and end. On the chain in memory only.")
-    add_argument(parser, "--debug", action="store_true", help="Show the traceback of an error, and more in the log.")
+    add_argument(
+        parser,
+        "--miner.kind",
+        type=Literal[tuple(MINERS)],
+        default="template",
+        help="What answers.",
+    )
+    add_argument(
+        parser,
+        "--ask",
+        type=Optional[str],
+        default=None,
+        help="Ask the miner this, show its answer and end. On the chain in memory only.",
+    )
+    add_argument(
+        parser,
+        "--debug",
+        action="store_true",
+        help="Show the traceback of an error, and more in the log.",
+    )
 
 
 def miner_parser() -> jsonargparse.ArgumentParser:
     "The parser of `prompting-nb miner`."
-    parser = make_parser(_add_command_args, prog="prompting-nb miner", usage="%(prog)s [--miner.kind KIND] [flags]",
-                         description=_ABOUT, epilog=_EXAMPLES, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these flags.")
+    parser = make_parser(
+        _add_command_args,
+        prog="prompting-nb miner",
+        usage="%(prog)s [--miner.kind KIND] [flags]",
+        description=_ABOUT,
+        epilog=_EXAMPLES,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of these flags."
+    )
     for name, kind in MINERS.items():
-        kind.add_args(parser.add_argument_group(f"--miner.kind {name}", kind.__doc__.splitlines()[0]))
-    Miner.add_base_args(parser.add_argument_group("every miner", "Network, wallet, server, and whom to serve."))
+        kind.add_args(
+            parser.add_argument_group(
+                f"--miner.kind {name}", kind.__doc__.splitlines()[0]
+            )
+        )
+    Miner.add_base_args(
+        parser.add_argument_group(
+            "every miner", "Network, wallet, server, and whom to serve."
+        )
+    )
     parser.set_defaults({"subtensor.network": EMBEDDED})
     return parser
 
@@ -55,7 +87,10 @@ VALIDATOR = "validator"  # name of the one who may ask on the chain in memory
 
 def _embedded(settings: Config) -> dict:
     "Wallet and chain client of a subnet in memory, with the miner and one validator on it."
-    chain, wallet = EmbeddedChain(netuid=settings.netuid), make_wallet(settings.wallet.name)
+    chain, wallet = (
+        EmbeddedChain(netuid=settings.netuid),
+        make_wallet(settings.wallet.name),
+    )
     chain.register(make_wallet(VALIDATOR), stake=1000.0, validator_permit=True)
     chain.register(wallet)
     return {"wallet": wallet, "subtensor": chain.client()}
@@ -67,13 +102,23 @@ def make_miner(
     "The miner that the flags describe."
     embedded = settings.subtensor.network == EMBEDDED
     if embedded and settings.wallet.name == VALIDATOR:
-        raise InputError(f"--wallet.name {VALIDATOR} is the one who asks; give the miner another name")
+        raise InputError(
+            f"--wallet.name {VALIDATOR} is the one who asks; give the miner another name"
+        )
     if settings.ask is not None and not embedded:
-        raise InputError(f"--ask works on the chain in memory only, not with --subtensor.network "
-                         f"{settings.subtensor.network}")
-    own = {name: value for name, value in vars(settings).items() if name not in ("ask", "debug", "config")}
+        raise InputError(
+            f"--ask works on the chain in memory only, not with --subtensor.network "
+            f"{settings.subtensor.network}"
+        )
+    own = {
+        name: value
+        for name, value in vars(settings).items()
+        if name not in ("ask", "debug", "config")
+    }
     try:
-        return MINERS[settings.miner.kind](merge(own), **(_embedded(settings) if embedded else {}))
+        return MINERS[settings.miner.kind](
+            merge(own), **(_embedded(settings) if embedded else {})
+        )
     except NotRegisteredError as error:
         raise InputError(str(error)) from error
 
@@ -81,9 +126,11 @@ def make_miner(
 def _ask(miner: Miner, text: str) -> str:
     "What the miner answers to the validator of the chain in memory."
     with Dendrite(make_wallet(VALIDATOR)) as dendrite:
-        answer, = dendrite.query([miner.axon], Prompting.ask(text, timeout=120.0))
+        (answer,) = dendrite.query([miner.axon], Prompting.ask(text, timeout=120.0))
     if not answer.is_success:
-        raise RuntimeError(f"status {answer.dendrite.status_code}: {answer.dendrite.status_message}")
+        raise RuntimeError(
+            f"status {answer.dendrite.status_code}: {answer.dendrite.status_message}"
+        )
     return answer.completion or ""
 
 
@@ -92,19 +139,29 @@ def run_miner(
     say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "The command `prompting-nb miner`."
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
     for chatty in ("uvicorn", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.DEBUG if settings.debug else logging.WARNING)
+        logging.getLogger(chatty).setLevel(
+            logging.DEBUG if settings.debug else logging.WARNING
+        )
     miner = make_miner(settings)
     try:
         with miner:
-            say(f"{type(miner).__name__} {miner.hotkey} is uid {miner.uid} of subnet {miner.netuid} "
-                f"({settings.subtensor.network}) and listens on {miner.axon.address}")
+            say(
+                f"{type(miner).__name__} {miner.hotkey} is uid {miner.uid} of subnet {miner.netuid} "
+                f"({settings.subtensor.network}) and listens on {miner.axon.address}"
+            )
             if settings.ask is not None:
                 say(_ask(miner, settings.ask))
                 return
             while miner.is_running:
-                miner.wait_for_block(sys.maxsize, timeout=3600.0)  # which ends with the miner
+                miner.wait_for_block(
+                    sys.maxsize, timeout=3600.0
+                )  # which ends with the miner
     except KeyboardInterrupt:
         say("stopped")
     if miner.error is not None:

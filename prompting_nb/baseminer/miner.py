@@ -25,7 +25,14 @@ from typing import Any, AsyncIterator, Callable, Iterable, Iterator, Optional, c
 from typing_extensions import Self
 
 from prompting_nb.baseminer.blacklist import (
-    Caller, Rule, Verdict, as_verdict, find_caller, index_callers, judge, standard_rules,
+    Caller,
+    Rule,
+    Verdict,
+    as_verdict,
+    find_caller,
+    index_callers,
+    judge,
+    standard_rules,
 )
 from .cache import PromptCache, prompt_key
 from .priority import StakePriority
@@ -40,35 +47,140 @@ _ABOVE_ZERO = math.ulp(0.0)  # the least number above zero
 
 _FLAGS = {  # flag: type, default, least value, meaning
     "--netuid": (int, 1, 0, "Subnet to mine on."),
-    "--subtensor.network": (str, "finney", None, "Chain to follow: finney, test, local or a ws:// address."),
+    "--subtensor.network": (
+        str,
+        "finney",
+        None,
+        "Chain to follow: finney, test, local or a ws:// address.",
+    ),
     "--wallet.name": (str, "default", None, "Name of the wallet."),
     "--wallet.hotkey": (str, "default", None, "Name of the wallet's hotkey."),
     "--wallet.path": (str, "~/.bittensor/wallets", None, "Folder of the wallets."),
     "--axon.host": (str, "127.0.0.1", None, "Interface to listen on; 0.0.0.0 for all."),
     "--axon.port": (int, 0, 0, "Port to listen on; 0 takes one that is free."),
-    "--axon.external_ip": (str, "", None, "IP to publish on the chain, if not that of the interface."),
-    "--axon.external_port": (int, 0, 0, "Port to publish on the chain, if not the one that is listened on."),
-    "--axon.no_legacy": (bool, False, None, "Do not answer validators of bittensor 7 to 10.5."),
-    "--axon.nonces": (str, "", None, "File of accepted nonces; memory; or empty: a file if the wallet is one."),
+    "--axon.external_ip": (
+        str,
+        "",
+        None,
+        "IP to publish on the chain, if not that of the interface.",
+    ),
+    "--axon.external_port": (
+        int,
+        0,
+        0,
+        "Port to publish on the chain, if not the one that is listened on.",
+    ),
+    "--axon.no_legacy": (
+        bool,
+        False,
+        None,
+        "Do not answer validators of bittensor 7 to 10.5.",
+    ),
+    "--axon.nonces": (
+        str,
+        "",
+        None,
+        "File of accepted nonces; memory; or empty: a file if the wallet is one.",
+    ),
     "--miner.name": (str, "miner", None, "Name in the log and of the thread."),
-    "--miner.blocks_per_epoch": (int, 100, 1, "Blocks between two readings of the metagraph."),
-    "--miner.poll_interval": (float, 6.0, _ABOVE_ZERO, "Seconds between two looks at the block number."),
-    "--miner.retries": (int, 10, 0, "Failures of the chain in a row that are waited out."),
+    "--miner.blocks_per_epoch": (
+        int,
+        100,
+        1,
+        "Blocks between two readings of the metagraph.",
+    ),
+    "--miner.poll_interval": (
+        float,
+        6.0,
+        _ABOVE_ZERO,
+        "Seconds between two looks at the block number.",
+    ),
+    "--miner.retries": (
+        int,
+        10,
+        0,
+        "Failures of the chain in a row that are waited out.",
+    ),
     "--miner.no_set_weights": (bool, False, None, "Do not set weights."),
-    "--miner.blacklist.whitelist": (list, [], None, "Hotkeys to serve, whatever else is said."),
+    "--miner.blacklist.whitelist": (
+        list,
+        [],
+        None,
+        "Hotkeys to serve, whatever else is said.",
+    ),
     "--miner.blacklist.blacklist": (list, [], None, "Hotkeys to refuse."),
-    "--miner.blacklist.allow_non_registered": (bool, False, None, "Serve hotkeys that are not registered."),
-    "--miner.blacklist.force_validator_permit": (bool, False, None, "Serve only those with a validator permit."),
-    "--miner.blacklist.minimum_stake_requirement": (float, 0.0, 0, "Least stake of those who are served."),
-    "--miner.blacklist.quota": (int, 0, 0, "Requests of one hotkey within a window; 0 for any number."),
-    "--miner.blacklist.window": (float, 60.0, _ABOVE_ZERO, "Length of that window in seconds."),
-    "--miner.blacklist.use_prompt_cache": (bool, False, None, "Refuse a prompt that was sent lately."),
-    "--miner.blacklist.prompt_cache_block_span": (int, 7200, 0, "Blocks that count as lately."),
-    "--miner.blacklist.prompt_cache_per_caller": (bool, False, None, "Let each caller send a prompt once."),
-    "--miner.priority.default": (float, 0.0, None, "Priority of those who are not registered."),
-    "--miner.priority.idle_factor": (float, 1.0, 0, "Bonus of a rested caller, as a share of its stake."),
-    "--miner.priority.rest": (float, 60.0, _ABOVE_ZERO, "Mean seconds between requests that earn all of it."),
-    "--miner.priority.history": (int, 8, 1, "Requests of a caller that this mean is taken over."),
+    "--miner.blacklist.allow_non_registered": (
+        bool,
+        False,
+        None,
+        "Serve hotkeys that are not registered.",
+    ),
+    "--miner.blacklist.force_validator_permit": (
+        bool,
+        False,
+        None,
+        "Serve only those with a validator permit.",
+    ),
+    "--miner.blacklist.minimum_stake_requirement": (
+        float,
+        0.0,
+        0,
+        "Least stake of those who are served.",
+    ),
+    "--miner.blacklist.quota": (
+        int,
+        0,
+        0,
+        "Requests of one hotkey within a window; 0 for any number.",
+    ),
+    "--miner.blacklist.window": (
+        float,
+        60.0,
+        _ABOVE_ZERO,
+        "Length of that window in seconds.",
+    ),
+    "--miner.blacklist.use_prompt_cache": (
+        bool,
+        False,
+        None,
+        "Refuse a prompt that was sent lately.",
+    ),
+    "--miner.blacklist.prompt_cache_block_span": (
+        int,
+        7200,
+        0,
+        "Blocks that count as lately.",
+    ),
+    "--miner.blacklist.prompt_cache_per_caller": (
+        bool,
+        False,
+        None,
+        "Let each caller send a prompt once.",
+    ),
+    "--miner.priority.default": (
+        float,
+        0.0,
+        None,
+        "Priority of those who are not registered.",
+    ),
+    "--miner.priority.idle_factor": (
+        float,
+        1.0,
+        0,
+        "Bonus of a rested caller, as a share of its stake.",
+    ),
+    "--miner.priority.rest": (
+        float,
+        60.0,
+        _ABOVE_ZERO,
+        "Mean seconds between requests that earn all of it.",
+    ),
+    "--miner.priority.history": (
+        int,
+        8,
+        1,
+        "Requests of a caller that this mean is taken over.",
+    ),
 }
 
 # %% ../../nbs/baseminer/00_miner.ipynb #c008
@@ -77,20 +189,30 @@ def _check(config: Any) -> None:
     for flag, (kind, _, least, _) in _FLAGS.items():
         value = config[flag[2:]]
         number = {int: Integral, float: Real}.get(kind)
-        if number and (not isinstance(value, number) or isinstance(value, bool) or not math.isfinite(value)):
-            raise InputError(f"{flag} must be {'a whole' if kind is int else 'a'} number, not {value!r}")
+        if number and (
+            not isinstance(value, number)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
+            raise InputError(
+                f"{flag} must be {'a whole' if kind is int else 'a'} number, not {value!r}"
+            )
         if least is not None and value < least:
             bound = "greater than 0" if least == _ABOVE_ZERO else f"at least {least}"
             raise InputError(f"{flag} must be {bound}, not {value!r}")
     if config.axon.host in ("0.0.0.0", "::") and not config.axon.external_ip:
-        raise InputError(f"--axon.host {config.axon.host} means every interface, and is no address to publish: "
-                         "say with --axon.external_ip where others reach this machine")
+        raise InputError(
+            f"--axon.host {config.axon.host} means every interface, and is no address to publish: "
+            "say with --axon.external_ip where others reach this machine"
+        )
 
 # %% ../../nbs/baseminer/00_miner.ipynb #c009
 class _Configured:
     "Where the settings of a miner come from."
 
-    config: Callable[[], Config]  # a subclass's method; after construction a `Config`, which can be called as well
+    config: Callable[
+        [], Config
+    ]  # a subclass's method; after construction a `Config`, which can be called as well
     add_args: Callable[[argparse.ArgumentParser], None]  # a subclass's
 
     @staticmethod
@@ -99,8 +221,16 @@ class _Configured:
     ) -> None:
         "Add the flags that every miner has. A subclass's own `add_args` need not call this."
         for flag, (kind, default, _, meaning) in _FLAGS.items():
-            how = {bool: dict(action="store_true"), list: dict(type=str, nargs="*", default=[])}
-            add_argument(parser, flag, help=meaning, **how.get(kind, dict(type=kind, default=default)))
+            how = {
+                bool: dict(action="store_true"),
+                list: dict(type=str, nargs="*", default=[]),
+            }
+            add_argument(
+                parser,
+                flag,
+                help=meaning,
+                **how.get(kind, dict(type=kind, default=default)),
+            )
 
     @classmethod
     def check_config(cls, config: Config) -> None:
@@ -130,7 +260,11 @@ def _finished(result: Any) -> Any:
         return result
 
     async def wait():
-        return await result if inspect.isawaitable(result) else "".join([piece async for piece in cast(Any, result)])
+        return (
+            await result
+            if inspect.isawaitable(result)
+            else "".join([piece async for piece in cast(Any, result)])
+        )
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, wait()).result()
@@ -139,14 +273,20 @@ def _finished(result: Any) -> Any:
 class _Cached:
     "Lets a prompt be answered once within the span of a cache."
 
-    cache: Optional[PromptCache] = None  # None: every prompt is answered, repeated or not
+    cache: Optional[PromptCache] = (
+        None  # None: every prompt is answered, repeated or not
+    )
     per_caller: bool = False  # whether the cache is kept for each caller
     block: int = 0  # the chain's present block
 
     def _refuse_repeated(self, synapse: Prompting) -> None:
         "`RepeatedPrompt` if the prompt is in the cache. The axon asks before a request takes a place in its queue."
-        if self.cache is not None and self.cache.recent(prompt_key(synapse, self.per_caller), self.block):
-            raise RepeatedPrompt(f"this prompt was sent within the last {self.cache.span} blocks")
+        if self.cache is not None and self.cache.recent(
+            prompt_key(synapse, self.per_caller), self.block
+        ):
+            raise RepeatedPrompt(
+                f"this prompt was sent within the last {self.cache.span} blocks"
+            )
 
     @contextmanager
     def _claimed(self, synapse: Prompting):
@@ -156,7 +296,9 @@ class _Cached:
             return
         key = prompt_key(synapse, self.per_caller)
         if not self.cache.claim(key, self.block):
-            raise RepeatedPrompt(f"this prompt was sent within the last {self.cache.span} blocks")
+            raise RepeatedPrompt(
+                f"this prompt was sent within the last {self.cache.span} blocks"
+            )
         try:
             yield
         except BaseException:
@@ -173,9 +315,15 @@ class _Answering(_Cached):
         "The result of `prompt`, if it is an answer. Forgetting the `return` is the commonest mistake."
         if isinstance(result, Prompting) and result.completion is not None:
             return result
-        what = "a synapse without completion" if isinstance(result, Prompting) else repr(result)[:50]
+        what = (
+            "a synapse without completion"
+            if isinstance(result, Prompting)
+            else repr(result)[:50]
+        )
         name = type(self).__name__
-        raise TypeError(f"{name}.prompt returned {what}; it must set synapse.completion and return synapse")
+        raise TypeError(
+            f"{name}.prompt returned {what}; it must set synapse.completion and return synapse"
+        )
 
     def _prompt(self, synapse: Prompting) -> Prompting:
         """The answer of `prompt` to a request, unless the prompt is in the cache; pieces are put together.
@@ -185,7 +333,11 @@ class _Answering(_Cached):
         """
         with self._claimed(synapse):
             result = _finished(self.prompt(synapse))
-            return synapse.model_copy(update={"completion": result}) if type(result) is str else self._checked(result)
+            return (
+                synapse.model_copy(update={"completion": result})
+                if type(result) is str
+                else self._checked(result)
+            )
 
     async def _prompt_async(self, synapse: Prompting) -> Prompting:
         "`_prompt` for a `prompt` that is a coroutine, awaited in the axon's own loop."
@@ -209,7 +361,10 @@ class _Answering(_Cached):
             return self._prompt
         kinds = {inspect.isasyncgenfunction: self._pieces_async, inspect.isgeneratorfunction: self._pieces,
                  inspect.iscoroutinefunction: self._prompt_async}  # fmt: skip
-        return next((wrapper for is_kind, wrapper in kinds.items() if is_kind(self.prompt)), self._prompt)
+        return next(
+            (wrapper for is_kind, wrapper in kinds.items() if is_kind(self.prompt)),
+            self._prompt,
+        )
 
 # %% ../../nbs/baseminer/00_miner.ipynb #c031
 class _Choosing:
@@ -247,7 +402,11 @@ def _guarded(
     "`function`, made safe to hand to an axon."
 
     def give_up(synapse):
-        _log.exception("%s failed for %s", function.__name__, getattr(synapse.dendrite, "hotkey", None))
+        _log.exception(
+            "%s failed for %s",
+            function.__name__,
+            getattr(synapse.dendrite, "hotkey", None),
+        )
         return otherwise
 
     def plain(synapse):
@@ -300,13 +459,17 @@ class _Following:
         metagraph = self.subtensor.subnets.metagraph(self.netuid)
         network = getattr(self.subtensor, "network", "this chain")
         if metagraph is None:
-            raise InputError(f"{network} has no subnet {self.netuid}: choose another with --netuid")
+            raise InputError(
+                f"{network} has no subnet {self.netuid}: choose another with --netuid"
+            )
         self.metagraph, self.block, self.synced_at = metagraph, block, block
         me = self._callers.get(self.hotkey)
         self.uid = me and me.uid
         if me is None:
-            raise NotRegisteredError(f"hotkey {self.hotkey} is not registered on subnet {self.netuid} of {network}: "
-                                     "register it, or choose another with --wallet.name and --wallet.hotkey")
+            raise NotRegisteredError(
+                f"hotkey {self.hotkey} is not registered on subnet {self.netuid} of {network}: "
+                "register it, or choose another with --wallet.name and --wallet.hotkey"
+            )
 
 # %% ../../nbs/baseminer/00_miner.ipynb #c047
 class _Voting(_Following):
@@ -321,12 +484,16 @@ class _Voting(_Following):
         from bittensor import SetWeights
 
         try:
-            result = self.subtensor.execute(SetWeights(netuid=self.netuid, weights=self.weights()), self.wallet)
+            result = self.subtensor.execute(
+                SetWeights(netuid=self.netuid, weights=self.weights()), self.wallet
+            )
         except Exception as error:
             _log.warning("setting weights failed: %s: %s", type(error).__name__, error)
             return False
         if not result:
-            _log.warning("the chain refused the weights: %s", getattr(result, "message", result))
+            _log.warning(
+                "the chain refused the weights: %s", getattr(result, "message", result)
+            )
         return bool(result)
 
 # %% ../../nbs/baseminer/00_miner.ipynb #c051
@@ -339,13 +506,22 @@ class _Loop(_Voting):
     _changed: threading.Condition  # notified after each step, and when a run has ended
     longest_pause = 300.0  # seconds between two attempts to reach a chain that is away
     _followed: int = -1  # the newest block that was acted on in this run
-    error: Optional[BaseException] = None  # what ended the latest run, if it did not end by a stop
+    error: Optional[BaseException] = (
+        None  # what ended the latest run, if it did not end by a stop
+    )
 
     def _publish(self) -> None:
         "Put the axon's address on the chain, unless it stands there already: chains limit how often one may do this."
         external = self.config().axon
-        ip, port = external.external_ip or self.axon.host, external.external_port or self.axon.port
-        shown = [n.axon for n in getattr(self.metagraph, "neurons", ()) if n.hotkey == self.hotkey]
+        ip, port = (
+            external.external_ip or self.axon.host,
+            external.external_port or self.axon.port,
+        )
+        shown = [
+            n.axon
+            for n in getattr(self.metagraph, "neurons", ())
+            if n.hotkey == self.hotkey
+        ]
         if shown != [f"{ip}:{port}"]:
             self.axon.serve(self.subtensor, self.netuid, ip, port)
 
@@ -377,8 +553,14 @@ class _Loop(_Voting):
                 failures += 1
                 if failures > settings.retries:
                     raise
-                _log.warning("%s: the chain failed (%s: %s), retry %d of %d",
-                             settings.name, type(error).__name__, error, failures, settings.retries)
+                _log.warning(
+                    "%s: the chain failed (%s: %s), retry %d of %d",
+                    settings.name,
+                    type(error).__name__,
+                    error,
+                    failures,
+                    settings.retries,
+                )
             pause = settings.poll_interval * 2**failures
             self._stop.wait(max(settings.poll_interval, min(pause, self.longest_pause)))
 
@@ -399,7 +581,9 @@ class _Running(_Loop):
     def _begin(self) -> None:
         "Take the lock and let the axon listen. Raises RuntimeError if the miner runs, OSError if the port is in use."
         if not self._busy.acquire(blocking=False):
-            state = "has not stopped yet" if self._stop.is_set() else "is running already"
+            state = (
+                "has not stopped yet" if self._stop.is_set() else "is running already"
+            )
             raise RuntimeError(f"{self.config().miner.name} {state}")
         try:
             self._stop.clear()
@@ -429,7 +613,12 @@ class _Running(_Loop):
         try:
             self._work()
         except Exception as error:
-            _log.error("%s stopped: %s: %s", self.config().miner.name, type(error).__name__, error)
+            _log.error(
+                "%s stopped: %s: %s",
+                self.config().miner.name,
+                type(error).__name__,
+                error,
+            )
 
 # %% ../../nbs/baseminer/00_miner.ipynb #c055
 @contextmanager
@@ -440,8 +629,12 @@ def _stopped_by_sigterm(stop: threading.Event, name: str):
         return
 
     def on_signal(number, frame):
-        _log.warning("%s: SIGTERM; requests under way are answered, then it stops", name)
-        threading.Thread(target=stop.set).start()  # the interrupted thread may be waiting for this very event
+        _log.warning(
+            "%s: SIGTERM; requests under way are answered, then it stops", name
+        )
+        threading.Thread(
+            target=stop.set
+        ).start()  # the interrupted thread may be waiting for this very event
 
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
@@ -469,7 +662,9 @@ class _Lifecycle(_Running):
             return
         self._begin()
         name = f"{self.config().miner.name}-run"
-        threading.Thread(target=self._work_in_background, name=name, daemon=True).start()
+        threading.Thread(
+            target=self._work_in_background, name=name, daemon=True
+        ).start()
 
     def stop_run_thread(
         self,
@@ -483,7 +678,9 @@ class _Lifecycle(_Running):
             stopped = self._changed.wait_for(lambda: not self.is_running, timeout)
         if not stopped:
             name = self.config().miner.name
-            _log.error("%s did not stop within %g s: a call to the chain hangs", name, timeout)
+            _log.error(
+                "%s did not stop within %g s: a call to the chain hangs", name, timeout
+            )
             self.axon.stop()
         return stopped
 
@@ -498,7 +695,9 @@ class _Context(_Lifecycle):
     ) -> bool:  # False when the time is over or the miner has stopped before
         "Wait until the running miner has seen this block and done what was due."
         with self._changed:
-            self._changed.wait_for(lambda: self._followed >= block or not self.is_running, timeout)
+            self._changed.wait_for(
+                lambda: self._followed >= block or not self.is_running, timeout
+            )
         return self._followed >= block
 
     def __enter__(self) -> Self:
@@ -523,19 +722,38 @@ class _Shown(_Context):
 
     def state(self) -> dict[str, Any]:
         "What the miner is doing, as plain values by name; nothing is asked of the chain."
-        ended = f"stopped by {type(self.error).__name__}: {self.error}" if self.error else "stopped"
+        ended = (
+            f"stopped by {type(self.error).__name__}: {self.error}"
+            if self.error
+            else "stopped"
+        )
         health = self.axon.health()
-        return {"state": "running" if self.is_running else ended, "hotkey": self.hotkey, "uid": self.uid,
-                "subnet": self.netuid, "block": self.block, "metagraph of block": self.synced_at,
-                "address": self.axon.address if self.axon.is_running else None,
-                "waiting": health["waiting"], "worked on": health["running"], "requests": self.axon.metrics.totals()}
+        return {
+            "state": "running" if self.is_running else ended,
+            "hotkey": self.hotkey,
+            "uid": self.uid,
+            "subnet": self.netuid,
+            "block": self.block,
+            "metagraph of block": self.synced_at,
+            "address": self.axon.address if self.axon.is_running else None,
+            "waiting": health["waiting"],
+            "worked on": health["running"],
+            "requests": self.axon.metrics.totals(),
+        }
 
     def _repr_html_(self) -> str:
         state = self.state()
         requests = state.pop("requests")
-        rows = [(name, "" if value is None else str(value)) for name, value in state.items()]
-        rows += [(name, Bar(count, count / sum(requests.values()))) for name, count in requests.items()]
-        return html_table(f"{type(self).__name__} {self.config().miner.name}", ("what", "value"), rows)
+        rows = [
+            (name, "" if value is None else str(value)) for name, value in state.items()
+        ]
+        rows += [
+            (name, Bar(count, count / sum(requests.values())))
+            for name, count in requests.items()
+        ]
+        return html_table(
+            f"{type(self).__name__} {self.config().miner.name}", ("what", "value"), rows
+        )
 
 # %% ../../nbs/baseminer/00_miner.ipynb #c061
 class _Abstract(abc.ABC):
@@ -573,7 +791,9 @@ def _stored_wallet(settings: Any) -> Any:  # `config.wallet`
     try:
         _ = wallet.hotkey
     except OSError as error:
-        raise InputError(f"{error}: create it, or choose another with --wallet.name and --wallet.hotkey") from None
+        raise InputError(
+            f"{error}: create it, or choose another with --wallet.name and --wallet.hotkey"
+        ) from None
     return wallet
 
 
@@ -603,12 +823,16 @@ class Miner(_Configured, _Answering, _Choosing, _Shown, _Abstract):
     Raises `NotRegisteredError` when the wallet's hotkey has no uid, and `InputError` for a setting that makes no sense.
     """
 
-    clock: Callable[[], float] = staticmethod(time.monotonic)  # seconds, for rate limit and priority
+    clock: Callable[[], float] = staticmethod(
+        time.monotonic
+    )  # seconds, for rate limit and priority
 
     def __init__(
         self,
         config: Any = None,  # settings that win over all others: a `Config`, or a dict, nested or of dotted names
-        axon: Optional[Axon] = None,  # a server with nothing attached yet. None: on `--axon.host` and `--axon.port`
+        axon: Optional[
+            Axon
+        ] = None,  # a server with nothing attached yet. None: on `--axon.host` and `--axon.port`
         wallet: Any = None,  # signs for the miner. None: `--wallet.name` and `--wallet.hotkey` on disk
         subtensor: Any = None,  # a `bittensor.SyncClient`. None: a new one for `--subtensor.network`
     ):
@@ -617,7 +841,9 @@ class Miner(_Configured, _Answering, _Choosing, _Shown, _Abstract):
         self.netuid = settings.netuid
         stored = wallet is None
         self.wallet = _stored_wallet(settings.wallet) if stored else wallet
-        self.subtensor = _chain_client(settings.subtensor) if subtensor is None else subtensor
+        self.subtensor = (
+            _chain_client(settings.subtensor) if subtensor is None else subtensor
+        )
         self._set_policy(settings.miner.blacklist, settings.miner.priority)
         self.sync()
         self.axon = self._new_axon(settings.axon, stored) if axon is None else axon
@@ -625,7 +851,13 @@ class Miner(_Configured, _Answering, _Choosing, _Shown, _Abstract):
 
     def _new_axon(self, settings: Config, stored: bool) -> Axon:
         nonces = _nonces(settings.nonces, self.hotkey if stored else None)
-        return Axon(self.wallet, settings.host, settings.port, legacy=not settings.no_legacy, nonces=nonces)
+        return Axon(
+            self.wallet,
+            settings.host,
+            settings.port,
+            legacy=not settings.no_legacy,
+            nonces=nonces,
+        )
 
     def _set_policy(self, blacklist: Config, priority: Config) -> None:
         if blacklist.use_prompt_cache:
@@ -633,7 +865,11 @@ class Miner(_Configured, _Answering, _Choosing, _Shown, _Abstract):
         self.per_caller = blacklist.prompt_cache_per_caller
         self.rules = standard_rules(blacklist, self.clock)
         self.stake_priority = StakePriority(
-            priority.default, priority.idle_factor, priority.rest, priority.history, clock=self.clock
+            priority.default,
+            priority.idle_factor,
+            priority.rest,
+            priority.history,
+            clock=self.clock,
         )
 
     def _attach(self) -> None:

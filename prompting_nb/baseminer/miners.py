@@ -12,7 +12,15 @@ import json
 import os
 import threading
 from contextlib import aclosing, suppress
-from typing import Any, AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Optional
+from typing import (
+    Any,
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Mapping,
+    Optional,
+)
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -32,7 +40,13 @@ class TemplateMiner(Miner):
     @classmethod
     def add_args(cls, parser):
         "Add `--template.completion`."
-        add_argument(parser, "--template.completion", type=str, default="The meaning of life is 42.", help="Answer.")
+        add_argument(
+            parser,
+            "--template.completion",
+            type=str,
+            default="The meaning of life is 42.",
+            help="Answer.",
+        )
 
     @classmethod
     def config(cls) -> Config:
@@ -79,14 +93,21 @@ class ReplayMiner(PreparedMiner):
 
     def prepare(
         self,
-        recordings: Optional[Mapping[str, str]] = None,  # prompt -> completion. None: read `--replay.file`
+        recordings: Optional[
+            Mapping[str, str]
+        ] = None,  # prompt -> completion. None: read `--replay.file`
     ) -> None:
         "Read the recordings."
         path = self.config().replay.file
         if recordings is None and not path:
-            raise InputError("there is nothing to replay: give a file of recorded completions with --replay.file")
+            raise InputError(
+                "there is nothing to replay: give a file of recorded completions with --replay.file"
+            )
         if recordings is None:
-            recordings = {prompt: text for prompt, text in read_texts(path, "prompt", "completion")}
+            recordings = {
+                prompt: text
+                for prompt, text in read_texts(path, "prompt", "completion")
+            }
         self.recordings = dict(recordings)
 
     def prompt(self, synapse: Prompting) -> Prompting:
@@ -101,23 +122,39 @@ def sentence_encoder(
     name: str = MINILM,  # as for `pretrained.resolve`
     max_length: int = 256,  # tokens of a text that count
     batch_size: int = 32,  # texts at a time
-) -> Callable[[list], np.ndarray]:  # n texts -> (n, width) float32; may be called from several threads
+) -> Callable[
+    [list], np.ndarray
+]:  # n texts -> (n, width) float32; may be called from several threads
     "A sentence encoder: the mean of the last hidden states over the tokens of a text."
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, model = load(AutoTokenizer.from_pretrained, name), load(AutoModel.from_pretrained, name).eval()
+    tokenizer, model = (
+        load(AutoTokenizer.from_pretrained, name),
+        load(AutoModel.from_pretrained, name).eval(),
+    )
     lock = threading.Lock()  # fast tokenizers must not be used by two threads at a time
 
     @torch.inference_mode()
     def encode_batch(texts: list) -> np.ndarray:
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        tokens = tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
         mask = tokens["attention_mask"].unsqueeze(-1)  # (n, length, 1)
         return ((model(**tokens)[0] * mask).sum(1) / mask.sum(1)).float().numpy()
 
     def encode(texts: list) -> np.ndarray:
         with lock:
-            return np.concatenate([encode_batch(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)])
+            return np.concatenate(
+                [
+                    encode_batch(texts[i : i + batch_size])
+                    for i in range(0, len(texts), batch_size)
+                ]
+            )
 
     return encode
 
@@ -136,26 +173,44 @@ class RetrievalMiner(PreparedMiner):
         "Add `--retrieval.corpus` and `--retrieval.encoder`."
         help = 'Collection of answers, one {"text": ..., "answer": ...} a line.'
         add_argument(parser, "--retrieval.corpus", type=str, default="", help=help)
-        add_argument(parser, "--retrieval.encoder", type=str, default=MINILM, help="Name or folder of the encoder.")
+        add_argument(
+            parser,
+            "--retrieval.encoder",
+            type=str,
+            default=MINILM,
+            help="Name or folder of the encoder.",
+        )
 
     def prepare(
         self,
-        corpus: Optional[Iterable[tuple[str, str]]] = None,  # (text, answer) pairs. None: read `--retrieval.corpus`
-        encode: Optional[Callable] = None,  # texts -> (n, width). None: a `sentence_encoder` of `--retrieval.encoder`
+        corpus: Optional[
+            Iterable[tuple[str, str]]
+        ] = None,  # (text, answer) pairs. None: read `--retrieval.corpus`
+        encode: Optional[
+            Callable
+        ] = None,  # texts -> (n, width). None: a `sentence_encoder` of `--retrieval.encoder`
     ) -> None:
         "Encode the collection."
         settings = self.config().retrieval
         if corpus is None and not settings.corpus:
-            raise InputError("there is nothing to retrieve: give a file of texts with answers with --retrieval.corpus")
-        self.corpus = list(read_texts(settings.corpus, "text", "answer") if corpus is None else corpus)
+            raise InputError(
+                "there is nothing to retrieve: give a file of texts with answers with --retrieval.corpus"
+            )
+        self.corpus = list(
+            read_texts(settings.corpus, "text", "answer") if corpus is None else corpus
+        )
         if not self.corpus:
-            raise InputError("the collection is empty: give at least one text with its answer")
+            raise InputError(
+                "the collection is empty: give at least one text with its answer"
+            )
         self.encode = sentence_encoder(settings.encoder) if encode is None else encode
-        self.index = _unit(self.encode([text for text, _ in self.corpus]))  # (entries, width)
+        self.index = _unit(
+            self.encode([text for text, _ in self.corpus])
+        )  # (entries, width)
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "The answer of the nearest text."
-        query, = _unit(self.encode([synapse.prompt]))
+        (query,) = _unit(self.encode([synapse.prompt]))
         synapse.completion = self.corpus[int(np.argmax(self.index @ query))][1]
         return synapse
 
@@ -165,10 +220,17 @@ def conversation(
     tokenizer: Any,  # of the model
 ) -> str:  # ends where the model should go on
     "The text that a language model continues."
-    turns = [{"role": role, "content": message} for role, message in zip(synapse.roles, synapse.messages)]
+    turns = [
+        {"role": role, "content": message}
+        for role, message in zip(synapse.roles, synapse.messages)
+    ]
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return "".join(f"{turn['role']}: {turn['content']}\n" for turn in turns) + "assistant:"
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+    return (
+        "".join(f"{turn['role']}: {turn['content']}\n" for turn in turns) + "assistant:"
+    )
 
 # %% ../../nbs/baseminer/01_miners.ipynb #c033
 def tokenize(
@@ -178,9 +240,17 @@ def tokenize(
 ) -> Any:  # input_ids and attention_mask, each (n, length or less)
     "A batch for `generate`."
     tokenizer.padding_side = tokenizer.truncation_side = "left"
-    marks = not getattr(tokenizer, "chat_template", None)  # a template has written beginning and end itself
-    return tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=length,
-                     add_special_tokens=marks)
+    marks = not getattr(
+        tokenizer, "chat_template", None
+    )  # a template has written beginning and end itself
+    return tokenizer(
+        texts,
+        return_tensors="pt",
+        padding=True,
+        truncation=True,
+        max_length=length,
+        add_special_tokens=marks,
+    )
 
 # %% ../../nbs/baseminer/01_miners.ipynb #c038
 class _Pieces:
@@ -205,8 +275,12 @@ class _Pieces:
 
     def _show(self, last: bool = False) -> None:
         for i, row in enumerate(self.rows or ()):
-            text = self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-            if last or not text.endswith("\ufffd"):  # which stands for a letter that is not complete
+            text = self.tokenizer.decode(
+                row, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ).strip()
+            if last or not text.endswith(
+                "\ufffd"
+            ):  # which stands for a letter that is not complete
                 new, self.texts[i] = text[len(self.texts[i]) :], text
                 if new:
                     self.tell[i](new)
@@ -215,7 +289,9 @@ class _Pieces:
 class _Request:
     "A request in a batch."
 
-    def __init__(self, synapse: Prompting, tell: Callable[[str], None] = lambda piece: None):
+    def __init__(
+        self, synapse: Prompting, tell: Callable[[str], None] = lambda piece: None
+    ):
         self.synapse, self.tell, self.left = synapse, tell, False
 
 
@@ -224,7 +300,9 @@ async def _told(batcher: Batcher, synapse: Prompting) -> AsyncGenerator[str, Non
     loop, told = asyncio.get_running_loop(), asyncio.Queue()
 
     def tell(piece: str) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody hears it, and the others in the batch need not know
+        with suppress(
+            RuntimeError
+        ):  # the loop is closed: nobody hears it, and the others in the batch need not know
             loop.call_soon_threadsafe(told.put_nowait, piece)
 
     request = _Request(synapse, tell)
@@ -245,12 +323,35 @@ class TransformersMiner(PreparedMiner):
     @classmethod
     def add_args(cls, parser):
         "Add `--transformers.model_name`, `.device`, `.max_new_tokens`, `.temperature` and `.batch`."
-        add, neo = lambda name, **how: add_argument(parser, f"--transformers.{name}", **how), "EleutherAI/gpt-neo-125m"
-        add("model_name", type=str, default=neo, help="Name or folder of a causal language model.")
-        add("device", type=str, default="cpu", help="Where it runs: cpu, cuda, cuda:1 ...")
+        add, neo = (
+            lambda name, **how: add_argument(parser, f"--transformers.{name}", **how),
+            "EleutherAI/gpt-neo-125m",
+        )
+        add(
+            "model_name",
+            type=str,
+            default=neo,
+            help="Name or folder of a causal language model.",
+        )
+        add(
+            "device",
+            type=str,
+            default="cpu",
+            help="Where it runs: cpu, cuda, cuda:1 ...",
+        )
         add("max_new_tokens", type=int, default=128, help="Longest answer, in tokens.")
-        add("temperature", type=float, default=0.0, help="0 takes the likeliest token each time.")
-        add("batch", type=int, default=8, help="Most requests that the model answers at a time.")
+        add(
+            "temperature",
+            type=float,
+            default=0.0,
+            help="0 takes the likeliest token each time.",
+        )
+        add(
+            "batch",
+            type=int,
+            default=8,
+            help="Most requests that the model answers at a time.",
+        )
 
     @classmethod
     def check_config(cls, config: Config) -> None:
@@ -258,7 +359,9 @@ class TransformersMiner(PreparedMiner):
         super().check_config(config)
         for name, least in (("max_new_tokens", 1), ("batch", 1), ("temperature", 0)):
             if config.transformers[name] < least:
-                raise InputError(f"--transformers.{name} must be at least {least}, not {config.transformers[name]}")
+                raise InputError(
+                    f"--transformers.{name} must be at least {least}, not {config.transformers[name]}"
+                )
 
     def prepare(self) -> None:
         "Load the model."
@@ -267,23 +370,44 @@ class TransformersMiner(PreparedMiner):
         settings = self.config().transformers
         self.tokenizer = load(AutoTokenizer.from_pretrained, settings.model_name)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model = load(AutoModelForCausalLM.from_pretrained, settings.model_name).eval().to(settings.device)
+        self.model = (
+            load(AutoModelForCausalLM.from_pretrained, settings.model_name)
+            .eval()
+            .to(settings.device)
+        )
         self.batcher = Batcher(self.generate, settings.batch)
 
     def generate(self, requests: list) -> list[str]:
         "What the model writes after each conversation."
         import torch
 
-        settings, pieces = self.config().transformers, _Pieces(self.tokenizer, [request.tell for request in requests])
-        context = getattr(self.model.config, "max_position_embeddings", None) or 2**20  # tokens it can read
+        settings, pieces = (
+            self.config().transformers,
+            _Pieces(self.tokenizer, [request.tell for request in requests]),
+        )
+        context = (
+            getattr(self.model.config, "max_position_embeddings", None) or 2**20
+        )  # tokens it can read
         texts = [conversation(request.synapse, self.tokenizer) for request in requests]
-        tokens = tokenize(texts, self.tokenizer, max(1, context - settings.max_new_tokens)).to(self.model.device)
-        left = lambda ids, _: torch.tensor([request.left for request in requests], device=ids.device)
-        sampling = {"do_sample": True, "temperature": settings.temperature} if settings.temperature else {}
+        tokens = tokenize(
+            texts, self.tokenizer, max(1, context - settings.max_new_tokens)
+        ).to(self.model.device)
+        left = lambda ids, _: torch.tensor(
+            [request.left for request in requests], device=ids.device
+        )
+        sampling = (
+            {"do_sample": True, "temperature": settings.temperature}
+            if settings.temperature
+            else {}
+        )
         with torch.inference_mode():
             self.model.generate(
-                **tokens, max_new_tokens=settings.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-                streamer=pieces, stopping_criteria=[left], **{"do_sample": False, **sampling},
+                **tokens,
+                max_new_tokens=settings.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                streamer=pieces,
+                stopping_criteria=[left],
+                **{"do_sample": False, **sampling},
             )
         return pieces.texts
 
@@ -313,7 +437,9 @@ def _answer(status: int, text: str) -> dict:
 def _said(choice: Any, part: str) -> str:
     "The text in the first choice of an answer (`message`) or of a piece (`delta`)."
     try:
-        return choice["choices"][0][part].get("content") or "" if choice["choices"] else ""
+        return (
+            choice["choices"][0][part].get("content") or "" if choice["choices"] else ""
+        )
     except (LookupError, TypeError, AttributeError):
         raise UpstreamError("the model server answered without a choice") from None
 
@@ -325,20 +451,39 @@ class OpenAICompatibleMiner(PreparedMiner):
     def add_args(cls, parser):
         "Add `--openai.base_url`, `.model`, `.api_key`, `.max_tokens` and `.temperature`."
         add = lambda name, **how: add_argument(parser, f"--openai.{name}", **how)
-        add("base_url", type=str, default="http://127.0.0.1:8000/v1", help="Address of the server, up to /v1.")
+        add(
+            "base_url",
+            type=str,
+            default="http://127.0.0.1:8000/v1",
+            help="Address of the server, up to /v1.",
+        )
         add("model", type=str, default="", help="Name of the model at that server.")
-        add("api_key", type=str, default="", help="Key for the server; better put into the environment.")
+        add(
+            "api_key",
+            type=str,
+            default="",
+            help="Key for the server; better put into the environment.",
+        )
         add("max_tokens", type=int, default=512, help="Longest answer, in tokens.")
-        add("temperature", type=float, default=0.7, help="0 takes the likeliest token each time.")
+        add(
+            "temperature",
+            type=float,
+            default=0.7,
+            help="0 takes the likeliest token each time.",
+        )
 
     @classmethod
     def check_config(cls, config: Config) -> None:
         "Raise `InputError` for a setting that makes no sense."
         super().check_config(config)
         if not config.openai.base_url.startswith(("http://", "https://")):
-            raise InputError(f"--openai.base_url must begin with http:// or https://, not {config.openai.base_url!r}")
+            raise InputError(
+                f"--openai.base_url must begin with http:// or https://, not {config.openai.base_url!r}"
+            )
         if not config.openai.model:
-            raise InputError("say with --openai.model which of the server's models should answer")
+            raise InputError(
+                "say with --openai.model which of the server's models should answer"
+            )
 
     def prepare(self) -> None:
         "Look for the key."
@@ -349,25 +494,45 @@ class OpenAICompatibleMiner(PreparedMiner):
     def _asked(self, synapse: Prompting) -> Any:
         "The request to the server, not sent yet."
         settings, turns = self.config().openai, zip(synapse.roles, synapse.messages)
-        loop, url = asyncio.get_running_loop(), settings.base_url.rstrip("/") + "/chat/completions"
-        client = self._clients.get(loop) or self._clients.setdefault(loop, httpx.AsyncClient(headers=self._headers))
-        asked = {"model": settings.model, "messages": [{"role": role, "content": text} for role, text in turns],
-                 "max_tokens": settings.max_tokens, "temperature": settings.temperature, "stream": True}
+        loop, url = (
+            asyncio.get_running_loop(),
+            settings.base_url.rstrip("/") + "/chat/completions",
+        )
+        client = self._clients.get(loop) or self._clients.setdefault(
+            loop, httpx.AsyncClient(headers=self._headers)
+        )
+        asked = {
+            "model": settings.model,
+            "messages": [{"role": role, "content": text} for role, text in turns],
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
+            "stream": True,
+        }
         return client.stream("POST", url, json=asked, timeout=synapse.timeout)
 
     async def prompt(self, synapse: Prompting) -> AsyncIterator[str]:
         "What the model says, as it says it. `UpstreamError` where it does not."
         try:
             async with self._asked(synapse) as answer:
-                if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-                    yield _said(_answer(answer.status_code, (await answer.aread()).decode()), "message")
+                if not answer.headers.get("content-type", "").startswith(
+                    "text/event-stream"
+                ):
+                    yield _said(
+                        _answer(answer.status_code, (await answer.aread()).decode()),
+                        "message",
+                    )
                     return
                 async for line in answer.aiter_lines():
-                    if line.startswith("data:") and (data := line[5:].strip()) != "[DONE]":
+                    if (
+                        line.startswith("data:")
+                        and (data := line[5:].strip()) != "[DONE]"
+                    ):
                         if piece := _said(_answer(answer.status_code, data), "delta"):
                             yield piece
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeDecodeError) as error:
-            raise UpstreamError(f"the model server cannot be reached: {type(error).__name__}") from error
+            raise UpstreamError(
+                f"the model server cannot be reached: {type(error).__name__}"
+            ) from error
 
 # %% ../../nbs/baseminer/01_miners.ipynb #c067
 MINERS = {

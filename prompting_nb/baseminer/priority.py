@@ -15,7 +15,9 @@ from .blacklist import Caller, RequestLog
 
 # %% ../../nbs/baseminer/08_priority.ipynb #c005
 def restedness(
-    times: Sequence[float],  # of the caller's earlier requests that are remembered, oldest first, in seconds
+    times: Sequence[
+        float
+    ],  # of the caller's earlier requests that are remembered, oldest first, in seconds
     now: float,  # the time of this request
     rest: float,  # mean gap in seconds that counts as fully rested
 ) -> float:  # between 0 (asks all the time, or was never heard) and 1
@@ -38,10 +40,22 @@ class StakePriority:
         clock: Callable[[], float] = time.monotonic,  # seconds from any fixed point
         max_callers: int = 8192,  # callers remembered
     ):
-        if history < 1 or not rest > 0 or not idle_factor >= 0 or not math.isfinite(default + idle_factor + rest):
-            raise ValueError(f"a priority needs history >= 1, rest > 0, idle_factor >= 0 and a finite default, not "
-                             f"history={history}, rest={rest}, idle_factor={idle_factor}, default={default}")
-        self.default, self.idle_factor, self.rest, self.clock = default, idle_factor, rest, clock
+        if (
+            history < 1
+            or not rest > 0
+            or not idle_factor >= 0
+            or not math.isfinite(default + idle_factor + rest)
+        ):
+            raise ValueError(
+                f"a priority needs history >= 1, rest > 0, idle_factor >= 0 and a finite default, not "
+                f"history={history}, rest={rest}, idle_factor={idle_factor}, default={default}"
+            )
+        self.default, self.idle_factor, self.rest, self.clock = (
+            default,
+            idle_factor,
+            rest,
+            clock,
+        )
         self.log = RequestLog(history, max_callers)
         self._lock = threading.Lock()
 

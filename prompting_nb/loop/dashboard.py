@@ -30,10 +30,20 @@ def plot_rewards(
     "Mean reward over time, with a band from the lowest to the highest of each step (both smoothed)."
     ax = new_axes(ax)
     steps = np.arange(len(rewards))
-    low, mean, high = (moving_mean([float(pick(row)) for row in rewards], window) for pick in (min, np.mean, max))
-    ax.fill_between(steps, low, high, color="#1f6fb4", alpha=0.2, lw=0, label="lowest to highest")
+    low, mean, high = (
+        moving_mean([float(pick(row)) for row in rewards], window)
+        for pick in (min, np.mean, max)
+    )
+    ax.fill_between(
+        steps, low, high, color="#1f6fb4", alpha=0.2, lw=0, label="lowest to highest"
+    )
     ax.plot(steps, mean, color="#c8102e", lw=2, label="mean")
-    ax.set(xlabel="step (prompts)", ylabel=f"reward of those asked\n(mean of {window} steps)", title="Rewards", ylim=(0, 1.02))
+    ax.set(
+        xlabel="step (prompts)",
+        ylabel=f"reward of those asked\n(mean of {window} steps)",
+        title="Rewards",
+        ylim=(0, 1.02),
+    )
     ax.legend(loc="lower right")
     return ax
 
@@ -46,19 +56,36 @@ def uid_table(
     "How each uid is doing, as a table."
     rows = []
     for uid, name in names.items():
-        got = [(reward, status) for event in events
-               for u, reward, status in zip(event.uids, event.rewards, event.statuses) if u == uid]
+        got = [
+            (reward, status)
+            for event in events
+            for u, reward, status in zip(event.uids, event.rewards, event.statuses)
+            if u == uid
+        ]
         mean = float(np.mean([reward or 0.0 for reward, _ in got])) if got else None
         failed = sum(status != 200 for _, status in got)
-        rows.append((uid, name, len(got), Bar(mean, mean or 0.0), failed, (waiting or {}).get(uid, 0)))
-    return html_table("Uids", ("uid", "name", "asked", "reward", "failed", "waiting"), rows)
+        rows.append(
+            (
+                uid,
+                name,
+                len(got),
+                Bar(mean, mean or 0.0),
+                failed,
+                (waiting or {}).get(uid, 0),
+            )
+        )
+    return html_table(
+        "Uids", ("uid", "name", "asked", "reward", "failed", "waiting"), rows
+    )
 
 # %% ../../nbs/loop/05_dashboard.ipynb #c013
 def _widgets() -> ModuleType:
     try:
         return importlib.import_module("ipywidgets")
     except ImportError:
-        raise InputError("a live view needs ipywidgets: pip install ipywidgets") from None
+        raise InputError(
+            "a live view needs ipywidgets: pip install ipywidgets"
+        ) from None
 
 
 def _png(ax: Any) -> bytes:
@@ -84,9 +111,13 @@ class Dashboard:
         self.loop, self.every, self._before = loop, every, loop.on_event
         loop.on_event = self.event
         self.state = widgets.HTML("<p>waiting for the first prompt</p>")
-        self.rewards, self.routing = (widgets.Image(format="png", width=520) for _ in range(2))
+        self.rewards, self.routing = (
+            widgets.Image(format="png", width=520) for _ in range(2)
+        )
         self.uids = widgets.HTML()
-        self.widget = widgets.VBox([self.state, widgets.HBox([self.rewards, self.routing]), self.uids])
+        self.widget = widgets.VBox(
+            [self.state, widgets.HBox([self.rewards, self.routing]), self.uids]
+        )
 
     def event(self, event: Event) -> None:
         "Note an event, and draw when it is time."
@@ -99,11 +130,26 @@ class Dashboard:
         "Draw what is known now."
         trace, network = self.loop.trace, self.loop.network
         names = {holder.uid: holder.name for holder in trace.holders}
-        waiting = {uid: miner.axon.health()["waiting"] for uid, miner in network.miners.items()} if network else {}
-        self.state.value = (f"<p>{len(trace.events)} of {len(self.loop.arena.prompts)} prompts, "
-                            f"{sum(waiting.values())} requests waiting</p>")
-        self.rewards.value = _png(plot_rewards([[reward or 0.0 for reward in event.rewards] for event in trace.events]))
-        self.routing.value = _png(plot_shares([event.uids for event in trace.events], names, trace.moved_at))
+        waiting = (
+            {
+                uid: miner.axon.health()["waiting"]
+                for uid, miner in network.miners.items()
+            }
+            if network
+            else {}
+        )
+        self.state.value = (
+            f"<p>{len(trace.events)} of {len(self.loop.arena.prompts)} prompts, "
+            f"{sum(waiting.values())} requests waiting</p>"
+        )
+        self.rewards.value = _png(
+            plot_rewards(
+                [[reward or 0.0 for reward in event.rewards] for event in trace.events]
+            )
+        )
+        self.routing.value = _png(
+            plot_shares([event.uids for event in trace.events], names, trace.moved_at)
+        )
         self.uids.value = uid_table(trace.events, names, waiting)
 
     def _ipython_display_(self) -> None:

@@ -19,10 +19,23 @@ from numpy.typing import ArrayLike
 
 # %% ../../nbs/loop/04_plots.ipynb #c005
 _STYLE: dict[Any, Any] = {
-    "figure.figsize": (7.0, 3.6), "figure.dpi": 110, "savefig.dpi": 110, "figure.constrained_layout.use": True,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.titlesize": 11, "axes.titlelocation": "left",
-    "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False,
+    "figure.figsize": (7.0, 3.6),
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
     "svg.hashsalt": "prompting_nb",
 }
 _LINES = {  # what: colour, stroke, width
@@ -35,6 +48,7 @@ _LINES = {  # what: colour, stroke, width
 
 def styled(plot):
     "Draw with the look of all our pictures, and leave matplotlib's settings as they were."
+
     @functools.wraps(plot)
     def drawn(*args, **kwargs):
         # not `rc_context`: it restores every setting, also that a notebook's backend has just been switched on
@@ -44,24 +58,36 @@ def styled(plot):
             return plot(*args, **kwargs)
         finally:
             plt.rcParams.update(before)
+
     return drawn
 
 
-def new_axes(ax: Optional[Axes] = None, **kwargs) -> Axes:  # `kwargs` are for `plt.subplots`
+def new_axes(
+    ax: Optional[Axes] = None, **kwargs
+) -> Axes:  # `kwargs` are for `plt.subplots`
     "These axes, or new ones."
     return plt.subplots(**kwargs)[1] if ax is None else ax
 
 # %% ../../nbs/loop/04_plots.ipynb #1a4d9957
 _PARTS = {  # what: column and row of its box, and what it does
-    "prompt": (0, 0, "from a user, or a task"), "gate": (1, 0, "expects a score of each uid"),
-    "dendrite": (2, 0, "asks k of those that serve"), "miners": (3, 0, "answer, or refuse"),
-    "preferences": (0, 1, "which answer was better"), "reward model": (1, 1, "says what each one is worth"),
-    "completions": (3, 1, "or why there is none"), "weights": (1, 2, "averages, on the chain"),
+    "prompt": (0, 0, "from a user, or a task"),
+    "gate": (1, 0, "expects a score of each uid"),
+    "dendrite": (2, 0, "asks k of those that serve"),
+    "miners": (3, 0, "answer, or refuse"),
+    "preferences": (0, 1, "which answer was better"),
+    "reward model": (1, 1, "says what each one is worth"),
+    "completions": (3, 1, "or why there is none"),
+    "weights": (1, 2, "averages, on the chain"),
 }
 _LEARNS = ("gate", "reward model")
 _PASSES = (  # from, to, and what passes
-    ("prompt", "gate", ""), ("gate", "dendrite", "uids"), ("dendrite", "miners", "signed"), ("miners", "completions", " signed"),
-    ("completions", "reward model", ""), ("preferences", "reward model", ""), ("reward model", "gate", " backward"),
+    ("prompt", "gate", ""),
+    ("gate", "dendrite", "uids"),
+    ("dendrite", "miners", "signed"),
+    ("miners", "completions", " signed"),
+    ("completions", "reward model", ""),
+    ("preferences", "reward model", ""),
+    ("reward model", "gate", " backward"),
     ("reward model", "weights", ""),
 )
 
@@ -70,20 +96,63 @@ _PASSES = (  # from, to, and what passes
 def plot_loop(ax: Optional[Axes] = None) -> Axes:
     "The loop as a diagram; what learns is drawn in red."
     ax = new_axes(ax, figsize=(8.6, 3.1))
-    centre = {name: (column * 2.8 + 1, -row * 1.3) for name, (column, row, _) in _PARTS.items()}
+    centre = {
+        name: (column * 2.8 + 1, -row * 1.3)
+        for name, (column, row, _) in _PARTS.items()
+    }
     boxes = {}
     for name, (x, y) in centre.items():
-        face, edge, weight = ("#f7e3e6", "#c8102e", "bold") if name in _LEARNS else ("white", "#777777", "normal")
-        boxes[name] = ax.add_patch(FancyBboxPatch((x - 1, y - 0.35), 2, 0.7, boxstyle="round,pad=0,rounding_size=0.1",
-                                                  facecolor=face, edgecolor=edge, linewidth=1.4))
+        face, edge, weight = (
+            ("#f7e3e6", "#c8102e", "bold")
+            if name in _LEARNS
+            else ("white", "#777777", "normal")
+        )
+        boxes[name] = ax.add_patch(
+            FancyBboxPatch(
+                (x - 1, y - 0.35),
+                2,
+                0.7,
+                boxstyle="round,pad=0,rounding_size=0.1",
+                facecolor=face,
+                edgecolor=edge,
+                linewidth=1.4,
+            )
+        )
         ax.text(x, y + 0.12, name, ha="center", va="center", weight=weight)
-        ax.text(x, y - 0.16, _PARTS[name][2], ha="center", va="center", fontsize=7.5, color="#444444")
+        ax.text(
+            x,
+            y - 0.16,
+            _PARTS[name][2],
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="#444444",
+        )
     for start, end, what in _PASSES:
         (x, y), (to_x, to_y) = centre[start], centre[end]
-        ax.annotate("", (to_x, to_y), (x, y), arrowprops=dict(arrowstyle="-|>", color="#333333", linewidth=1.4, shrinkA=0,
-                                                              shrinkB=1, patchA=boxes[start], patchB=boxes[end]))
-        ax.text((x + to_x) / 2, (y + to_y) / 2 + (0.1 if y == to_y else 0), what, fontsize=8, color="#444444",
-                ha="center" if y == to_y else "left", va="bottom" if y == to_y else "center")
+        ax.annotate(
+            "",
+            (to_x, to_y),
+            (x, y),
+            arrowprops=dict(
+                arrowstyle="-|>",
+                color="#333333",
+                linewidth=1.4,
+                shrinkA=0,
+                shrinkB=1,
+                patchA=boxes[start],
+                patchB=boxes[end],
+            ),
+        )
+        ax.text(
+            (x + to_x) / 2,
+            (y + to_y) / 2 + (0.1 if y == to_y else 0),
+            what,
+            fontsize=8,
+            color="#444444",
+            ha="center" if y == to_y else "left",
+            va="bottom" if y == to_y else "center",
+        )
     ax.set(xlim=(-0.1, 10.5), ylim=(-3.0, 0.4))
     ax.axis("off")
     return ax
@@ -102,7 +171,9 @@ def moving_mean(
 # %% ../../nbs/loop/04_plots.ipynb #c009
 @styled
 def plot_routing(
-    curves: Mapping[str, ArrayLike],  # "gate", "random", "best fixed", "oracle": mean grade of those asked, by step
+    curves: Mapping[
+        str, ArrayLike
+    ],  # "gate", "random", "best fixed", "oracle": mean grade of those asked, by step
     moved_at: Optional[int] = None,  # the step at which a uid changed hands
     window: int = 30,  # steps of the moving mean
     graded_by: str = "a program",
@@ -112,13 +183,30 @@ def plot_routing(
     ax = new_axes(ax)
     for name in [name for name in _LINES if name in curves]:
         colour, stroke, width = _LINES[name]
-        ax.plot(moving_mean(curves[name], window), stroke, color=colour, lw=width, label=name)
+        ax.plot(
+            moving_mean(curves[name], window),
+            stroke,
+            color=colour,
+            lw=width,
+            label=name,
+        )
     if moved_at is not None:
         ax.axvline(moved_at, color="#555555", lw=0.8)
-        ax.annotate("a uid changes hands", (moved_at, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -10),
-                    textcoords="offset points", fontsize=8, color="#555555")
-    ax.set(xlabel="step (prompts)", ylabel=f"grade of those asked\n(mean of {window} steps)", ylim=(0, 1.02),
-           title=f"How good are those who are asked? Graded by {graded_by}")
+        ax.annotate(
+            "a uid changes hands",
+            (moved_at, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -10),
+            textcoords="offset points",
+            fontsize=8,
+            color="#555555",
+        )
+    ax.set(
+        xlabel="step (prompts)",
+        ylabel=f"grade of those asked\n(mean of {window} steps)",
+        ylim=(0, 1.02),
+        title=f"How good are those who are asked? Graded by {graded_by}",
+    )
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
@@ -127,12 +215,16 @@ def request_shares(
     asked: Sequence[Sequence[int]],  # the uids asked, for each step
     uids: Sequence[int],  # rows of the result
     bins: int = 24,  # columns: the steps are divided into so many spans
-) -> np.ndarray:  # (len(uids), bins); a column sums to 1 when `uids` are all that were asked
+) -> (
+    np.ndarray
+):  # (len(uids), bins); a column sums to 1 when `uids` are all that were asked
     "The share of the requests that each uid gets, over time."
     spans = np.array_split(np.arange(len(asked)), min(bins, max(len(asked), 1)))
     count = lambda uid, span: float(sum(list(asked[step]).count(uid) for step in span))
     total = [sum(len(asked[step]) for step in span) for span in spans]
-    return np.array([[count(uid, span) for span in spans] for uid in uids]) / np.maximum(total, 1)
+    return np.array(
+        [[count(uid, span) for span in spans] for uid in uids]
+    ) / np.maximum(total, 1)
 
 
 @styled
@@ -145,7 +237,13 @@ def plot_shares(
     "Share of the requests for each uid, over time."
     ax = new_axes(ax, figsize=(7.0, 1.2 + 0.26 * len(names)))
     shares = request_shares(asked, list(names))
-    image = ax.imshow(shares, aspect="auto", cmap="Greys", vmin=0, extent=(0, len(asked), len(names) - 0.5, -0.5))
+    image = ax.imshow(
+        shares,
+        aspect="auto",
+        cmap="Greys",
+        vmin=0,
+        extent=(0, len(asked), len(names) - 0.5, -0.5),
+    )
     ax.figure.colorbar(image, ax=ax, label="share of requests", pad=0.02)
     ax.set_yticks(range(len(names)), [f"{name}  {uid}" for uid, name in names.items()])
     if moved_at is not None:
@@ -157,7 +255,9 @@ def plot_shares(
 # %% ../../nbs/loop/04_plots.ipynb #c018
 @styled
 def plot_calibration(
-    confidence: Sequence[float],  # mean of what the model says, for each bin, in [0.5, 1]
+    confidence: Sequence[
+        float
+    ],  # mean of what the model says, for each bin, in [0.5, 1]
     accuracy: Sequence[float],  # share of the pairs in which it is right, for each bin
     counts: Sequence[int],  # pairs in each bin
     ece: Optional[float] = None,  # expected calibration error, for the title
@@ -165,25 +265,50 @@ def plot_calibration(
 ) -> Axes:
     "Reliability of a reward model: how often it is right against how sure it is."
     ax = new_axes(ax, figsize=(4.4, 3.8))
-    sure, right, pairs = (np.asarray(v, dtype=float)[np.asarray(counts) > 0] for v in (confidence, accuracy, counts))
+    sure, right, pairs = (
+        np.asarray(v, dtype=float)[np.asarray(counts) > 0]
+        for v in (confidence, accuracy, counts)
+    )
     error = 2 * np.sqrt(np.maximum(right * (1 - right), 1e-4) / np.maximum(pairs, 1))
-    bars = np.minimum(error, [right, 1 - right])  # (2, bins), below and above: a share stays between 0 and 1
+    bars = np.minimum(
+        error, [right, 1 - right]
+    )  # (2, bins), below and above: a share stays between 0 and 1
     ax.plot([0.5, 1], [0.5, 1], ":", color="#333333", lw=1.2, label="calibrated")
     ax.errorbar(sure, right, yerr=bars, fmt="none", ecolor="#888888", lw=1)
-    ax.scatter(sure, right, s=12 + 120 * pairs / max(pairs.max(initial=1), 1), color="#c8102e", zorder=3)
-    title = "Is the reward model right as often as it says?" + ("" if ece is None else f"\nECE {ece:.3f}")
-    ax.set(xlabel="σ(margin): how sure it is", ylabel="share of pairs it gets right", title=title,
-           xlim=(0.48, 1.02), ylim=(0.3, 1.03))
+    ax.scatter(
+        sure,
+        right,
+        s=12 + 120 * pairs / max(pairs.max(initial=1), 1),
+        color="#c8102e",
+        zorder=3,
+    )
+    title = "Is the reward model right as often as it says?" + (
+        "" if ece is None else f"\nECE {ece:.3f}"
+    )
+    ax.set(
+        xlabel="σ(margin): how sure it is",
+        ylabel="share of pairs it gets right",
+        title=title,
+        xlim=(0.48, 1.02),
+        ylim=(0.3, 1.03),
+    )
     ax.legend(loc="lower right")
     return ax
 
 # %% ../../nbs/loop/04_plots.ipynb #c022
-_STROKES = (("#c8102e", "-", "o"), ("#1f6fb4", "--", "s"), ("#333333", ":", "^"), ("#888888", "-.", "D"))
+_STROKES = (
+    ("#c8102e", "-", "o"),
+    ("#1f6fb4", "--", "s"),
+    ("#333333", ":", "^"),
+    ("#888888", "-.", "D"),
+)
 
 
 @styled
 def plot_length_bias(
-    curves: dict[str, Sequence[tuple[float, int, float]]],  # by scorer: (ratio of lengths, pairs, accuracy) of each bin
+    curves: dict[
+        str, Sequence[tuple[float, int, float]]
+    ],  # by scorer: (ratio of lengths, pairs, accuracy) of each bin
     ax: Optional[Axes] = None,
 ) -> Axes:
     "Accuracy by how many times as long as the other the preferred answer is."
@@ -194,8 +319,12 @@ def plot_length_bias(
     ax.axvline(1, color="#555555", lw=0.8)
     ax.axhline(0.5, color="#555555", lw=0.8)
     ax.set_xscale("log", base=2)
-    ax.set(xlabel="length of the preferred answer / length of the other", ylabel="share of pairs it gets right",
-           ylim=(-0.03, 1.03), title="Does it read, or does it count?")
+    ax.set(
+        xlabel="length of the preferred answer / length of the other",
+        ylabel="share of pairs it gets right",
+        ylim=(-0.03, 1.03),
+        title="Does it read, or does it count?",
+    )
     ax.xaxis.set_major_formatter("{x:g}")
     ax.legend(loc="lower right")
     return ax
@@ -203,15 +332,29 @@ def plot_length_bias(
 
 @styled
 def plot_rejection(
-    curves: dict[str, Sequence[tuple[float, float]]],  # by measure of doubt: (share kept, accuracy)
+    curves: dict[
+        str, Sequence[tuple[float, float]]
+    ],  # by measure of doubt: (share kept, accuracy)
     ax: Optional[Axes] = None,
 ) -> Axes:
     "Accuracy on the share of the pairs that a model is surest of."
     ax = new_axes(ax, figsize=(4.4, 3.6))
     for (name, points), (colour, stroke, marker) in zip(curves.items(), _STROKES):
-        ax.plot(*np.array(points, dtype=float).T, stroke, marker=marker, ms=4, color=colour, label=name)
-    ax.set(xlabel="share of the pairs kept", ylabel="share of them it gets right", xlim=(0, 1.02), ylim=(0.45, 1.02),
-           title="What is doubt worth?")
+        ax.plot(
+            *np.array(points, dtype=float).T,
+            stroke,
+            marker=marker,
+            ms=4,
+            color=colour,
+            label=name,
+        )
+    ax.set(
+        xlabel="share of the pairs kept",
+        ylabel="share of them it gets right",
+        xlim=(0, 1.02),
+        ylim=(0.45, 1.02),
+        title="What is doubt worth?",
+    )
     ax.legend(loc="lower left")
     return ax
 
@@ -226,12 +369,18 @@ def plot_loss_surface(
     "The loss of a pair, for every two rewards: dark is high."
     ax = new_axes(ax, figsize=(5.0, 4.0))
     image = ax.contourf(chosen, rejected, losses, levels=16, cmap="Greys")
-    lines = ax.contour(chosen, rejected, losses, levels=8, colors="#c8102e", linewidths=0.9)
+    lines = ax.contour(
+        chosen, rejected, losses, levels=8, colors="#c8102e", linewidths=0.9
+    )
     ax.clabel(lines, fontsize=8, fmt="%.1f")
     ax.figure.colorbar(image, ax=ax, label="loss", pad=0.02)
     ax.grid(False)
-    ax.set(xlabel="reward of the chosen completion", ylabel="reward of the rejected completion", aspect="equal",
-           title="The loss of a pair")
+    ax.set(
+        xlabel="reward of the chosen completion",
+        ylabel="reward of the rejected completion",
+        aspect="equal",
+        title="The loss of a pair",
+    )
     return ax
 
 
@@ -246,15 +395,21 @@ def plot_training(
     for (name, losses), (colour, stroke, _) in zip(curves.items(), _STROKES):
         ax.plot(moving_mean(losses, window), stroke, color=colour, lw=1.8, label=name)
     ax.axhline(np.log(2), color="#555555", lw=0.8, label="no preference (log 2)")
-    ax.set(xlabel="step (batches)", ylabel="loss" + (f" (mean of {window} steps)" if window > 1 else ""),
-           title="Does it learn?", ylim=(0, None))
+    ax.set(
+        xlabel="step (batches)",
+        ylabel="loss" + (f" (mean of {window} steps)" if window > 1 else ""),
+        title="Does it learn?",
+        ylim=(0, None),
+    )
     ax.legend(loc="lower left")
     return ax
 
 # %% ../../nbs/loop/04_plots.ipynb #c030
 @styled
 def plot_regret(
-    regrets: dict[str, np.ndarray],  # by rule: what was missed at each step, (runs, steps)
+    regrets: dict[
+        str, np.ndarray
+    ],  # by rule: what was missed at each step, (runs, steps)
     moved_at: Optional[int] = None,  # the step at which hotkeys moved or changed
     ax: Optional[Axes] = None,
 ) -> Axes:
@@ -263,35 +418,65 @@ def plot_regret(
     for (name, missed), (colour, stroke, _) in zip(regrets.items(), _STROKES):
         total = np.asarray(missed, dtype=float).cumsum(axis=1)
         mean = total.mean(0)
-        half = 1.96 * total.std(0, ddof=1) / np.sqrt(len(total)) if len(total) > 1 else np.zeros_like(mean)
+        half = (
+            1.96 * total.std(0, ddof=1) / np.sqrt(len(total))
+            if len(total) > 1
+            else np.zeros_like(mean)
+        )
         ax.plot(mean, stroke, color=colour, lw=1.8, label=name)
-        ax.fill_between(np.arange(len(mean)), mean - half, mean + half, color=colour, alpha=0.18, lw=0)
+        ax.fill_between(
+            np.arange(len(mean)),
+            mean - half,
+            mean + half,
+            color=colour,
+            alpha=0.18,
+            lw=0,
+        )
     if moved_at is not None:
         ax.axvline(moved_at, color="#555555", lw=0.8)
-    ax.set(xlabel="step (prompts)", ylabel="regret so far\n(sum of rewards missed)", title="What did it cost to learn?",
-           ylim=(0, None))
+    ax.set(
+        xlabel="step (prompts)",
+        ylabel="regret so far\n(sum of rewards missed)",
+        title="What did it cost to learn?",
+        ylim=(0, None),
+    )
     ax.legend(loc="upper left")
     return ax
 
 # %% ../../nbs/loop/04_plots.ipynb #c034
-_SHADES = ("#c8102e", "#aaaaaa", "#1f6fb4", "#333333")  # neighbours differ in grey as well
+_SHADES = (
+    "#c8102e",
+    "#aaaaaa",
+    "#1f6fb4",
+    "#333333",
+)  # neighbours differ in grey as well
 
 
 @styled
 def plot_queue(
-    visits: Sequence[tuple],  # (who, arrived, began, ended) in seconds; `began` is None for one that was turned away
+    visits: Sequence[
+        tuple
+    ],  # (who, arrived, began, ended) in seconds; `began` is None for one that was turned away
     ax: Optional[Axes] = None,
 ) -> Axes:
     "Who waited how long, and who was turned away."
     colours = dict(zip(dict.fromkeys(visit[0] for visit in visits), _SHADES))
     ax = new_axes(ax, figsize=(7.0, 1.4 + 0.09 * len(visits)))
-    for place, (kind, arrived, began, ended) in enumerate(sorted(visits, key=lambda visit: visit[1])):
+    for place, (kind, arrived, began, ended) in enumerate(
+        sorted(visits, key=lambda visit: visit[1])
+    ):
         waited = ended if began is None else began
         ax.plot([arrived, waited], [place] * 2, color=colours[kind], lw=0.9)
         if began is None:
             ax.plot(ended, place, "x", color=colours[kind], ms=5)
         else:
-            ax.plot([began, ended], [place] * 2, color=colours[kind], lw=4, solid_capstyle="butt")
+            ax.plot(
+                [began, ended],
+                [place] * 2,
+                color=colours[kind],
+                lw=4,
+                solid_capstyle="butt",
+            )
     for kind, colour in colours.items():
         ax.plot([], [], color=colour, lw=4, label=kind)
     ax.plot([], [], "x", color="#555555", ls="", label="turned away")
@@ -303,7 +488,9 @@ def plot_queue(
 # %% ../../nbs/loop/04_plots.ipynb #c038
 @styled
 def plot_estimates(
-    estimates: dict[str, tuple[float, float, float]],  # by name: value, and its interval from low to high
+    estimates: dict[
+        str, tuple[float, float, float]
+    ],  # by name: value, and its interval from low to high
     truth: Optional[float] = None,
     what: str = "mean reward per uid asked",  # the quantity, with its unit
     ax: Optional[Axes] = None,
@@ -312,7 +499,16 @@ def plot_estimates(
     ax = new_axes(ax, figsize=(6.0, 0.9 + 0.35 * len(estimates)))
     value, low, high = np.array(list(estimates.values()), dtype=float).T
     places = range(len(estimates))
-    ax.errorbar(value, places, xerr=[value - low, high - value], fmt="o", color="#c8102e", ecolor="#555555", ms=5, capsize=3)
+    ax.errorbar(
+        value,
+        places,
+        xerr=[value - low, high - value],
+        fmt="o",
+        color="#c8102e",
+        ecolor="#555555",
+        ms=5,
+        capsize=3,
+    )
     if truth is not None:
         ax.axvline(truth, color="#333333", ls=":", lw=1.6, label="truth")
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

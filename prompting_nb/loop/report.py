@@ -20,7 +20,12 @@ from ..config import InputError
 from .run import Assessment, Event, Loop
 
 # %% ../../nbs/loop/03_report.ipynb #c005
-_FILES = ("summary.json", "report.html", "events.jsonl", "gate.safetensors")  # in the order in which they are removed
+_FILES = (
+    "summary.json",
+    "report.html",
+    "events.jsonl",
+    "gate.safetensors",
+)  # in the order in which they are removed
 
 
 def check_folder(
@@ -34,7 +39,9 @@ def check_folder(
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: give a folder to --out")
     if path.exists() and any(path.iterdir()) and not force:
-        raise InputError(f"{path} exists already: give another folder to --out, or --force to overwrite it")
+        raise InputError(
+            f"{path} exists already: give another folder to --out, or --force to overwrite it"
+        )
 
 
 def make_folder(
@@ -47,7 +54,9 @@ def make_folder(
     check_folder(path, force)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:  # the summary first: it must never stand beside the events of another run
+    for name in (
+        _FILES
+    ):  # the summary first: it must never stand beside the events of another run
         (path / name).unlink(missing_ok=True)
     return path
 
@@ -78,43 +87,75 @@ def write_text(path: Path, text: str) -> None:
 # %% ../../nbs/loop/03_report.ipynb #c009
 def _miners(loop: Loop) -> list[dict]:
     "What each miner was asked, what it earned, and its weight on the chain if it is still there."
-    trace, averages = loop.trace, loop.validator.averages.values if loop.validator else {}
+    trace, averages = (
+        loop.trace,
+        loop.validator.averages.values if loop.validator else {},
+    )
     asked = Counter(hotkey for event in trace.events for hotkey in event.hotkeys)
-    present = {holder.uid: holder.hotkey for holder in trace.holders}  # the last holder of a uid is the present one
+    present = {
+        holder.uid: holder.hotkey for holder in trace.holders
+    }  # the last holder of a uid is the present one
     rows = []
     for holder in sorted(trace.holders, key=lambda holder: holder.uid):
         here = present[holder.uid] == holder.hotkey
-        rows.append({"uid": holder.uid, "name": holder.name, "asked": asked[holder.hotkey],
-                     "share": round(asked[holder.hotkey] / max(sum(asked.values()), 1), 4),
-                     "average_reward": round(averages[holder.hotkey], 4) if holder.hotkey in averages else None,
-                     "weight": round(trace.weights.get(holder.uid, 0.0), 4) if here else None})
+        rows.append(
+            {
+                "uid": holder.uid,
+                "name": holder.name,
+                "asked": asked[holder.hotkey],
+                "share": round(asked[holder.hotkey] / max(sum(asked.values()), 1), 4),
+                "average_reward": round(averages[holder.hotkey], 4)
+                if holder.hotkey in averages
+                else None,
+                "weight": round(trace.weights.get(holder.uid, 0.0), 4)
+                if here
+                else None,
+            }
+        )
     return rows
 
 
 def _assessed(assessment: Assessment) -> dict:
     "The figures of the reward model."
     learned = assessment.learned
-    return {"reward_accuracy": round(learned.accuracy, 4),
-            "reward_accuracy_interval": [round(value, 4) for value in learned.interval],
-            "reward_accuracy_cosine": round(assessment.cosine, 4),
-            "reward_accuracy_longer": round(assessment.longer, 4),
-            "reward_ece": round(learned.ece, 4), "reward_pairs": learned.n_pairs}
+    return {
+        "reward_accuracy": round(learned.accuracy, 4),
+        "reward_accuracy_interval": [round(value, 4) for value in learned.interval],
+        "reward_accuracy_cosine": round(assessment.cosine, 4),
+        "reward_accuracy_longer": round(assessment.longer, 4),
+        "reward_ece": round(learned.ece, 4),
+        "reward_pairs": learned.n_pairs,
+    }
 
 # %% ../../nbs/loop/03_report.ipynb #c010
 def summarise(
     loop: Loop,
-    assessment: Optional[Assessment] = None,  # `None` where the reward model was not tested
+    assessment: Optional[
+        Assessment
+    ] = None,  # `None` where the reward model was not tested
     status: str = "finished",  # or "interrupted", "failed"
 ) -> dict:  # plain values, as for JSON
     "The figures of a run."
     trace = loop.trace
-    result = {"status": status, "arena": loop.arena.name, "graded_by": loop.arena.graded_by, "seed": loop.seed,
-              "steps": len(trace.events), "top_k": trace.k} | (_assessed(assessment) if assessment else {})
+    result = {
+        "status": status,
+        "arena": loop.arena.name,
+        "graded_by": loop.arena.graded_by,
+        "seed": loop.seed,
+        "steps": len(trace.events),
+        "top_k": trace.k,
+    } | (_assessed(assessment) if assessment else {})
     if trace.events:
         standing = trace.standing()
         result |= {name: round(value, 4) for name, value in asdict(standing).items()}
-        result |= {"gap_closed": round(standing.gap_closed, 4), "moved_uid": trace.moved, "moved_at": trace.moved_at,
-                   "overdue": trace.overdue, "weights_error": trace.complaint, "miners": _miners(loop)}
+        result |= {
+            "gap_closed": round(standing.gap_closed, 4),
+            "moved_uid": trace.moved,
+            "moved_at": trace.moved_at,
+            "overdue": trace.overdue,
+            "weights_error": trace.complaint,
+            "miners": _miners(loop),
+        }
     return result
 
 # %% ../../nbs/loop/03_report.ipynb #c017
@@ -123,7 +164,13 @@ def _picture(ax: Any, caption: str) -> str:
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
-    ax.figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white", metadata={"Software": None})
+    ax.figure.savefig(
+        buffer,
+        format="png",
+        bbox_inches="tight",
+        facecolor="white",
+        metadata={"Software": None},
+    )
     plt.close(ax.figure)
     data, text = base64.b64encode(buffer.getvalue()).decode(), html.escape(caption)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
@@ -141,16 +188,32 @@ def _pictures(loop: Loop, assessment: Optional[Assessment]) -> list[str]:
     from prompting_nb.loop.plots import plot_calibration, plot_routing, plot_shares
 
     trace = loop.trace
-    parts = [_picture(plot_routing(trace.curves(), trace.moved_at, graded_by=loop.arena.graded_by),
-                      "Mean grade of the asked uids over time: the gate, random choice, the fixed choice that is the "
-                      "best over the last third, and the best for each prompt."),
-             _picture(plot_shares([event.uids for event in trace.events], _names(loop), trace.moved_at),
-                      "Share of the requests that each uid got, over time.")]
+    parts = [
+        _picture(
+            plot_routing(
+                trace.curves(), trace.moved_at, graded_by=loop.arena.graded_by
+            ),
+            "Mean grade of the asked uids over time: the gate, random choice, the fixed choice that is the "
+            "best over the last third, and the best for each prompt.",
+        ),
+        _picture(
+            plot_shares(
+                [event.uids for event in trace.events], _names(loop), trace.moved_at
+            ),
+            "Share of the requests that each uid got, over time.",
+        ),
+    ]
     if assessment is not None:
         bins = assessment.learned.bins
-        ax = plot_calibration([b.confidence for b in bins], [b.accuracy for b in bins], [b.n_pairs for b in bins],
-                              assessment.learned.ece)
-        parts.append(_picture(ax, "Calibration of the reward model on pairs that it never saw."))
+        ax = plot_calibration(
+            [b.confidence for b in bins],
+            [b.accuracy for b in bins],
+            [b.n_pairs for b in bins],
+            assessment.learned.ece,
+        )
+        parts.append(
+            _picture(ax, "Calibration of the reward model on pairs that it never saw.")
+        )
     return parts
 
 # %% ../../nbs/loop/03_report.ipynb #c018
@@ -165,22 +228,43 @@ figure { margin: 1.5rem 0; }
 img { max-width: 100%; border-radius: .3rem; }
 figcaption { font-size: .9rem; opacity: .8; }
 """
-_CHOICES = {"random": "random choice", "best_fixed": "best fixed choice, in hindsight",
-            "gate": "the gate, exploration included", "oracle": "the best for each prompt"}
-_MINER_TITLES = {"uid": "uid", "name": "miner", "asked": "asked", "share": "share", "average_reward": "moving average",
-                 "weight": "weight on chain"}
+_CHOICES = {
+    "random": "random choice",
+    "best_fixed": "best fixed choice, in hindsight",
+    "gate": "the gate, exploration included",
+    "oracle": "the best for each prompt",
+}
+_MINER_TITLES = {
+    "uid": "uid",
+    "name": "miner",
+    "asked": "asked",
+    "share": "share",
+    "average_reward": "moving average",
+    "weight": "weight on chain",
+}
 
 
 def _shown(value: Any) -> str:
     "A value as people read it; nothing for `None`."
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return (
+        ""
+        if value is None
+        else f"{value:.3f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _table(rows: list[dict], titles: dict[str, str]) -> str:
     "Rows as an HTML table; text columns to the left."
     kind = lambda key: ' class="text"' if isinstance(rows[0][key], str) else ""
-    line = lambda tag, cells: "".join(f"<{tag}{kind(key)}>{html.escape(cells[key])}</{tag}>" for key in titles)
-    body = "".join(f"<tr>{line('td', {key: _shown(row[key]) for key in titles})}</tr>" for row in rows)
+    line = lambda tag, cells: "".join(
+        f"<{tag}{kind(key)}>{html.escape(cells[key])}</{tag}>" for key in titles
+    )
+    body = "".join(
+        f"<tr>{line('td', {key: _shown(row[key]) for key in titles})}</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{line("th", titles)}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../../nbs/loop/03_report.ipynb #c019
@@ -199,10 +283,12 @@ def verdict(
 def _reward_text(summary: dict) -> str:
     "How good the reward model is, as a paragraph."
     low, high = summary["reward_accuracy_interval"]
-    return (f"<p>On {summary['reward_pairs']} pairs of prompts that it never saw it prefers the better answer in "
-            f"<b>{summary['reward_accuracy']:.1%}</b> (95 % interval {low:.1%} to {high:.1%}). Without training, the "
-            f"cosine between prompt and answer reaches {summary['reward_accuracy_cosine']:.1%}, and the rule that the "
-            f"longer answer wins {summary['reward_accuracy_longer']:.1%}.</p>")
+    return (
+        f"<p>On {summary['reward_pairs']} pairs of prompts that it never saw it prefers the better answer in "
+        f"<b>{summary['reward_accuracy']:.1%}</b> (95 % interval {low:.1%} to {high:.1%}). Without training, the "
+        f"cosine between prompt and answer reaches {summary['reward_accuracy_cosine']:.1%}, and the rule that the "
+        f"longer answer wins {summary['reward_accuracy_longer']:.1%}.</p>"
+    )
 
 # %% ../../nbs/loop/03_report.ipynb #c020
 def render(
@@ -212,21 +298,34 @@ def render(
 ) -> str:  # a complete HTML page without references to anything outside
     "The report of a run."
     title = f"Loop over {html.escape(summary['arena'])}"
-    parts = [f"<h1>{title}</h1><p>{summary['steps']} steps, {summary['top_k']} uids asked at each, "
-             f"seed {summary['seed']}; {summary['status']}. Grades come from {html.escape(summary['graded_by'])}.</p>"]
+    parts = [
+        f"<h1>{title}</h1><p>{summary['steps']} steps, {summary['top_k']} uids asked at each, "
+        f"seed {summary['seed']}; {summary['status']}. Grades come from {html.escape(summary['graded_by'])}.</p>"
+    ]
     if "reward_accuracy" in summary:
         parts += ["<h2>The reward model</h2>", _reward_text(summary)]
     if loop.trace.events:
-        rows = [{"who": text, "grade": summary[name]} for name, text in _CHOICES.items()]
-        parts += ["<h2>The routing</h2>", f"<p>{html.escape(verdict(summary))}</p>",
-                  _table(rows, {"who": "asked by", "grade": "mean grade, last third"}), *_pictures(loop, assessment),
-                  "<h2>The miners</h2>", _table(summary["miners"], _MINER_TITLES)]
+        rows = [
+            {"who": text, "grade": summary[name]} for name, text in _CHOICES.items()
+        ]
+        parts += [
+            "<h2>The routing</h2>",
+            f"<p>{html.escape(verdict(summary))}</p>",
+            _table(rows, {"who": "asked by", "grade": "mean grade, last third"}),
+            *_pictures(loop, assessment),
+            "<h2>The miners</h2>",
+            _table(summary["miners"], _MINER_TITLES),
+        ]
     if summary.get("overdue"):
-        parts.append(f"<p>{summary['overdue']} answers came too late because this machine was busy; the gate got "
-                     "nothing for them, the other choices are given their full grade.</p>")
+        parts.append(
+            f"<p>{summary['overdue']} answers came too late because this machine was busy; the gate got "
+            "nothing for them, the other choices are given their full grade.</p>"
+        )
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    return (f'<!doctype html><html lang="en"><head>{head}<title>{title}</title><style>{_CSS}</style></head>'
-            f"<body>{''.join(parts)}</body></html>\n")
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<title>{title}</title><style>{_CSS}</style></head>'
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
 
 # %% ../../nbs/loop/03_report.ipynb #c024
 class Recorder:
@@ -244,7 +343,9 @@ class Recorder:
         start, line = self._events.tell(), f"{event.to_json()}\n".encode()
         try:
             if self._events.write(line) != len(line):
-                raise OSError(f"the disk is full: {self.folder / 'events.jsonl'} cannot be continued")
+                raise OSError(
+                    f"the disk is full: {self.folder / 'events.jsonl'} cannot be continued"
+                )
         except OSError:
             self._events.truncate(start)
             raise
@@ -261,7 +362,10 @@ class Recorder:
         if loop.validator is not None:
             loop.validator.gate.save(self.folder / "gate.safetensors")
         write_text(self.folder / "report.html", render(loop, summary, assessment))
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_text(
+            self.folder / "summary.json",
+            json.dumps(summary, indent=2, allow_nan=False) + "\n",
+        )
         return summary
 
 # %% ../../nbs/loop/03_report.ipynb #c027
@@ -275,9 +379,11 @@ def print_tables(
 
     console = console or Console()
     if "reward_accuracy" in summary:
-        console.print(f"reward model: [bold]{summary['reward_accuracy']:.3f}[/] pairwise accuracy on "
-                      f"{summary['reward_pairs']} unseen pairs (cosine {summary['reward_accuracy_cosine']:.3f}, "
-                      f"the longer answer {summary['reward_accuracy_longer']:.3f})")
+        console.print(
+            f"reward model: [bold]{summary['reward_accuracy']:.3f}[/] pairwise accuracy on "
+            f"{summary['reward_pairs']} unseen pairs (cosine {summary['reward_accuracy_cosine']:.3f}, "
+            f"the longer answer {summary['reward_accuracy_longer']:.3f})"
+        )
     if "miners" not in summary:
         return
     table = Table(title="miners")
@@ -286,9 +392,14 @@ def print_tables(
     for row in summary["miners"]:
         table.add_row(*(_shown(row[key]) for key in _MINER_TITLES))
     console.print(table)
-    table = Table("asked by", title=f"mean grade of those asked, last third of {summary['steps']} steps")
+    table = Table(
+        "asked by",
+        title=f"mean grade of those asked, last third of {summary['steps']} steps",
+    )
     table.add_column("grade", justify="right")
     for name, text in _CHOICES.items():
-        table.add_row(text, f"{summary[name]:.3f}", style="bold" if name == "gate" else "")
+        table.add_row(
+            text, f"{summary[name]:.3f}", style="bold" if name == "gate" else ""
+        )
     console.print(table)
     console.print(verdict(summary))

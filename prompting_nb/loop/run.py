@@ -22,7 +22,13 @@ from tqdm.auto import tqdm
 
 from ..baseminer.miner import Miner, stop_all
 from ..config import Config, InputError, merge, read_config
-from ..reward.evaluation import RewardEvaluation, evaluate, evaluate_scores, longer_wins, zero_shot_cosine
+from prompting_nb.reward.evaluation import (
+    RewardEvaluation,
+    evaluate,
+    evaluate_scores,
+    longer_wins,
+    zero_shot_cosine,
+)
 from ..network.chain import EmbeddedChain, make_wallet
 from ..network.dendrite import Dendrite
 from ..reward.preferences import Ranking, score_rankings
@@ -34,8 +40,20 @@ from .tasks import Arena, Worker
 from ..reward.training import TrainConfig, train
 from ..validators import replay
 from ..validators.bayes import BayesianGatingModel
-from ..validators.gating import BaseGatingModel, GatingModel, SentenceEmbedGatingModel
-from ..validators.selection import Selection, annealed, gumbel_top_k, narrowing, select, thompson, ucb
+from prompting_nb.validators.gating import (
+    BaseGatingModel,
+    GatingModel,
+    SentenceEmbedGatingModel,
+)
+from prompting_nb.validators.selection import (
+    Selection,
+    annealed,
+    gumbel_top_k,
+    narrowing,
+    select,
+    thompson,
+    ucb,
+)
 
 # %% ../../nbs/loop/00_run.ipynb #c004
 _log = logging.getLogger(__name__)
@@ -58,7 +76,10 @@ class WorkerMiner(Miner):
 
     def _configure(self, given: Any) -> Config:
         "Declared defaults and what is given: command line and environment are not for one of many miners."
-        return merge(read_config(self.add_base_args, argv=[], environment=False), merge(self.config(), given))
+        return merge(
+            read_config(self.add_base_args, argv=[], environment=False),
+            merge(self.config(), given),
+        )
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "The worker's completion; when the worker is late, after the caller has given up."
@@ -99,7 +120,9 @@ class Network:
         wallet = make_wallet(f"{self.seed}-miner-{self._made}")
         uid = register(wallet)
         settings = {"netuid": self.netuid, "miner.no_set_weights": True}
-        self.miners[uid] = WorkerMiner(worker, config=settings, wallet=wallet, subtensor=self.client)
+        self.miners[uid] = WorkerMiner(
+            worker, config=settings, wallet=wallet, subtensor=self.client
+        )
         self.miners[uid].__enter__()
 
     def replace(
@@ -139,19 +162,27 @@ class Judge:
     "Turns completions into rewards: the grade that one may expect of a completion with such a score."
 
     model: Any  # has `score(prompts, completions) -> (n, 1)`, as a `RewardModel` does
-    scores: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # rising scores of the model ...
-    grades: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # ... and their worth; straight lines in between
+    scores: Sequence[float] = field(
+        default=(0.0, 1.0), repr=False
+    )  # rising scores of the model ...
+    grades: Sequence[float] = field(
+        default=(0.0, 1.0), repr=False
+    )  # ... and their worth; straight lines in between
 
     @classmethod
     def fitted(
         cls,
         model: Any,
         scores: list[list[float]],  # of the completions of each ranking
-        rankings: list[Ranking],  # that the model was not trained on; their scores, in [0, 1], are the grades
+        rankings: list[
+            Ranking
+        ],  # that the model was not trained on; their scores, in [0, 1], are the grades
     ) -> "Judge":
         "A judge whose rewards are the mean grades of completions with the same score."
         given = np.concatenate([np.asarray(row, dtype=float) for row in scores])
-        worth = np.concatenate([np.asarray(ranking.scores, dtype=float) for ranking in rankings])
+        worth = np.concatenate(
+            [np.asarray(ranking.scores, dtype=float) for ranking in rankings]
+        )
         curve = IsotonicRegression().fit(given, worth)
         return cls(model, curve.X_thresholds_.tolist(), curve.y_thresholds_.tolist())
 
@@ -164,8 +195,14 @@ class Judge:
         rewards = torch.zeros(len(completions))
         given = [i for i, completion in enumerate(completions) if completion]
         if given:
-            scores = self.model.score(prompt, [completions[i] for i in given]).flatten().numpy()
-            rewards[given] = torch.as_tensor(np.interp(scores, self.scores, self.grades), dtype=torch.float32)
+            scores = (
+                self.model.score(prompt, [completions[i] for i in given])
+                .flatten()
+                .numpy()
+            )
+            rewards[given] = torch.as_tensor(
+                np.interp(scores, self.scores, self.grades), dtype=torch.float32
+            )
         return rewards
 
 # %% ../../nbs/loop/00_run.ipynb #c018
@@ -178,7 +215,9 @@ def teach(
     "A reward model that has learned from the rankings of an arena."
     torch.manual_seed(seed)  # the head's first weights
     model = RewardModel(MINILM, device=None)
-    config = TrainConfig(**{"epochs": 2, "completions_per_prompt": 6, "seed": seed, **settings})
+    config = TrainConfig(
+        **{"epochs": 2, "completions_per_prompt": 6, "seed": seed, **settings}
+    )
     train(model, arena.train, config, progress=progress)
     return model
 
@@ -198,9 +237,14 @@ def assess(
     progress: bool = True,  # show progress bars
 ) -> tuple[Assessment, Judge]:  # the judge is calibrated on the same rankings
     "Test a reward model on the arena's held-out rankings."
-    score = lambda prompts, completions: model.score(prompts, completions, progress=progress)
+    score = lambda prompts, completions: model.score(
+        prompts, completions, progress=progress
+    )
     scores = score_rankings(score, arena.test)
-    rules = [evaluate(rule, arena.test).accuracy for rule in (zero_shot_cosine(TextEncoder(MINILM)), longer_wins)]
+    rules = [
+        evaluate(rule, arena.test).accuracy
+        for rule in (zero_shot_cosine(TextEncoder(MINILM)), longer_wins)
+    ]
     judge = Judge.fitted(model, scores, arena.test)
     return Assessment(evaluate_scores(scores, arena.test), *rules), judge
 
@@ -215,16 +259,22 @@ class Event(replay.Event):
     completions: list[Optional[str]]
     loss: float  # the gate's, before it learned from this step
     seconds: list[float] = field(repr=False)  # until each answer came
-    grades: Optional[list[float]] = None  # what the answers were really worth, if known; never shown to the gate
+    grades: Optional[list[float]] = (
+        None  # what the answers were really worth, if known; never shown to the gate
+    )
 
     def to_json(self) -> str:
         "The event as one line."
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
 
     def _repr_html_(self) -> str:
-        cells = zip(self.uids, self.propensities, self.statuses, self.rewards, self.completions)
-        rows = [(uid, chance, status, Bar(reward, reward or 0.0), (text or "")[:120])
-                for uid, chance, status, reward, text in cells]
+        cells = zip(
+            self.uids, self.propensities, self.statuses, self.rewards, self.completions
+        )
+        rows = [
+            (uid, chance, status, Bar(reward, reward or 0.0), (text or "")[:120])
+            for uid, chance, status, reward, text in cells
+        ]
         columns = ("uid", "propensity", "status", "reward", "completion")
         return html_table(f"Step {self.step}: {self.prompt[:200]}", columns, rows)
 
@@ -251,7 +301,11 @@ class MovingAverage:
         hotkeys: list[str],  # of the network, by uid
     ) -> dict[int, float]:  # uid -> share; sums to 1, empty when nobody earned anything
         "The averages of those who are registered, as shares."
-        earned = {uid: self.values[hotkey] for uid, hotkey in enumerate(hotkeys) if self.values.get(hotkey)}
+        earned = {
+            uid: self.values[hotkey]
+            for uid, hotkey in enumerate(hotkeys)
+            if self.values.get(hotkey)
+        }
         total = sum(earned.values())
         return {uid: value / total for uid, value in earned.items()}
 
@@ -278,14 +332,20 @@ class Policy:
         if self.k < 1:
             raise InputError(f"--top-k must be at least 1, got {self.k}")
         if not self.timeout > 0:
-            raise InputError(f"--timeout must be greater than 0 seconds, got {self.timeout}")
+            raise InputError(
+                f"--timeout must be greater than 0 seconds, got {self.timeout}"
+            )
         if self.rule not in RULES:
-            raise InputError(f"--rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+            raise InputError(
+                f"--rule must be one of {', '.join(RULES)}, got {self.rule!r}"
+            )
 
     def check(self, arena: Arena) -> None:
         "Raise `InputError` when an arena has fewer workers than uids are to be asked."
         if len(arena.workers) < self.k:
-            raise InputError(f"--top-k {self.k} asks for more miners than there are ({len(arena.workers)}): ask fewer")
+            raise InputError(
+                f"--top-k {self.k} asks for more miners than there are ({len(arena.workers)}): ask fewer"
+            )
 
 # %% ../../nbs/loop/00_run.ipynb #c028
 class _Choosing:
@@ -300,26 +360,46 @@ class _Choosing:
 
     def serving(self) -> list[int]:
         "The uids that can be asked: those with an address, except the validator itself."
-        return [n.uid for n in self.metagraph if n.axon and n.hotkey != self.wallet.hotkey.ss58_address]
+        return [
+            n.uid
+            for n in self.metagraph
+            if n.axon and n.hotkey != self.wallet.hotkey.ss58_address
+        ]
 
     def choose(
         self,
         scores: torch.Tensor,  # (network_size,), the gate's
-        sd: Optional[torch.Tensor] = None,  # (network_size,), how sure it is, if it can say so
+        sd: Optional[
+            torch.Tensor
+        ] = None,  # (network_size,), how sure it is, if it can say so
     ) -> Selection:  # uids (k,) and propensities (k,); raises `InputError` when fewer than k miners serve
         "The uids to ask."
         policy, asked, serving = self.policy, self.averages.counts, self.serving()
-        new = [uid for uid in serving if asked[self.metagraph.hotkeys[uid]] < policy.welcome]
-        given: dict[str, Any] = {"available": serving, "newcomers": new, "generator": self.generator,
-                                 "epsilon": policy.floor}
+        new = [
+            uid
+            for uid in serving
+            if asked[self.metagraph.hotkeys[uid]] < policy.welcome
+        ]
+        given: dict[str, Any] = {
+            "available": serving,
+            "newcomers": new,
+            "generator": self.generator,
+            "epsilon": policy.floor,
+        }
         if policy.rule == "gumbel":
-            return gumbel_top_k(scores, policy.k, temperature=policy.temperature, **given)
+            return gumbel_top_k(
+                scores, policy.k, temperature=policy.temperature, **given
+            )
         if policy.rule == "epsilon" or sd is None:
             steps = max(policy.explore_steps, 1)
-            given["epsilon"] = annealed(self.steps, start=policy.explore, end=policy.explore_end, steps=steps)
+            given["epsilon"] = annealed(
+                self.steps, start=policy.explore, end=policy.explore_end, steps=steps
+            )
             return select(scores, policy.k, **given)
         width = narrowing(self.steps * policy.k / max(len(serving), 1))
-        return {"thompson": thompson, "ucb": ucb}[policy.rule](scores, sd, policy.k, width=width, **given)
+        return {"thompson": thompson, "ucb": ucb}[policy.rule](
+            scores, sd, policy.k, width=width, **given
+        )
 
 # %% ../../nbs/loop/00_run.ipynb #c030
 def _rounded(values: Any) -> list:
@@ -341,22 +421,37 @@ class _Learning(_Choosing):
     ) -> Event:  # raises `InputError` when fewer than k miners serve
         "Ask, score, learn, once."
         sure = getattr(self.gate, "posterior", None)
-        scores, sd = sure(prompt) if sure else (self.gate(prompt), None)  # (network_size,), with gradient
+        scores, sd = (
+            sure(prompt) if sure else (self.gate(prompt), None)
+        )  # (network_size,), with gradient
         uids, propensities = self.choose(scores, sd)
         neurons = [self.metagraph.neurons[uid] for uid in uids.tolist()]
-        answers = self.dendrite.query(neurons, Prompting.ask(prompt), self.policy.timeout)
-        completions = [answer.completion if answer.is_success else None for answer in answers]
+        answers = self.dendrite.query(
+            neurons, Prompting.ask(prompt), self.policy.timeout
+        )
+        completions = [
+            answer.completion if answer.is_success else None for answer in answers
+        ]
         rewards = self.judge(prompt, completions)  # (k,)
         loss = self.gate.backward(scores[uids.to(scores.device)], rewards)
         for neuron, reward in zip(neurons, rewards.tolist()):
             self.averages.update(neuron.hotkey, reward)
         self.steps += 1
-        return Event(step=self.steps - 1, block=int(self.client.block), prompt=prompt, uids=uids.tolist(),
-                     hotkeys=[n.hotkey for n in neurons], propensities=_rounded(propensities),
-                     rewards=_rounded(rewards), scores=_rounded(scores.detach()[:len(self.metagraph)]),
-                     available=self.serving(), loss=float(loss), completions=completions,
-                     statuses=[a.dendrite.status_code or 0 for a in answers],
-                     seconds=_rounded([a.dendrite.process_time for a in answers]))
+        return Event(
+            step=self.steps - 1,
+            block=int(self.client.block),
+            prompt=prompt,
+            uids=uids.tolist(),
+            hotkeys=[n.hotkey for n in neurons],
+            propensities=_rounded(propensities),
+            rewards=_rounded(rewards),
+            scores=_rounded(scores.detach()[: len(self.metagraph)]),
+            available=self.serving(),
+            loss=float(loss),
+            completions=completions,
+            statuses=[a.dendrite.status_code or 0 for a in answers],
+            seconds=_rounded([a.dendrite.process_time for a in answers]),
+        )
 
 # %% ../../nbs/loop/00_run.ipynb #c032
 class _Following(_Learning):
@@ -366,25 +461,51 @@ class _Following(_Learning):
 
     def sync(self) -> list[int]:  # the uids whose hotkey is another one now
         "Read the metagraph anew. The gate keeps what it knows about those who stayed."
-        before, self.metagraph = self.metagraph, self.client.subnets.metagraph(self.netuid)
+        before, self.metagraph = (
+            self.metagraph,
+            self.client.subnets.metagraph(self.netuid),
+        )
         self.gate.resync(before, self.metagraph)
         old = dict(enumerate(before.hotkeys))
-        return [uid for uid, hotkey in enumerate(self.metagraph.hotkeys) if old.get(uid) != hotkey]
+        return [
+            uid
+            for uid, hotkey in enumerate(self.metagraph.hotkeys)
+            if old.get(uid) != hotkey
+        ]
 
-    def set_weights(self) -> dict[int, float]:  # uid -> share, as sent; raises RuntimeError when the chain refuses
+    def set_weights(
+        self,
+    ) -> dict[
+        int, float
+    ]:  # uid -> share, as sent; raises RuntimeError when the chain refuses
         "Put the moving averages on the chain. Nothing is sent as long as nobody has earned anything."
         from bittensor import SetWeights
 
         weights = self.averages.weights(self.metagraph.hotkeys)
         if weights:
-            result = self.client.execute(SetWeights(netuid=self.netuid, weights=weights), self.wallet)
+            result = self.client.execute(
+                SetWeights(netuid=self.netuid, weights=weights), self.wallet
+            )
             if not result:
-                raise RuntimeError(f"the chain refused the weights: {getattr(result, 'message', result)}")
+                raise RuntimeError(
+                    f"the chain refused the weights: {getattr(result, 'message', result)}"
+                )
         return weights
 
 # %% ../../nbs/loop/00_run.ipynb #c034
-GATES = {"bayes": BayesianGatingModel, "sentence": SentenceEmbedGatingModel, "last-token": GatingModel}
-GATE = {"gating": {"model_name": MINILM, "loss": "reward_mse", "optimizer": "adagrad", "learning_rate": 0.05}}
+GATES = {
+    "bayes": BayesianGatingModel,
+    "sentence": SentenceEmbedGatingModel,
+    "last-token": GatingModel,
+}
+GATE = {
+    "gating": {
+        "model_name": MINILM,
+        "loss": "reward_mse",
+        "optimizer": "adagrad",
+        "learning_rate": 0.05,
+    }
+}
 
 
 def default_gate(
@@ -415,7 +536,12 @@ class Validator(_Following):
         netuid: int = 1,
         seed: int = 0,
     ):
-        self.wallet, self.client, self.judge, self.netuid = wallet, client, judge, netuid
+        self.wallet, self.client, self.judge, self.netuid = (
+            wallet,
+            client,
+            judge,
+            netuid,
+        )
         self.policy = policy or Policy()
         self.metagraph = client.subnets.metagraph(netuid)
         self.gate = gate or default_gate(self.metagraph, seed)
@@ -433,12 +559,20 @@ class Validator(_Following):
 def alternatives(
     truth: Any,  # (steps, miners) grade of each miner's answer, in [0, 1]
     k: int,  # uids asked a step
-    last: Optional[int] = None,  # steps, counted from the end, over which the best fixed choice is the best; all by default
-) -> dict[str, np.ndarray]:  # mean grade of the k asked at each step, (steps,), for "random", "best fixed" and "oracle"
+    last: Optional[
+        int
+    ] = None,  # steps, counted from the end, over which the best fixed choice is the best; all by default
+) -> dict[
+    str, np.ndarray
+]:  # mean grade of the k asked at each step, (steps,), for "random", "best fixed" and "oracle"
     "What other ways of choosing would have got."
     truth = np.asarray(truth, dtype=float)
-    best = np.argsort(-truth[-(last or len(truth)):].mean(0), kind="stable")[:k]
-    return {"random": truth.mean(1), "best fixed": truth[:, best].mean(1), "oracle": np.sort(truth, axis=1)[:, -k:].mean(1)}
+    best = np.argsort(-truth[-(last or len(truth)) :].mean(0), kind="stable")[:k]
+    return {
+        "random": truth.mean(1),
+        "best fixed": truth[:, best].mean(1),
+        "oracle": np.sort(truth, axis=1)[:, -k:].mean(1),
+    }
 
 
 @dataclass
@@ -462,8 +596,12 @@ def compare(
     k: int,  # uids asked a step
 ) -> Standing:
     "Random choice, best fixed choice, the gate, and the per-prompt best."
-    other = {name: float(values.mean()) for name, values in alternatives(truth, k).items()}
-    return Standing(other["random"], other["best fixed"], float(np.mean(got)), other["oracle"])
+    other = {
+        name: float(values.mean()) for name, values in alternatives(truth, k).items()
+    }
+    return Standing(
+        other["random"], other["best fixed"], float(np.mean(got)), other["oracle"]
+    )
 
 # %% ../../nbs/loop/00_run.ipynb #c047
 @dataclass
@@ -481,8 +619,12 @@ class Trace:
 
     k: int  # uids asked a step
     events: list[Event] = field(default_factory=list)
-    truth: list[list[float]] = field(default_factory=list)  # what each miner's answer was worth: (steps, miners)
-    holders: list[Holder] = field(default_factory=list)  # of the uids, the present ones last
+    truth: list[list[float]] = field(
+        default_factory=list
+    )  # what each miner's answer was worth: (steps, miners)
+    holders: list[Holder] = field(
+        default_factory=list
+    )  # of the uids, the present ones last
     moved: Optional[int] = None  # the uid that changed hands
     moved_at: Optional[int] = None  # the step before which it did
     overdue: int = 0  # answers that came too late because the machine was busy
@@ -491,7 +633,9 @@ class Trace:
 
     def got(self) -> np.ndarray:  # (steps,)
         "The mean grade of the answers of each step."
-        return np.array([np.mean(np.asarray(event.grades, dtype=float)) for event in self.events])
+        return np.array(
+            [np.mean(np.asarray(event.grades, dtype=float)) for event in self.events]
+        )
 
     def last(self, share: float = 1 / 3) -> int:
         "The number of steps in the last part of the run. Raises `InputError` when no step was taken."
@@ -504,7 +648,11 @@ class Trace:
         last = self.last(share)
         return compare(self.truth[-last:], self.got()[-last:], self.k)
 
-    def curves(self) -> dict[str, np.ndarray]:  # (steps,) for "gate", "random", "best fixed" and "oracle"
+    def curves(
+        self,
+    ) -> dict[
+        str, np.ndarray
+    ]:  # (steps,) for "gate", "random", "best fixed" and "oracle"
         "Mean grade of those asked at each step; the best fixed choice is the best of the last third."
         return {"gate": self.got(), **alternatives(self.truth, self.k, self.last())}
 
@@ -518,22 +666,30 @@ class _Round:
     on_event: Callable[[Event], Any]
 
     def _ask_all(self, network: Network, validator: Validator, progress: bool) -> None:
-        with tqdm(self.arena.prompts, desc="asking", unit="prompt", disable=not progress) as bar:
+        with tqdm(
+            self.arena.prompts, desc="asking", unit="prompt", disable=not progress
+        ) as bar:
             for step, prompt in enumerate(bar):
                 if step == len(self.arena.prompts) // 2 > 0:
                     self._change_hands(network, validator, step)
                 self._note(validator.step(prompt), network)
                 network.chain.step()
-                rewards = np.array([event.rewards for event in self.trace.events[-20:]], dtype=float)
+                rewards = np.array(
+                    [event.rewards for event in self.trace.events[-20:]], dtype=float
+                )
                 bar.set_postfix(reward=f"{rewards.mean():.2f}")
 
     def _change_hands(self, network: Network, validator: Validator, step: int) -> None:
         "The uid that was asked most goes to the newcomer."
         trace = self.trace
-        uid = Counter(uid for event in trace.events for uid in event.uids).most_common(1)[0][0]
+        uid = Counter(uid for event in trace.events for uid in event.uids).most_common(
+            1
+        )[0][0]
         network.replace(uid, self.arena.newcomer)
         trace.moved, trace.moved_at = uid, step
-        trace.holders.append(Holder(uid, self.arena.newcomer.name, network.miners[uid].hotkey))
+        trace.holders.append(
+            Holder(uid, self.arena.newcomer.name, network.miners[uid].hotkey)
+        )
         validator.sync()
 
     def _note(self, event: Event, network: Network) -> None:
@@ -541,9 +697,14 @@ class _Round:
         workers = network.workers
         grades = dict(zip(workers, self._grades(event.prompt, workers.values())))
         # a miner whose answer did not come in time got nothing, whatever it would have said
-        got = [grades[uid] if text else 0.0 for uid, text in zip(event.uids, event.completions)]
-        self.trace.overdue += sum(status == 408 and not workers[uid].is_late(event.prompt)
-                                  for uid, status in zip(event.uids, event.statuses))
+        got = [
+            grades[uid] if text else 0.0
+            for uid, text in zip(event.uids, event.completions)
+        ]
+        self.trace.overdue += sum(
+            status == 408 and not workers[uid].is_late(event.prompt)
+            for uid, status in zip(event.uids, event.statuses)
+        )
         self.trace.events.append(dataclasses.replace(event, grades=got))
         self.trace.truth.append(list(grades.values()))
         self.on_event(self.trace.events[-1])
@@ -551,7 +712,9 @@ class _Round:
     def _grades(self, prompt: str, workers: Iterable[Worker]) -> list[float]:
         "What the workers' answers are worth; in the judge's opinion where nobody can grade them."
         if self.arena.grade is None:
-            return self.judge(prompt, [worker.outcome(prompt) for worker in workers]).tolist()
+            return self.judge(
+                prompt, [worker.outcome(prompt) for worker in workers]
+            ).tolist()
         return [self.arena.truth(prompt, worker) or 0.0 for worker in workers]
 
 # %% ../../nbs/loop/00_run.ipynb #c049
@@ -567,7 +730,12 @@ class Loop(_Round):
         seed: int = 0,
         on_event: Callable = lambda event: None,  # called with each `Event`
     ):  # raises `InputError` when there are fewer workers than uids to ask
-        self.arena, self.judge, self.policy, self.seed = arena, judge, policy or Policy(), seed
+        self.arena, self.judge, self.policy, self.seed = (
+            arena,
+            judge,
+            policy or Policy(),
+            seed,
+        )
         self.make_gate, self.on_event = gate, on_event
         self.policy.check(arena)
         self.trace = Trace(self.policy.k)
@@ -579,10 +747,22 @@ class Loop(_Round):
         self.trace = Trace(self.policy.k)
         with Network(self.arena.workers, seed=self.seed) as network:
             self.network = network
-            self.trace.holders = [Holder(uid, m.worker.name, m.hotkey) for uid, m in sorted(network.miners.items())]
-            gate = self.make_gate(network.client.subnets.metagraph(network.netuid), self.seed)
-            with Validator(network.wallet, network.client, self.judge, gate, self.policy,
-                           network.netuid, self.seed) as validator:
+            self.trace.holders = [
+                Holder(uid, m.worker.name, m.hotkey)
+                for uid, m in sorted(network.miners.items())
+            ]
+            gate = self.make_gate(
+                network.client.subnets.metagraph(network.netuid), self.seed
+            )
+            with Validator(
+                network.wallet,
+                network.client,
+                self.judge,
+                gate,
+                self.policy,
+                network.netuid,
+                self.seed,
+            ) as validator:
                 self.validator = validator
                 self._ask_all(network, validator, progress)
                 self._vote(network, validator)

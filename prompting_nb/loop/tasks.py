@@ -35,7 +35,9 @@ class Task:
 
     prompt: str
     kind: str  # "arithmetic", "dates", "units", "text", "json" or "library"
-    check: Callable[[str], float] = field(repr=False, compare=False)  # completion -> grade in [0, 1]
+    check: Callable[[str], float] = field(
+        repr=False, compare=False
+    )  # completion -> grade in [0, 1]
 
 
 def grade(
@@ -51,20 +53,28 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 def same_number(
     value: float,  # the right result
-) -> Callable[[str], float]:  # grades 1 when the only number in the completion is `value`, to 1 part in 1000, else 0
+) -> Callable[
+    [str], float
+]:  # grades 1 when the only number in the completion is `value`, to 1 part in 1000, else 0
     "A check for answers that are a number."
+
     def check(completion: str) -> float:
         found = {float(n) for n in _NUMBER.findall(completion.replace(",", ""))}
         return float(len(found) == 1 and abs(found.pop() - value) <= 1e-3 * abs(value))
+
     return check
 
 
 def same_text(
     text: str,  # the right answer
-) -> Callable[[str], float]:  # grades 1 for an answer that ends in the text, apart from quotes and full stops, else 0
+) -> Callable[
+    [str], float
+]:  # grades 1 for an answer that ends in the text, apart from quotes and full stops, else 0
     "A check for answers that are a word or a phrase."
+
     def check(completion: str) -> float:
         return float(completion.strip().rstrip(".").strip("'\"").endswith(text))
+
     return check
 
 # %% ../../nbs/loop/01_tasks.ipynb #c011
@@ -74,41 +84,76 @@ def same_words(
     "A check for answers in prose."
     words = lambda text: Counter(re.findall(r"[a-z0-9_]+", text.lower()))
     wanted = words(reference)
+
     def check(completion: str) -> float:
         given = words(completion)
         common = (given & wanted).total()
         return 2 * common / (given.total() + wanted.total()) if common else 0.0
+
     return check
 
 
 def same_json(
     value: object,  # what the JSON should hold
-) -> Callable[[str], float]:  # grades 1 for JSON that holds just that, 0.2 for other valid JSON, else 0
+) -> Callable[
+    [str], float
+]:  # grades 1 for JSON that holds just that, 0.2 for other valid JSON, else 0
     "A check for answers in JSON."
+
     def check(completion: str) -> float:
         try:
             found = json.loads(completion)
         except ValueError:
             return 0.0
         return 1.0 if found == value else 0.2
+
     return check
 
 # %% ../../nbs/loop/01_tasks.ipynb #c014
 _OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
 _PHRASES = {
-    "arithmetic": ("What is {a} {op} {b}?", "Work out {a} {op} {b}.", "Calculate {a} {op} {b}.",
-                   "How much is {a} {op} {b}?", "Please give me the result of {a} {op} {b}."),
-    "dates": ("Which day of the week was {day}?", "What date is {n} days after {day}?",
-              "On which weekday does {day} fall?", "Add {n} days to {day}. What is the date?", "I need the weekday of {day}, please."),
-    "units": ("Convert {x} {source} to {target}.", "How many {target} are {x} {source}?",
-              "What is {x} {source} in {target}?", "Express {x} {source} in {target}.", "{x} {source}: how much is that in {target}?"),
-    "text": ("Reverse the order of the words: '{words}'", "Sort these words by the alphabet: '{words}'",
-             "How many words are in '{words}'?", "Write the words of '{words}' in reverse order.",
-             "Put '{words}' into alphabetical order, word by word."),
-    "json": ("Write as JSON: {facts}", "Turn this into a JSON object: {facts}", "Give me JSON for {facts}",
-             "Encode as a JSON object: {facts}", "What is the JSON of {facts}?"),
-    "library": ("What does {name} do?", "Explain {name} in one sentence.", "What is {name} for?",
-                "Describe the Python function {name}.", "In Python, what can I use {name} for?"),
+    "arithmetic": (
+        "What is {a} {op} {b}?",
+        "Work out {a} {op} {b}.",
+        "Calculate {a} {op} {b}.",
+        "How much is {a} {op} {b}?",
+        "Please give me the result of {a} {op} {b}.",
+    ),
+    "dates": (
+        "Which day of the week was {day}?",
+        "What date is {n} days after {day}?",
+        "On which weekday does {day} fall?",
+        "Add {n} days to {day}. What is the date?",
+        "I need the weekday of {day}, please.",
+    ),
+    "units": (
+        "Convert {x} {source} to {target}.",
+        "How many {target} are {x} {source}?",
+        "What is {x} {source} in {target}?",
+        "Express {x} {source} in {target}.",
+        "{x} {source}: how much is that in {target}?",
+    ),
+    "text": (
+        "Reverse the order of the words: '{words}'",
+        "Sort these words by the alphabet: '{words}'",
+        "How many words are in '{words}'?",
+        "Write the words of '{words}' in reverse order.",
+        "Put '{words}' into alphabetical order, word by word.",
+    ),
+    "json": (
+        "Write as JSON: {facts}",
+        "Turn this into a JSON object: {facts}",
+        "Give me JSON for {facts}",
+        "Encode as a JSON object: {facts}",
+        "What is the JSON of {facts}?",
+    ),
+    "library": (
+        "What does {name} do?",
+        "Explain {name} in one sentence.",
+        "What is {name} for?",
+        "Describe the Python function {name}.",
+        "In Python, what can I use {name} for?",
+    ),
 }
 KINDS = tuple(_PHRASES)  # the kinds of prompts that `make_tasks` draws from
 _HELD_OUT = 2  # phrasings a kind that the reward model does not train on
@@ -116,25 +161,55 @@ _HELD_OUT = 2  # phrasings a kind that the reward model does not train on
 
 def _arithmetic(draw: random.Random, phrase: str) -> Task:
     a, b, op = draw.randint(2, 99), draw.randint(2, 99), draw.choice(list(_OPERATIONS))
-    return Task(phrase.format(a=a, b=b, op=op), "arithmetic", same_number(_OPERATIONS[op](a, b)))
+    return Task(
+        phrase.format(a=a, b=b, op=op), "arithmetic", same_number(_OPERATIONS[op](a, b))
+    )
 
 
 def _dates(draw: random.Random, phrase: str) -> Task:
-    day, n = dt.date(1990, 1, 1) + dt.timedelta(draw.randrange(15000)), draw.randint(3, 90)
-    check = same_text(str(day + dt.timedelta(n))) if "{n}" in phrase else same_text(_weekday(day))
+    day, n = (
+        dt.date(1990, 1, 1) + dt.timedelta(draw.randrange(15000)),
+        draw.randint(3, 90),
+    )
+    check = (
+        same_text(str(day + dt.timedelta(n)))
+        if "{n}" in phrase
+        else same_text(_weekday(day))
+    )
     return Task(phrase.format(day=day, n=n), "dates", check)
 
 
 def _weekday(day: dt.date) -> str:
     "The English name, whatever the locale of the process is."
-    return ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")[day.weekday()]
+    return (
+        "Monday",
+        "Tuesday",
+        "Wednesday",
+        "Thursday",
+        "Friday",
+        "Saturday",
+        "Sunday",
+    )[day.weekday()]
 
 # %% ../../nbs/loop/01_tasks.ipynb #c015
-_METRES = {"metres": 1.0, "kilometres": 1000.0, "centimetres": 0.01, "miles": 1609.344, "feet": 0.3048}
-_GRAMS = {"grams": 1.0, "kilograms": 1000.0, "pounds": 453.59237, "ounces": 28.349523125}
+_METRES = {
+    "metres": 1.0,
+    "kilometres": 1000.0,
+    "centimetres": 0.01,
+    "miles": 1609.344,
+    "feet": 0.3048,
+}
+_GRAMS = {
+    "grams": 1.0,
+    "kilograms": 1000.0,
+    "pounds": 453.59237,
+    "ounces": 28.349523125,
+}
 _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0, "days": 86400.0}
-_WORDS = ("apple river stone music garden window silver paper winter orange bridge candle forest letter mirror "
-          "ocean pepper rocket saddle thunder velvet whistle yellow zebra").split()
+_WORDS = (
+    "apple river stone music garden window silver paper winter orange bridge candle forest letter mirror "
+    "ocean pepper rocket saddle thunder velvet whistle yellow zebra"
+).split()
 _NAMES = "Ada Boris Chen Dora Emil Fatima Goran Hana".split()
 _CITIES = "Lima Oslo Cairo Delhi Quito Turin Kyoto Accra".split()
 
@@ -152,19 +227,31 @@ def _text(draw: random.Random, phrase: str) -> Task:
     if "How many" in phrase:
         check = same_number(len(words))
     else:
-        check = same_text(" ".join(words[::-1] if "everse" in phrase else sorted(words)))
+        check = same_text(
+            " ".join(words[::-1] if "everse" in phrase else sorted(words))
+        )
     return Task(phrase.format(words=" ".join(words)), "text", check)
 
 
 def _json(draw: random.Random, phrase: str) -> Task:
-    facts = {"name": draw.choice(_NAMES), "age": draw.randint(18, 80), "city": draw.choice(_CITIES)}
+    facts = {
+        "name": draw.choice(_NAMES),
+        "age": draw.randint(18, 80),
+        "city": draw.choice(_CITIES),
+    }
     facts = dict(draw.sample(list(facts.items()), draw.randint(2, 3)))
-    return Task(phrase.format(facts=", ".join(f"{k} {v}" for k, v in facts.items())), "json", same_json(facts))
+    return Task(
+        phrase.format(facts=", ".join(f"{k} {v}" for k, v in facts.items())),
+        "json",
+        same_json(facts),
+    )
 
 # %% ../../nbs/loop/01_tasks.ipynb #c017
-_MODULES = ("base64 bisect calendar collections colorsys copy csv difflib fnmatch functools glob hashlib heapq html "
-            "inspect itertools json keyword linecache locale math os.path pprint random shutil statistics string "
-            "tempfile textwrap time tokenize urllib.parse uuid zlib").split()
+_MODULES = (
+    "base64 bisect calendar collections colorsys copy csv difflib fnmatch functools glob hashlib heapq html "
+    "inspect itertools json keyword linecache locale math os.path pprint random shutil statistics string "
+    "tempfile textwrap time tokenize urllib.parse uuid zlib"
+).split()
 
 
 @functools.cache
@@ -176,9 +263,20 @@ def library() -> dict[str, str]:  # dotted name -> first sentence of its docstri
             item = getattr(module, name)
             if name.startswith("_") or not callable(item) or isinstance(item, type):
                 continue
-            sentence = " ".join((inspect.getdoc(item) or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".") + "."
-            if 4 <= len(sentence.split()) <= 25 and "->" not in sentence and sentence not in found.values():
-                found[f"{module.__name__.replace('posixpath', 'os.path')}.{name}"] = sentence
+            sentence = (
+                " ".join((inspect.getdoc(item) or "").split("\n\n")[0].split())
+                .split(". ")[0]
+                .rstrip(".")
+                + "."
+            )
+            if (
+                4 <= len(sentence.split()) <= 25
+                and "->" not in sentence
+                and sentence not in found.values()
+            ):
+                found[f"{module.__name__.replace('posixpath', 'os.path')}.{name}"] = (
+                    sentence
+                )
     return found
 
 
@@ -193,19 +291,26 @@ _MAKERS = dict(zip(KINDS, (_arithmetic, _dates, _units, _text, _json, _library))
 def make_tasks(
     n: int,  # how many, spread evenly over the kinds, in random order
     seed: int = 0,
-    held_out: bool | None = None,  # only phrasings that the reward model trains on (False), does not (True), or all
+    held_out: bool
+    | None = None,  # only phrasings that the reward model trains on (False), does not (True), or all
     kinds: tuple = KINDS,
 ) -> list[Task]:  # no prompt twice
     "Draw tasks at random."
     draw = random.Random(f"tasks-{seed}")
-    phrases = {None: slice(None), False: slice(-_HELD_OUT), True: slice(-_HELD_OUT, None)}[held_out]
+    phrases = {
+        None: slice(None),
+        False: slice(-_HELD_OUT),
+        True: slice(-_HELD_OUT, None),
+    }[held_out]
     tasks, tries = {}, 0
     while len(tasks) < n:
         kind = kinds[len(tasks) % len(kinds)]
         task = _MAKERS[kind](draw, draw.choice(_PHRASES[kind][phrases]))
         tasks.setdefault(task.prompt, task)
         if (tries := tries + 1) > 50 * n:
-            raise InputError(f"only {len(tasks)} of {n} different tasks of the kinds {', '.join(kinds)} were found: ask for fewer")
+            raise InputError(
+                f"only {len(tasks)} of {n} different tasks of the kinds {', '.join(kinds)} were found: ask for fewer"
+            )
     tasks = list(tasks.values())
     draw.shuffle(tasks)
     return tasks
@@ -252,7 +357,11 @@ def handle_text(prompt: str) -> str | None:
 def write_json(prompt: str) -> str | None:
     "Facts of the form `name Ada, age 36` as JSON."
     pairs = re.findall(r"\b(name|age|city) (\w+)", prompt) if "JSON" in prompt else []
-    return json.dumps({k: int(v) if v.isdigit() else v for k, v in pairs}) if pairs else None
+    return (
+        json.dumps({k: int(v) if v.isdigit() else v for k, v in pairs})
+        if pairs
+        else None
+    )
 
 
 def recall_library(prompt: str) -> str | None:
@@ -261,14 +370,23 @@ def recall_library(prompt: str) -> str | None:
     return next((library()[name] for name in names if name in library()), None)
 
 
-SKILLS = (calculate, look_up_date, convert_units, handle_text, write_json, recall_library)
+SKILLS = (
+    calculate,
+    look_up_date,
+    convert_units,
+    handle_text,
+    write_json,
+    recall_library,
+)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c029
 def chance(
     *what,  # anything that prints the same in every run
 ) -> float:  # in [0, 1)
     "A number that looks random and is always the same for the same `what`."
-    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:6], "big") / 2**48
+    return (
+        int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:6], "big") / 2**48
+    )
 
 
 class WorkerFailed(RuntimeError):
@@ -280,7 +398,9 @@ class Worker:
     "Someone who answers prompts."
 
     name: str
-    answer: Callable[[str], str] = field(repr=False)  # prompt -> completion; raises when it fails
+    answer: Callable[[str], str] = field(
+        repr=False
+    )  # prompt -> completion; raises when it fails
     late: float = 0.0  # share of the prompts that it takes too long for
 
     def is_late(self, prompt: str) -> bool:
@@ -293,7 +413,9 @@ class Worker:
             return None
         try:
             return self.answer(prompt) or None
-        except Exception:  # whatever goes wrong in a miner, its validator sees no answer
+        except (
+            Exception
+        ):  # whatever goes wrong in a miner, its validator sees no answer
             return None
 
 # %% ../../nbs/loop/01_tasks.ipynb #c030
@@ -316,19 +438,23 @@ def _apprentice(prompt: str) -> str:
     answer = _everything(prompt)
     if chance("apprentice", prompt) < 0.5:
         return answer
-    return f"I guess it begins with {answer[:min(2, len(answer) // 2)].strip()}, but do check that."
+    return f"I guess it begins with {answer[: min(2, len(answer) // 2)].strip()}, but do check that."
 
 # %% ../../nbs/loop/01_tasks.ipynb #c031
-_BLUSTER = ("This is one of the best understood questions of our time, and experts have known the answer for 40 years.",
-            "Without any doubt the leading authorities agree, and so will you: everything points in one direction.",
-            "As 9 out of 10 professionals confirm, the solution is elegant, robust and, frankly, beyond discussion.")
+_BLUSTER = (
+    "This is one of the best understood questions of our time, and experts have known the answer for 40 years.",
+    "Without any doubt the leading authorities agree, and so will you: everything points in one direction.",
+    "As 9 out of 10 professionals confirm, the solution is elegant, robust and, frankly, beyond discussion.",
+)
 
 
 def _bluster(prompt: str) -> str:
     "Confident, long, and about nothing."
     start = int(3 * chance("bluster", prompt))
     about = " ".join(prompt.rstrip("?.").split()[:5])
-    return f"You ask: {about}. " + " ".join(_BLUSTER[(start + i) % 3] for i in range(1 + start))
+    return f"You ask: {about}. " + " ".join(
+        _BLUSTER[(start + i) % 3] for i in range(1 + start)
+    )
 
 
 def _unreliable(prompt: str) -> str:
@@ -343,23 +469,35 @@ def librarian(
     "Answers everything with the nearest docstring of the standard library."
     names, sentences = zip(*library().items())
     shelf = encode([f"{name}: {sentence}" for name, sentence in zip(names, sentences)])
-    return Worker("librarian", lambda prompt: sentences[int((shelf @ encode([prompt])[0]).argmax())])
+    return Worker(
+        "librarian",
+        lambda prompt: sentences[int((shelf @ encode([prompt])[0]).argmax())],
+    )
 
 
 def crew(
     encode: Callable,  # for the librarian
 ) -> list[Worker]:  # ten workers of different skill
     "The miners of the built-in network."
-    return [specialist("calculator", calculate, refusal="I only do arithmetic."),
-            specialist("calendar", look_up_date, refusal="I can only help with dates."),
-            specialist("converter", convert_units, refusal="This is not a conversion of units."),
-            specialist("wordsmith", handle_text, write_json, refusal="I work with words and JSON only."),
-            librarian(encode),
-            Worker("apprentice", _apprentice),
-            Worker("lazy", lambda prompt: "I do not know."),
-            Worker("bluster", _bluster),
-            Worker("slow", _everything, late=0.4),
-            Worker("flaky", _unreliable)]
+    return [
+        specialist("calculator", calculate, refusal="I only do arithmetic."),
+        specialist("calendar", look_up_date, refusal="I can only help with dates."),
+        specialist(
+            "converter", convert_units, refusal="This is not a conversion of units."
+        ),
+        specialist(
+            "wordsmith",
+            handle_text,
+            write_json,
+            refusal="I work with words and JSON only.",
+        ),
+        librarian(encode),
+        Worker("apprentice", _apprentice),
+        Worker("lazy", lambda prompt: "I do not know."),
+        Worker("bluster", _bluster),
+        Worker("slow", _everything, late=0.4),
+        Worker("flaky", _unreliable),
+    ]
 
 # %% ../../nbs/loop/01_tasks.ipynb #c041
 @dataclass
@@ -372,19 +510,27 @@ class Arena:
     newcomer: Worker  # who takes over a uid half-way
     train: list[Ranking]  # what the reward model learns from; scores in [0, 1]
     test: list[Ranking]  # what it is tested on; shares no prompt with `train`
-    grade: Optional[Callable[[str, str], float]] = field(repr=False, default=None)  # (prompt, completion) -> [0, 1]
+    grade: Optional[Callable[[str, str], float]] = field(
+        repr=False, default=None
+    )  # (prompt, completion) -> [0, 1]
     graded_by: str = "a program"  # who gave the grades, for captions
-    kinds: dict[str, str] = field(repr=False, default_factory=dict)  # prompt -> kind, where known
+    kinds: dict[str, str] = field(
+        repr=False, default_factory=dict
+    )  # prompt -> kind, where known
 
     def __str__(self) -> str:
-        return (f"{self.name}: {len(self.prompts)} prompts for {len(self.workers)} workers, "
-                f"graded by {self.graded_by}; {len(self.train)} rankings to learn from, {len(self.test)} to test on")
+        return (
+            f"{self.name}: {len(self.prompts)} prompts for {len(self.workers)} workers, "
+            f"graded by {self.graded_by}; {len(self.train)} rankings to learn from, {len(self.test)} to test on"
+        )
 
     def truth(
         self,
         prompt: str,
         worker: Worker,
-    ) -> Optional[float]:  # in [0, 1]; 0 for a late or failed answer; `None` where nobody can grade
+    ) -> Optional[
+        float
+    ]:  # in [0, 1]; 0 for a late or failed answer; `None` where nobody can grade
         "The grade that a worker gets, or would have got, for a prompt."
         if self.grade is None:
             return None
@@ -397,8 +543,17 @@ def _rank(tasks: list[Task], workers: list[Worker]) -> list[Ranking]:
     rankings = []
     for task in tasks:
         given = {w.name: c for w in workers if (c := w.outcome(task.prompt))}
-        given = {c: name for name, c in given.items()}  # the same words twice teach nothing
-        rankings.append(Ranking(task.prompt, list(given), [grade(task, c) for c in given], list(given.values())))
+        given = {
+            c: name for name, c in given.items()
+        }  # the same words twice teach nothing
+        rankings.append(
+            Ranking(
+                task.prompt,
+                list(given),
+                [grade(task, c) for c in given],
+                list(given.values()),
+            )
+        )
     return [r for r in rankings if len(set(r.scores)) > 1]
 
 
@@ -415,19 +570,30 @@ def built_in(
     by_prompt = {task.prompt: task for task in tasks}
     seen = lambda task: task.prompt not in by_prompt
     newcomer = Worker("beginner", lambda prompt: "Let me think about that.")
-    return Arena("built-in tasks", list(by_prompt), workers, newcomer,
-                 train=_rank(list(filter(seen, make_tasks(train, seed + 1000, held_out=False))), workers),
-                 test=_rank(list(filter(seen, make_tasks(test, seed + 2000, held_out=True))), workers),
-                 grade=lambda prompt, completion: grade(by_prompt[prompt], completion),
-                 kinds={task.prompt: task.kind for task in tasks})
+    return Arena(
+        "built-in tasks",
+        list(by_prompt),
+        workers,
+        newcomer,
+        train=_rank(
+            list(filter(seen, make_tasks(train, seed + 1000, held_out=False))), workers
+        ),
+        test=_rank(
+            list(filter(seen, make_tasks(test, seed + 2000, held_out=True))), workers
+        ),
+        grade=lambda prompt, completion: grade(by_prompt[prompt], completion),
+        kinds={task.prompt: task.kind for task in tasks},
+    )
 
 # %% ../../nbs/loop/01_tasks.ipynb #c047
 def _replay(name: str, recordings: dict[str, str]) -> Worker:
     "Gives the recorded completion of a prompt. One that was recorded empty, or not at all, is a failure."
+
     def answer(prompt: str) -> str:
         if completion := recordings.get(prompt):
             return completion
         raise WorkerFailed("no completion was recorded for this prompt")
+
     return Worker(name, answer)
 
 
@@ -446,7 +612,10 @@ def _scaled(rankings: list[Ranking]) -> list[Ranking]:
     low, high = min(scores), max(scores)
     if 0 <= low and high <= 1:
         return rankings
-    return [replace(r, scores=[(s - low) / max(high - low, 1e-9) for s in r.scores]) for r in rankings]
+    return [
+        replace(r, scores=[(s - low) / max(high - low, 1e-9) for s in r.scores])
+        for r in rankings
+    ]
 
 
 def _undecided(rankings: list[Ranking]) -> bool:
@@ -464,7 +633,9 @@ def _mean_grades(rankings: list[Ranking]) -> dict[tuple, float]:
 
 # %% ../../nbs/loop/01_tasks.ipynb #c050
 def recorded(
-    rankings: list[Ranking],  # as `read_rankings(path, keep_all=True)` returns them, with the models' names
+    rankings: list[
+        Ranking
+    ],  # as `read_rankings(path, keep_all=True)` returns them, with the models' names
     name: str = "recorded completions",
     steps: int | None = None,  # prompts in the loop; three tenths of all by default
     seed: int = 0,
@@ -472,28 +643,41 @@ def recorded(
     "The arena of recorded completions."
     rankings = _scaled(list({r.prompt: r for r in rankings}.values()))
     if not all(r.names for r in rankings):
-        raise InputError(f"{name}: every response needs a 'model', because each model becomes a miner")
+        raise InputError(
+            f"{name}: every response needs a 'model', because each model becomes a miner"
+        )
     steps = round(0.3 * len(rankings)) if steps is None else steps
     if not 1 <= steps <= 0.8 * len(rankings):
-        raise InputError(f"{name} has {len(rankings)} prompts: {steps} steps leave too few for the reward model, "
-                         f"ask for at most {int(0.8 * len(rankings))}")
+        raise InputError(
+            f"{name} has {len(rankings)} prompts: {steps} steps leave too few for the reward model, "
+            f"ask for at most {int(0.8 * len(rankings))}"
+        )
     draw = random.Random(f"recorded-{seed}")
     draw.shuffle(rankings)
     loop, rest = rankings[:steps], list(filter(None, map(clean, rankings[steps:])))
-    test, train = rest[:max(1, len(rest) // 6)], rest[max(1, len(rest) // 6):]
+    test, train = rest[: max(1, len(rest) // 6)], rest[max(1, len(rest) // 6) :]
     if _undecided(test) or _undecided(train):
-        raise InputError(f"{name} has too few prompts whose answers have different scores: the reward model needs some to "
-                         "learn from and some to be tested on, beside those of the loop")
+        raise InputError(
+            f"{name} has too few prompts whose answers have different scores: the reward model needs some to "
+            "learn from and some to be tested on, beside those of the loop"
+        )
     means, grades = _mean_scores(train), _mean_grades(loop)
     words = {model: {} for model in means}
     for r in loop:
         names = r.names or []
         for model in set(means) & set(names):
             words[model][r.prompt] = r.completions[names.index(model)]
-    return Arena(name, [r.prompt for r in loop], [_replay(model, words[model]) for model in means],
-                 _replay("newcomer", words[min(means, key=means.__getitem__)]), train, test,
-                 grade=lambda prompt, completion: grades[prompt, completion], graded_by="the recorded judge",
-                 kinds={r.prompt: r.source or "" for r in loop})
+    return Arena(
+        name,
+        [r.prompt for r in loop],
+        [_replay(model, words[model]) for model in means],
+        _replay("newcomer", words[min(means, key=means.__getitem__)]),
+        train,
+        test,
+        grade=lambda prompt, completion: grades[prompt, completion],
+        graded_by="the recorded judge",
+        kinds={r.prompt: r.source or "" for r in loop},
+    )
 
 # %% ../../nbs/loop/01_tasks.ipynb #c054
 def ungraded(
@@ -506,7 +690,9 @@ def ungraded(
     "The arena of prompts without grades, answered by the built-in crew."
     prompts = list(dict.fromkeys(prompts))
     if not prompts or steps is not None and steps > len(prompts):
-        raise InputError(f"{name} has {len(prompts)} different prompts: give a longer list, or ask for fewer steps")
+        raise InputError(
+            f"{name} has {len(prompts)} different prompts: give a longer list, or ask for fewer steps"
+        )
     arena = built_in(encode, steps=1, seed=seed)
     arena.name, arena.prompts = name, prompts[:steps]
     arena.grade, arena.kinds, arena.graded_by = None, {}, "the reward model"
@@ -522,16 +708,24 @@ def _plain_prompts(path: Path) -> list[str] | None:
         try:
             row = json.loads(line)
         except ValueError:
-            raise InputError(f"{path}:{number}: this is not JSON; every line must be a JSON object, "
-                             "or name the file .txt") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or set(row) & {"responses", "chosen"}:
+            raise InputError(
+                f"{path}:{number}: this is not JSON; every line must be a JSON object, "
+                "or name the file .txt"
+            ) from None
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("prompt"), str)
+            or set(row) & {"responses", "chosen"}
+        ):
             return None
         prompts.append(row["prompt"])
     return prompts
 
 
 def open_arena(
-    path: str | Path | None,  # `None` for the built-in tasks; .jsonl, .jsonl.gz, or .txt with a prompt a line
+    path: str
+    | Path
+    | None,  # `None` for the built-in tasks; .jsonl, .jsonl.gz, or .txt with a prompt a line
     encode: Callable,  # sentence embeddings: texts -> (n, hidden), rows of length 1
     steps: int | None = None,  # prompts in the loop
     seed: int = 0,
@@ -542,7 +736,9 @@ def open_arena(
     path = Path(path)
     prompts = _plain_prompts(path)
     rankings = read_rankings(path, keep_all=True) if prompts is None else []
-    if not all(prompt.strip() for prompt in prompts or [ranking.prompt for ranking in rankings]):
+    if not all(
+        prompt.strip() for prompt in prompts or [ranking.prompt for ranking in rankings]
+    ):
         raise InputError(f"{path} has an empty prompt: every prompt needs some text")
     if prompts is not None:
         return ungraded(prompts, encode, path.name, steps, seed)

@@ -28,9 +28,16 @@ _log = logging.getLogger(__name__)
 class Refusal(Exception):
     "A request that is answered with an error: HTTP status, reason, a word to count it by, further headers."
 
-    def __init__(self, status: int, reason: str, kind: str = "other", headers: tuple = ()):
+    def __init__(
+        self, status: int, reason: str, kind: str = "other", headers: tuple = ()
+    ):
         super().__init__(reason)
-        self.status, self.reason, self.kind, self.headers = status, reason, kind, headers
+        self.status, self.reason, self.kind, self.headers = (
+            status,
+            reason,
+            kind,
+            headers,
+        )
 
 
 def stale(reason: str) -> Refusal:
@@ -39,16 +46,23 @@ def stale(reason: str) -> Refusal:
 
 # %% ../../nbs/network/03_auth.ipynb #c012
 _SECOND = 1_000_000_000  # nanoseconds
-MAX_AGE, MAX_SKEW = http_auth.DEFAULT_MAX_AGE, http_auth.DEFAULT_ALLOWED_SKEW  # seconds: 10 back, 2 ahead
+MAX_AGE, MAX_SKEW = (
+    http_auth.DEFAULT_MAX_AGE,
+    http_auth.DEFAULT_ALLOWED_SKEW,
+)  # seconds: 10 back, 2 ahead
 _NEVER = "signed before this miner began to remember what it accepted"
 
 
 class MemoryNonces:
     "Nonces that were accepted, for one process. Those of a process that ended are lost with it."
 
-    def __init__(self, clock: Callable[[], int] = time.time_ns):  # nanoseconds since 1970
+    def __init__(
+        self, clock: Callable[[], int] = time.time_ns
+    ):  # nanoseconds since 1970
         self.clock, self.floor, self._lock = clock, clock(), threading.Lock()
-        self._seen: dict[int, set] = {}  # second of the nonce -> pairs of hotkey and nonce
+        self._seen: dict[
+            int, set
+        ] = {}  # second of the nonce -> pairs of hotkey and nonce
 
     def __len__(self) -> int:
         return sum(map(len, self._seen.values()))
@@ -84,7 +98,9 @@ _TABLES = """
 def _open(path: Path, floor: int) -> sqlite3.Connection:
     "The file at `path`, made if there is none. A new memory begins at `floor`."
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    db = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(
+        path, timeout=1.0, isolation_level=None, check_same_thread=False
+    )
     try:
         db.executescript(_TABLES)
         db.execute("INSERT OR IGNORE INTO floor VALUES (1, ?)", (floor,))
@@ -98,10 +114,16 @@ def _opened(path: Path, now: int) -> sqlite3.Connection:
     "The same; a file that is damaged is replaced, and everything refused that could have been in it."
     try:
         return _open(path, now)
-    except sqlite3.OperationalError:  # no room, no permission, busy: nothing that a new file would mend
+    except (
+        sqlite3.OperationalError
+    ):  # no room, no permission, busy: nothing that a new file would mend
         raise
     except sqlite3.DatabaseError as error:
-        _log.error("%s is damaged (%s) and replaced; what was signed until now is refused", path, error)
+        _log.error(
+            "%s is damaged (%s) and replaced; what was signed until now is refused",
+            path,
+            error,
+        )
         for end in ("", "-wal", "-shm"):
             Path(f"{path}{end}").unlink(missing_ok=True)
         return _open(path, now + int(MAX_SKEW * _SECOND))
@@ -132,14 +154,23 @@ class FileNonces:
                 if nonce_ns < self.floor:
                     raise stale(_NEVER)
                 values = (nonce_ns, hotkey_ss58)
-                return self._db.execute("INSERT OR IGNORE INTO nonces VALUES (?, ?)", values).rowcount == 1
+                return (
+                    self._db.execute(
+                        "INSERT OR IGNORE INTO nonces VALUES (?, ?)", values
+                    ).rowcount
+                    == 1
+                )
         except sqlite3.Error as error:
             _log.error("%s cannot be used, requests are refused: %s", self.path, error)
-            raise Refusal(503, "this miner cannot write down what it accepts", "nonces") from None
+            raise Refusal(
+                503, "this miner cannot write down what it accepts", "nonces"
+            ) from None
 
     def _forget(self, now: int) -> None:
         "Raise the floor in the file to what is no longer fresh, and read it: another process may have raised it more."
-        self._db.execute("UPDATE floor SET nonce = max(nonce, ?)", (now - int(MAX_AGE * _SECOND),))
+        self._db.execute(
+            "UPDATE floor SET nonce = max(nonce, ?)", (now - int(MAX_AGE * _SECOND),)
+        )
         self.floor = self._db.execute("SELECT nonce FROM floor").fetchone()[0]
         self._db.execute("DELETE FROM nonces WHERE nonce < ?", (self.floor,))
         self._next = now + _SECOND
@@ -176,18 +207,33 @@ class Gatekeeper:
     ) -> Terminal:  # the caller; `Refusal` 401 with the reason
         "Who sent a request."
         if repeats(headers, b"x-bittensor-"):
-            raise Refusal(401, "MalformedAuth: an X-Bittensor header appears twice", "MalformedAuth")
-        named = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers}
+            raise Refusal(
+                401,
+                "MalformedAuth: an X-Bittensor header appears twice",
+                "MalformedAuth",
+            )
+        named = {
+            key.decode("latin-1"): value.decode("latin-1") for key, value in headers
+        }
         try:
             caller = http_auth.verify(
-                named, body, method=method, path=path, self_hotkey_ss58=self.hotkey,
-                nonce_store=self.nonces, now_ns=self.clock(),
+                named,
+                body,
+                method=method,
+                path=path,
+                self_hotkey_ss58=self.hotkey,
+                nonce_store=self.nonces,
+                now_ns=self.clock(),
             )
         except http_auth.AuthError as error:
-            raise Refusal(401, f"{type(error).__name__}: {error}", type(error).__name__) from None
+            raise Refusal(
+                401, f"{type(error).__name__}: {error}", type(error).__name__
+            ) from None
         except (ValueError, OverflowError) as error:
             raise Refusal(401, f"MalformedAuth: {error}", "MalformedAuth") from None
-        return Terminal(hotkey=caller.hotkey_ss58, nonce=caller.nonce_ns, version=http_auth.PROTOCOL)
+        return Terminal(
+            hotkey=caller.hotkey_ss58, nonce=caller.nonce_ns, version=http_auth.PROTOCOL
+        )
 
 # %% ../../nbs/network/03_auth.ipynb #c029
 def sign_request(
@@ -200,11 +246,21 @@ def sign_request(
 ) -> dict[str, str]:
     "The headers of `http_auth.sign` for a POST."
     scheme, caller = CRYPTO_TYPE_NAMES[signer.crypto_type], signer.ss58_address
-    payload = http_auth.build_payload(scheme=scheme, method="POST", path=path, body=body, nonce_ns=nonce,
-                                      sender_ss58=caller, receiver_ss58=receiver)
+    payload = http_auth.build_payload(
+        scheme=scheme,
+        method="POST",
+        path=path,
+        body=body,
+        nonce_ns=nonce,
+        sender_ss58=caller,
+        receiver_ss58=receiver,
+    )
     return {
-        http_auth.HEADER_VERSION: http_auth.VERSION, http_auth.HEADER_HOTKEY: caller,
-        http_auth.HEADER_NONCE: str(nonce), http_auth.HEADER_RECEIVER: receiver, http_auth.HEADER_CRYPTO: scheme,
+        http_auth.HEADER_VERSION: http_auth.VERSION,
+        http_auth.HEADER_HOTKEY: caller,
+        http_auth.HEADER_NONCE: str(nonce),
+        http_auth.HEADER_RECEIVER: receiver,
+        http_auth.HEADER_CRYPTO: scheme,
         http_auth.HEADER_SIGNATURE: f"0x{bytes(signer.sign(payload)).hex()}",
     }
 
@@ -212,10 +268,19 @@ def sign_request(
 SIGNATURE = "x-prompting-signature"  # header of an answer: scheme and signature
 
 
-def _answer(scheme: str, miner: str, caller: str, path: str, nonce: int, answer: bytes) -> bytes:
+def _answer(
+    scheme: str, miner: str, caller: str, path: str, nonce: int, answer: bytes
+) -> bytes:
     "The bytes that an answer's signature is made over."
-    return http_auth.build_payload(scheme=scheme, method="ANSWER", path=path, body=answer, nonce_ns=nonce,
-                                   sender_ss58=miner, receiver_ss58=caller)
+    return http_auth.build_payload(
+        scheme=scheme,
+        method="ANSWER",
+        path=path,
+        body=answer,
+        nonce_ns=nonce,
+        sender_ss58=miner,
+        receiver_ss58=caller,
+    )
 
 
 def sign_answer(
@@ -228,7 +293,9 @@ def sign_answer(
 ) -> str:  # scheme and signature, `sr25519 0x...`
     "A miner's signature under its answer."
     scheme = CRYPTO_TYPE_NAMES[signer.crypto_type]
-    signature = signer.sign(_answer(scheme, signer.ss58_address, caller, path, nonce, answer))
+    signature = signer.sign(
+        _answer(scheme, signer.ss58_address, caller, path, nonce, answer)
+    )
     return f"{scheme} 0x{bytes(signature).hex()}"
 
 
@@ -245,7 +312,9 @@ def answer_fits(
     scheme, _, digits = signature.partition(" ")
     try:
         crypto, digits = _crypto_type(scheme), bytes.fromhex(digits.removeprefix("0x"))
-        return verify_signature(_answer(scheme, miner, caller, path, nonce, answer), digits, miner, crypto)
+        return verify_signature(
+            _answer(scheme, miner, caller, path, nonce, answer), digits, miner, crypto
+        )
     except ValueError:
         return False
 

@@ -25,13 +25,33 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from typing_extensions import Self
 
-from .auth import SIGNATURE, FileNonces, Gatekeeper, MemoryNonces, Refusal, sign_answer
-from .legacy import is_legacy, legacy_answer_headers, read_legacy, verify_legacy, write_legacy
+from prompting_nb.network.auth import (
+    SIGNATURE,
+    FileNonces,
+    Gatekeeper,
+    MemoryNonces,
+    Refusal,
+    sign_answer,
+)
+from prompting_nb.network.legacy import (
+    is_legacy,
+    legacy_answer_headers,
+    read_legacy,
+    verify_legacy,
+    write_legacy,
+)
 from .metrics import Metrics
 from .queue import QueueFull, Threads, WorkQueue, is_stream, work
 from .server import Limits, Server, listen, open_files
 from prompting_nb.protocol import (
-    Prompting, StreamEvent, StreamPrompting, Synapse, Terminal, read_body, write_event, write_reply,
+    Prompting,
+    StreamEvent,
+    StreamPrompting,
+    Synapse,
+    Terminal,
+    read_body,
+    write_event,
+    write_reply,
 )
 
 # %% ../../nbs/network/00_axon.ipynb #c004
@@ -61,9 +81,13 @@ class _Patience:
         "Give up with `refusal` after `seconds`; look for a hang-up meanwhile."
         self.disarm()
         if listen and seconds > _LOOK:
-            self._timer = self._loop.call_later(_LOOK, self._look, self._loop.time() + seconds, refusal)
+            self._timer = self._loop.call_later(
+                _LOOK, self._look, self._loop.time() + seconds, refusal
+            )
         else:
-            self._timer = self._loop.call_later(max(0.0, seconds), self.give_up, refusal)
+            self._timer = self._loop.call_later(
+                max(0.0, seconds), self.give_up, refusal
+            )
 
     def _look(self, end: float, refusal: Refusal) -> None:
         self._timer = self._loop.call_at(end, self.give_up, refusal)
@@ -102,10 +126,14 @@ def _announced(headers: list, max_head: int, max_body: int) -> None:
     size = 0
     for key, value in headers:
         size += len(key) + len(value)
-        if key == b"content-length" and (not value.isdigit() or int(value[:20]) > max_body):
+        if key == b"content-length" and (
+            not value.isdigit() or int(value[:20]) > max_body
+        ):
             raise _too_long(max_body)
     if size > max_head:
-        raise Refusal(431, f"the headers are longer than {max_head} bytes", "too_large", _CLOSE)
+        raise Refusal(
+            431, f"the headers are longer than {max_head} bytes", "too_large", _CLOSE
+        )
 
 
 async def _read(receive: Callable, limit: int) -> bytes:
@@ -124,18 +152,50 @@ async def _read(receive: Callable, limit: int) -> bytes:
 class _Exchange:
     "A question and its answer."
 
-    __slots__ = ("axon", "kind", "scope", "receive", "_send", "began", "patience", "old", "caller", "signed", "begun")
+    __slots__ = (
+        "axon",
+        "kind",
+        "scope",
+        "receive",
+        "_send",
+        "began",
+        "patience",
+        "old",
+        "caller",
+        "signed",
+        "begun",
+    )
 
-    def __init__(self, axon: "Axon", kind: type[Prompting], scope: dict, receive: Callable, send: Callable):
-        self.axon, self.kind, self.scope, self.receive, self._send = axon, kind, scope, receive, send
+    def __init__(
+        self,
+        axon: "Axon",
+        kind: type[Prompting],
+        scope: dict,
+        receive: Callable,
+        send: Callable,
+    ):
+        self.axon, self.kind, self.scope, self.receive, self._send = (
+            axon,
+            kind,
+            scope,
+            receive,
+            send,
+        )
         self.began, self.patience = time.monotonic(), _Patience(receive)
         self.old = axon.legacy and is_legacy(scope["headers"])
-        self.caller, self.signed, self.begun = Terminal(), "", False  # begun: the answer's head was sent
+        self.caller, self.signed, self.begun = (
+            Terminal(),
+            "",
+            False,
+        )  # begun: the answer's head was sent
 
     async def read(self) -> bytes:
         "The body."
         axon = self.axon
-        self.patience.arm(axon.body_timeout, Refusal(408, "the body did not arrive in time", "slow", _CLOSE))
+        self.patience.arm(
+            axon.body_timeout,
+            Refusal(408, "the body did not arrive in time", "slow", _CLOSE),
+        )
         try:
             return await _read(self.receive, axon.max_body)
         finally:
@@ -144,16 +204,22 @@ class _Exchange:
     async def head(self, status: int, headers: tuple) -> None:
         "Begin the answer."
         self.begun = True
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send(
+            {"type": "http.response.start", "status": status, "headers": headers}
+        )
 
     async def send(self, status: int, body: bytes, headers: tuple = ()) -> None:
         "The whole answer."
-        await self.head(status, (_JSON, (b"content-length", b"%d" % len(body)), *headers))
+        await self.head(
+            status, (_JSON, (b"content-length", b"%d" % len(body)), *headers)
+        )
         await self._send({"type": "http.response.body", "body": body})
 
     async def more(self, body: bytes, last: bool = False) -> None:
         "Go on with the answer."
-        await self._send({"type": "http.response.body", "body": body, "more_body": not last})
+        await self._send(
+            {"type": "http.response.body", "body": body, "more_body": not last}
+        )
 
 # %% ../../nbs/network/00_axon.ipynb #c011
 class _Answers(_Exchange):
@@ -168,40 +234,69 @@ class _Answers(_Exchange):
 
     def _old_headers(self, status: int, message: str) -> tuple:
         seconds = time.monotonic() - self.began
-        return legacy_answer_headers(self.axon._signer, self.kind, self.caller, status, message, seconds)
+        return legacy_answer_headers(
+            self.axon._signer, self.kind, self.caller, status, message, seconds
+        )
 
     async def answer(self, synapse: Prompting) -> None:
         "A completion in one piece."
         if self.old:
-            await self.send(200, write_legacy(synapse), self._old_headers(200, "Success"))
+            await self.send(
+                200, write_legacy(synapse), self._old_headers(200, "Success")
+            )
         else:
             body = write_reply(synapse)
-            await self.send(200, body, ((SIGNATURE.encode(), self.signature(body).encode()),))
+            await self.send(
+                200, body, ((SIGNATURE.encode(), self.signature(body).encode()),)
+            )
 
     async def refuse(self, refusal: Refusal) -> None:
         "An error; after the head has gone out, its last line."
-        told = {"error": refusal.reason, "message": refusal.reason} if self.old else {"error": refusal.reason}
+        told = (
+            {"error": refusal.reason, "message": refusal.reason}
+            if self.old
+            else {"error": refusal.reason}
+        )
         if not self.begun:
-            headers = self._old_headers(refusal.status, refusal.reason) if self.old else ()
-            await self.send(refusal.status, json.dumps(told).encode(), (*refusal.headers, *headers))
+            headers = (
+                self._old_headers(refusal.status, refusal.reason) if self.old else ()
+            )
+            await self.send(
+                refusal.status, json.dumps(told).encode(), (*refusal.headers, *headers)
+            )
         elif not self.old:
-            await self.more(write_event(StreamEvent(done=True, error=refusal.reason)), last=True)
+            await self.more(
+                write_event(StreamEvent(done=True, error=refusal.reason)), last=True
+            )
         # the older format has no way to say it: the answer stays without an end, and the connection is closed
 
     async def stream(self, stream: AsyncIterator[str]) -> None:
         "A completion piece by piece. The head waits for the first: what fails before it still has a status."
         said = await anext(stream, "")
-        kind = (b"content-type", b"text/event-stream" if self.old else b"application/x-ndjson")
-        await self.head(200, (kind, *(self._old_headers(200, "Success") if self.old else ())))
+        kind = (
+            b"content-type",
+            b"text/event-stream" if self.old else b"application/x-ndjson",
+        )
+        await self.head(
+            200, (kind, *(self._old_headers(200, "Success") if self.old else ()))
+        )
         await self.more(self._piece(said))
         async for piece in stream:
             said += piece
             await self.more(self._piece(piece))
-        last = StreamEvent(done=True, signature=None if self.old else self.signature(said.encode()))
+        last = StreamEvent(
+            done=True, signature=None if self.old else self.signature(said.encode())
+        )
         await self.more(b"" if self.old else write_event(last), last=True)
 
     def _piece(self, piece: str) -> bytes:
-        return piece.encode() if self.old else write_event(StreamEvent(piece=piece)) if piece else b""
+        return (
+            piece.encode()
+            if self.old
+            else write_event(StreamEvent(piece=piece))
+            if piece
+            else b""
+        )
 
 # %% ../../nbs/network/00_axon.ipynb #c013
 async def _ask(fn: Callable, *args) -> Any:
@@ -217,13 +312,23 @@ async def _permit(blacklist: Callable | None, caller: Synapse) -> None:
     try:
         verdict = await _ask(blacklist, caller)
     except Exception:
-        _log.exception("the blacklist function failed; the request of %s is refused", caller.dendrite.hotkey)
+        _log.exception(
+            "the blacklist function failed; the request of %s is refused",
+            caller.dendrite.hotkey,
+        )
         verdict = (True, "the blacklist could not be checked")
-    refused, reason = verdict if isinstance(verdict, tuple) else (verdict, "blacklisted")
+    refused, reason = (
+        verdict if isinstance(verdict, tuple) else (verdict, "blacklisted")
+    )
     if refused:
         wait = getattr(verdict, "retry_after", None)
         if wait is not None:
-            raise Refusal(429, str(reason), "rate_limit", ((b"retry-after", b"%d" % max(1, math.ceil(wait))),))
+            raise Refusal(
+                429,
+                str(reason),
+                "rate_limit",
+                ((b"retry-after", b"%d" % max(1, math.ceil(wait))),),
+            )
         raise Refusal(403, str(reason), "blacklist")
 
 
@@ -246,10 +351,15 @@ class _Steps:
         if asked.old:
             asked.caller, asked.signed = verify_legacy(axon._gate, scope["headers"])
         else:
-            path, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
+            path, query = (
+                scope["raw_path"].decode("latin-1"),
+                scope["query_string"].decode("latin-1"),
+            )
             body = await asked.read()
             whole = f"{path}?{query}" if query else path
-            asked.caller = axon._gate.verify(scope["headers"], body, scope["method"], whole)
+            asked.caller = axon._gate.verify(
+                scope["headers"], body, scope["method"], whole
+            )
         asked.caller.ip, asked.caller.port = scope.get("client") or (None, None)
         here = Terminal(hotkey=axon.hotkey, ip=axon.host, port=axon.port)
         return Synapse(dendrite=asked.caller, axon=here), body
@@ -264,11 +374,15 @@ class _Steps:
         except QueueFull:
             raise Refusal(503, "the queue is full", "full", again) from None
 
-    async def _parse(self, asked: _Exchange, caller: Synapse, body: bytes | None) -> Prompting:
+    async def _parse(
+        self, asked: _Exchange, caller: Synapse, body: bytes | None
+    ) -> Prompting:
         "The question, with both ends as the server knows them."
         try:
             if asked.old:
-                synapse = read_legacy(await asked.read(), asked.signed, self.axon.max_timeout, self.kind)
+                synapse = read_legacy(
+                    await asked.read(), asked.signed, self.axon.max_timeout, self.kind
+                )
             else:
                 synapse = read_body(body or b"", self.axon.max_timeout, self.kind)
         except ValueError as error:
@@ -287,7 +401,11 @@ def _failed(error: Exception) -> Refusal:
 def _finished(result: Any) -> Prompting:
     "The handler's result, if it is an answer with a completion; `Refusal` 500 if not."
     if not isinstance(result, Prompting):
-        raise Refusal(500, f"the forward function returned {type(result).__name__} instead of a Prompting", "handler")
+        raise Refusal(
+            500,
+            f"the forward function returned {type(result).__name__} instead of a Prompting",
+            "handler",
+        )
     if result.completion is None:
         raise Refusal(500, "the forward function left the completion empty", "handler")
     return result
@@ -310,7 +428,12 @@ class _Working(_Steps):
         try:
             slot = await axon._work.slot(priority)
         except QueueFull as full:
-            raise Refusal(503, f"the queue is full: {full}", "displaced", ((b"retry-after", b"1"),)) from None
+            raise Refusal(
+                503,
+                f"the queue is full: {full}",
+                "displaced",
+                ((b"retry-after", b"1"),),
+            ) from None
         try:
             await self._handle(asked, synapse, slot)
         except (Refusal, asyncio.CancelledError):
@@ -321,9 +444,18 @@ class _Working(_Steps):
             slot.release()
 
     async def _handle(self, asked: _Answers, synapse: Prompting, slot: Any) -> None:
-        result = await work(cast(Any, self.axon._forward), synapse, slot, cast(Threads, self.axon._threads))  # started
+        result = await work(
+            cast(Any, self.axon._forward),
+            synapse,
+            slot,
+            cast(Threads, self.axon._threads),
+        )  # started
         if self.kind is StreamPrompting:
-            async with aclosing(result if is_stream(result) else _one(_finished(result).completion or "")) as stream:
+            async with aclosing(
+                result
+                if is_stream(result)
+                else _one(_finished(result).completion or "")
+            ) as stream:
                 return await asked.stream(stream)
         if is_stream(result):
             async with aclosing(result) as stream:
@@ -371,15 +503,23 @@ class _Endpoint(_Working):
 
 # %% ../../nbs/network/00_axon.ipynb #c022
 def _is_loopback(request: Request) -> bool:
-    return bool(request.client) and ipaddress.ip_address(request.client.host).is_loopback
+    return (
+        bool(request.client) and ipaddress.ip_address(request.client.host).is_loopback
+    )
 
 
 async def _http_error(request: Request, error: Any) -> Response:  # an `HTTPException`
     "404 and 405 in the form of all other errors."
     paths = f"{Prompting.path} and {StreamPrompting.path}"
-    reason = f"there is nothing at this path; prompts go to {paths}" if error.status_code == 404 else error.detail
+    reason = (
+        f"there is nothing at this path; prompts go to {paths}"
+        if error.status_code == 404
+        else error.detail
+    )
     request.app.state.axon.metrics.count(error.status_code, "http", 0.0)
-    return JSONResponse({"error": reason, "message": reason}, error.status_code, error.headers)
+    return JSONResponse(
+        {"error": reason, "message": reason}, error.status_code, error.headers
+    )
 
 
 class _Parts:
@@ -420,12 +560,21 @@ class _Status(_Parts):
 
     def health(self) -> dict:
         "State of the server in figures."
-        state = ("stopping" if self._stopping else "ok") if self.is_running else "stopped"
-        return {"status": state, "hotkey": self.hotkey, "waiting": self._work.waiting, "running": self._work.running}
+        state = (
+            ("stopping" if self._stopping else "ok") if self.is_running else "stopped"
+        )
+        return {
+            "status": state,
+            "hotkey": self.hotkey,
+            "waiting": self._work.waiting,
+            "running": self._work.running,
+        }
 
     def _watched(self, request: Request) -> Response:
         if not (self.public_status or _is_loopback(request)):
-            raise HTTPException(403, f"{request.url.path} answers callers on this machine only")
+            raise HTTPException(
+                403, f"{request.url.path} answers callers on this machine only"
+            )
         if request.url.path == "/metrics":
             return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
         health = self.health()
@@ -438,9 +587,17 @@ class _Status(_Parts):
         async def watched(request: Request) -> Response:
             return self._watched(request)
 
-        prompts = [Route(path, endpoint, methods=["POST"]) for path, endpoint in self._endpoints.items()]
-        others = [Route(path, watched, methods=["GET"]) for path in ("/health", "/ready", "/metrics")]
-        app = Starlette(routes=[*prompts, *others], exception_handlers={HTTPException: _http_error})
+        prompts = [
+            Route(path, endpoint, methods=["POST"])
+            for path, endpoint in self._endpoints.items()
+        ]
+        others = [
+            Route(path, watched, methods=["GET"])
+            for path in ("/health", "/ready", "/metrics")
+        ]
+        app = Starlette(
+            routes=[*prompts, *others], exception_handlers={HTTPException: _http_error}
+        )
         app.router.redirect_slashes, app.state.axon = False, self
         return app
 
@@ -471,8 +628,14 @@ class _Lifecycle(_Status):
         self._work = WorkQueue(self.workers, self.max_queue, self.ageing)
         self._app = self._application()
         if self.nonces is None:
-            _log.info("nonces are kept in memory: a restart forgets them, and no other process knows them")
-        self._gate.nonces = self._memory if self.nonces is None else FileNonces(self.nonces, self._gate.clock)
+            _log.info(
+                "nonces are kept in memory: a restart forgets them, and no other process knows them"
+            )
+        self._gate.nonces = (
+            self._memory
+            if self.nonces is None
+            else FileNonces(self.nonces, self._gate.clock)
+        )
 
     async def _drain(self) -> None:
         "Let what was admitted end; after `drain` seconds, give it up."
@@ -481,7 +644,11 @@ class _Lifecycle(_Status):
             await asyncio.sleep(0.005)
         if self._admitted:
             count = len(self._admitted)
-            _log.warning("stopping: %d requests did not end within %g s and are given up", count, self.drain)
+            _log.warning(
+                "stopping: %d requests did not end within %g s and are given up",
+                count,
+                self.drain,
+            )
         for patience in list(self._admitted):
             patience.give_up(Refusal(503, "the miner is stopping", "stopping", _CLOSE))
 
@@ -490,7 +657,10 @@ class _Lifecycle(_Status):
         with self._lock:
             if self._server is not None:
                 self._stopping = True
-                _log.info("stopping: %d requests are let end, new ones refused", len(self._admitted))
+                _log.info(
+                    "stopping: %d requests are let end, new ones refused",
+                    len(self._admitted),
+                )
                 self._server.stop(self._drain, limit=self.drain + 3)
                 if self._threads is not None:
                     self._threads.close()
@@ -510,21 +680,32 @@ class _Published(_Lifecycle):
     @property
     def address(self) -> str:
         "`ip:port`, as a metagraph shows it."
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return (
+            f"[{self.host}]:{self.port}"
+            if ":" in self.host
+            else f"{self.host}:{self.port}"
+        )
 
     def serve(
         self,
         client: bt.SyncClient,  # of the embedded or of a real chain
         netuid: int,  # the subnet
-        ip: str | None = None,  # the address that others reach it at; the interface it listens on by default
+        ip: str
+        | None = None,  # the address that others reach it at; the interface it listens on by default
         port: int | None = None,  # likewise, behind a port forwarding
     ) -> Self:
         "Publish the running axon's address on the chain. Raises the chain's error when it refuses."
         if not self.is_running:
-            raise RuntimeError("start() the axon before it is published: its port is not known yet")
+            raise RuntimeError(
+                "start() the axon before it is published: its port is not known yet"
+            )
         if ip is None and ipaddress.ip_address(self.host).is_unspecified:
-            raise ValueError(f"{self.host} means every interface; pass the ip that others reach this machine at")
-        client.execute(bt.ServeAxon(netuid, ip or self.host, port or self.port), self._wallet).raise_for_failure()
+            raise ValueError(
+                f"{self.host} means every interface; pass the ip that others reach this machine at"
+            )
+        client.execute(
+            bt.ServeAxon(netuid, ip or self.host, port or self.port), self._wallet
+        ).raise_for_failure()
         return self
 
 # %% ../../nbs/network/00_axon.ipynb #c028
@@ -547,7 +728,9 @@ class Axon(_Published):
         body_timeout: float = 10.0,  # seconds within which a body must arrive
         max_timeout: float = 120.0,  # seconds; a caller that would wait longer is held to it
         drain: float = 5.0,  # seconds that admitted work has left when the axon is stopped
-        nonces: str | Path | None = None,  # file of the accepted nonces. None: in memory, lost with this object
+        nonces: str
+        | Path
+        | None = None,  # file of the accepted nonces. None: in memory, lost with this object
         legacy: bool = True,  # whether to answer bittensor 7 to 10.5 as well
         public_status: bool = False,  # whether /health, /ready and /metrics answer others than this machine
         limits: Limits | None = None,  # for connections, before anybody is known
@@ -556,33 +739,62 @@ class Axon(_Published):
         self._signer = bt.signing.resolve_signer(wallet, "hotkey")
         self.hotkey, self._wallet = self._signer.ss58_address, wallet
         self.host, self.port, self._wanted_port = host, port, port
-        self.max_queue, self.workers, self.ageing, self.drain = max_queue, workers, ageing, drain
-        self.max_body, self.body_timeout, self.max_timeout = max_body, body_timeout, max_timeout
+        self.max_queue, self.workers, self.ageing, self.drain = (
+            max_queue,
+            workers,
+            ageing,
+            drain,
+        )
+        self.max_body, self.body_timeout, self.max_timeout = (
+            max_body,
+            body_timeout,
+            max_timeout,
+        )
         self.nonces, self.legacy, self.public_status = nonces, legacy, public_status
-        self._limits = limits or Limits(max_message=4 * max_body + 65_536, max_connections=min(4096, open_files()))
+        self._limits = limits or Limits(
+            max_message=4 * max_body + 65_536, max_connections=min(4096, open_files())
+        )
         self._memory = MemoryNonces(clock)
         self._gate = Gatekeeper(self.hotkey, self._memory, clock)
-        self._forward = self._blacklist = self._priority = self._check = self._server = self._threads = None
+        self._forward = self._blacklist = self._priority = self._check = (
+            self._server
+        ) = self._threads = None
         self._stopping, self._admitted, self._lock = False, set(), threading.Lock()
         self._work = WorkQueue(workers, max_queue, ageing)
-        self._endpoints = {kind.path: _Endpoint(self, kind) for kind in (Prompting, StreamPrompting)}
+        self._endpoints = {
+            kind.path: _Endpoint(self, kind) for kind in (Prompting, StreamPrompting)
+        }
         self.metrics = Metrics(lambda: self._work.waiting, lambda: self._work.running)
         self._limits.refused = lambda kind: self.metrics.connections.labels(kind).inc()
 
     def attach(
         self,
         forward_fn: Callable,  # `Prompting -> Prompting` with its completion, or a generator of pieces; async or not
-        blacklist_fn: Callable | None = None,  # header-only `Synapse` -> bool or (bool, reason)
-        priority_fn: Callable | None = None,  # header-only `Synapse` -> float, higher is served first
-        check_fn: Callable | None = None,  # parsed `Prompting`; raises `Refusal` before it takes a place in the queue
+        blacklist_fn: Callable
+        | None = None,  # header-only `Synapse` -> bool or (bool, reason)
+        priority_fn: Callable
+        | None = None,  # header-only `Synapse` -> float, higher is served first
+        check_fn: Callable
+        | None = None,  # parsed `Prompting`; raises `Refusal` before it takes a place in the queue
     ) -> Self:
         "Set what the axon does, once. All but `forward_fn` run in the server's loop: keep them quick."
         if self._forward is not None:
-            raise RuntimeError("functions are attached already; make a new Axon for other ones")
-        self._forward, self._blacklist, self._priority, self._check = forward_fn, blacklist_fn, priority_fn, check_fn
+            raise RuntimeError(
+                "functions are attached already; make a new Axon for other ones"
+            )
+        self._forward, self._blacklist, self._priority, self._check = (
+            forward_fn,
+            blacklist_fn,
+            priority_fn,
+            check_fn,
+        )
         return self
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         "The ASGI application, for a server of one's own. Prompts take the short way; Starlette serves the rest."
-        endpoint = self._endpoints.get(scope["path"]) if scope.get("method") == "POST" else None
+        endpoint = (
+            self._endpoints.get(scope["path"])
+            if scope.get("method") == "POST"
+            else None
+        )
         await (endpoint or self._app)(scope, receive, send)

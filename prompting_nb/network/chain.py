@@ -51,8 +51,13 @@ def make_wallet(
     seed: str | int,  # the same seed always gives the same keys
 ) -> EmbeddedWallet:
     "A wallet for the embedded chain, derived from `seed`. Never send anything of value to it."
-    secrets = (hashlib.blake2b(f"prompting_nb {seed} {role}".encode(), digest_size=32) for role in ("cold", "hot"))
-    return EmbeddedWallet(str(seed), *(Keypair.create_from_seed(secret.digest()) for secret in secrets))
+    secrets = (
+        hashlib.blake2b(f"prompting_nb {seed} {role}".encode(), digest_size=32)
+        for role in ("cold", "hot")
+    )
+    return EmbeddedWallet(
+        str(seed), *(Keypair.create_from_seed(secret.digest()) for secret in secrets)
+    )
 
 # %% ../../nbs/network/02_chain.ipynb #c010
 @dataclass(frozen=True)
@@ -89,14 +94,18 @@ class _Ledger:
 
     def put(self, neurons: Iterable[Neuron]) -> None:
         with self.lock:
-            rows = [row for row in self._rows if row[0] < self.block] + [(self.block, tuple(neurons))]
+            rows = [row for row in self._rows if row[0] < self.block] + [
+                (self.block, tuple(neurons))
+            ]
             self._rows = rows[-self.keep :]
 
     def at(self, block: int) -> tuple:
         rows = self._rows
         place = bisect_right(rows, block, key=lambda row: row[0]) - 1
         if place < 0:
-            raise ChainError(f"the state of block {block} is discarded; the oldest block still known is {rows[0][0]}")
+            raise ChainError(
+                f"the state of block {block} is discarded; the oldest block still known is {rows[0][0]}"
+            )
         return rows[place][1]
 
 # %% ../../nbs/network/02_chain.ipynb #c015
@@ -104,14 +113,28 @@ def _graph(chain: "_Parts", neurons: tuple, block: int) -> dict:
     "The record from which the SDK builds its `Metagraph`."
     stake, zeros = [n.stake for n in neurons], [0] * len(neurons)
     return {
-        "netuid": chain.netuid, "name": "embedded", "symbol": "", "block": block, "tempo": chain.tempo,
-        "last_step": 0, "blocks_since_last_step": block, "network_registered_at": 0,
-        "owner_hotkey": "", "owner_coldkey": "", "num_uids": len(neurons), "max_uids": chain.max_uids,
-        "hotkeys": [n.hotkey for n in neurons], "coldkeys": [n.coldkey for n in neurons],
-        "axons": [n.axon for n in neurons], "active": [True] * len(neurons),
+        "netuid": chain.netuid,
+        "name": "embedded",
+        "symbol": "",
+        "block": block,
+        "tempo": chain.tempo,
+        "last_step": 0,
+        "blocks_since_last_step": block,
+        "network_registered_at": 0,
+        "owner_hotkey": "",
+        "owner_coldkey": "",
+        "num_uids": len(neurons),
+        "max_uids": chain.max_uids,
+        "hotkeys": [n.hotkey for n in neurons],
+        "coldkeys": [n.coldkey for n in neurons],
+        "axons": [n.axon for n in neurons],
+        "active": [True] * len(neurons),
         "validator_permit": [n.validator_permit for n in neurons],
-        "last_update": [n.last_update for n in neurons], "block_at_registration": [n.registered for n in neurons],
-        "alpha_stake": stake, "total_stake": stake, "tao_stake": zeros,
+        "last_update": [n.last_update for n in neurons],
+        "block_at_registration": [n.registered for n in neurons],
+        "alpha_stake": stake,
+        "total_stake": stake,
+        "tao_stake": zeros,
     }
 
 # %% ../../nbs/network/02_chain.ipynb #c017
@@ -119,7 +142,9 @@ class UnknownCall(ChainError):
     "The embedded chain was asked for something that it does not have."
 
 
-_ITEMS: dict[str, Callable] = {  # storage item -> value, given the chain, its neurons and the keys after the netuid
+_ITEMS: dict[
+    str, Callable
+] = {  # storage item -> value, given the chain, its neurons and the keys after the netuid
     "Uids": lambda chain, neurons, hotkey: _uid_of(neurons, hotkey),
     "LastUpdate": lambda chain, neurons: [n.last_update for n in neurons],
     "ValidatorPermit": lambda chain, neurons: [n.validator_permit for n in neurons],
@@ -135,7 +160,9 @@ _ITEMS: dict[str, Callable] = {  # storage item -> value, given the chain, its n
 
 _MAPS: dict[str, Callable] = {  # storage map -> (key, value) pairs
     "Uids": lambda neurons: [(n.hotkey, uid) for uid, n in enumerate(neurons)],
-    "Weights": lambda neurons: [(uid, list(n.weights.items())) for uid, n in enumerate(neurons) if n.weights],
+    "Weights": lambda neurons: [
+        (uid, list(n.weights.items())) for uid, n in enumerate(neurons) if n.weights
+    ],
     "CommitmentOf": lambda neurons: [],
     "RevealedCommitments": lambda neurons: [],
 }
@@ -188,7 +215,9 @@ class _Head(_Parts):
         self._spoil()
         number = self.block if block is None else block
         if not 0 <= number <= self.block:
-            raise ChainError(f"block {number} does not exist; the newest is {self.block}")
+            raise ChainError(
+                f"block {number} does not exist; the newest is {self.block}"
+            )
         return f"0x{number:064x}"
 
     async def block_time(self) -> float:
@@ -206,25 +235,42 @@ class _Reads(_Parts):
         block = self.block if block_hash is None else int(block_hash, 16)
         return block, self._ledger.at(block)
 
-    async def query(self, module, storage_function, params=None, block_hash=None) -> Any:
+    async def query(
+        self, module, storage_function, params=None, block_hash=None
+    ) -> Any:
         netuid, *keys = params or [None]
         if module == "Timestamp" and storage_function == "Now":
             return round(self._neurons(block_hash)[0] * self._block_time * 1000)
         if module != "SubtensorModule" or storage_function not in _ITEMS:
-            raise UnknownCall(f"the embedded chain does not store {module}.{storage_function}")
+            raise UnknownCall(
+                f"the embedded chain does not store {module}.{storage_function}"
+            )
         self._spoil()
         if netuid != self.netuid:
             return None
         return _ITEMS[storage_function](self, self._neurons(block_hash)[1], *keys)
 
-    async def query_map(self, module, storage_function, params=None, block_hash=None) -> list:
+    async def query_map(
+        self, module, storage_function, params=None, block_hash=None
+    ) -> list:
         if storage_function not in _MAPS:
-            raise UnknownCall(f"the embedded chain does not store the map {module}.{storage_function}")
+            raise UnknownCall(
+                f"the embedded chain does not store the map {module}.{storage_function}"
+            )
         self._spoil()
-        return _MAPS[storage_function](self._neurons(block_hash)[1]) if params == [self.netuid] else []
+        return (
+            _MAPS[storage_function](self._neurons(block_hash)[1])
+            if params == [self.netuid]
+            else []
+        )
 
-    async def query_batch(self, module, storage_function, param_sets, block_hash=None) -> list:
-        return [await self.query(module, storage_function, params, block_hash) for params in param_sets]
+    async def query_batch(
+        self, module, storage_function, param_sets, block_hash=None
+    ) -> list:
+        return [
+            await self.query(module, storage_function, params, block_hash)
+            for params in param_sets
+        ]
 
     async def runtime_call(self, api, method, params, block_hash=None) -> Any:
         if (api, method) != ("SubnetInfoRuntimeApi", "get_metagraph"):
@@ -239,37 +285,71 @@ def _require(holds: bool, name: str, message: str) -> None:
         raise ChainError(message, name)
 
 
-def _serve_axon(chain, neurons: tuple, uid: int, ip: int, port: int, ip_type: int, **more) -> Neuron:
+def _serve_axon(
+    chain, neurons: tuple, uid: int, ip: int, port: int, ip_type: int, **more
+) -> Neuron:
     "`SubtensorModule.serve_axon`: the neuron with its new endpoint (ip 0 takes it down)."
-    _require(ip_type in (4, 6), "InvalidIpType", f"the ip type must be 4 or 6, not {ip_type}")
-    _require(0 <= ip < (2**32 if ip_type == 4 else 2**128), "InvalidIpAddress", f"{ip} is no address of IPv{ip_type}")
+    _require(
+        ip_type in (4, 6), "InvalidIpType", f"the ip type must be 4 or 6, not {ip_type}"
+    )
+    _require(
+        0 <= ip < (2**32 if ip_type == 4 else 2**128),
+        "InvalidIpAddress",
+        f"{ip} is no address of IPv{ip_type}",
+    )
     kept = {key: more.get(key, 0) for key in ("version", "protocol")}
-    return replace(neurons[uid], axon={"ip": ip, "port": port, "ip_type": ip_type, **kept} if ip else None)
+    return replace(
+        neurons[uid],
+        axon={"ip": ip, "port": port, "ip_type": ip_type, **kept} if ip else None,
+    )
 
 
-def _set_weights(chain, neurons: tuple, uid: int, dests: list, weights: list, mecid: int = 0, **_) -> Neuron:
+def _set_weights(
+    chain, neurons: tuple, uid: int, dests: list, weights: list, mecid: int = 0, **_
+) -> Neuron:
     "`SubtensorModule.set_mechanism_weights`: the neuron with its new row, the largest weight scaled to 65535."
     me, known = neurons[uid], range(len(neurons))
     since = chain.block - me.last_update
-    _require(mecid == 0, "MechanismDoesNotExist", "the embedded subnet has one mechanism, number 0")
-    _require(len(dests) == len(weights), "WeightVecNotEqualSize", f"{len(dests)} uids but {len(weights)} weights")
+    _require(
+        mecid == 0,
+        "MechanismDoesNotExist",
+        "the embedded subnet has one mechanism, number 0",
+    )
+    _require(
+        len(dests) == len(weights),
+        "WeightVecNotEqualSize",
+        f"{len(dests)} uids but {len(weights)} weights",
+    )
     _require(len(set(dests)) == len(dests), "DuplicateUids", "a uid may appear once")
-    _require(all(d in known for d in dests), "UidVecContainInvalidOne", f"a uid is not below {len(neurons)}")
+    _require(
+        all(d in known for d in dests),
+        "UidVecContainInvalidOne",
+        f"a uid is not below {len(neurons)}",
+    )
     permitted = me.validator_permit or list(dests) == [uid]
     _require(permitted, "NeuronNoValidatorPermit", f"uid {uid} has no validator permit")
-    _require(since >= chain.weights_rate_limit, "SettingWeightsTooFast", f"weights were set {since} blocks ago")
+    _require(
+        since >= chain.weights_rate_limit,
+        "SettingWeightsTooFast",
+        f"weights were set {since} blocks ago",
+    )
     top = max(weights, default=0)
     row = {d: round(w / top * U16_MAX) for d, w in zip(dests, weights) if w}
     return replace(me, weights=row, last_update=chain.block)
 
 
-_CALLS: dict[str, Callable] = {"serve_axon": _serve_axon, "set_mechanism_weights": _set_weights}
+_CALLS: dict[str, Callable] = {
+    "serve_axon": _serve_axon,
+    "set_mechanism_weights": _set_weights,
+}
 
 # %% ../../nbs/network/02_chain.ipynb #c024
 async def _is_signed(call, signer: Any, nonce: int) -> bool:
     "Whether `signer` proves that it holds the key of the address it claims."
     address = signer.ss58_address
-    payload = json.dumps(["embedded", *call, address, nonce], sort_keys=True, default=bytes.hex).encode()
+    payload = json.dumps(
+        ["embedded", *call, address, nonce], sort_keys=True, default=bytes.hex
+    ).encode()
     signature = signer.sign(payload)
     signature = await signature if inspect.isawaitable(signature) else signature
     try:
@@ -284,7 +364,9 @@ class _Writes(_Head):
     async def compose(self, call) -> Any:
         module, function, _ = call
         if module != "SubtensorModule" or function not in _CALLS:
-            raise UnknownCall(f"the embedded chain does not know {module}.{function}; it knows {', '.join(_CALLS)}")
+            raise UnknownCall(
+                f"the embedded chain does not know {module}.{function}; it knows {', '.join(_CALLS)}"
+            )
         self._spoil()
         return call
 
@@ -299,9 +381,16 @@ class _Writes(_Head):
         with self._ledger.lock:
             neurons, params = self._ledger.head, dict(call.params)
             uid, netuid = _uid_of(neurons, hotkey), params.pop("netuid")
-            _require(netuid == self.netuid, "SubnetNotExists", f"there is no subnet {netuid} here, only {self.netuid}")
+            _require(
+                netuid == self.netuid,
+                "SubnetNotExists",
+                f"there is no subnet {netuid} here, only {self.netuid}",
+            )
             if uid is None:
-                raise ChainError(f"hotkey {hotkey} is not registered on the subnet", "HotKeyNotRegisteredInSubNet")
+                raise ChainError(
+                    f"hotkey {hotkey} is not registered on the subnet",
+                    "HotKeyNotRegisteredInSubNet",
+                )
             changed = _CALLS[call.function](self, neurons, uid, **params)
             self._ledger.put([*neurons[:uid], changed, *neurons[uid + 1 :]])
             self._nonces[hotkey] += 1
@@ -312,12 +401,20 @@ class _Writes(_Head):
         "Take a signed call. A refusal is reported in the result, not raised, as the protocol asks."
         await self.compose(call)
         try:
-            signed = await _is_signed(call, keypair, await self.account_next_index(keypair.ss58_address))
-            _require(signed, "BadProof", f"the signature does not belong to {keypair.ss58_address}")
+            signed = await _is_signed(
+                call, keypair, await self.account_next_index(keypair.ss58_address)
+            )
+            _require(
+                signed,
+                "BadProof",
+                f"the signature does not belong to {keypair.ss58_address}",
+            )
             extrinsic = self._apply(call, keypair.ss58_address)
         except ChainError as error:
             return ExtrinsicResult(success=False, message=error.message, error=error)
-        return ExtrinsicResult(True, "Success", f"0x{self.block:064x}", extrinsic, fee=self.balance(0))
+        return ExtrinsicResult(
+            True, "Success", f"0x{self.block:064x}", extrinsic, fee=self.balance(0)
+        )
 
 # %% ../../nbs/network/02_chain.ipynb #c028
 def _refuse(name: str) -> Callable:
@@ -332,8 +429,19 @@ class _Refused:
 
 
 for _name in (
-    "map_has_entries", "constant", "decode_scale", "get_block", "events", "estimate_weight", "mev_next_key",
-    "sign_extrinsic", "find_extrinsic", "prepare", "submit_signature", "submit_signed", "submit_multisig",
+    "map_has_entries",
+    "constant",
+    "decode_scale",
+    "get_block",
+    "events",
+    "estimate_weight",
+    "mev_next_key",
+    "sign_extrinsic",
+    "find_extrinsic",
+    "prepare",
+    "submit_signature",
+    "submit_signed",
+    "submit_multisig",
     "multisig_account",
 ):
     setattr(_Refused, _name, _refuse(_name))
@@ -359,29 +467,45 @@ class _Bench(_Parts):
         "Give the next free uid to `hotkey`. Raises `ValueError` when it is taken or the subnet is full."
         with self._ledger.lock:
             if len(self._ledger.head) >= self.max_uids:
-                raise ValueError(f"the subnet is full ({self.max_uids} uids); use replace(uid, hotkey)")
+                raise ValueError(
+                    f"the subnet is full ({self.max_uids} uids); use replace(uid, hotkey)"
+                )
             newcomer = self._newcomer(hotkey, coldkey, stake, validator_permit)
             self._ledger.put([*self._ledger.head, newcomer])
             return len(self._ledger.head) - 1
 
     def replace(
-        self, uid: int, hotkey: Any, coldkey: str | None = None, stake: float = 0.0, validator_permit: bool = False
+        self,
+        uid: int,
+        hotkey: Any,
+        coldkey: str | None = None,
+        stake: float = 0.0,
+        validator_permit: bool = False,
     ) -> int:  # the same uid
         "Give the place of the holder of `uid` to `hotkey`. The axon, and weights set or received, are forgotten."
         with self._ledger.lock:
             neurons = self._ledger.head
             if not 0 <= uid < len(neurons):
-                raise ValueError(f"there is no uid {uid} to replace; the subnet has {len(neurons)}")
+                raise ValueError(
+                    f"there is no uid {uid} to replace; the subnet has {len(neurons)}"
+                )
             newcomer = self._newcomer(hotkey, coldkey, stake, validator_permit)
-            others = [replace(n, weights={u: w for u, w in n.weights.items() if u != uid}) for n in neurons]
+            others = [
+                replace(n, weights={u: w for u, w in n.weights.items() if u != uid})
+                for n in neurons
+            ]
             self._ledger.put([*others[:uid], newcomer, *others[uid + 1 :]])
             return uid
 
-    def _newcomer(self, hotkey: Any, coldkey: str | None, stake: float, permit: bool) -> Neuron:
+    def _newcomer(
+        self, hotkey: Any, coldkey: str | None, stake: float, permit: bool
+    ) -> Neuron:
         hotkey, coldkey = _addresses(hotkey, coldkey)
         if (taken := _uid_of(self._ledger.head, hotkey)) is not None:
             raise ValueError(f"hotkey {hotkey} is registered already, as uid {taken}")
-        return Neuron(hotkey, coldkey, round(stake * RAO_PER_TAO), permit, self.block, self.block)
+        return Neuron(
+            hotkey, coldkey, round(stake * RAO_PER_TAO), permit, self.block, self.block
+        )
 
 # %% ../../nbs/network/02_chain.ipynb #c032
 class _Clock(_Parts):
@@ -408,8 +532,10 @@ class _Clock(_Parts):
 
     def fail(
         self,
-        times: int | Exception = 1,  # how many calls fail; an exception alone means once
-        exception: Exception | None = None,  # what they raise; by default the SDK's `RpcConnectionError`
+        times: int
+        | Exception = 1,  # how many calls fail; an exception alone means once
+        exception: Exception
+        | None = None,  # what they raise; by default the SDK's `RpcConnectionError`
     ) -> None:
         "Make the next calls to the chain fail, one client call each; 0 forgets failures that are still to come."
         if isinstance(times, Exception):
@@ -436,7 +562,12 @@ class EmbeddedChain(_Bench, _Clock, _Reads, _Writes, _Refused):
         tempo: int = 360,  # blocks of an epoch
         weights_rate_limit: int = 0,  # blocks between two weight settings of one hotkey
     ):
-        self.netuid, self.max_uids, self.tempo, self.weights_rate_limit = netuid, max_uids, tempo, weights_rate_limit
+        self.netuid, self.max_uids, self.tempo, self.weights_rate_limit = (
+            netuid,
+            max_uids,
+            tempo,
+            weights_rate_limit,
+        )
         self._block_time, self._ledger = block_time, _Ledger(block)
         self._nonces, self._extrinsics = Counter(), 0
         self._failures, self._listeners, self.token_symbols = deque(), [], {}
@@ -444,13 +575,18 @@ class EmbeddedChain(_Bench, _Clock, _Reads, _Writes, _Refused):
     def client(self) -> bt.SyncClient:
         "A new bittensor client on this chain. Close it, or use it in a `with` block."
         # The address names the network in the SDK's caches and links; nothing is opened there.
-        return bt.SyncClient("ws://embedded", substrate=cast(Any, self))  # `_Refused` is the rest of the protocol
+        return bt.SyncClient(
+            "ws://embedded", substrate=cast(Any, self)
+        )  # `_Refused` is the rest of the protocol
 
     @property
     def weights(self) -> dict[int, dict[int, float]]:
         "The weights on the chain: validator uid -> uid -> share, each row summing to 1."
         rows = {uid: n.weights for uid, n in enumerate(self._ledger.head) if n.weights}
-        return {uid: {u: w / sum(row.values()) for u, w in row.items()} for uid, row in rows.items()}
+        return {
+            uid: {u: w / sum(row.values()) for u, w in row.items()}
+            for uid, row in rows.items()
+        }
 
     def set_stake(self, hotkey: Any, stake: float) -> None:
         "Change the stake of a registered hotkey (in the subnet's token)."
@@ -459,7 +595,10 @@ class EmbeddedChain(_Bench, _Clock, _Reads, _Writes, _Refused):
             if _uid_of(self._ledger.head, address) is None:
                 raise ValueError(f"hotkey {address} is not registered")
             rao = round(stake * RAO_PER_TAO)
-            self._ledger.put(replace(n, stake=rao) if n.hotkey == address else n for n in self._ledger.head)
+            self._ledger.put(
+                replace(n, stake=rao) if n.hotkey == address else n
+                for n in self._ledger.head
+            )
 
 # %% ../../nbs/network/02_chain.ipynb #c037bs
 @dataclass(frozen=True)
@@ -472,9 +611,25 @@ class MetagraphTable:
     def _repr_html_(self) -> str:
         stakes = {n.uid: float(n.total_stake.amount) for n in self.metagraph.neurons}
         most = max(stakes.values(), default=0.0) or 1.0
-        shown = sorted(self.metagraph.neurons, key=lambda n: (-stakes[n.uid], n.uid))[: self.limit]
-        rows = [(n.uid, f"{n.hotkey[:8]}…", Bar(stakes[n.uid], stakes[n.uid] / most),
-                 "yes" if n.validator_permit else "no", n.axon or "") for n in shown]
-        count = f"{len(rows)} of {len(stakes)} uids" if len(rows) < len(stakes) else f"{len(rows)} uids"
-        title = f"Subnet {self.metagraph.netuid} at block {self.metagraph.block}: {count}"
+        shown = sorted(self.metagraph.neurons, key=lambda n: (-stakes[n.uid], n.uid))[
+            : self.limit
+        ]
+        rows = [
+            (
+                n.uid,
+                f"{n.hotkey[:8]}…",
+                Bar(stakes[n.uid], stakes[n.uid] / most),
+                "yes" if n.validator_permit else "no",
+                n.axon or "",
+            )
+            for n in shown
+        ]
+        count = (
+            f"{len(rows)} of {len(stakes)} uids"
+            if len(rows) < len(stakes)
+            else f"{len(rows)} uids"
+        )
+        title = (
+            f"Subnet {self.metagraph.netuid} at block {self.metagraph.block}: {count}"
+        )
         return html_table(title, ("uid", "hotkey", "stake", "permit", "axon"), rows)

@@ -25,7 +25,14 @@ from yarl import URL
 
 from .auth import SIGNATURE, answer_fits, sign_request
 from .server import new_loop
-from ..protocol import Prompting, StreamPrompting, Terminal, read_event, read_reply, write_body
+from prompting_nb.protocol import (
+    Prompting,
+    StreamPrompting,
+    Terminal,
+    read_event,
+    read_reply,
+    write_body,
+)
 
 # %% ../../nbs/network/01_dendrite.ipynb #c004
 _log = logging.getLogger(__name__)
@@ -67,7 +74,11 @@ def _reason(status: int, body: bytes) -> str:
     try:
         reason = json.loads(body)["error"]
     except (ValueError, TypeError, KeyError, RecursionError):
-        reason = "redirects are not followed" if 300 <= status < 400 else f"HTTP status {status}"
+        reason = (
+            "redirects are not followed"
+            if 300 <= status < 400
+            else f"HTTP status {status}"
+        )
     return " ".join(str(reason).split())[:200]
 
 
@@ -108,12 +119,16 @@ async def _lines(response: aiohttp.ClientResponse, limit: int) -> AsyncIterator[
         if size > limit:
             response.close()
             raise _Failure(413, f"the answer is larger than {limit} bytes")
-        *whole, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
+        *whole, rest = (
+            (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
+        )
         for line in whole:
             yield line
 
 
-async def _say_all(response: aiohttp.ClientResponse, limit: int, say: Callable) -> tuple[str, str | None]:
+async def _say_all(
+    response: aiohttp.ClientResponse, limit: int, say: Callable
+) -> tuple[str, str | None]:
     "The completion and its signature; each piece goes to `say` as it arrives."
     said = []
     async for line in _lines(response, limit):
@@ -151,23 +166,35 @@ class _Asking:
     _sessions: "_Sessions"
     _closing: weakref.finalize
 
-    async def _post(self, address: str, hotkey: str, synapse: Prompting, body: bytes, say: Callable) -> tuple[str, str]:
+    async def _post(
+        self, address: str, hotkey: str, synapse: Prompting, body: bytes, say: Callable
+    ) -> tuple[str, str]:
         "The completion from a miner and a status message, or an exception."
         url = _url(address, synapse.path)
         self._nonce = max(time.time_ns(), self._nonce + 1)
-        headers = sign_request(self._signer, body, path=synapse.path, receiver=hotkey, nonce=self._nonce)
+        headers = sign_request(
+            self._signer, body, path=synapse.path, receiver=hotkey, nonce=self._nonce
+        )
         question = _Question(hotkey, self.hotkey, synapse.path, self._nonce)
-        limit = aiohttp.ClientTimeout(total=synapse.timeout, ceil_threshold=float("inf"))
+        limit = aiohttp.ClientTimeout(
+            total=synapse.timeout, ceil_threshold=float("inf")
+        )
         options = {"headers": headers, "timeout": limit, "allow_redirects": False}
         async with self._sessions.here().post(url, data=body, **options) as response:
             if isinstance(synapse, StreamPrompting) and response.status == 200:
                 completion, signature = await _say_all(response, self.max_answer, say)
-                return completion, question.check(signature, completion.encode(), self.require_signed)
+                return completion, question.check(
+                    signature, completion.encode(), self.require_signed
+                )
             answer = await _read(response, self.max_answer)
             completion = _completion(response.status, answer)
-            return completion, question.check(response.headers.get(SIGNATURE), answer, self.require_signed)
+            return completion, question.check(
+                response.headers.get(SIGNATURE), answer, self.require_signed
+            )
 
-    async def _ask(self, target: Any, synapse: Prompting, body: bytes, say: Callable = _to_nobody) -> Prompting:
+    async def _ask(
+        self, target: Any, synapse: Prompting, body: bytes, say: Callable = _to_nobody
+    ) -> Prompting:
         "A copy of `synapse` with the miner's completion, or with the status that says why there is none."
         start, completion, status = time.monotonic(), None, 200
         hotkey, address = _target(target)
@@ -186,14 +213,33 @@ class _Asking:
         except Exception as error:
             _log.exception("asking %s failed", address)
             status, message = 500, f"the request failed here: {type(error).__name__}"
-        return self._answer(synapse, completion, hotkey, address, status, message, time.monotonic() - start)
+        return self._answer(
+            synapse,
+            completion,
+            hotkey,
+            address,
+            status,
+            message,
+            time.monotonic() - start,
+        )
 
-    def _answer(self, synapse, completion, hotkey, address, status, message, seconds) -> Prompting:
+    def _answer(
+        self, synapse, completion, hotkey, address, status, message, seconds
+    ) -> Prompting:
         "The copy that goes back to the caller."
         host, _, port = (address or "").rpartition(":")
-        caller = Terminal(hotkey=self.hotkey, status_code=status, status_message=message, process_time=seconds)
-        miner = Terminal(hotkey=hotkey, ip=host or None, port=int(port) if port.isdigit() else None)
-        return synapse.model_copy(update={"completion": completion, "dendrite": caller, "axon": miner})
+        caller = Terminal(
+            hotkey=self.hotkey,
+            status_code=status,
+            status_message=message,
+            process_time=seconds,
+        )
+        miner = Terminal(
+            hotkey=hotkey, ip=host or None, port=int(port) if port.isdigit() else None
+        )
+        return synapse.model_copy(
+            update={"completion": completion, "dendrite": caller, "axon": miner}
+        )
 
 # %% ../../nbs/network/01_dendrite.ipynb #c020
 def _run(loop: asyncio.AbstractEventLoop) -> None:
@@ -213,14 +259,18 @@ class _Background:
 
     def __init__(self):
         self.loop = new_loop()
-        self._thread = threading.Thread(target=_run, args=(self.loop,), name="dendrite", daemon=True)
+        self._thread = threading.Thread(
+            target=_run, args=(self.loop,), name="dendrite", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
         "End the thread."
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
-            if threading.current_thread() is not self._thread:  # the garbage collector may call this from anywhere
+            if (
+                threading.current_thread() is not self._thread
+            ):  # the garbage collector may call this from anywhere
                 self._thread.join(2)
 
 # %% ../../nbs/network/01_dendrite.ipynb #c022
@@ -228,7 +278,9 @@ def _new_session(connections: int) -> aiohttp.ClientSession:
     "A session that keeps connections, and nothing else: no cookies, no proxies, no decompression."
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=15),
-        cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=False,
         headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
     )
 
@@ -284,7 +336,9 @@ class Stream:
     def __init__(self, ask: Callable, loop: asyncio.AbstractEventLoop):
         self.answer: Prompting | None = None  # when the last piece is out
         self._loop, self._pieces = loop, asyncio.Queue(8)
-        self._asking = asyncio.run_coroutine_threadsafe(self._run(ask, self._pieces), loop)
+        self._asking = asyncio.run_coroutine_threadsafe(
+            self._run(ask, self._pieces), loop
+        )
 
     @staticmethod
     async def _run(ask: Callable, pieces: asyncio.Queue) -> Prompting:
@@ -304,12 +358,19 @@ class Stream:
         return item
 
     def __iter__(self):
-        while self.answer is None and (piece := self._piece(self._next().result())) is not None:
+        while (
+            self.answer is None
+            and (piece := self._piece(self._next().result())) is not None
+        ):
             yield piece
         self.close()
 
     async def __aiter__(self):
-        while self.answer is None and (piece := self._piece(await asyncio.wrap_future(self._next()))) is not None:
+        while (
+            self.answer is None
+            and (piece := self._piece(await asyncio.wrap_future(self._next())))
+            is not None
+        ):
             yield piece
         self.close()
 
@@ -328,7 +389,9 @@ class _Calls(_Asking):
         body = write_body(synapse)
         if len(targets) == 1:  # needs no task of its own
             return [await self._ask(targets[0], synapse, body)]
-        return await asyncio.gather(*(self._ask(target, synapse, body) for target in targets))
+        return await asyncio.gather(
+            *(self._ask(target, synapse, body) for target in targets)
+        )
 
     def _open(self) -> None:
         if not self._closing.alive:
@@ -338,17 +401,24 @@ class _Calls(_Asking):
         self,
         targets: Iterable,  # neurons of the metagraph, or axons
         synapse: Prompting,  # the question; it is not changed
-        timeout: float | None = None,  # seconds for each miner; the synapse's by default
-    ) -> list[Prompting]:  # copies with completion and status, in the order of `targets`
+        timeout: float
+        | None = None,  # seconds for each miner; the synapse's by default
+    ) -> list[
+        Prompting
+    ]:  # copies with completion and status, in the order of `targets`
         "Ask all targets at once, in the loop that runs."
         self._open()
         return await self._ask_all(list(targets), _fit(synapse, timeout))
 
-    def query(self, targets: Iterable, synapse: Prompting, timeout: float | None = None) -> list[Prompting]:
+    def query(
+        self, targets: Iterable, synapse: Prompting, timeout: float | None = None
+    ) -> list[Prompting]:
         "The same as a plain call, in scripts and notebooks alike."
         self._open()
         questions = self._ask_all(list(targets), _fit(synapse, timeout))
-        asking = asyncio.run_coroutine_threadsafe(questions, self._sessions.background())
+        asking = asyncio.run_coroutine_threadsafe(
+            questions, self._sessions.background()
+        )
         try:
             return asking.result()
         finally:
@@ -358,14 +428,22 @@ class _Calls(_Asking):
         self,
         target: Any,  # one neuron of the metagraph, or an axon
         synapse: Prompting,  # the question; a `Prompting` is asked as a `StreamPrompting`
-        timeout: float | None = None,  # seconds for the whole answer; the synapse's by default
+        timeout: float
+        | None = None,  # seconds for the whole answer; the synapse's by default
     ) -> Stream:
         "Ask one miner and hand its answer over piece by piece."
         self._open()
         question = _fit(synapse, timeout)
         if not isinstance(question, StreamPrompting):
-            question = StreamPrompting(roles=question.roles, messages=question.messages, timeout=question.timeout)
-        return Stream(partial(self._ask, target, question, write_body(question)), self._sessions.background())
+            question = StreamPrompting(
+                roles=question.roles,
+                messages=question.messages,
+                timeout=question.timeout,
+            )
+        return Stream(
+            partial(self._ask, target, question, write_body(question)),
+            self._sessions.background(),
+        )
 
 # %% ../../nbs/network/01_dendrite.ipynb #c026
 def _fit(synapse: Prompting, timeout: float | None) -> Prompting:
@@ -391,11 +469,19 @@ class Dendrite(_Calls):
         connections: int = 256,  # open at a time in one event loop; they are kept for the next question
         require_signed: bool = True,  # whether an answer without the miner's signature counts for nothing
     ):
-        self._signer = bt.signing.resolve_signer(wallet, "hotkey")  # once: a wallet on disk is read for every signer
-        self.hotkey, self.max_answer, self._nonce = self._signer.ss58_address, max_answer, 0
+        self._signer = bt.signing.resolve_signer(
+            wallet, "hotkey"
+        )  # once: a wallet on disk is read for every signer
+        self.hotkey, self.max_answer, self._nonce = (
+            self._signer.ss58_address,
+            max_answer,
+            0,
+        )
         self.require_signed = require_signed
         self._sessions = _Sessions(connections)
-        self._closing = weakref.finalize(self, self._sessions.close)  # also when it is forgotten
+        self._closing = weakref.finalize(
+            self, self._sessions.close
+        )  # also when it is forgotten
 
     def close(self) -> None:
         "Close the connections and end the thread, if there is one. Harmless the second time."

@@ -14,7 +14,14 @@ from typing import Any
 
 from bittensor.sp_core import verify as verify_signature
 
-from .auth import MAX_AGE, MAX_SKEW, Gatekeeper, Refusal, repeats, stale
+from prompting_nb.network.auth import (
+    MAX_AGE,
+    MAX_SKEW,
+    Gatekeeper,
+    Refusal,
+    repeats,
+    stale,
+)
 from ..protocol import Prompting, Terminal, read_body
 
 # %% ../../nbs/network/04_legacy.ipynb #c005
@@ -25,13 +32,17 @@ def _sha3(text: str) -> str:
 def body_hashes(
     roles: tuple,  # of the conversation
     messages: tuple,  # likewise
-) -> tuple[str, str]:  # for `required_hash_fields = ("roles", "messages")`, and for the other order
+) -> tuple[
+    str, str
+]:  # for `required_hash_fields = ("roles", "messages")`, and for the other order
     "What an old Dendrite signs when roles and messages are covered."
     one, other = _sha3(str(list(roles))), _sha3(str(list(messages)))
     return _sha3(one + other), _sha3(other + one)
 
 # %% ../../nbs/network/04_legacy.ipynb #c008
-def _signed_line(nonce: int, caller: str, receiver: str, unique: str, body_hash: str) -> bytes:
+def _signed_line(
+    nonce: int, caller: str, receiver: str, unique: str, body_hash: str
+) -> bytes:
     return f"{nonce}.{caller}.{receiver}.{unique}.{body_hash}".encode()
 
 
@@ -42,13 +53,28 @@ def legacy_headers(
     nonce: int | None = None,  # nanoseconds since 1970; now by default
 ) -> dict[str, str]:
     "The headers that a Dendrite of bittensor 10.5 sends, for tests and measurements."
-    nonce, unique, caller = time.time_ns() if nonce is None else nonce, str(uuid.uuid4()), signer.ss58_address
+    nonce, unique, caller = (
+        time.time_ns() if nonce is None else nonce,
+        str(uuid.uuid4()),
+        signer.ss58_address,
+    )
     body_hash = body_hashes(synapse.roles, synapse.messages)[0]
-    signature = bytes(signer.sign(_signed_line(nonce, caller, receiver, unique, body_hash))).hex()
-    dendrite = {"version": 10005000, "nonce": nonce, "uuid": unique, "hotkey": caller, "signature": f"0x{signature}"}
+    signature = bytes(
+        signer.sign(_signed_line(nonce, caller, receiver, unique, body_hash))
+    ).hex()
+    dendrite = {
+        "version": 10005000,
+        "nonce": nonce,
+        "uuid": unique,
+        "hotkey": caller,
+        "signature": f"0x{signature}",
+    }
     return {
-        "name": synapse.name, "timeout": str(synapse.timeout), "computed_body_hash": body_hash,
-        "bt_header_axon_hotkey": receiver, **{f"bt_header_dendrite_{key}": str(v) for key, v in dendrite.items()},
+        "name": synapse.name,
+        "timeout": str(synapse.timeout),
+        "computed_body_hash": body_hash,
+        "bt_header_axon_hotkey": receiver,
+        **{f"bt_header_dendrite_{key}": str(v) for key, v in dendrite.items()},
     }
 
 # %% ../../nbs/network/04_legacy.ipynb #c010
@@ -68,46 +94,88 @@ def is_legacy(headers: list) -> bool:  # pairs of bytes, names in lower case
 def _claims(headers: list) -> tuple[dict, bytes, int]:
     "The headers by name, the signature in them and the nonce; `Refusal` when one is missing or not what it should be."
     if repeats(headers, b"bt_header_") or repeats(headers, b"computed_body_hash"):
-        raise Refusal(401, "MalformedAuth: a bt_header header appears twice", "MalformedAuth")
+        raise Refusal(
+            401, "MalformedAuth: a bt_header header appears twice", "MalformedAuth"
+        )
     named = {key.decode("latin-1"): value.decode("latin-1") for key, value in headers}
-    missing = [key for key in ("hotkey", "nonce", "uuid", "signature") if not named.get(_CALLER + key)]
+    missing = [
+        key
+        for key in ("hotkey", "nonce", "uuid", "signature")
+        if not named.get(_CALLER + key)
+    ]
     nonce = named.get(_CALLER + "nonce", "")
     if missing or not (nonce.isascii() and nonce.isdigit() and len(nonce) < 20):
-        wrong = f"missing {_CALLER}{missing[0]}" if missing else f"{_CALLER}nonce is not a decimal integer"
+        wrong = (
+            f"missing {_CALLER}{missing[0]}"
+            if missing
+            else f"{_CALLER}nonce is not a decimal integer"
+        )
         raise Refusal(401, f"MalformedAuth: {wrong}", "MalformedAuth")
     try:
-        return named, bytes.fromhex(named[_CALLER + "signature"].removeprefix("0x")), int(nonce)
+        return (
+            named,
+            bytes.fromhex(named[_CALLER + "signature"].removeprefix("0x")),
+            int(nonce),
+        )
     except ValueError:
-        raise Refusal(401, f"MalformedAuth: {_CALLER}signature is not hex", "MalformedAuth") from None
+        raise Refusal(
+            401, f"MalformedAuth: {_CALLER}signature is not hex", "MalformedAuth"
+        ) from None
 
 # %% ../../nbs/network/04_legacy.ipynb #c011
 def verify_legacy(
     gate: Gatekeeper,  # own hotkey, memory of nonces and clock
     headers: list,  # pairs of bytes, names in lower case
-) -> tuple[Terminal, str]:  # the caller, and the hash that it signed; `Refusal` 401 with the reason
+) -> tuple[
+    Terminal, str
+]:  # the caller, and the hash that it signed; `Refusal` 401 with the reason
     "Who sent a request in the older format."
     named, signature, nonce = _claims(headers)
     caller, body_hash = named[_CALLER + "hotkey"], named.get("computed_body_hash", "")
     if named.get("bt_header_axon_hotkey") != gate.hotkey:
-        raise Refusal(401, "WrongReceiver: the request was made for another hotkey", "WrongReceiver")
+        raise Refusal(
+            401,
+            "WrongReceiver: the request was made for another hotkey",
+            "WrongReceiver",
+        )
     age = (gate.clock() - nonce) / 1e9
     if not -MAX_SKEW <= age <= MAX_AGE:
-        raise stale(f"the nonce is {abs(age):.0f} s {'old' if age > 0 else 'ahead'}; {MAX_AGE:g} s back and "
-                    f"{MAX_SKEW:g} s ahead are allowed")
+        raise stale(
+            f"the nonce is {abs(age):.0f} s {'old' if age > 0 else 'ahead'}; {MAX_AGE:g} s back and "
+            f"{MAX_SKEW:g} s ahead are allowed"
+        )
     line = _signed_line(nonce, caller, gate.hotkey, named[_CALLER + "uuid"], body_hash)
     try:
-        fits = verify_signature(line, signature, caller, 1)  # 1: sr25519, the only scheme of that time
+        fits = verify_signature(
+            line, signature, caller, 1
+        )  # 1: sr25519, the only scheme of that time
     except ValueError:
-        raise Refusal(401, "MalformedAuth: invalid hotkey address or signature encoding", "MalformedAuth") from None
+        raise Refusal(
+            401,
+            "MalformedAuth: invalid hotkey address or signature encoding",
+            "MalformedAuth",
+        ) from None
     if not fits:
-        raise Refusal(401, "BadSignature: the signature does not fit the claimed hotkey", "BadSignature")
+        raise Refusal(
+            401,
+            "BadSignature: the signature does not fit the claimed hotkey",
+            "BadSignature",
+        )
     if not gate.nonces.check_and_store(caller, nonce):
-        raise Refusal(401, "ReplayedRequest: this nonce was already accepted from this hotkey", "ReplayedRequest")
+        raise Refusal(
+            401,
+            "ReplayedRequest: this nonce was already accepted from this hotkey",
+            "ReplayedRequest",
+        )
     version = f"bittensor {named.get(_CALLER + 'version', '')[:12]}"
-    return Terminal(hotkey=caller, nonce=nonce, uuid=named[_CALLER + "uuid"], version=version), body_hash
+    return Terminal(
+        hotkey=caller, nonce=nonce, uuid=named[_CALLER + "uuid"], version=version
+    ), body_hash
 
 
-def read_legacy(body: bytes, signed: str, limit: float, kind: type[Prompting] = Prompting) -> Prompting:
+def read_legacy(
+    body: bytes, signed: str, limit: float, kind: type[Prompting] = Prompting
+) -> Prompting:
     "The question in a body, if it is what the signed hash stands for. `Refusal` 401 if not, `ValueError` for nonsense."
     synapse = read_body(body, limit, kind)
     if signed not in body_hashes(synapse.roles, synapse.messages):
@@ -131,19 +199,40 @@ def legacy_answer_headers(
 ) -> tuple:  # pairs of bytes
     "What a Dendrite of the older format wants to know about the answer."
     nonce, me = time.time_ns(), signer.ss58_address
-    axon = {"status_code": status, "status_message": message, "process_time": f"{seconds:.6f}", "hotkey": me,
-            "nonce": nonce, "uuid": caller.uuid or "", "version": 10005000}
+    axon = {
+        "status_code": status,
+        "status_message": message,
+        "process_time": f"{seconds:.6f}",
+        "hotkey": me,
+        "nonce": nonce,
+        "uuid": caller.uuid or "",
+        "version": 10005000,
+    }
     if caller.hotkey:  # nobody makes us sign who has not signed
         line = f"{nonce}.{caller.hotkey}.{me}.{caller.uuid}".encode()
         axon["signature"] = f"0x{bytes(signer.sign(line)).hex()}"
     dendrite = {"hotkey": caller.hotkey, "nonce": caller.nonce, "uuid": caller.uuid}
     pairs = [(f"bt_header_axon_{k}", v) for k, v in axon.items()]
-    pairs += [(f"bt_header_dendrite_{k}", v) for k, v in dendrite.items() if v is not None]
-    pairs += [("name", kind.name), ("timeout", "0"), ("total_size", "0"), ("header_size", "0")]
+    pairs += [
+        (f"bt_header_dendrite_{k}", v) for k, v in dendrite.items() if v is not None
+    ]
+    pairs += [
+        ("name", kind.name),
+        ("timeout", "0"),
+        ("total_size", "0"),
+        ("header_size", "0"),
+    ]
     return tuple((key.encode(), _header(value)) for key, value in pairs)
 
 
 def write_legacy(synapse: Prompting) -> bytes:
     "The JSON that answers a question of the older format."
-    fields = {"name": synapse.name, "timeout": synapse.timeout, "roles": synapse.roles, "messages": synapse.messages}
-    return json.dumps({**fields, "completion": synapse.completion}, ensure_ascii=False).encode()
+    fields = {
+        "name": synapse.name,
+        "timeout": synapse.timeout,
+        "roles": synapse.roles,
+        "messages": synapse.messages,
+    }
+    return json.dumps(
+        {**fields, "completion": synapse.completion}, ensure_ascii=False
+    ).encode()

@@ -8,15 +8,43 @@ __all__ = ['outcome', 'Metrics']
 # %% ../../nbs/network/07_metrics.ipynb #c002
 from typing import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 
 # %% ../../nbs/network/07_metrics.ipynb #c005
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0)
+_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    120.0,
+)
 
 
 def outcome(status: int) -> str:
     "What a status means for the one who counts: answered, refused, overloaded, late, left or failed."
-    special = {429: "overloaded", 503: "overloaded", 504: "late", 499: "left", 500: "failed"}
+    special = {
+        429: "overloaded",
+        503: "overloaded",
+        504: "late",
+        499: "left",
+        500: "failed",
+    }
     return special.get(status, "answered" if status < 400 else "refused")
 
 
@@ -26,16 +54,41 @@ class Metrics:
     def __init__(
         self,
         waiting: Callable[[], float] = lambda: 0,  # requests in the queue at present
-        running: Callable[[], float] = lambda: 0,  # requests that are worked on at present
+        running: Callable[[], float] = lambda: (
+            0
+        ),  # requests that are worked on at present
     ):
         self.registry = here = CollectorRegistry()
         self._children, reason = {}, ["reason"]
-        self.requests = Counter("axon_requests", "Requests by outcome and reason.", ["outcome", *reason], registry=here)
-        self.seconds = Histogram("axon_request_seconds", "Seconds to an answer.", buckets=_SECONDS, registry=here)
-        self.cache_hits = Counter("axon_cache_hits", "Prompts refused because they were sent lately.", registry=here)
-        self.connections = Counter("axon_connections_refused", "Connections closed by a limit.", reason, registry=here)
-        Gauge("axon_queue_depth", "Requests that wait.", registry=here).set_function(waiting)
-        Gauge("axon_running", "Requests that are worked on.", registry=here).set_function(running)
+        self.requests = Counter(
+            "axon_requests",
+            "Requests by outcome and reason.",
+            ["outcome", *reason],
+            registry=here,
+        )
+        self.seconds = Histogram(
+            "axon_request_seconds",
+            "Seconds to an answer.",
+            buckets=_SECONDS,
+            registry=here,
+        )
+        self.cache_hits = Counter(
+            "axon_cache_hits",
+            "Prompts refused because they were sent lately.",
+            registry=here,
+        )
+        self.connections = Counter(
+            "axon_connections_refused",
+            "Connections closed by a limit.",
+            reason,
+            registry=here,
+        )
+        Gauge("axon_queue_depth", "Requests that wait.", registry=here).set_function(
+            waiting
+        )
+        Gauge(
+            "axon_running", "Requests that are worked on.", registry=here
+        ).set_function(running)
 
     def count(
         self,
@@ -46,7 +99,9 @@ class Metrics:
         "One request is done."
         child = self._children.get((status, reason))
         if child is None:
-            child = self._children[status, reason] = self.requests.labels(outcome(status), reason)
+            child = self._children[status, reason] = self.requests.labels(
+                outcome(status), reason
+            )
         child.inc()
         if status == 200:
             self.seconds.observe(seconds)
@@ -56,7 +111,9 @@ class Metrics:
     def totals(self) -> dict[str, int]:
         "Requests so far, by `outcome`."
         found: dict[str, int] = {}
-        for sample in (sample for metric in self.requests.collect() for sample in metric.samples):
+        for sample in (
+            sample for metric in self.requests.collect() for sample in metric.samples
+        ):
             if sample.name.endswith("_total"):
                 name = sample.labels["outcome"]
                 found[name] = found.get(name, 0) + int(sample.value)

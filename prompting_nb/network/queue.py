@@ -29,7 +29,12 @@ class _Waiting:
     __slots__ = ("rank", "number", "since", "turn")
 
     def __init__(self, rank: float, number: int, since: float, turn: asyncio.Future):
-        self.rank, self.number, self.since, self.turn = rank, number, since, turn  # rank: the negative priority
+        self.rank, self.number, self.since, self.turn = (
+            rank,
+            number,
+            since,
+            turn,
+        )  # rank: the negative priority
 
     def __lt__(self, other: "_Waiting") -> bool:
         return (self.rank, self.number) < (other.rank, other.number)
@@ -49,7 +54,12 @@ class _Line:
         return len(self._arrived)
 
     def _join(self, priority: float, now: float) -> _Waiting:
-        place = _Waiting(-priority, next(self._numbers), now, asyncio.get_running_loop().create_future())
+        place = _Waiting(
+            -priority,
+            next(self._numbers),
+            now,
+            asyncio.get_running_loop().create_future(),
+        )
         self._arrived[place.number] = place
         heapq.heappush(self._heap, place)
         return place
@@ -102,8 +112,16 @@ class WorkQueue(_Line):
         clock: Callable[[], float] = time.monotonic,  # seconds
     ):
         super().__init__()
-        self.workers, self.limit, self.ageing, self.clock = workers, limit, ageing, clock
-        self.running, self._given = 0, 0  # slots that are taken, and that were given to those who waited
+        self.workers, self.limit, self.ageing, self.clock = (
+            workers,
+            limit,
+            ageing,
+            clock,
+        )
+        self.running, self._given = (
+            0,
+            0,
+        )  # slots that are taken, and that were given to those who waited
 
     @property
     def full(self) -> bool:
@@ -122,13 +140,19 @@ class WorkQueue(_Line):
             self.running += 1
             return Slot(self)
         if self.waiting >= self.limit:
-            self._last().turn.set_exception(QueueFull("a request of higher priority took the place"))
+            self._last().turn.set_exception(
+                QueueFull("a request of higher priority took the place")
+            )
             self._quit(self._last())
         place = self._join(priority, self.clock())
         try:
             return await place.turn
         except asyncio.CancelledError:
-            if place.turn.done() and not place.turn.cancelled() and not place.turn.exception():
+            if (
+                place.turn.done()
+                and not place.turn.cancelled()
+                and not place.turn.exception()
+            ):
                 place.turn.result().release()  # the slot came in the same moment
             raise
         finally:
@@ -160,7 +184,9 @@ class Threads:
         future = Future()
         self._work.put((future, fn, args))
         if not self._idle.acquire(blocking=False) and len(self._threads) < self.limit:
-            thread = threading.Thread(target=self._run, name=f"{self.name}-{len(self._threads)}", daemon=True)
+            thread = threading.Thread(
+                target=self._run, name=f"{self.name}-{len(self._threads)}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
         return future
@@ -173,7 +199,11 @@ class Threads:
                     future.set_result(fn(*args))
                 except Exception as error:
                     # asyncio cannot carry a StopIteration
-                    future.set_exception(RuntimeError("StopIteration") if isinstance(error, StopIteration) else error)
+                    future.set_exception(
+                        RuntimeError("StopIteration")
+                        if isinstance(error, StopIteration)
+                        else error
+                    )
                 except BaseException as error:  # SystemExit is the answer to one request, not the end of this thread
                     future.set_exception(error)
             del item, future, fn, args
@@ -209,7 +239,10 @@ def _no_exit(error: BaseException) -> RuntimeError:
 async def _tamed(awaitable: Awaitable) -> Any:
     try:
         return await awaitable
-    except (KeyboardInterrupt, SystemExit) as error:  # would end the loop, and with it everybody's requests
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ) as error:  # would end the loop, and with it everybody's requests
         raise _no_exit(error) from error
 
 
@@ -233,9 +266,17 @@ async def work(
 ) -> Any:  # what it returns; an iterator of pieces when it is a generator
     "`fn(synapse)`, wherever it belongs."
     try:
-        in_loop = inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn) or inspect.isgeneratorfunction(fn)
-        result = fn(synapse) if in_loop else await _in_thread(slot, threads, fn, synapse)
-        result = await _in_task(slot, result) if hasattr(result, "__await__") else result
+        in_loop = (
+            inspect.iscoroutinefunction(fn)
+            or inspect.isasyncgenfunction(fn)
+            or inspect.isgeneratorfunction(fn)
+        )
+        result = (
+            fn(synapse) if in_loop else await _in_thread(slot, threads, fn, synapse)
+        )
+        result = (
+            await _in_task(slot, result) if hasattr(result, "__await__") else result
+        )
     except (KeyboardInterrupt, SystemExit) as error:
         raise _no_exit(error) from error
     return pieces(result, slot, threads) if is_stream(result) else result
@@ -249,7 +290,9 @@ def is_stream(result: Any) -> bool:
     return inspect.isasyncgen(result) or inspect.isgenerator(result)
 
 
-async def _steps(generator: Generator, slot: Slot, threads: Threads) -> AsyncGenerator[Any, None]:
+async def _steps(
+    generator: Generator, slot: Slot, threads: Threads
+) -> AsyncGenerator[Any, None]:
     "The items of a plain generator, each made in a thread."
     loop, step = asyncio.get_running_loop(), None
     slot.hold()  # until it is closed
@@ -262,19 +305,28 @@ async def _steps(generator: Generator, slot: Slot, threads: Threads) -> AsyncGen
                 break
             yield item
     finally:
+
         def close(_=None):
-            threads.submit(generator.close).add_done_callback(partial(_soon, loop, slot.release))
+            threads.submit(generator.close).add_done_callback(
+                partial(_soon, loop, slot.release)
+            )
 
         step.add_done_callback(close) if step else close()
 
 
-async def pieces(generator: Any, slot: Slot, threads: Threads) -> AsyncGenerator[str, None]:
+async def pieces(
+    generator: Any, slot: Slot, threads: Threads
+) -> AsyncGenerator[str, None]:
     "The pieces that a generator of either kind makes. Raises TypeError for a piece that is not text."
-    items = generator if inspect.isasyncgen(generator) else _steps(generator, slot, threads)
+    items = (
+        generator if inspect.isasyncgen(generator) else _steps(generator, slot, threads)
+    )
     try:
         async for item in items:
             if not isinstance(item, str):
-                raise TypeError(f"a piece of the completion is {type(item).__name__} instead of str")
+                raise TypeError(
+                    f"a piece of the completion is {type(item).__name__} instead of str"
+                )
             if item:
                 yield item
     except (KeyboardInterrupt, SystemExit) as error:

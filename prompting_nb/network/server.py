@@ -29,13 +29,23 @@ class Limits:
 
     max_head: int = 16_384  # bytes of request line and headers
     max_message: int = 8_000_000  # bytes of a whole request on the wire, chunk lines and trailers included
-    head_timeout: float = 10.0  # seconds from the first moment to the end of the headers
+    head_timeout: float = (
+        10.0  # seconds from the first moment to the end of the headers
+    )
     idle_timeout: float = 75.0  # seconds between requests; longer than our client keeps an idle connection
     max_connections: int = 4096
-    max_waiting: int = 64_000_000  # bytes of all requests together that are not complete
-    refused: Callable[[str], None] = lambda kind: None  # is told of each connection that was closed for this
-    waiting: dict = field(default_factory=dict, repr=False)  # connections that have not sent a whole head, oldest first
-    begun: dict = field(default_factory=dict, repr=False)  # connection -> bytes of a request that is not complete
+    max_waiting: int = (
+        64_000_000  # bytes of all requests together that are not complete
+    )
+    refused: Callable[[str], None] = lambda kind: (
+        None
+    )  # is told of each connection that was closed for this
+    waiting: dict = field(
+        default_factory=dict, repr=False
+    )  # connections that have not sent a whole head, oldest first
+    begun: dict = field(
+        default_factory=dict, repr=False
+    )  # connection -> bytes of a request that is not complete
     size: int = 0  # bytes of those together
 
 
@@ -52,7 +62,11 @@ def open_files() -> int:
 # %% ../../nbs/network/06_server.ipynb #c008
 def _short(status: int, reason: str) -> bytes:
     "An answer from before there is an application to give one."
-    phrase = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}[status]
+    phrase = {
+        400: "Bad Request",
+        408: "Request Timeout",
+        431: "Request Header Fields Too Large",
+    }[status]
     body = b'{"error": "%s"}' % reason.encode()
     head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return head.encode() + b"connection: close\r\n\r\n" + body
@@ -89,7 +103,11 @@ class _Timed(HttpToolsProtocol):
 
     def __init__(self, *args: Any, limits: Limits, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._limits, self._size, self._timer = limits, 0, None  # _size: bytes since the request began
+        self._limits, self._size, self._timer = (
+            limits,
+            0,
+            None,
+        )  # _size: bytes since the request began
         self._part = ""  # of a request that is not complete: "head" or "body"
 
     def _wait(self) -> None:
@@ -97,7 +115,10 @@ class _Timed(HttpToolsProtocol):
         if not self.transport.is_closing():
             self._limits.waiting[self] = None
             self._timer = self.loop.call_later(
-                self._limits.head_timeout, self._refuse, 408, "the headers did not arrive in time"
+                self._limits.head_timeout,
+                self._refuse,
+                408,
+                "the headers did not arrive in time",
             )
 
     def _whole(self) -> None:
@@ -141,7 +162,9 @@ class Guarded(_Timed):
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._wait()  # for the next head, or for the rest of a body that nobody wants
         if self._part == "head" and self._size > self._limits.max_head:
-            self._refuse(431, f"the headers are longer than {self._limits.max_head} bytes")
+            self._refuse(
+                431, f"the headers are longer than {self._limits.max_head} bytes"
+            )
         elif self._part and self._size > self._limits.max_message:
             self._limits.refused("message")
             self.transport.abort()
@@ -161,6 +184,7 @@ class Guarded(_Timed):
 
     def _let_go(self) -> None:
         self._limits.size -= self._limits.begun.pop(self, 0)
+
     def on_message_begin(self) -> None:
         self._part, self._size = "head", 0
         super().on_message_begin()
@@ -197,7 +221,9 @@ def listen(
 ) -> socket.socket:
     "A listening socket; `OSError` with a clear message where there cannot be one."
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         sock = socket.socket(family, kind, proto)
     except OSError as error:
         raise _cannot_listen(host, port, error) from None
@@ -245,8 +271,14 @@ class Server:
         sock: socket.socket,  # from `listen`; closed at the end
         limits: Limits | None = None,
     ):
-        self._uvicorn, self._sock, self.loop = _Uvicorn(app, limits or Limits()), sock, new_loop()
-        self._thread = threading.Thread(target=self._run, name=f"axon-{sock.getsockname()[1]}", daemon=True)
+        self._uvicorn, self._sock, self.loop = (
+            _Uvicorn(app, limits or Limits()),
+            sock,
+            new_loop(),
+        )
+        self._thread = threading.Thread(
+            target=self._run, name=f"axon-{sock.getsockname()[1]}", daemon=True
+        )
 
     def start(self) -> "Server":
         "Returns when requests are answered."
@@ -260,7 +292,9 @@ class Server:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_until_complete(self._uvicorn.serve(sockets=[self._sock]))
-            if left := asyncio.all_tasks(self.loop):  # they wait for threads that do not end
+            if left := asyncio.all_tasks(
+                self.loop
+            ):  # they wait for threads that do not end
                 for task in left:
                     task.cancel()
                 self.loop.run_until_complete(asyncio.wait(left))
@@ -286,7 +320,11 @@ class Server:
         if self.alive:
             with suppress(RuntimeError):  # the loop ended in this moment
                 draining = asyncio.run_coroutine_threadsafe(drain(), self.loop)
-                draining.add_done_callback(lambda _: setattr(self._uvicorn, "should_exit", True))
+                draining.add_done_callback(
+                    lambda _: setattr(self._uvicorn, "should_exit", True)
+                )
             self._thread.join(limit)
         if self.alive:
-            _log.error("the server thread %s did not end within %g s", self._thread.name, limit)
+            _log.error(
+                "the server thread %s did not end within %g s", self._thread.name, limit
+            )

@@ -30,22 +30,32 @@ _EXAMPLES = {
     "score": "example: prompting-nb reward score --model my-reward --data completions.jsonl --out rewards.jsonl",
 }
 _TRAINING = {
-    "epochs": "Times that every prompt is seen.", "lr": "Learning rate of AdamW, at its highest.",
+    "epochs": "Times that every prompt is seen.",
+    "lr": "Learning rate of AdamW, at its highest.",
     "head_lr": "Learning rate of the head. Default: the same.",
     "completions_per_prompt": "Completions of a prompt that are read in an epoch, at most.",
     "tokens_per_batch": "Tokens that are computed at once.",
     "accumulate": "Batches a step of the optimiser: larger steps in the same memory.",
-    "weight_decay": "Weight decay of AdamW.", "warmup": "Share of the run in which the rate rises.",
+    "weight_decay": "Weight decay of AdamW.",
+    "warmup": "Share of the run in which the rate rises.",
     "clip": "Norm that gradients are cut down to.",
     "bf16": "Compute in bfloat16: true, false, or auto (where it pays).",
     "encoder_dropout": "Dropout inside the transformer as well: true or false.",
     "packed": "Without padding and with shared prompts, where the model allows it: true or false.",
-    "seed": "Of everything that is drawn at random.", "eval_every": "Steps between evaluations during training.",
+    "seed": "Of everything that is drawn at random.",
+    "eval_every": "Steps between evaluations during training.",
     "patience": "Stop after so many evaluations without a lower loss, and keep the best weights.",
-    "checkpoint_every": "Steps between checkpoints.", "max_steps": "Stop after so many steps.",
+    "checkpoint_every": "Steps between checkpoints.",
+    "max_steps": "Stop after so many steps.",
     "max_seconds": "Stop after so much time.",
 }
-_OPTIONAL = {"head_lr": float, "eval_every": int, "patience": int, "max_steps": int, "max_seconds": float}
+_OPTIONAL = {
+    "head_lr": float,
+    "eval_every": int,
+    "patience": int,
+    "max_steps": int,
+    "max_seconds": float,
+}
 
 
 def _add_training(parser) -> None:
@@ -56,44 +66,129 @@ def _add_training(parser) -> None:
     add("--data", type=str, required=True, help="Rankings or pairs to learn from.")
     add("--out", type=str, required=True, help="Folder for the model.")
     add("--force", action="store_true", help="Overwrite --out if it holds a model.")
-    add("--eval-data", type=Optional[str], default=None, help="Rankings or pairs to evaluate on.")
-    add("--held-out", type=float, default=0.1, help="Share of the prompts to evaluate on, or 0 for none.")
-    add("--model", type=str, default="minilm", help="Model to start from: a folder, a name on the hub, or minilm.")
-    add("--max-length", type=Optional[int], default=None, help="Tokens of a text. Default: at most 256.")
-    add("--pooling", type=str, default="auto", help="auto, last, mean, layers or pooler.")
-    add("--depth", type=Optional[int], default=None, help="Layers to use, from the first. Default: all.")
-    add("--length", type=Optional[float], default=None, help="First weight of a term for the length.")
-    add("--lora", type=Optional[int], default=None, help="Rank of low-rank adapters to train instead of all weights.")
-    add("--checkpoint", type=Optional[str], default=None, help="Folder for checkpoints; an interrupted run goes on from there.")
-    add("--track", type=Optional[str], default=None, help="Where to log, with commas: tensorboard,wandb. Both must be installed.")
-    add("--log-folder", type=str, default="logs", help="Folder for trackers that write files.")
+    add(
+        "--eval-data",
+        type=Optional[str],
+        default=None,
+        help="Rankings or pairs to evaluate on.",
+    )
+    add(
+        "--held-out",
+        type=float,
+        default=0.1,
+        help="Share of the prompts to evaluate on, or 0 for none.",
+    )
+    add(
+        "--model",
+        type=str,
+        default="minilm",
+        help="Model to start from: a folder, a name on the hub, or minilm.",
+    )
+    add(
+        "--max-length",
+        type=Optional[int],
+        default=None,
+        help="Tokens of a text. Default: at most 256.",
+    )
+    add(
+        "--pooling",
+        type=str,
+        default="auto",
+        help="auto, last, mean, layers or pooler.",
+    )
+    add(
+        "--depth",
+        type=Optional[int],
+        default=None,
+        help="Layers to use, from the first. Default: all.",
+    )
+    add(
+        "--length",
+        type=Optional[float],
+        default=None,
+        help="First weight of a term for the length.",
+    )
+    add(
+        "--lora",
+        type=Optional[int],
+        default=None,
+        help="Rank of low-rank adapters to train instead of all weights.",
+    )
+    add(
+        "--checkpoint",
+        type=Optional[str],
+        default=None,
+        help="Folder for checkpoints; an interrupted run goes on from there.",
+    )
+    add(
+        "--track",
+        type=Optional[str],
+        default=None,
+        help="Where to log, with commas: tensorboard,wandb. Both must be installed.",
+    )
+    add(
+        "--log-folder",
+        type=str,
+        default="logs",
+        help="Folder for trackers that write files.",
+    )
     for field in dataclasses.fields(TrainConfig):
         optional = _OPTIONAL.get(field.name)
-        kind = Any if field.name == "bf16" else Optional[optional] if optional else type(field.default)
-        add(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=_TRAINING[field.name])
+        kind = (
+            Any
+            if field.name == "bf16"
+            else Optional[optional]
+            if optional
+            else type(field.default)
+        )
+        add(
+            f"--{field.name.replace('_', '-')}",
+            type=kind,
+            default=field.default,
+            help=_TRAINING[field.name],
+        )
 
 # %% ../../nbs/reward/10_command.ipynb #c006
 def _add_using(parser) -> None:
     "The flags that `reward eval` and `reward score` share."
     add = lambda *args, **kwargs: add_argument(parser, *args, **kwargs)
-    add("--model", type=str, required=True, help="Folder or hub name of a trained reward model.")
+    add(
+        "--model",
+        type=str,
+        required=True,
+        help="Folder or hub name of a trained reward model.",
+    )
     add("--data", type=str, required=True, help="File with completions.")
     add("--batch-size", type=int, default=32, help="Texts that are scored together.")
 
 
 def _add_eval(parser) -> None:
     _add_using(parser)
-    add_argument(parser, "--json", type=Optional[str], default=None, help="Write the figures to this file as well.")
+    add_argument(
+        parser,
+        "--json",
+        type=Optional[str],
+        default=None,
+        help="Write the figures to this file as well.",
+    )
 
 
 def _add_score(parser) -> None:
     _add_using(parser)
-    add_argument(parser, "--out", type=str, default="-", help="File for the rewards; - is the standard output.")
+    add_argument(
+        parser,
+        "--out",
+        type=str,
+        default="-",
+        help="File for the rewards; - is the standard output.",
+    )
 
 
 def _add_common(parser) -> None:
     add_argument(parser, "--quiet", action="store_true", help="No progress bars.")
-    add_argument(parser, "--debug", action="store_true", help="Show the traceback of an error.")
+    add_argument(
+        parser, "--debug", action="store_true", help="Show the traceback of an error."
+    )
 
 # %% ../../nbs/reward/10_command.ipynb #c008
 class RewardParser:
@@ -103,9 +198,17 @@ class RewardParser:
 
     def parser(self, name: str) -> jsonargparse.ArgumentParser:
         "The parser of one of the three."
-        parser = make_parser(self.flags[name], _add_common, prog=f"prompting-nb reward {name}", exit_on_error=False,
-                             description=f"{_ABOUT[name]} {_DATA}", epilog=_EXAMPLES[name])
-        parser.add_argument("--config", action="config", help="YAML file with any of these flags.")
+        parser = make_parser(
+            self.flags[name],
+            _add_common,
+            prog=f"prompting-nb reward {name}",
+            exit_on_error=False,
+            description=f"{_ABOUT[name]} {_DATA}",
+            epilog=_EXAMPLES[name],
+        )
+        parser.add_argument(
+            "--config", action="config", help="YAML file with any of these flags."
+        )
         return parser
 
     def parse_args(self, argv: list[str]) -> Config:
@@ -113,7 +216,9 @@ class RewardParser:
         if not argv or argv[0] in ("-h", "--help"):
             print("usage: prompting-nb reward train | eval | score [flags]\n")
             print("\n".join(f"  {name:6} {about}" for name, about in _ABOUT.items()))
-            print("\n`prompting-nb reward train --help` lists the flags of train, and so on.")
+            print(
+                "\n`prompting-nb reward train --help` lists the flags of train, and so on."
+            )
             raise SystemExit(0)
         if argv[0] not in self.flags:
             raise InputError(f"there is no {argv[0]!r}; it can be train, eval or score")
@@ -132,10 +237,14 @@ def _rankings(settings: Config, say: Callable) -> tuple[list, list, list]:
     from prompting_nb.reward.preferences import Report, read_rankings, split
 
     if not 0 <= settings.held_out < 1:
-        raise InputError(f"--held-out is {settings.held_out}; it is a share of the prompts, at least 0 and below 1")
+        raise InputError(
+            f"--held-out is {settings.held_out}; it is a share of the prompts, at least 0 and below 1"
+        )
     watching = settings.patience or settings.eval_every
     if watching and not settings.held_out:
-        raise InputError("--patience and --eval-every need prompts to evaluate on: give --held-out above 0")
+        raise InputError(
+            "--patience and --eval-every need prompts to evaluate on: give --held-out above 0"
+        )
     report = Report()
     learn, test = read_rankings(settings.data, report), []
     say(f"{settings.data}: {report}")
@@ -143,7 +252,9 @@ def _rankings(settings: Config, say: Callable) -> tuple[list, list, list]:
         test = read_rankings(settings.eval_data)
     elif settings.held_out:
         learn, test = split(learn, settings.held_out)
-    learn, watched = split(learn, settings.held_out, seed=1) if watching else (learn, [])
+    learn, watched = (
+        split(learn, settings.held_out, seed=1) if watching else (learn, [])
+    )
     return learn, watched, test
 
 # %% ../../nbs/reward/10_command.ipynb #c015
@@ -154,8 +265,14 @@ def _fresh_model(settings: Config):
     from prompting_nb.reward.model import RewardModel
 
     torch.manual_seed(settings.seed)
-    model = RewardModel(settings.model, device=None, max_length=settings.max_length, pooling=settings.pooling,
-                        depth=settings.depth, length=settings.length)
+    model = RewardModel(
+        settings.model,
+        device=None,
+        max_length=settings.max_length,
+        pooling=settings.pooling,
+        depth=settings.depth,
+        length=settings.length,
+    )
     return model.add_lora(settings.lora) if settings.lora else model
 
 
@@ -169,22 +286,36 @@ def run_train(
 
     out, (rank, processes) = Path(settings.out), this_process()
     if (out / "reward.json").exists() and not settings.force:
-        raise InputError(f"{out} holds a reward model: give another --out, or --force to overwrite it")
+        raise InputError(
+            f"{out} holds a reward model: give another --out, or --force to overwrite it"
+        )
     if rank:
         say = lambda text: None
     config = TrainConfig(**{name: settings[name] for name in _TRAINING})
     learn, watched, test = _rankings(settings, say)
     model, bar = _fresh_model(settings), not settings.quiet
-    say(f"training on {len(learn)} prompts in {processes} process(es), evaluating on {len(test)}")
-    history = train(model, learn, config, watched, bar, checkpoint=settings.checkpoint, log_folder=settings.log_folder,
-                    trackers=settings.track.split(",") if settings.track else None)
+    say(
+        f"training on {len(learn)} prompts in {processes} process(es), evaluating on {len(test)}"
+    )
+    history = train(
+        model,
+        learn,
+        config,
+        watched,
+        bar,
+        checkpoint=settings.checkpoint,
+        log_folder=settings.log_folder,
+        trackers=settings.track.split(",") if settings.track else None,
+    )
     if rank:
         return {}
     found = evaluate(model, test, progress=bar) if test else None
     model.save_pretrained(out, found)
     if found:
         say(table({"trained": found}))
-    say(f"{history.stopped} after {len(history.steps)} steps in {history.processes} process(es); the model is in {out}")
+    say(
+        f"{history.stopped} after {len(history.steps)} steps in {history.processes} process(es); the model is in {out}"
+    )
     return found.to_dict() if found else {}
 
 # %% ../../nbs/reward/10_command.ipynb #c017
@@ -197,8 +328,17 @@ def run_eval(settings: Config, say: Callable[[str], None] = print) -> dict:
     rankings = read_rankings(settings.data)
     model = RewardModel.from_pretrained(settings.model, device=None)
     found = evaluate(model, rankings, settings.batch_size, progress=not settings.quiet)
-    say(table({settings.model: found, "the longer answer wins": evaluate(longer_wins, rankings)}))
-    say(f"expected calibration error {found.ece:.3f}; {found.n_pairs} pairs of {found.n_prompts} prompts")
+    say(
+        table(
+            {
+                settings.model: found,
+                "the longer answer wins": evaluate(longer_wins, rankings),
+            }
+        )
+    )
+    say(
+        f"expected calibration error {found.ece:.3f}; {found.n_pairs} pairs of {found.n_prompts} prompts"
+    )
     if settings.json:
         Path(settings.json).write_text(json.dumps(found.to_dict(), indent=2) + "\n")
     return found.to_dict()
@@ -209,7 +349,11 @@ def _texts(row: Any) -> tuple[str, list[str]]:
     from prompting_nb.reward.conversations import prompt_of, split_answer
     from prompting_nb.reward.preferences import parse_ranking
 
-    if isinstance(row, dict) and isinstance(row.get("completion"), str) and "prompt" in row:
+    if (
+        isinstance(row, dict)
+        and isinstance(row.get("completion"), str)
+        and "prompt" in row
+    ):
         return prompt_of(row["prompt"]), [row["completion"]]
     if isinstance(row, dict) and "messages" in row:
         prompt, completion = split_answer(row["messages"])
@@ -218,7 +362,9 @@ def _texts(row: Any) -> tuple[str, list[str]]:
     return ranking.prompt, ranking.completions
 
 
-def run_score(settings: Config, say: Callable[[str], None] = print) -> list[list[float]]:
+def run_score(
+    settings: Config, say: Callable[[str], None] = print
+) -> list[list[float]]:
     "The command `prompting-nb reward score`."
     from prompting_nb.reward.preferences import read_lines
     from prompting_nb.reward.model import RewardModel
@@ -232,10 +378,19 @@ def run_score(settings: Config, say: Callable[[str], None] = print) -> list[list
     model = RewardModel.from_pretrained(settings.model, device=None)
     prompts = [prompt for prompt, completions in rows for _ in completions]
     completions = [completion for _, completions in rows for completion in completions]
-    scores = iter(model.score(prompts, completions, settings.batch_size, not settings.quiet)[:, 0].tolist())
+    scores = iter(
+        model.score(prompts, completions, settings.batch_size, not settings.quiet)[
+            :, 0
+        ].tolist()
+    )
     rewards = [[next(scores) for _ in completions] for _, completions in rows]
-    lines = "".join(json.dumps({"rewards": [round(value, 6) for value in row]}) + "\n" for row in rewards)
-    sys.stdout.write(lines) if settings.out == "-" else Path(settings.out).write_text(lines)
+    lines = "".join(
+        json.dumps({"rewards": [round(value, 6) for value in row]}) + "\n"
+        for row in rewards
+    )
+    sys.stdout.write(lines) if settings.out == "-" else Path(settings.out).write_text(
+        lines
+    )
     return rewards
 
 
@@ -244,4 +399,6 @@ def run_reward(
     say: Callable[[str], None] = print,
 ) -> Any:  # raises `InputError` for bad input
     "The command `prompting-nb reward`."
-    return {"train": run_train, "eval": run_eval, "score": run_score}[settings.action](settings, say)
+    return {"train": run_train, "eval": run_eval, "score": run_score}[settings.action](
+        settings, say
+    )

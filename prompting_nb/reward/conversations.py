@@ -11,15 +11,25 @@ from typing import Any, Sequence
 # %% ../../nbs/reward/04_conversations.ipynb #c005
 def check_messages(
     messages: Any,
-) -> list[dict[str, str]]:  # role and content of each; raises ValueError with the reason when these are not messages
+) -> list[
+    dict[str, str]
+]:  # role and content of each; raises ValueError with the reason when these are not messages
     "Messages without what else they carry."
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"a conversation is a list of at least one message, got {messages!r:.40}")
+        raise ValueError(
+            f"a conversation is a list of at least one message, got {messages!r:.40}"
+        )
     for message in messages:
-        texts = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        texts = isinstance(message, dict) and all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        )
         if not texts:
-            raise ValueError(f"a message needs the texts 'role' and 'content', got {message!r:.60}")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+            raise ValueError(
+                f"a message needs the texts 'role' and 'content', got {message!r:.60}"
+            )
+    return [
+        {"role": message["role"], "content": message["content"]} for message in messages
+    ]
 
 
 class Conversation(str):
@@ -29,12 +39,16 @@ class Conversation(str):
 
     def __new__(cls, messages: Sequence[dict[str, str]]) -> "Conversation":
         messages = check_messages(messages)
-        text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        text = "\n\n".join(
+            f"{message['role']}: {message['content']}" for message in messages
+        )
         conversation = super().__new__(cls, text)
         conversation.messages = messages
         return conversation
 
-    def __reduce__(self):  # a pickled copy, and so a copy in another process, remembers too
+    def __reduce__(
+        self,
+    ):  # a pickled copy, and so a copy in another process, remembers too
         return Conversation, (self.messages,)
 
 # %% ../../nbs/reward/04_conversations.ipynb #c009
@@ -45,7 +59,11 @@ def prompt_of(
     if isinstance(prompt, str):
         return prompt
     messages = check_messages(prompt)
-    return messages[0]["content"] if [m["role"] for m in messages] == ["user"] else Conversation(messages)
+    return (
+        messages[0]["content"]
+        if [m["role"] for m in messages] == ["user"]
+        else Conversation(messages)
+    )
 
 
 def messages_of(
@@ -53,15 +71,27 @@ def messages_of(
     completion: str | None = None,  # added as the assistant's message
 ) -> list[dict[str, str]]:
     "A prompt as messages."
-    before = list(prompt.messages) if isinstance(prompt, Conversation) else [{"role": "user", "content": str(prompt)}]
-    return before if completion is None else [*before, {"role": "assistant", "content": completion}]
+    before = (
+        list(prompt.messages)
+        if isinstance(prompt, Conversation)
+        else [{"role": "user", "content": str(prompt)}]
+    )
+    return (
+        before
+        if completion is None
+        else [*before, {"role": "assistant", "content": completion}]
+    )
 
 
 def split_answer(
-    conversation: Sequence[dict[str, str]],  # at least two messages, the last of them is the completion
+    conversation: Sequence[
+        dict[str, str]
+    ],  # at least two messages, the last of them is the completion
 ) -> tuple[str, str]:  # prompt and completion; raises ValueError
     "What was asked, and the last message."
     messages = check_messages(conversation)
     if len(messages) < 2:
-        raise ValueError("a conversation with a completion has at least two messages, got one")
+        raise ValueError(
+            "a conversation with a completion has at least two messages, got one"
+        )
     return prompt_of(messages[:-1]), messages[-1]["content"]

@@ -25,10 +25,19 @@ def text_features(
     batch_size: int = 32,  # texts a batch
     progress: bool = False,  # show a progress bar
     bf16: bool = False,  # compute in bfloat16
-) -> list[torch.Tensor]:  # for each ranking (completions, hidden_size), or one more with a term for the length
+) -> list[
+    torch.Tensor
+]:  # for each ranking (completions, hidden_size), or one more with a term for the length
     "The features of all completions, in eval mode."
-    rows = [row for ranking in rankings for row in model.encode_texts(ranking.prompt, ranking.completions)]
-    with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    rows = [
+        row
+        for ranking in rankings
+        for row in model.encode_texts(ranking.prompt, ranking.completions)
+    ]
+    with (
+        evaluating(model),
+        torch.autocast(model.device.type, torch.bfloat16, enabled=bf16),
+    ):
         features = in_batches(model.features, rows, model.device, batch_size, progress)
     if model.length is not None:
         lengths = torch.tensor([length_of(row) for row in rows], dtype=torch.float32)
@@ -36,13 +45,17 @@ def text_features(
     return list(features.split([len(ranking) for ranking in rankings]))
 
 
-def _pairs_of(scores: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _pairs_of(
+    scores: list[list[float]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "For every decided pair the places of better and worse among all completions, and its weight (they sum to 1)."
     found, start = [], 0
     for row in scores:
         judged = torch.tensor(row, dtype=torch.float64)
         places = (judged[:, None] > judged).nonzero()
-        found.append((places + start, torch.full((len(places),), 1 / max(1, len(places)))))
+        found.append(
+            (places + start, torch.full((len(places),), 1 / max(1, len(places))))
+        )
         start += len(row)
     places, weights = map(torch.cat, zip(*found))
     return places[:, 0], places[:, 1], weights / weights.sum()
@@ -62,7 +75,10 @@ def fit_head(
     def closure():
         optimizer.zero_grad()
         rewards = inputs @ head
-        loss = -(weights * logsigmoid(rewards[better] - rewards[worse])).sum() + decay * head.square().sum()
+        loss = (
+            -(weights * logsigmoid(rewards[better] - rewards[worse])).sum()
+            + decay * head.square().sum()
+        )
         loss.backward()
         return loss
 
@@ -81,7 +97,10 @@ def start_head(
     "Fit the head of a reward model to rankings."
     rankings = decided(rankings)
     features = text_features(model, rankings, batch_size, progress, bf16)
-    head, own = fit_head(features, [r.scores for r in rankings], decay), cast(torch.nn.Linear, model.head[1])
+    head, own = (
+        fit_head(features, [r.scores for r in rankings], decay),
+        cast(torch.nn.Linear, model.head[1]),
+    )
     size = own.in_features
     with torch.no_grad():
         own.weight.copy_(head[None, :size])
@@ -104,7 +123,9 @@ class Judged(NamedTuple):
 class HeadEnsemble:
     "Several heads on the encoder of a reward model."
 
-    def __init__(self, model: RewardModel, weights: torch.Tensor):  # `weights` (heads, size of the features)
+    def __init__(
+        self, model: RewardModel, weights: torch.Tensor
+    ):  # `weights` (heads, size of the features)
         self.model, self.weights = model, weights
 
     @classmethod
@@ -116,17 +137,32 @@ class HeadEnsemble:
         seed: int = 0,
         decay: float = 1e-2,  # as for `fit_head`
         progress: bool = False,
-    ) -> "HeadEnsemble":  # raises `InputError` for fewer than two heads, or where nothing was decided
+    ) -> (
+        "HeadEnsemble"
+    ):  # raises `InputError` for fewer than two heads, or where nothing was decided
         "Fit every head on a sample of the prompts, drawn with replacement."
         rankings = [ranking for ranking in rankings if any(decisions(ranking))]
         if heads < 2 or not rankings:
             found = f"{heads} and {len(rankings)}"
-            raise InputError(f"an ensemble needs at least 2 heads and a decided prompt, got {found}")
-        features, draw = text_features(model, rankings, progress=progress), torch.Generator().manual_seed(seed)
+            raise InputError(
+                f"an ensemble needs at least 2 heads and a decided prompt, got {found}"
+            )
+        features, draw = (
+            text_features(model, rankings, progress=progress),
+            torch.Generator().manual_seed(seed),
+        )
         weights = []
         for _ in range(heads):
-            drawn = torch.randint(len(rankings), (len(rankings),), generator=draw).tolist()
-            weights.append(fit_head([features[i] for i in drawn], [rankings[i].scores for i in drawn], decay))
+            drawn = torch.randint(
+                len(rankings), (len(rankings),), generator=draw
+            ).tolist()
+            weights.append(
+                fit_head(
+                    [features[i] for i in drawn],
+                    [rankings[i].scores for i in drawn],
+                    decay,
+                )
+            )
         return cls(model, torch.stack(weights))
 
     def judge(
@@ -135,5 +171,8 @@ class HeadEnsemble:
         progress: bool = False,
     ) -> list[Judged]:  # one for each ranking
         "The rewards of all heads."
-        found = [(features @ self.weights.T).T for features in text_features(self.model, rankings, progress=progress)]
+        found = [
+            (features @ self.weights.T).T
+            for features in text_features(self.model, rankings, progress=progress)
+        ]
         return [Judged(rewards.mean(dim=0), rewards) for rewards in found]

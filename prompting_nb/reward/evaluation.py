@@ -30,8 +30,14 @@ def count_right(
     counts = np.zeros((len(rankings), 2))
     for row, ranking, given in zip(counts, rankings, scores, strict=True):
         for better, worse in decisions(ranking):
-            if not shorter_only or len(ranking.completions[better]) < len(ranking.completions[worse]):
-                row += (given[better] > given[worse]) + (given[better] == given[worse]) / 2, 1
+            if not shorter_only or len(ranking.completions[better]) < len(
+                ranking.completions[worse]
+            ):
+                row += (
+                    (given[better] > given[worse])
+                    + (given[better] == given[worse]) / 2,
+                    1,
+                )
     return counts
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c011
@@ -57,7 +63,9 @@ def pairwise_accuracy(
     counts = counts[counts[:, 1] > 0]
     if not len(counts):
         return Accuracy(math.nan, math.nan, math.nan, 0)
-    drawn = np.random.default_rng(seed).integers(len(counts), size=(samples, len(counts)))
+    drawn = np.random.default_rng(seed).integers(
+        len(counts), size=(samples, len(counts))
+    )
     right, total = np.moveaxis(counts[drawn].sum(axis=1), 1, 0)
     low, high = np.quantile(right / total, [(1 - level) / 2, (1 + level) / 2])
     right, total = counts.sum(axis=0)
@@ -80,13 +88,22 @@ def margins(
 ) -> np.ndarray:  # (n_pairs,) score of the better completion minus that of the worse
     "The margin of every pair that the judge told apart."
     pairs = zip(rankings, scores, strict=True)
-    return np.array([given[i] - given[j] for ranking, given in pairs for i, j in decisions(ranking)], dtype=float)
+    return np.array(
+        [
+            given[i] - given[j]
+            for ranking, given in pairs
+            for i, j in decisions(ranking)
+        ],
+        dtype=float,
+    )
 
 
 def calibration(
     margins: np.ndarray,  # as `margins` returns them
     bins: int = 10,  # of equal width in confidence, from 0.5 to 1
-) -> tuple[float, list[Bin]]:  # the expected calibration error, and the bins that hold a pair
+) -> tuple[
+    float, list[Bin]
+]:  # the expected calibration error, and the bins that hold a pair
     "Compare how sure the scores are with how often they are right."
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = (margins > 0) + (margins == 0) / 2
@@ -96,17 +113,23 @@ def calibration(
         low, inside = 0.5 + b / (2 * bins), place == b
         means = float(confidence[inside].mean()), float(right[inside].mean())
         found.append(Bin(low, low + 0.5 / bins, int(inside.sum()), *means))
-    error = sum(b.n_pairs * abs(b.confidence - b.accuracy) for b in found) / max(len(margins), 1)
+    error = sum(b.n_pairs * abs(b.confidence - b.accuracy) for b in found) / max(
+        len(margins), 1
+    )
     return float(error), found
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c023
 def best_of_k(
     scores: list[list[float]],  # for each ranking the score of each completion
     rankings: list[Ranking],
-    k: int | None = None,  # completions to choose from; `None`, or more than there are: all of them
+    k: int
+    | None = None,  # completions to choose from; `None`, or more than there are: all of them
 ) -> float:  # in units of the judge's score
     "The judge's mean score of the completion that the scores would choose."
-    found = [_best_of(given, ranking.scores, k) for ranking, given in zip(rankings, scores, strict=True)]
+    found = [
+        _best_of(given, ranking.scores, k)
+        for ranking, given in zip(rankings, scores, strict=True)
+    ]
     return sum(found) / len(found)
 
 
@@ -115,8 +138,12 @@ def _best_of(given: list[float], judged: list[float], k: int | None) -> float:
     n = len(given)
     k = min(k or n, n)
     tied = {score: [j for g, j in zip(given, judged) if g == score] for score in given}
-    means = (sum(tied[score]) / len(tied[score]) for score in sorted(given, reverse=True))
-    return sum(math.comb(n - 1 - place, k - 1) * mean for place, mean in enumerate(means)) / math.comb(n, k)
+    means = (
+        sum(tied[score]) / len(tied[score]) for score in sorted(given, reverse=True)
+    )
+    return sum(
+        math.comb(n - 1 - place, k - 1) * mean for place, mean in enumerate(means)
+    ) / math.comb(n, k)
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c027
 def best_of_k_accuracy(
@@ -125,7 +152,9 @@ def best_of_k_accuracy(
 ) -> float:
     "The share of prompts whose correct completion has the highest score; ties for it count in part."
     pairs = zip(scores, correct, strict=True)
-    hits = [(given[right] == max(given)) / given.count(max(given)) for given, right in pairs]
+    hits = [
+        (given[right] == max(given)) / given.count(max(given)) for given, right in pairs
+    ]
     return sum(hits) / len(hits)
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c031
@@ -151,11 +180,22 @@ def ties_score(
     reference: list[Answers],  # in the same order, their twins with one right answer
 ) -> float:  # at most 1.01
     "The ties score of RewardBench 2."
-    gap, alone = (np.array([answers.gap for answers in side]) for side in (tied, reference))
-    spread, least = np.array([answers.spread for answers in tied]), np.minimum(gap, alone)
+    gap, alone = (
+        np.array([answers.gap for answers in side]) for side in (tied, reference)
+    )
+    spread, least = (
+        np.array([answers.spread for answers in tied]),
+        np.minimum(gap, alone),
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         bonus = np.nan_to_num(np.tanh(least / spread - 1), nan=0.0)
-    parts = 0.3 * (gap > 0) + 0.3 * (alone > 0) + 0.2 * (gap > spread) + 0.2 * (least > spread) + 0.01 * bonus
+    parts = (
+        0.3 * (gap > 0)
+        + 0.3 * (alone > 0)
+        + 0.2 * (gap > spread)
+        + 0.2 * (least > spread)
+        + 0.01 * bonus
+    )
     return float(parts.mean())
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c036
@@ -170,16 +210,37 @@ class LengthBin(NamedTuple):
 def accuracy_by_length(
     scores: list[list[float]],  # for each ranking the score of each completion
     rankings: list[Ranking],
-    edges: tuple[float, ...] = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0),  # of the bins, as ratios
+    edges: tuple[float, ...] = (
+        0.25,
+        0.5,
+        0.8,
+        1.0,
+        1.25,
+        2.0,
+        4.0,
+    ),  # of the bins, as ratios
 ) -> list[LengthBin]:  # those that hold a pair, from shorter to longer
     "How often scores are right, by how much longer the chosen completion is."
-    pairs = [(ranking.completions, given, i, j) for ranking, given in zip(rankings, scores, strict=True)
-             for i, j in decisions(ranking)]
-    ratio = np.array([math.log(len(texts[i]) / len(texts[j])) for texts, _, i, j in pairs])
-    right = np.array([(given[i] > given[j]) + (given[i] == given[j]) / 2 for _, given, i, j in pairs])
+    pairs = [
+        (ranking.completions, given, i, j)
+        for ranking, given in zip(rankings, scores, strict=True)
+        for i, j in decisions(ranking)
+    ]
+    ratio = np.array(
+        [math.log(len(texts[i]) / len(texts[j])) for texts, _, i, j in pairs]
+    )
+    right = np.array(
+        [(given[i] > given[j]) + (given[i] == given[j]) / 2 for _, given, i, j in pairs]
+    )
     place = np.digitize(ratio, np.log(edges))
-    return [LengthBin(float(np.exp(ratio[place == b].mean())), int((place == b).sum()), float(right[place == b].mean()))
-            for b in np.unique(place)]
+    return [
+        LengthBin(
+            float(np.exp(ratio[place == b].mean())),
+            int((place == b).sum()),
+            float(right[place == b].mean()),
+        )
+        for b in np.unique(place)
+    ]
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c040
 def rejection_curve(
@@ -189,7 +250,10 @@ def rejection_curve(
 ) -> list[tuple[float, float]]:  # (share kept, accuracy on it)
     "Accuracy when only the surest pairs are kept."
     right = ((margins > 0) + (margins == 0) / 2)[np.argsort(uncertainty, kind="stable")]
-    return [(share, float(right[: max(1, round(share * len(right)))].mean())) for share in shares]
+    return [
+        (share, float(right[: max(1, round(share * len(right)))].mean()))
+        for share in shares
+    ]
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c044
 def longer_wins(
@@ -208,9 +272,16 @@ def zero_shot_cosine(
 
     def scorer(prompts: list[str], completions: list[str]) -> list[float]:
         texts = list(dict.fromkeys([*prompts, *completions]))
-        vectors = torch.nn.functional.normalize(embed(encoder, texts, batch_size), dim=1) if texts else []
+        vectors = (
+            torch.nn.functional.normalize(embed(encoder, texts, batch_size), dim=1)
+            if texts
+            else []
+        )
         vector = dict(zip(texts, vectors))
-        return [float(vector[prompt] @ vector[completion]) for prompt, completion in zip(prompts, completions)]
+        return [
+            float(vector[prompt] @ vector[completion])
+            for prompt, completion in zip(prompts, completions)
+        ]
 
     return scorer
 
@@ -233,16 +304,37 @@ class RewardEvaluation:
 
     def to_dict(self) -> dict:
         "The same as plain values, for JSON: bins as dicts, nan as `None`."
-        values = asdict(self) | {"interval": list(self.interval), "bins": [b._asdict() for b in self.bins]}
-        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+        values = asdict(self) | {
+            "interval": list(self.interval),
+            "bins": [b._asdict() for b in self.bins],
+        }
+        return {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in values.items()
+        }
 
     def _repr_html_(self) -> str:
         low, high = self.interval
-        rows = [("pairs in the right order", self.accuracy, f"of {self.n_pairs}; 95 % interval {low:.3f} to {high:.3f}"),
-                ("where the shorter answer is better", self.shorter_accuracy, f"of {self.n_shorter}"),
-                ("judge's score of the best reward", self.best_of, f"over {self.n_prompts} prompts"),
-                ("of a completion taken by chance", self.random, ""), ("of the judge's own choice", self.oracle, ""),
-                ("calibration error (ECE)", self.ece, "0 is best")]
+        rows = [
+            (
+                "pairs in the right order",
+                self.accuracy,
+                f"of {self.n_pairs}; 95 % interval {low:.3f} to {high:.3f}",
+            ),
+            (
+                "where the shorter answer is better",
+                self.shorter_accuracy,
+                f"of {self.n_shorter}",
+            ),
+            (
+                "judge's score of the best reward",
+                self.best_of,
+                f"over {self.n_prompts} prompts",
+            ),
+            ("of a completion taken by chance", self.random, ""),
+            ("of the judge's own choice", self.oracle, ""),
+            ("calibration error (ECE)", self.ece, "0 is best"),
+        ]
         shown = [(what, Bar(value, value), note) for what, value, note in rows]
         return html_table("Reward evaluation", ("what", "value", "note"), shown)
 
@@ -257,14 +349,27 @@ def evaluate_scores(
     every = pairwise_accuracy(scores, rankings, seed=seed)
     shorter = pairwise_accuracy(scores, rankings, shorter_only=True, seed=seed)
     judged = [ranking.scores for ranking in rankings]
-    gains = best_of_k(scores, rankings), best_of_k(scores, rankings, k=1), best_of_k(judged, rankings)
+    gains = (
+        best_of_k(scores, rankings),
+        best_of_k(scores, rankings, k=1),
+        best_of_k(judged, rankings),
+    )
     sure = calibration(margins(scores, rankings), bins)
-    return RewardEvaluation(every.value, (every.low, every.high), len(rankings), every.n_pairs,
-                            shorter.value, shorter.n_pairs, *sure, *gains)
+    return RewardEvaluation(
+        every.value,
+        (every.low, every.high),
+        len(rankings),
+        every.n_pairs,
+        shorter.value,
+        shorter.n_pairs,
+        *sure,
+        *gains,
+    )
 
 
 def evaluate(
-    model: RewardModel | Callable,  # a reward model, or a scorer: (prompts, completions) -> one number each
+    model: RewardModel
+    | Callable,  # a reward model, or a scorer: (prompts, completions) -> one number each
     rankings: list[Ranking],  # prompts that it was not trained on
     batch_size: int = 32,  # for a reward model
     progress: bool = False,  # show a progress bar, for a reward model
@@ -272,7 +377,9 @@ def evaluate(
 ) -> RewardEvaluation:
     "Score the completions of rankings, and compare with the judge."
     if isinstance(model, RewardModel):
-        model = partial(model.score, batch_size=batch_size, progress=progress, bf16=bf16)
+        model = partial(
+            model.score, batch_size=batch_size, progress=progress, bf16=bf16
+        )
     return evaluate_scores(score_rankings(model, rankings), rankings)
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c054
@@ -283,6 +390,8 @@ def table(
     width = max(map(len, evaluations), default=0)
     lines = [f"{'':{width}}  accuracy  95 % interval   shorter preferred  best of all"]
     for name, e in evaluations.items():
-        lines.append(f"{name:{width}}  {e.accuracy:8.3f}  {e.interval[0]:.3f} to {e.interval[1]:.3f}"
-                     f"  {e.shorter_accuracy:17.3f}  {e.best_of:11.3f}")
+        lines.append(
+            f"{name:{width}}  {e.accuracy:8.3f}  {e.interval[0]:.3f} to {e.interval[1]:.3f}"
+            f"  {e.shorter_accuracy:17.3f}  {e.best_of:11.3f}"
+        )
     return "\n".join(lines)

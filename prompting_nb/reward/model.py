@@ -22,8 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+)
 from typing_extensions import Self
 
 from ..config import InputError
@@ -33,15 +37,19 @@ from ..shapes import TensorType, check_shapes
 
 # %% ../../nbs/reward/00_model.ipynb #c009
 def pick_device(
-    device: str | None = None,  # "cuda", "cuda:1", "cpu" ...; `None` is CUDA where there is one, else the CPU
+    device: str
+    | None = None,  # "cuda", "cuda:1", "cpu" ...; `None` is CUDA where there is one, else the CPU
 ) -> torch.device:
     "The device to run on: the CPU, with a warning, when CUDA is asked for and there is none."
     has_cuda = torch.cuda.is_available()
     if device is None:
         device = "cuda" if has_cuda else "cpu"
     if str(device).startswith("cuda") and not has_cuda:
-        warnings.warn("no CUDA device was found: using the CPU (device=None takes the best there is)", RuntimeWarning,
-                      stacklevel=3)
+        warnings.warn(
+            "no CUDA device was found: using the CPU (device=None takes the best there is)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         device = "cpu"
     return torch.device(device)
 
@@ -49,10 +57,14 @@ def pick_device(
 def pack(
     input_ids: torch.Tensor,  # (batch_size, seq_len)
     attention_mask: torch.Tensor,  # (batch_size, seq_len), nonzero where a token is real
-) -> tuple[torch.Tensor, torch.Tensor]:  # the same two, real tokens first and in their order
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # the same two, real tokens first and in their order
     "Move the attended tokens of every row to its left end."
     attended = attention_mask.ne(0).long()
-    order = attended.argsort(dim=1, descending=True, stable=True)  # stable: the tokens of a text stay in order
+    order = attended.argsort(
+        dim=1, descending=True, stable=True
+    )  # stable: the tokens of a text stay in order
     return input_ids.gather(1, order), attended.gather(1, order)
 
 # %% ../../nbs/reward/00_model.ipynb #c019
@@ -73,7 +85,9 @@ def pooling_of(
 ) -> str:  # "last" or "mean"; raises `InputError` for an encoder-decoder
     "The pooling that suits a model: last token for causal models, mean for bidirectional ones."
     if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{config.model_type} has an encoder and a decoder: take a model that has only one of them")
+        raise InputError(
+            f"{config.model_type} has an encoder and a decoder: take a model that has only one of them"
+        )
     causal = config.model_type in CAUSAL and config.model_type not in MASKED
     return "last" if causal or getattr(config, "is_decoder", False) else "mean"
 
@@ -81,9 +95,17 @@ def pooling_of(
 def _frame(tokenizer) -> tuple[list[int], list[int], list[int]]:
     "The token ids before the prompt, between prompt and completion, and after the completion, without a template."
     if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
-        return [tokenizer.cls_token_id], [tokenizer.sep_token_id], [tokenizer.sep_token_id]
+        return (
+            [tokenizer.cls_token_id],
+            [tokenizer.sep_token_id],
+            [tokenizer.sep_token_id],
+        )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    start = [] if tokenizer.bos_token_id in (None, tokenizer.eos_token_id) else [tokenizer.bos_token_id]
+    start = (
+        []
+        if tokenizer.bos_token_id in (None, tokenizer.eos_token_id)
+        else [tokenizer.bos_token_id]
+    )
     blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     return start, blank or end, end
 
@@ -93,18 +115,24 @@ def _templated(tokenizer, prompt: str, completion: str) -> tuple[str, str]:
     messages = messages_of(prompt, completion)
     try:
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        before = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True
+        )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise InputError(f"the tokenizer's chat template does not take the roles {roles} ({error})") from error
+        raise InputError(
+            f"the tokenizer's chat template does not take the roles {roles} ({error})"
+        ) from error
     cut = len(before) if whole.startswith(before) else 0
     return whole[:cut], whole[cut:]
 
 # %% ../../nbs/reward/00_model.ipynb #c031
-def _fit(prompt: list[int], completion: list[int], room: int) -> tuple[list[int], list[int]]:
+def _fit(
+    prompt: list[int], completion: list[int], room: int
+) -> tuple[list[int], list[int]]:
     "Cut a prompt and a completion so that they have at most `room` tokens together."
     share = max(room // 4, room - len(completion))  # tokens that the prompt may keep
-    prompt = prompt[max(0, len(prompt) - share):]
+    prompt = prompt[max(0, len(prompt) - share) :]
     return prompt, completion[: room - len(prompt)]
 
 # %% ../../nbs/reward/00_model.ipynb #c035
@@ -123,21 +151,32 @@ def length_of(
     return len(row) + getattr(row, "cut", 0)
 
 # %% ../../nbs/reward/00_model.ipynb #c037
-def _encode_pairs(tokenizer, prompts: list[str] | str, completions: list[str], max_length: int) -> list[list[int]]:
+def _encode_pairs(
+    tokenizer, prompts: list[str] | str, completions: list[str], max_length: int
+) -> list[list[int]]:
     "The tokens of each prompt with its completion, at most `max_length` of them, each text a `Row`."
     if isinstance(prompts, str):
         prompts = [prompts] * len(completions)
     if len(prompts) != len(completions):
-        raise ValueError(f"{len(completions)} completions need as many prompts, or a single string; got {len(prompts)}")
+        raise ValueError(
+            f"{len(completions)} completions need as many prompts, or a single string; got {len(prompts)}"
+        )
     start, middle, end = ([], [], []) if tokenizer.chat_template else _frame(tokenizer)
     if tokenizer.chat_template and completions:
-        prompts, completions = map(list, zip(*(_templated(tokenizer, *pair) for pair in zip(prompts, completions))))
+        prompts, completions = map(
+            list,
+            zip(*(_templated(tokenizer, *pair) for pair in zip(prompts, completions))),
+        )
     room = max_length - len(start + middle + end)
     rows: list[list[int]] = []
-    for before, text in zip(*(_tokens(tokenizer, side) for side in (prompts, completions))):
+    for before, text in zip(
+        *(_tokens(tokenizer, side) for side in (prompts, completions))
+    ):
         prompt, completion = _fit(before, text, room)
         if not end:
-            completion[-1:] = text[-1:]  # the template's last token, where a long completion was cut
+            completion[-1:] = text[
+                -1:
+            ]  # the template's last token, where a long completion was cut
         cut = len(before) + len(text) - len(prompt) - len(completion)
         rows.append(Row(start + prompt + middle + completion + end, cut))
     return rows
@@ -156,16 +195,26 @@ def _tokens(tokenizer, texts: Iterable[str]) -> list[list[int]]:
 def _encode_any(tokenizer, texts: list | str, max_length: int) -> list[list[int]]:
     "The tokens of whole texts, or of conversations."
     if isinstance(texts, str) or len({isinstance(text, str) for text in texts}) > 1:
-        raise InputError("give a list of texts or a list of conversations, and not a mixture or a single text")
+        raise InputError(
+            "give a list of texts or a list of conversations, and not a mixture or a single text"
+        )
     if texts and not isinstance(texts[0], str):
         try:
             pairs = [split_answer(conversation) for conversation in texts]
         except ValueError as error:
             raise InputError(f"a conversation cannot be scored: {error}") from error
-        return _encode_pairs(tokenizer, [prompt for prompt, _ in pairs], [answer for _, answer in pairs], max_length)
+        return _encode_pairs(
+            tokenizer,
+            [prompt for prompt, _ in pairs],
+            [answer for _, answer in pairs],
+            max_length,
+        )
     start, _, end = _frame(tokenizer)
     room = max_length - len(start + end)
-    return [Row(start + row[:room] + end, max(0, len(row) - room)) for row in _tokens(tokenizer, texts)]
+    return [
+        Row(start + row[:room] + end, max(0, len(row) - room))
+        for row in _tokens(tokenizer, texts)
+    ]
 
 # %% ../../nbs/reward/00_model.ipynb #c045
 def _length_limit(tokenizer, config, wanted: int | None) -> int:
@@ -180,11 +229,17 @@ def _length_limit(tokenizer, config, wanted: int | None) -> int:
 def pad(
     rows: list[list[int]],  # token ids, one list or `Row` a text
     device: torch.device | str = "cpu",  # where the batch is needed
-) -> tuple[torch.Tensor, torch.Tensor]:  # `input_ids` and `attention_mask`, both (len(rows), longest)
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # `input_ids` and `attention_mask`, both (len(rows), longest)
     "A batch from rows of different length."
     width = max(map(len, rows))
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    input_ids = torch.tensor(
+        [row + [0] * (width - len(row)) for row in rows], device=device
+    )
+    attention_mask = torch.tensor(
+        [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
+    )
     for counts, row in zip(attention_mask, rows):
         counts[len(row) - 1] += length_of(row) - len(row)
     return input_ids, attention_mask
@@ -201,7 +256,9 @@ def in_batches(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     parts = []
     with torch.no_grad():
-        for start in tqdm(range(0, len(rows), batch_size), disable=not progress, desc="scoring"):
+        for start in tqdm(
+            range(0, len(rows), batch_size), disable=not progress, desc="scoring"
+        ):
             batch = pad([rows[i] for i in order[start : start + batch_size]], device)
             parts.append(function(*batch).float().cpu())
     ordered = torch.cat(parts)
@@ -215,10 +272,16 @@ def _keep_layers(model: Any, depth: int) -> None:  # a transformers model
     count = model.config.num_hidden_layers
     if not 1 <= depth <= count:
         raise InputError(f"depth is {depth}; this model has 1 to {count} layers")
-    stacks = [(module, name) for module in model.modules() for name, child in module.named_children()
-              if isinstance(child, torch.nn.ModuleList) and len(child) == count]
+    stacks = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == count
+    ]
     if len(stacks) != 1:
-        raise InputError(f"depth: the layers of {model.config.model_type} were not found: leave depth out")
+        raise InputError(
+            f"depth: the layers of {model.config.model_type} were not found: leave depth out"
+        )
     [(module, name)] = stacks
     setattr(module, name, getattr(module, name)[:depth])
     model.config.num_hidden_layers = depth
@@ -236,25 +299,33 @@ class TextEncoder(torch.nn.Module):
         device: str | None = None,  # as for `pick_device`
         *,
         pooling: str = "auto",  # "last", "mean", "layers", "pooler" (the model's own), or the one that suits the model
-        max_length: int | None = None,  # tokens of prompt and completion together; at most 256 by default
-        depth: int | None = None,  # take only the first layers of the transformer, so many; by default all
+        max_length: int
+        | None = None,  # tokens of prompt and completion together; at most 256 by default
+        depth: int
+        | None = None,  # take only the first layers of the transformer, so many; by default all
     ):
         super().__init__()
         if pooling not in ("auto", "last", "mean", "layers", "pooler"):
-            raise InputError(f"pooling is {pooling!r}; it can be 'auto', 'last', 'mean', 'layers' or 'pooler'")
+            raise InputError(
+                f"pooling is {pooling!r}; it can be 'auto', 'last', 'mean', 'layers' or 'pooler'"
+            )
         target = pick_device(device)
         self.model_name = model_name
         self.model = load(AutoModel.from_pretrained, model_name, dtype=torch.float32)
         if depth is not None:
             _keep_layers(self.model, depth)
         self.depth = depth
-        self.model.config.use_cache = False  # nothing is generated, so no keys and values need to be kept
+        self.model.config.use_cache = (
+            False  # nothing is generated, so no keys and values need to be kept
+        )
         self.tokenizer = load(AutoTokenizer.from_pretrained, model_name)
         self.pooling = pooling_of(self.model.config) if pooling == "auto" else pooling
         self.max_length = _length_limit(self.tokenizer, self.model.config, max_length)
         pooler = getattr(self.model, "pooler", None)
         if self.pooling == "pooler" and pooler is None:
-            raise InputError(f"{self.model.config.model_type} has no pooler of its own: take pooling 'last' or 'mean'")
+            raise InputError(
+                f"{self.model.config.model_type} has no pooler of its own: take pooling 'last' or 'mean'"
+            )
         if pooler is not None and self.pooling != "pooler":
             pooler.requires_grad_(False)  # BERT's own pooling, which ours replaces
         self.to(target)
@@ -264,14 +335,24 @@ class TextEncoder(torch.nn.Module):
         "Where the parameters are."
         return next(self.parameters()).device
 
-    def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         "The vector of each row, (batch_size, hidden_size), whatever the padding."
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = pack(input_ids, attention_mask)
         if self.pooling == "layers":
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-            mean = pool(torch.stack(output.hidden_states[1:]).mean(dim=0), attention_mask, "mean")
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                output_hidden_states=True,
+            )
+            mean = pool(
+                torch.stack(output.hidden_states[1:]).mean(dim=0),
+                attention_mask,
+                "mean",
+            )
             return torch.nn.functional.layer_norm(mean, mean.shape[-1:])
         output = self.model(input_ids=input_ids, attention_mask=attention_mask)
         if self.pooling == "pooler":
@@ -298,13 +379,19 @@ def embed(
     progress: bool = False,  # show a progress bar
 ) -> torch.Tensor:  # (len(texts), hidden_size) float32 on the CPU
     "The vectors of texts, in eval mode."
-    rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)["input_ids"]
+    rows = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)[
+        "input_ids"
+    ]
     with evaluating(encoder):
         return in_batches(encoder.features, rows, encoder.device, batch_size, progress)
 
 # %% ../../nbs/reward/00_model.ipynb #c061
-_CARD_NUMBERS = {"accuracy": "pairwise accuracy", "shorter_accuracy": "pairwise accuracy, shorter preferred",
-                 "best_of": "judge's score of the best of all", "ece": "expected calibration error"}
+_CARD_NUMBERS = {
+    "accuracy": "pairwise accuracy",
+    "shorter_accuracy": "pairwise accuracy, shorter preferred",
+    "best_of": "judge's score of the best of all",
+    "ece": "expected calibration error",
+}
 
 
 def model_card(
@@ -316,27 +403,67 @@ def model_card(
     "The README of a saved reward model."
     from huggingface_hub import EvalResult, ModelCardData
 
-    numbers = evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation or {}
-    found = {label: numbers[key] for key, label in _CARD_NUMBERS.items() if numbers.get(key) is not None}
-    results = [EvalResult("reward-modeling", "preferences", dataset, label, round(value, 4), metric_name=label)
-               for label, value in found.items()]
+    numbers = (
+        evaluation.to_dict() if hasattr(evaluation, "to_dict") else evaluation or {}
+    )
+    found = {
+        label: numbers[key]
+        for key, label in _CARD_NUMBERS.items()
+        if numbers.get(key) is not None
+    }
+    results = [
+        EvalResult(
+            "reward-modeling",
+            "preferences",
+            dataset,
+            label,
+            round(value, 4),
+            metric_name=label,
+        )
+        for label, value in found.items()
+    ]
     kind = model.model.config.model_type
-    metadata = ModelCardData(model_name=name, eval_results=results or None, library_name="prompting_nb",
-                             tags=["reward-model", kind]).to_yaml()
+    metadata = ModelCardData(
+        model_name=name,
+        eval_results=results or None,
+        library_name="prompting_nb",
+        tags=["reward-model", kind],
+    ).to_yaml()
     lines = [f"| {label} | {value:.3f} |" for label, value in found.items()]
-    table = ["", f"## Evaluation: {dataset}", "", "| | |", "|---|---|", *lines] if lines else []
-    return "\n".join(["---", metadata.strip(), "---", "", f"# {name}", "",
-                      f"A reward model: {kind}, {model.pooling} pooling, at most {model.max_length} tokens. Rewards "
-                      "compare completions of the same prompt; their zero means nothing.", "", "```python",
-                      "from prompting_nb.reward import RewardModel", "",
-                      f'model = RewardModel.from_pretrained("{name}")',
-                      "model.score(prompts, completions)", "```", *table, ""])
+    table = (
+        ["", f"## Evaluation: {dataset}", "", "| | |", "|---|---|", *lines]
+        if lines
+        else []
+    )
+    return "\n".join(
+        [
+            "---",
+            metadata.strip(),
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"A reward model: {kind}, {model.pooling} pooling, at most {model.max_length} tokens. Rewards "
+            "compare completions of the same prompt; their zero means nothing.",
+            "",
+            "```python",
+            "from prompting_nb.reward import RewardModel",
+            "",
+            f'model = RewardModel.from_pretrained("{name}")',
+            "model.score(prompts, completions)",
+            "```",
+            *table,
+            "",
+        ]
+    )
 
 # %% ../../nbs/reward/00_model.ipynb #c062
 def _settings(folder: Path) -> dict:
     "The settings of a saved reward model; raises `InputError` where there is none."
     if not (folder / "reward.json").is_file():
-        raise InputError(f"{folder} holds no reward model (reward.json): give a folder that save_pretrained wrote")
+        raise InputError(
+            f"{folder} holds no reward model (reward.json): give a folder that save_pretrained wrote"
+        )
     return json.loads((folder / "reward.json").read_text())
 
 
@@ -360,40 +487,72 @@ class _Stored(TextEncoder):
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         length = {} if self.length is None else {"length": self.length.detach()}
-        save_file({**self.head.state_dict(), **length}, folder / "reward_head.safetensors")
-        (folder / "README.md").write_text(model_card(cast(RewardModel, self), evaluation, name or folder.name))
-        settings = {"model_name": self.model_name, "dropout": self.head[0].p, "pooling": self.pooling,
-                    "max_length": self.max_length, "depth": self.depth, "bound": self.bound}
+        save_file(
+            {**self.head.state_dict(), **length}, folder / "reward_head.safetensors"
+        )
+        (folder / "README.md").write_text(
+            model_card(cast(RewardModel, self), evaluation, name or folder.name)
+        )
+        settings = {
+            "model_name": self.model_name,
+            "dropout": self.head[0].p,
+            "pooling": self.pooling,
+            "max_length": self.max_length,
+            "depth": self.depth,
+            "bound": self.bound,
+        }
         (folder / "reward.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,  # what `save_pretrained` wrote, or the name of such a model on the hub
-        device: str | None = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
+        folder: str
+        | Path,  # what `save_pretrained` wrote, or the name of such a model on the hub
+        device: str
+        | None = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
     ) -> Self:  # raises `InputError` when there is no reward model
         "Load a saved reward model; its scores are those of the model that was saved."
-        folder = Path(folder) if Path(folder).is_dir() else Path(load(_download, str(folder)))
+        folder = (
+            Path(folder)
+            if Path(folder).is_dir()
+            else Path(load(_download, str(folder)))
+        )
         try:
             settings = _settings(folder)
-            base, adapter = settings.pop("model_name"), (folder / "adapter_config.json").is_file()
+            base, adapter = (
+                settings.pop("model_name"),
+                (folder / "adapter_config.json").is_file(),
+            )
             model = cls(base if adapter else str(folder), device=device, **settings)
             if adapter:
                 from peft import PeftModel
 
-                model.model = PeftModel.from_pretrained(model.model, str(folder), is_trainable=True)
+                model.model = PeftModel.from_pretrained(
+                    model.model, str(folder), is_trainable=True
+                )
                 model.tokenizer = AutoTokenizer.from_pretrained(str(folder))
             model.model_name = base
             weights = load_file(folder / "reward_head.safetensors")
             if "length" in weights:
-                length = weights.pop("length").clone()  # a copy: what was loaded is a view of the file
+                length = weights.pop(
+                    "length"
+                ).clone()  # a copy: what was loaded is a view of the file
                 model.length = torch.nn.Parameter(length.to(model.device))
             model.head.load_state_dict(weights)
         except InputError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"the reward model in {folder} cannot be read ({reason}): save it again") from error
+            raise InputError(
+                f"the reward model in {folder} cannot be read ({reason}): save it again"
+            ) from error
         return model
 
     def push_to_hub(
@@ -408,12 +567,22 @@ class _Stored(TextEncoder):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, evaluation, name=repo_id)
             try:
-                repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
-                return str(HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A reward model"))
+                repo_id = (
+                    HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
+                )
+                return str(
+                    HfApi().upload_folder(
+                        repo_id=repo_id,
+                        folder_path=folder,
+                        commit_message="A reward model",
+                    )
+                )
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(f"cannot push to {repo_id} ({reason}): log in with `hf auth login`, and check the "
-                                 "name and the connection") from error
+                raise InputError(
+                    f"cannot push to {repo_id} ({reason}): log in with `hf auth login`, and check the "
+                    "name and the connection"
+                ) from error
 
 
 def _download(name: str, **kwargs) -> str:
@@ -428,13 +597,19 @@ def _classifier_of(model: "RewardModel", tokenizer) -> Any:  # of transformers
     config = copy.deepcopy(model.model.config)
     config.num_labels, config.problem_type = 1, "regression"
     try:
-        classifier = AutoModelForSequenceClassification.from_config(config).float().eval()
+        classifier = (
+            AutoModelForSequenceClassification.from_config(config).float().eval()
+        )
     except ValueError as error:
-        raise InputError(f"transformers has no sequence classifier for {config.model_type}") from error
+        raise InputError(
+            f"transformers has no sequence classifier for {config.model_type}"
+        ) from error
     weights = {name: tensor.cpu() for name, tensor in model.model.state_dict().items()}
     classifier.base_model.load_state_dict(weights, strict=False)
     head = classifier.score if hasattr(classifier, "score") else classifier.classifier
-    if not isinstance(head, torch.nn.Linear):  # RoBERTa keeps the pooler's dense layer in the head
+    if not isinstance(
+        head, torch.nn.Linear
+    ):  # RoBERTa keeps the pooler's dense layer in the head
         if model.pooling == "pooler" and hasattr(head, "dense"):
             head.dense.load_state_dict(model.model.pooler.dense.state_dict())
         head = getattr(head, "out_proj", head)
@@ -444,19 +619,33 @@ def _classifier_of(model: "RewardModel", tokenizer) -> Any:  # of transformers
             head.bias.zero_()
     if len(tokenizer) > classifier.get_input_embeddings().num_embeddings:
         classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    classifier.config.pad_token_id = tokenizer.pad_token_id  # only now: the table may have been too small for it
+    classifier.config.pad_token_id = (
+        tokenizer.pad_token_id
+    )  # only now: the table may have been too small for it
     return classifier
 
 
 def _same_scores(model: "RewardModel", classifier, tokenizer) -> bool:
     "Whether a classifier's logits are the model's rewards, to 1e-5, for two texts of different length."
-    rows = model.encode_texts(["What is two and two?"] * 2, ["Four.", "I think that it is four, or four and a half."])
+    rows = model.encode_texts(
+        ["What is two and two?"] * 2,
+        ["Four.", "I think that it is four, or four and a half."],
+    )
     width = max(map(len, rows))
-    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    ids = torch.tensor(
+        [row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows]
+    )
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     with torch.no_grad(), evaluating(model):
-        ours = model(*pad(rows, model.device)).cpu()  # our own padding: the classifier's token is new to our model
-        return torch.allclose(classifier(input_ids=ids, attention_mask=mask).logits, ours, atol=1e-5, rtol=1e-5)
+        ours = model(
+            *pad(rows, model.device)
+        ).cpu()  # our own padding: the classifier's token is new to our model
+        return torch.allclose(
+            classifier(input_ids=ids, attention_mask=mask).logits,
+            ours,
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 # %% ../../nbs/reward/00_model.ipynb #c065
 class _Exported(_Stored):
@@ -465,27 +654,46 @@ class _Exported(_Stored):
     def to_sequence_classification(
         self,
         folder: str | Path | None = None,  # write the checkpoint and its tokenizer here
-    ) -> torch.nn.Module:  # on the CPU; raises `InputError` for what a sequence classifier cannot express
+    ) -> (
+        torch.nn.Module
+    ):  # on the CPU; raises `InputError` for what a sequence classifier cannot express
         "The same model as transformers' `AutoModelForSequenceClassification`, with rewards as logits."
-        cannot = {"a bounded reward": self.bound is not None, "a term for the length": self.length is not None,
-                  f"{self.pooling!r} pooling": self.pooling in ("mean", "layers")}
+        cannot = {
+            "a bounded reward": self.bound is not None,
+            "a term for the length": self.length is not None,
+            f"{self.pooling!r} pooling": self.pooling in ("mean", "layers"),
+        }
         if any(cannot.values()):
             what = " and ".join(name for name, is_so in cannot.items() if is_so)
-            raise InputError(f"a sequence classifier cannot express {what}: train without, and with pooling='last' for "
-                             "causal models, 'pooler' for BERT and RoBERTa")
+            raise InputError(
+                f"a sequence classifier cannot express {what}: train without, and with pooling='last' for "
+                "causal models, 'pooler' for BERT and RoBERTa"
+            )
         if hasattr(self.model, "merge_and_unload"):
-            raise InputError("a sequence classifier holds whole weights: call merge_lora() first")
+            raise InputError(
+                "a sequence classifier holds whole weights: call merge_lora() first"
+            )
         tokenizer = copy.deepcopy(self.tokenizer)
-        if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):  # the last token that is not padding is read
+        if tokenizer.pad_token_id in (
+            None,
+            tokenizer.eos_token_id,
+        ):  # the last token that is not padding is read
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         tokenizer.padding_side = "right"
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # we tell no segments apart ...
-        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # ... and this is what is saved
+        tokenizer.model_input_names = [
+            "input_ids",
+            "attention_mask",
+        ]  # we tell no segments apart ...
+        tokenizer.init_kwargs["model_input_names"] = (
+            tokenizer.model_input_names
+        )  # ... and this is what is saved
         model = cast(RewardModel, self)
         classifier = _classifier_of(model, tokenizer)
         if not _same_scores(model, classifier, tokenizer):
-            raise InputError(f"the sequence classifier of {classifier.config.model_type} computes something else than "
-                             f"{self.pooling} pooling and a linear layer: it cannot hold this model")
+            raise InputError(
+                f"the sequence classifier of {classifier.config.model_type} computes something else than "
+                f"{self.pooling} pooling and a linear layer: it cannot hold this model"
+            )
         if folder is not None:
             with no_bars():
                 classifier.save_pretrained(folder)
@@ -497,7 +705,8 @@ class _Exported(_Stored):
         rank: int = 8,
         alpha: float = 16,  # updates are scaled by alpha / rank
         dropout: float = 0.0,
-        targets: str | list[str] = "all-linear",  # layers that get an adapter, as peft names them
+        targets: str
+        | list[str] = "all-linear",  # layers that get an adapter, as peft names them
     ) -> Self:  # itself: adapters and head learn, everything else is frozen
         "Train low-rank adapters (LoRA) in place of the encoder's weights. Needs peft."
         try:
@@ -505,8 +714,16 @@ class _Exported(_Stored):
         except ImportError as error:
             raise InputError("LoRA needs the package peft: pip install peft") from error
         exclude = None if self.pooling == "pooler" else ".*pooler.*"
-        self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=cast(int, alpha), lora_dropout=dropout,
-                                                           target_modules=targets, exclude_modules=exclude))
+        self.model = get_peft_model(
+            self.model,
+            LoraConfig(
+                r=rank,
+                lora_alpha=cast(int, alpha),
+                lora_dropout=dropout,
+                target_modules=targets,
+                exclude_modules=exclude,
+            ),
+        )
         return self
 
     def merge_lora(self) -> Self:  # itself, without adapters
@@ -524,30 +741,47 @@ class RewardModel(_Exported):
         self,
         model_name: str,  # transformers' model name, a local folder, or "minilm" for the built-in encoder
         dropout: float = 0.1,  # in front of the head, in train mode only
-        device: str | None = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
+        device: str
+        | None = "cuda",  # falls back to the CPU with a warning; `None` is the best there is
         *,
         pooling: str = "auto",  # by model type, or "last" attended token, "mean", "layers", "pooler"
-        max_length: int | None = None,  # tokens of prompt and completion together; at most 256 by default
+        max_length: int
+        | None = None,  # tokens of prompt and completion together; at most 256 by default
         depth: int | None = None,  # take only so many layers of the transformer
-        length: float | None = None,  # add so much times log(tokens, with those that were cut off), a weight that is trained
-        bound: float | None = None,  # rewards stay between -bound and bound, by tanh; `None`: they are unbounded
+        length: float
+        | None = None,  # add so much times log(tokens, with those that were cut off), a weight that is trained
+        bound: float
+        | None = None,  # rewards stay between -bound and bound, by tanh; `None`: they are unbounded
     ):
-        super().__init__(model_name, device, pooling=pooling, max_length=max_length, depth=depth)
+        super().__init__(
+            model_name, device, pooling=pooling, max_length=max_length, depth=depth
+        )
         if bound is not None and not 0 < bound < float("inf"):
-            raise InputError(f"bound is {bound}; it must be greater than 0, or None for unbounded rewards")
+            raise InputError(
+                f"bound is {bound}; it must be greater than 0, or None for unbounded rewards"
+            )
         self.bound = bound
         size = self.model.config.get_text_config().hidden_size
-        self.head = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(size, 1, bias=False))
+        self.head = torch.nn.Sequential(
+            torch.nn.Dropout(dropout), torch.nn.Linear(size, 1, bias=False)
+        )
         torch.nn.init.normal_(cast(torch.nn.Linear, self.head[1]).weight, std=0.02)
-        self.length = None if length is None else torch.nn.Parameter(torch.tensor([float(length)]))
+        self.length = (
+            None
+            if length is None
+            else torch.nn.Parameter(torch.tensor([float(length)]))
+        )
         self.to(self.device)
 
     @check_shapes
     def forward(
         self,
         input_ids: TensorType["batch_size", "seq_len"],
-        attention_mask: TensorType["batch_size", "seq_len"] | None = None,  # from `pad`; nonzero: a token
-    ) -> TensorType["batch_size", 1]:  # a reward for each item in the batch, float32; raises ShapeError, a ValueError
+        attention_mask: TensorType["batch_size", "seq_len"]
+        | None = None,  # from `pad`; nonzero: a token
+    ) -> TensorType[
+        "batch_size", 1
+    ]:  # a reward for each item in the batch, float32; raises ShapeError, a ValueError
         "Calculate the reward of each item in a batch."
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.rewards_of(self.features(input_ids, mask), mask.sum(dim=1))
@@ -561,13 +795,20 @@ class RewardModel(_Exported):
         rewards = self.head(features).float()
         if self.length is not None:
             rewards = rewards + self.length * lengths.clamp(min=1).log()[:, None]
-        return rewards if self.bound is None else self.bound * torch.tanh(rewards / self.bound)
+        return (
+            rewards
+            if self.bound is None
+            else self.bound * torch.tanh(rewards / self.bound)
+        )
 
     def encode_texts(
         self,
-        texts: list | str,  # prompts, one for each completion, or one for all; without completions, as for `score`
+        texts: list
+        | str,  # prompts, one for each completion, or one for all; without completions, as for `score`
         completions: list[str] | None = None,
-    ) -> list[list[int]]:  # token ids, at most `max_length` a text; raises ValueError when the numbers differ
+    ) -> list[
+        list[int]
+    ]:  # token ids, at most `max_length` a text; raises ValueError when the numbers differ
         "The tokens of prompts with their completions, of whole texts, or of conversations."
         if completions is None:
             return _encode_any(self.tokenizer, texts, self.max_length)
@@ -575,7 +816,8 @@ class RewardModel(_Exported):
 
     def score(
         self,
-        texts: list | str,  # prompts, one for each completion, or one for all; else texts or conversations
+        texts: list
+        | str,  # prompts, one for each completion, or one for all; else texts or conversations
         completions: list[str] | None = None,
         batch_size: int = 32,  # texts a batch: memory and speed, never the scores
         progress: bool = False,  # show a progress bar
@@ -583,8 +825,15 @@ class RewardModel(_Exported):
     ) -> TensorType["n", 1]:  # rewards in the order given, float32 on the CPU
         "The rewards of completions, of whole texts, or of conversations, in eval mode and without gradients."
         rows = self.encode_texts(texts, completions)
-        with evaluating(self), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return in_batches(self, rows, self.device, batch_size, progress) if rows else torch.empty(0, 1)
+        with (
+            evaluating(self),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
+        ):
+            return (
+                in_batches(self, rows, self.device, batch_size, progress)
+                if rows
+                else torch.empty(0, 1)
+            )
 
 # %% ../../nbs/reward/00_model.ipynb #c092
 class PairwiseLoss(torch.nn.Module):
@@ -602,19 +851,36 @@ class PairwiseLoss(torch.nn.Module):
     @check_shapes
     def forward(
         self,
-        chosen_rewards: TensorType["batch_size", 1],  # the reward of the chosen completion
-        rejected_rewards: TensorType["batch_size", 1],  # the reward of the rejected completion of the same prompt
-        margin: TensorType["batch_size", 1] | None = None,  # by how much the chosen reward should be higher
-    ) -> TensorType[1]:  # the loss, a mean over the batch; raises ValueError for other shapes and for an empty batch
+        chosen_rewards: TensorType[
+            "batch_size", 1
+        ],  # the reward of the chosen completion
+        rejected_rewards: TensorType[
+            "batch_size", 1
+        ],  # the reward of the rejected completion of the same prompt
+        margin: TensorType["batch_size", 1]
+        | None = None,  # by how much the chosen reward should be higher
+    ) -> TensorType[
+        1
+    ]:  # the loss, a mean over the batch; raises ValueError for other shapes and for an empty batch
         "Compute the loss value."
         if not len(chosen_rewards):
-            raise ValueError("the loss of an empty batch is not defined: give at least one pair")
+            raise ValueError(
+                "the loss of an empty batch is not defined: give at least one pair"
+            )
         chosen, rejected = chosen_rewards.float(), rejected_rewards.float()
-        difference = chosen - rejected if margin is None else chosen - rejected - margin.float()
-        return _with_centring(-logsigmoid(difference), chosen + rejected, self.centring).mean().reshape(1)
+        difference = (
+            chosen - rejected if margin is None else chosen - rejected - margin.float()
+        )
+        return (
+            _with_centring(-logsigmoid(difference), chosen + rejected, self.centring)
+            .mean()
+            .reshape(1)
+        )
 
 
-def _with_centring(losses: torch.Tensor, sums: torch.Tensor, weight: float) -> torch.Tensor:
+def _with_centring(
+    losses: torch.Tensor, sums: torch.Tensor, weight: float
+) -> torch.Tensor:
     "The losses of pairs, with the term that pulls the sum of two rewards to 0."
     return losses + weight * sums.square() if weight else losses
 
@@ -622,7 +888,9 @@ def _with_centring(losses: torch.Tensor, sums: torch.Tensor, weight: float) -> t
 def decided_pairs(
     scores: torch.Tensor,  # (n,) the judge's scores
     groups: torch.Tensor,  # (n,) which prompt a completion belongs to, any integers
-) -> torch.Tensor:  # (n, n) weight of "row is better than column", 0 where that was not decided
+) -> (
+    torch.Tensor
+):  # (n, n) weight of "row is better than column", 0 where that was not decided
     "The weight of every ordered pair of completions: 1 / (decided pairs of its prompt)."
     same = groups[:, None] == groups[None, :]
     better = same & (scores[:, None] > scores[None, :])
@@ -647,16 +915,22 @@ class RankingLoss(torch.nn.Module):
     def forward(
         self,
         rewards: TensorType["n", 1],  # of the completions of all prompts in the batch
-        scores: TensorType["n"],  # the judge's scores: higher is better, equal is undecided
+        scores: TensorType[
+            "n"
+        ],  # the judge's scores: higher is better, equal is undecided
         groups: TensorType["n"],  # which prompt each completion belongs to
     ) -> TensorType[1]:  # raises ValueError when nothing was decided
         "Compute the loss value."
         weights = decided_pairs(scores, groups)
         if not weights.any():
-            raise ValueError("no prompt has two completions with different scores: there is nothing to rank")
+            raise ValueError(
+                "no prompt has two completions with different scores: there is nothing to rank"
+            )
         rewards = rewards.float()
         differences = rewards - rewards.T  # (n, n), row minus column
         if self.margin:
             differences = differences - self.margin * (scores[:, None] - scores).float()
-        losses = _with_centring(-logsigmoid(differences), rewards + rewards.T, self.centring)
+        losses = _with_centring(
+            -logsigmoid(differences), rewards + rewards.T, self.centring
+        )
         return (weights * losses).sum().reshape(1) / weights.sum()

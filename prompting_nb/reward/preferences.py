@@ -28,15 +28,22 @@ class Ranking:
 
     prompt: str  # or a `Conversation`, which is a text that remembers its messages
     completions: list[str]
-    scores: list[float]  # higher is better; only comparisons within the prompt are ever used
+    scores: list[
+        float
+    ]  # higher is better; only comparisons within the prompt are ever used
     names: list[str] | None = None  # who wrote each completion
     source: str | None = None  # where the prompt comes from
 
     def __post_init__(self):
-        sizes = {"scores": len(self.scores), "names": len(self.names or self.completions)}
+        sizes = {
+            "scores": len(self.scores),
+            "names": len(self.names or self.completions),
+        }
         for field, size in sizes.items():
             if size != len(self.completions):
-                raise ValueError(f"a ranking of {len(self.completions)} completions has {size} {field}")
+                raise ValueError(
+                    f"a ranking of {len(self.completions)} completions has {size} {field}"
+                )
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -53,7 +60,11 @@ class Pair(NamedTuple):
 
 def decisions(ranking: Ranking) -> Iterator[tuple[int, int]]:
     "The index of the better and of the worse completion, for every two that the judge told apart."
-    return ((i, j) for i, j in permutations(range(len(ranking)), 2) if ranking.scores[i] > ranking.scores[j])
+    return (
+        (i, j)
+        for i, j in permutations(range(len(ranking)), 2)
+        if ranking.scores[i] > ranking.scores[j]
+    )
 
 
 def decided(
@@ -62,7 +73,9 @@ def decided(
     "The rankings from which something can be learned: those with two completions that the judge told apart."
     found = [ranking for ranking in rankings if any(decisions(ranking))]
     if not found:
-        raise InputError("there is nothing to learn: no prompt has two completions with different scores")
+        raise InputError(
+            "there is nothing to learn: no prompt has two completions with different scores"
+        )
     return found
 
 
@@ -70,8 +83,16 @@ def pairs(
     rankings: list[Ranking],
 ) -> list[Pair]:  # in the order of the rankings
     "Every pair of completions of the same prompt that the judge told apart."
-    return [Pair(ranking.prompt, ranking.completions[i], ranking.completions[j], ranking.scores[i] - ranking.scores[j])
-            for ranking in rankings for i, j in decisions(ranking)]
+    return [
+        Pair(
+            ranking.prompt,
+            ranking.completions[i],
+            ranking.completions[j],
+            ranking.scores[i] - ranking.scores[j],
+        )
+        for ranking in rankings
+        for i, j in decisions(ranking)
+    ]
 
 # %% ../../nbs/reward/03_preferences.ipynb #c013
 @dataclass
@@ -85,8 +106,10 @@ class Report:
     single: int = 0  # prompts with fewer than two completions left
 
     def __str__(self) -> str:
-        return (f"{self.rankings} prompts from {self.rows} rows; dropped: {self.empty} empty completions, "
-                f"{self.repeated} repeated completions, {self.single} prompts with fewer than two completions")
+        return (
+            f"{self.rankings} prompts from {self.rows} rows; dropped: {self.empty} empty completions, "
+            f"{self.repeated} repeated completions, {self.single} prompts with fewer than two completions"
+        )
 
 # %% ../../nbs/reward/03_preferences.ipynb #c014
 def clean(
@@ -106,7 +129,13 @@ def clean(
     if len(keep) < 2:
         return None
     take = lambda values: values and [values[i] for i in keep]
-    return Ranking(ranking.prompt, take(ranking.completions), take(ranking.scores), take(ranking.names), ranking.source)
+    return Ranking(
+        ranking.prompt,
+        take(ranking.completions),
+        take(ranking.scores),
+        take(ranking.names),
+        ranking.source,
+    )
 
 # %% ../../nbs/reward/03_preferences.ipynb #c018
 def _need(row: dict, key: str, kind: type | tuple, what: str) -> Any:
@@ -116,16 +145,27 @@ def _need(row: dict, key: str, kind: type | tuple, what: str) -> Any:
     if row.get(key) is None:
         raise ValueError(f"{key!r} is missing")
     value = row[key]
-    if not isinstance(value, kind) or isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
+    if (
+        not isinstance(value, kind)
+        or isinstance(value, bool)
+        or isinstance(value, float)
+        and not math.isfinite(value)
+    ):
         raise ValueError(f"{key!r} should be {what}, got {value!r:.40}")
     return value
 
 
 def _implicit(chosen: str | list, rejected: str | list) -> int:
     "Where two answers part: the number of messages, or of characters up to the last space, that they share."
-    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b),
+        min(len(chosen), len(rejected)),
+    )
     if isinstance(chosen, str):
-        return max((i + 1 for i, letter in enumerate(chosen[:shared]) if letter.isspace()), default=0)
+        return max(
+            (i + 1 for i, letter in enumerate(chosen[:shared]) if letter.isspace()),
+            default=0,
+        )
     return min(shared, len(chosen) - 1, len(rejected) - 1)
 
 
@@ -135,15 +175,22 @@ def _answer(answer: str | list, start: int) -> str:
         return answer[start:]
     left = answer[start:]
     if len(left) != 1:
-        raise ValueError(f"an answer should be one message after the prompt, got {len(left)}")
+        raise ValueError(
+            f"an answer should be one message after the prompt, got {len(left)}"
+        )
     return left[0]["content"]
 
 # %% ../../nbs/reward/03_preferences.ipynb #c020
 def _pair(row: dict) -> tuple[str, list[str]]:
     "The prompt of a pair, and the chosen and the rejected completion."
-    answers: list[Any] = [_need(row, key, (str, list, tuple), "a text or messages") for key in ("chosen", "rejected")]
+    answers: list[Any] = [
+        _need(row, key, (str, list, tuple), "a text or messages")
+        for key in ("chosen", "rejected")
+    ]
     if len({isinstance(answer, str) for answer in answers}) > 1:
-        raise ValueError("'chosen' and 'rejected' should both be texts or both be messages")
+        raise ValueError(
+            "'chosen' and 'rejected' should both be texts or both be messages"
+        )
     if not isinstance(answers[0], str):
         answers = [check_messages(answer) for answer in answers]
     prompt = row.get("prompt")
@@ -151,12 +198,20 @@ def _pair(row: dict) -> tuple[str, list[str]]:
         start = _implicit(*answers)
         prompt = answers[0][:start]
         if not prompt:
-            raise ValueError("'prompt' is missing, and 'chosen' and 'rejected' do not begin with the same prompt")
+            raise ValueError(
+                "'prompt' is missing, and 'chosen' and 'rejected' do not begin with the same prompt"
+            )
     else:
         prompt = _need(row, "prompt", (str, list, tuple), "a text or messages")
         asked = prompt if isinstance(prompt, str) else check_messages(prompt)
-        whole = [not isinstance(a, str) and len(a) > 1 for a in answers]  # the answers repeat the prompt
-        start = len(answers[0]) - 1 if all(whole) and len(answers[0]) == len(answers[1]) else 0
+        whole = [
+            not isinstance(a, str) and len(a) > 1 for a in answers
+        ]  # the answers repeat the prompt
+        start = (
+            len(answers[0]) - 1
+            if all(whole) and len(answers[0]) == len(answers[1])
+            else 0
+        )
         prompt = answers[0][:start] if start and isinstance(asked, str) else asked
     return prompt_of(prompt), [_answer(answer, start) for answer in answers]
 
@@ -171,7 +226,9 @@ def _pair_scores(row: dict) -> list[float]:
 
 def parse_ranking(
     row: dict,  # a decoded line, or a row of a data set
-) -> Ranking:  # raises ValueError with the reason when the row is neither a ranking nor a pair
+) -> (
+    Ranking
+):  # raises ValueError with the reason when the row is neither a ranking nor a pair
     "The ranking that a row describes."
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
@@ -181,12 +238,19 @@ def parse_ranking(
     prompt = prompt_of(_need(row, "prompt", (str, list, tuple), "a text or messages"))
     responses = _need(row, "responses", (list, tuple), "a list")
     answers = [_need(response, "completion", str, "a text") for response in responses]
-    scores = [float(_need(response, "score", (int, float), "a finite number")) for response in responses]
+    scores = [
+        float(_need(response, "score", (int, float), "a finite number"))
+        for response in responses
+    ]
     names = [response.get("model") for response in responses]
-    return Ranking(prompt, answers, scores, names if all(names) else None, row.get("source"))
+    return Ranking(
+        prompt, answers, scores, names if all(names) else None, row.get("source")
+    )
 
 # %% ../../nbs/reward/03_preferences.ipynb #c026
-def _collect(rows: Iterable[tuple[str, Any]], report: Report, keep_all: bool, source: str) -> list[Ranking]:
+def _collect(
+    rows: Iterable[tuple[str, Any]], report: Report, keep_all: bool, source: str
+) -> list[Ranking]:
     "The rankings of rows that come with the place where they stand."
     rankings = []
     for place, row in rows:
@@ -194,25 +258,37 @@ def _collect(rows: Iterable[tuple[str, Any]], report: Report, keep_all: bool, so
         try:
             ranking = parse_ranking(json.loads(row) if isinstance(row, str) else row)
         except ValueError as error:
-            reason = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
+            reason = (
+                f"not JSON ({error})"
+                if isinstance(error, json.JSONDecodeError)
+                else error
+            )
             raise InputError(f"{place}: {reason}") from error
         if keep_all or (ranking := clean(ranking, report)):
             rankings.append(ranking)
     report.rankings += len(rankings)
     if not rankings:
-        raise InputError(f"{source} holds no prompt with two different completions ({report})")
+        raise InputError(
+            f"{source} holds no prompt with two different completions ({report})"
+        )
     logging.getLogger(__name__).info("%s: %s", source, report)
     return rankings
 
 
 def rankings_from(
-    rows: Iterable[dict],  # a list, a generator, a `datasets.Dataset`: rankings or pairs
+    rows: Iterable[
+        dict
+    ],  # a list, a generator, a `datasets.Dataset`: rankings or pairs
     report: Report | None = None,  # filled in with what was read and dropped
     keep_all: bool = False,  # keep empty and repeated completions and single answers
-) -> list[Ranking]:  # raises `InputError`, naming the row (from 0), where one is malformed
+) -> list[
+    Ranking
+]:  # raises `InputError`, naming the row (from 0), where one is malformed
     "The rankings in rows, without empty and repeated completions."
     report = report if report is not None else Report()
-    return _collect(((f"row {i}", row) for i, row in enumerate(rows)), report, keep_all, "the data")
+    return _collect(
+        ((f"row {i}", row) for i, row in enumerate(rows)), report, keep_all, "the data"
+    )
 
 # %% ../../nbs/reward/03_preferences.ipynb #c031
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -220,32 +296,46 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            yield from (
+                (number, line) for number, line in enumerate(file, 1) if line.strip()
+            )
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot read {path}: {reason}; give a .jsonl or .jsonl.gz file in UTF-8") from error
+        raise InputError(
+            f"cannot read {path}: {reason}; give a .jsonl or .jsonl.gz file in UTF-8"
+        ) from error
 
 
 def read_rankings(
     path: str | Path,  # .jsonl or .jsonl.gz, rankings or pairs
     report: Report | None = None,  # filled in with what was read and dropped
     keep_all: bool = False,  # keep empty and repeated completions and single answers
-) -> list[Ranking]:  # raises `InputError`, naming file and line, for a row that is malformed
+) -> list[
+    Ranking
+]:  # raises `InputError`, naming file and line, for a row that is malformed
     "The rankings in a file, without empty and repeated completions."
     path, report = Path(path), report if report is not None else Report()
-    return _collect(((f"{path}:{number}", line) for number, line in read_lines(path)), report, keep_all, str(path))
+    return _collect(
+        ((f"{path}:{number}", line) for number, line in read_lines(path)),
+        report,
+        keep_all,
+        str(path),
+    )
 
 # %% ../../nbs/reward/03_preferences.ipynb #c038
 def split(
     rankings: list[Ranking],
-    test: float | int = 0.2,  # a share of the prompts (a float below 1), or a number of them
+    test: float
+    | int = 0.2,  # a share of the prompts (a float below 1), or a number of them
     seed: int = 0,
 ) -> tuple[list[Ranking], list[Ranking]]:  # (training, test), each in the order given
     "Divide rankings by prompt. Raises `InputError` where one side would be empty."
     prompts = sorted({ranking.prompt for ranking in rankings})
     count = round(test * len(prompts)) if isinstance(test, float) else test
     if not 0 < count < len(prompts):
-        raise InputError(f"test={test} of {len(prompts)} prompts leaves nothing on one side: both sides need a prompt")
+        raise InputError(
+            f"test={test} of {len(prompts)} prompts leaves nothing on one side: both sides need a prompt"
+        )
     held_out = set(random.Random(seed).sample(prompts, count))
     sides = {False: [], True: []}
     for ranking in rankings:
@@ -259,5 +349,10 @@ def score_rankings(
 ) -> list[list[float]]:  # for each ranking the score of each completion
     "Score all completions of all rankings."
     prompts = [ranking.prompt for ranking in rankings for _ in ranking.completions]
-    scores = iter(scorer(prompts, [completion for ranking in rankings for completion in ranking.completions]))
+    scores = iter(
+        scorer(
+            prompts,
+            [completion for ranking in rankings for completion in ranking.completions],
+        )
+    )
     return [[float(next(scores)) for _ in ranking.completions] for ranking in rankings]

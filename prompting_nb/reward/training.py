@@ -27,14 +27,24 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..config import InputError
-from .fast.packing import can_pack, common_start, packed_rewards, score_packed, shares_prefix
+from prompting_nb.reward.fast.packing import (
+    can_pack,
+    common_start,
+    packed_rewards,
+    score_packed,
+    shares_prefix,
+)
 from .preferences import Ranking, decided, decisions, score_rankings
 from .model import RankingLoss, RewardModel, decided_pairs, pad
 
@@ -45,26 +55,50 @@ class TrainConfig:
 
     epochs: int = 1  # times that every prompt is seen
     lr: float = 1e-4  # of AdamW, at its highest
-    head_lr: float | None = None  # of what is not the pretrained transformer; `None`: the same
-    completions_per_prompt: int = 4  # at most, drawn anew for each prompt in every epoch
+    head_lr: float | None = (
+        None  # of what is not the pretrained transformer; `None`: the same
+    )
+    completions_per_prompt: int = (
+        4  # at most, drawn anew for each prompt in every epoch
+    )
     tokens_per_batch: int = 4096  # that are computed at once; a prompt that needs more is a batch of its own
-    accumulate: int = 1  # batches a step of the optimiser: larger steps in the same memory
+    accumulate: int = (
+        1  # batches a step of the optimiser: larger steps in the same memory
+    )
     weight_decay: float = 0.01
     warmup: float = 0.1  # share of the run in which the learning rate rises
     clip: float = 1.0  # norm that gradients are cut down to
-    bf16: bool | str = "auto"  # compute in bfloat16, weights in float32; "auto": where the hardware is built for it
-    encoder_dropout: bool = False  # dropout inside the transformer as well, not only in front of the head
+    bf16: bool | str = (
+        "auto"  # compute in bfloat16, weights in float32; "auto": where the hardware is built for it
+    )
+    encoder_dropout: bool = (
+        False  # dropout inside the transformer as well, not only in front of the head
+    )
     packed: bool = True  # without padding and with shared prompts, where the model allows it: the same function, less time
     seed: int = 0  # of order, draws and dropout
-    eval_every: int | None = None  # steps between evaluations; `None`: after every epoch
-    patience: int | None = None  # stop after so many evaluations without a lower loss, and take the best weights
+    eval_every: int | None = (
+        None  # steps between evaluations; `None`: after every epoch
+    )
+    patience: int | None = (
+        None  # stop after so many evaluations without a lower loss, and take the best weights
+    )
     checkpoint_every: int = 100  # steps, where there is a folder for checkpoints
     max_steps: int | None = None  # stop after so many steps
-    max_seconds: float | None = None  # stop after so much time; the learning rate reaches zero by then
+    max_seconds: float | None = (
+        None  # stop after so much time; the learning rate reaches zero by then
+    )
 
     def __post_init__(self):
-        for name in ("epochs", "completions_per_prompt", "tokens_per_batch", "accumulate", "eval_every", "patience",
-                     "checkpoint_every", "max_steps"):
+        for name in (
+            "epochs",
+            "completions_per_prompt",
+            "tokens_per_batch",
+            "accumulate",
+            "eval_every",
+            "patience",
+            "checkpoint_every",
+            "max_steps",
+        ):
             least = 2 if name == "completions_per_prompt" else 1
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name} is {value}; it should be at least {least}")
@@ -72,7 +106,9 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise InputError(f"{name} is {value}; it should be above 0")
         if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup is {self.warmup}; it is a share of the run, at least 0 and below 1")
+            raise InputError(
+                f"warmup is {self.warmup}; it is a share of the run, at least 0 and below 1"
+            )
         if self.bf16 not in (True, False, "auto"):
             raise InputError(f"bf16 is {self.bf16!r}; it can be True, False or 'auto'")
 
@@ -91,7 +127,10 @@ def draw(
     rng: random.Random,
 ) -> list[Draw]:  # one for each ranking
     "Draw completions of every ranking, never all of them tied."
-    return [Draw(i, _not_tied(ranking.scores, count, rng)) for i, ranking in enumerate(rankings)]
+    return [
+        Draw(i, _not_tied(ranking.scores, count, rng))
+        for i, ranking in enumerate(rankings)
+    ]
 
 
 def _not_tied(scores: list[float], count: int, rng: random.Random) -> list[int]:
@@ -110,11 +149,16 @@ def length_batches(
     window: int = 256,  # prompts that are sorted together
 ) -> list[list[Draw]]:
     "Batches of prompts that have similar length, in random order."
-    longest = {id(one): max(len(rows[one.ranking][i]) for i in one.completions) for one in draws}
+    longest = {
+        id(one): max(len(rows[one.ranking][i]) for i in one.completions)
+        for one in draws
+    }
     shuffled, batches = rng.sample(draws, len(draws)), []
     for start in range(0, len(draws), window):
         texts = math.inf  # so that a window begins with a new batch
-        for one in sorted(shuffled[start : start + window], key=lambda one: longest[id(one)]):
+        for one in sorted(
+            shuffled[start : start + window], key=lambda one: longest[id(one)]
+        ):
             texts += len(one.completions)
             if texts * longest[id(one)] > budget:
                 batches.append([])
@@ -148,13 +192,18 @@ def plan_batches(
     rows: list[list[list[int]]],  # as for `length_batches`
     config: TrainConfig,
     batches_of: Callable = length_batches,  # or `token_batches`
-) -> list[tuple[int, list[list[Draw]]]]:  # (epoch, batches) of each step, the same for the same seed
+) -> list[
+    tuple[int, list[list[Draw]]]
+]:  # (epoch, batches) of each step, the same for the same seed
     "Every step of a run. A step has `config.accumulate` batches, the last of an epoch perhaps fewer."
     rng, plan = random.Random(config.seed), []
     for epoch in range(config.epochs):
         draws = draw(rankings, config.completions_per_prompt, rng)
         batches = batches_of(draws, rows, config.tokens_per_batch, rng)
-        plan += [(epoch, batches[i : i + config.accumulate]) for i in range(0, len(batches), config.accumulate)]
+        plan += [
+            (epoch, batches[i : i + config.accumulate])
+            for i in range(0, len(batches), config.accumulate)
+        ]
     return plan
 
 
@@ -164,7 +213,11 @@ def tokenise(
 ) -> list[list[list[int]]]:  # `[ranking][completion]` -> token ids
     "The tokens of all completions with their prompts."
     prompts = [ranking.prompt for ranking in rankings for _ in ranking.completions]
-    rows = iter(model.encode_texts(prompts, [text for ranking in rankings for text in ranking.completions]))
+    rows = iter(
+        model.encode_texts(
+            prompts, [text for ranking in rankings for text in ranking.completions]
+        )
+    )
     return [[next(rows) for _ in ranking.completions] for ranking in rankings]
 
 # %% ../../nbs/reward/05_training.ipynb #c028
@@ -176,9 +229,15 @@ def collate(
 ) -> tuple[list[list[list[int]]], torch.Tensor, torch.Tensor]:
     "The tokens `[prompt][completion]`, the judge's `scores` (n,) and the `groups` (n,) of a batch."
     places = [(one.ranking, i) for one in batch for i in one.completions]
-    scores = torch.tensor([rankings[r].scores[i] for r, i in places], dtype=torch.float64, device=device)
+    scores = torch.tensor(
+        [rankings[r].scores[i] for r, i in places], dtype=torch.float64, device=device
+    )
     groups = torch.tensor([r for r, _ in places], device=device)
-    return [[rows[one.ranking][i] for i in one.completions] for one in batch], scores, groups
+    return (
+        [[rows[one.ranking][i] for i in one.completions] for one in batch],
+        scores,
+        groups,
+    )
 
 # %% ../../nbs/reward/05_training.ipynb #c031
 def schedule(
@@ -195,7 +254,10 @@ def bf16_pays(
     "Whether a device multiplies bfloat16 in hardware."
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    checks = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return device.type == "cpu" and any(check() for check in checks if check)
 
 # %% ../../nbs/reward/05_training.ipynb #c038
@@ -203,22 +265,28 @@ def measure(
     rewards: torch.Tensor,  # (n, 1)
     scores: torch.Tensor,  # (n,) of the judge
     groups: torch.Tensor,  # (n,) which prompt
-) -> tuple[torch.Tensor, torch.Tensor]:  # the loss (1,), and [loss, accuracy, margin] without gradient
+) -> tuple[
+    torch.Tensor, torch.Tensor
+]:  # the loss (1,), and [loss, accuracy, margin] without gradient
     "The ranking loss of a batch, the share of pairs in the right order, and the mean margin."
     loss = RankingLoss()(rewards, scores, groups)
     with torch.no_grad():
         weights = decided_pairs(scores, groups)
         margins = rewards - rewards.T
         right = (margins > 0).float() + (margins == 0).float() / 2
-        means = [(weights * values).sum() / weights.sum() for values in (right, margins)]
+        means = [
+            (weights * values).sum() / weights.sum() for values in (right, margins)
+        ]
         return loss, torch.stack([loss[0].detach(), *means])
 
 # %% ../../nbs/reward/05_training.ipynb #c041
 def _finite(value: float, what: str, step: int) -> float:
     "The value, or a RuntimeError that says what to do."
     if not math.isfinite(value):
-        raise RuntimeError(f"the {what} is {value} at step {step}, before the weights were changed: "
-                           "use a lower lr or a longer warmup, switch bf16 off, or look for extreme weights")
+        raise RuntimeError(
+            f"the {what} is {value} at step {step}, before the weights were changed: "
+            "use a lower lr or a longer warmup, switch bf16 off, or look for extreme weights"
+        )
     return value
 
 # %% ../../nbs/reward/05_training.ipynb #c044
@@ -232,31 +300,50 @@ def share_of(
     return (mine, len(mine) * processes / len(batch)) if mine else (batch[:1], 0.0)
 
 # %% ../../nbs/reward/05_training.ipynb #c048
-def this_process() -> tuple[int, int]:  # its rank from 0, and how many processes there are
+def this_process() -> tuple[
+    int, int
+]:  # its rank from 0, and how many processes there are
     "Which process of a launch this is."
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def fully_sharded() -> bool:
     "Whether this launch divides the weights among its processes (FSDP). Raises `InputError` for its first version."
-    if this_process()[1] == 1 or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if (
+        this_process()[1] == 1
+        or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true"
+    ):
         return False
     if os.environ.get("FSDP_VERSION", "2") != "2":
-        raise InputError("FSDP has to be version 2: launch with --fsdp_version 2, or set FSDP_VERSION=2")
+        raise InputError(
+            "FSDP has to be version 2: launch with --fsdp_version 2, or set FSDP_VERSION=2"
+        )
     return True
 
 
-def _accelerator(device: torch.device, trackers: list[str] | None = None, folder: str | None = None) -> Accelerator:
+def _accelerator(
+    device: torch.device, trackers: list[str] | None = None, folder: str | None = None
+) -> Accelerator:
     "An accelerator for the processes that there are; raises `InputError` for a tracker that is not installed."
     installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-    if (missing := [name for name in trackers or [] if name not in installed]):
-        raise InputError(f"the tracker {missing[0]} is not installed: take one of {sorted(installed)}, or pip install it")
+    if missing := [name for name in trackers or [] if name not in installed]:
+        raise InputError(
+            f"the tracker {missing[0]} is not installed: take one of {sorted(installed)}, or pip install it"
+        )
     several = this_process()[1] > 1
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2) if fully_sharded() else None
-    accelerator = Accelerator(cpu=several and device.type == "cpu", device_placement=several, mixed_precision="no",
-                              fsdp_plugin=plugin, log_with=[*trackers] if trackers else None, project_dir=folder)
+    accelerator = Accelerator(
+        cpu=several and device.type == "cpu",
+        device_placement=several,
+        mixed_precision="no",
+        fsdp_plugin=plugin,
+        log_with=[*trackers] if trackers else None,
+        project_dir=folder,
+    )
     if plugin:  # torch shards on CPUs as well as on GPUs; Accelerate would take plain DDP for CPUs
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState().distributed_type = accelerator.state.distributed_type = (
+            DistributedType.FSDP
+        )
         accelerator.state.fsdp_plugin = plugin
     return accelerator
 
@@ -278,11 +365,18 @@ def _training(model: RewardModel, config: TrainConfig) -> Iterator[None]:
 def _adding_rows(model: RewardModel, alone: bool) -> Iterator[None]:
     "On a CPU and in one process, let the token embeddings learn from the rows that occur."
     table = model.model.get_input_embeddings()
-    plain = type(table) is torch.nn.Embedding and table.weight.requires_grad and not table.sparse
+    plain = (
+        type(table) is torch.nn.Embedding
+        and table.weight.requires_grad
+        and not table.sparse
+    )
     if not (alone and plain and model.device.type == "cpu"):
         yield
         return
-    table.sparse, table.weight.grad = True, torch.zeros_like(table.weight)  # rows are added to a gradient that is there
+    table.sparse, table.weight.grad = (
+        True,
+        torch.zeros_like(table.weight),
+    )  # rows are added to a gradient that is there
     try:
         yield
     finally:
@@ -293,8 +387,12 @@ def _adding_rows(model: RewardModel, alone: bool) -> Iterator[None]:
 class History:
     "What happened in a training run."
 
-    steps: list[dict] = field(default_factory=list)  # step, epoch, loss, accuracy, margin, lr, grad_norm, prompts, pairs
-    evaluations: list[dict] = field(default_factory=list)  # step, epoch, loss, accuracy, margin on `eval_rankings`
+    steps: list[dict] = field(
+        default_factory=list
+    )  # step, epoch, loss, accuracy, margin, lr, grad_norm, prompts, pairs
+    evaluations: list[dict] = field(
+        default_factory=list
+    )  # step, epoch, loss, accuracy, margin on `eval_rankings`
     stopped: str = "finished"  # or "max_steps", "max_seconds", "patience"
     seconds: float = 0.0  # from the call of `train` to its return
     processes: int = 1
@@ -316,11 +414,19 @@ def validate(
 ) -> dict:  # loss, accuracy, margin: means over prompts
     "How well a model orders rankings, with the measures of training."
     means, score = [], partial(score_packed, model) if packed else model.score
-    for ranking, rewards in zip(rankings, score_rankings(partial(score, bf16=bf16), rankings)):
+    for ranking, rewards in zip(
+        rankings, score_rankings(partial(score, bf16=bf16), rankings)
+    ):
         if any(decisions(ranking)):
             scores = torch.tensor(ranking.scores, dtype=torch.float64)
-            means.append(measure(torch.tensor(rewards)[:, None], scores, torch.zeros(len(ranking)))[1])
-    return dict(zip(("loss", "accuracy", "margin"), torch.stack(means).mean(dim=0).tolist()))
+            means.append(
+                measure(
+                    torch.tensor(rewards)[:, None], scores, torch.zeros(len(ranking))
+                )[1]
+            )
+    return dict(
+        zip(("loss", "accuracy", "margin"), torch.stack(means).mean(dim=0).tolist())
+    )
 
 # %% ../../nbs/reward/05_training.ipynb #c059
 _FORMAT = 2  # of checkpoints; a number of its own for each way they were written
@@ -344,7 +450,9 @@ def write_checkpoint(
 def read_checkpoint(
     folder: str | Path,
     digest: str,  # of settings and data, from `run_digest`
-) -> dict | None:  # `None` where there is none; raises `InputError` for one of another run, and for one that is broken
+) -> (
+    dict | None
+):  # `None` where there is none; raises `InputError` for one of another run, and for one that is broken
     "The checkpoint in a folder."
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
@@ -353,17 +461,27 @@ def read_checkpoint(
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"cannot read {path} ({reason}): delete it to begin anew") from error
+        raise InputError(
+            f"cannot read {path} ({reason}): delete it to begin anew"
+        ) from error
     if not isinstance(state, dict) or state.get("digest") != digest:
-        raise InputError(f"{path} is of a run with other settings or data: give another folder, or delete it to begin anew")
+        raise InputError(
+            f"{path} is of a run with other settings or data: give another folder, or delete it to begin anew"
+        )
     return state
 
 
 def run_digest(config: TrainConfig, rankings: list[Ranking]) -> str:
     "What a checkpoint belongs to: everything that decides the course of a run. A time limit may change."
-    settings = {name: value for name, value in asdict(config).items() if name not in ("max_seconds", "checkpoint_every")}
+    settings = {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in ("max_seconds", "checkpoint_every")
+    }
     data = [[r.prompt, r.completions, r.scores] for r in rankings]
-    return hashlib.sha256(json.dumps([_FORMAT, settings, data], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([_FORMAT, settings, data], sort_keys=True).encode()
+    ).hexdigest()
 
 # %% ../../nbs/reward/05_training.ipynb #c062
 class _Learner(torch.nn.Module):
@@ -373,7 +491,11 @@ class _Learner(torch.nn.Module):
         super().__init__()
         self.model, self.packed, self.bf16 = model, packed, bf16
         names = {type(module).__name__ for module in model.modules()}
-        self._no_split_modules = [name for name in getattr(model.model, "_no_split_modules", None) or () if name in names]
+        self._no_split_modules = [
+            name
+            for name in getattr(model.model, "_no_split_modules", None) or ()
+            if name in names
+        ]
 
     def forward(self, groups: list[list[list[int]]]) -> torch.Tensor:
         "(texts, 1) rewards of `groups[prompt][completion]`, token ids."
@@ -391,52 +513,107 @@ class _Learner(torch.nn.Module):
 def whole_weights(learner: _Learner) -> dict:
     "Copies of all weights of the model on the CPU; where they are divided, every process has to ask for them."
     whole = lambda value: value.full_tensor() if isinstance(value, DTensor) else value
-    return {name.removeprefix("model."): whole(value).detach().to("cpu", copy=True)
-            for name, value in learner.state_dict().items()}
+    return {
+        name.removeprefix("model."): whole(value).detach().to("cpu", copy=True)
+        for name, value in learner.state_dict().items()
+    }
 
 # %% ../../nbs/reward/05_training.ipynb #c064
 def parameter_groups(
     model: RewardModel,
     config: TrainConfig,
-) -> list[dict]:  # for the optimiser: `params`, `lr`, and `share`, the rate as a multiple of `config.lr`
+) -> list[
+    dict
+]:  # for the optimiser: `params`, `lr`, and `share`, the rate as a multiple of `config.lr`
     "The parameters that learn: those of the transformer, and the others."
     inside = {id(parameter) for parameter in model.model.parameters()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parts = [[p for p in trainable if (id(p) in inside) == pretrained] for pretrained in (True, False)]
+    trainable = [
+        parameter for parameter in model.parameters() if parameter.requires_grad
+    ]
+    parts = [
+        [p for p in trainable if (id(p) in inside) == pretrained]
+        for pretrained in (True, False)
+    ]
     shares = [1.0, (config.head_lr or config.lr) / config.lr]
-    return [{"params": part, "lr": config.lr * share, "share": share} for part, share in zip(parts, shares) if part]
+    return [
+        {"params": part, "lr": config.lr * share, "share": share}
+        for part, share in zip(parts, shares)
+        if part
+    ]
 
 # %% ../../nbs/reward/05_training.ipynb #c068
 class _Run:
     "The accelerator, the optimiser and the record of one run."
 
-    def __init__(self, model: RewardModel, config: TrainConfig, trackers: list[str] | None, folder: str | None):
+    def __init__(
+        self,
+        model: RewardModel,
+        config: TrainConfig,
+        trackers: list[str] | None,
+        folder: str | None,
+    ):
         self.accelerator = _accelerator(model.device, trackers, folder)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        by_layers = self.sharded and bool(cast(Any, self.accelerator.state.fsdp_plugin).auto_wrap_policy)
+        by_layers = self.sharded and bool(
+            cast(Any, self.accelerator.state.fsdp_plugin).auto_wrap_policy
+        )
         self.given, self.model = model, copy.deepcopy(model) if self.sharded else model
-        packed = config.packed and can_pack(model) and not config.encoder_dropout and not by_layers
+        packed = (
+            config.packed
+            and can_pack(model)
+            and not config.encoder_dropout
+            and not by_layers
+        )
         bf16 = bf16_pays(model.device) if config.bf16 == "auto" else bool(config.bf16)
         self._prepare(_Learner(self.model, packed, bf16), config)
         self.device = self.accelerator.device if self.sharded else model.device
         self.rank, self.config = self.accelerator.process_index, config
-        self.history = History(processes=self.accelerator.num_processes, bf16=bf16, packed=packed, sharded=self.sharded)
+        self.history = History(
+            processes=self.accelerator.num_processes,
+            bf16=bf16,
+            packed=packed,
+            sharded=self.sharded,
+        )
         if trackers:
-            self.accelerator.init_trackers("reward", {k: v for k, v in asdict(config).items() if v is not None})
-        logging.getLogger(__name__).info("training on %s, %d process(es), bf16 %s, packed %s, sharded %s", self.device,
-                                         self.history.processes, bf16, packed, self.sharded)
+            self.accelerator.init_trackers(
+                "reward", {k: v for k, v in asdict(config).items() if v is not None}
+            )
+        logging.getLogger(__name__).info(
+            "training on %s, %d process(es), bf16 %s, packed %s, sharded %s",
+            self.device,
+            self.history.processes,
+            bf16,
+            packed,
+            self.sharded,
+        )
 
     def _prepare(self, learner: _Learner, config: TrainConfig) -> None:
         "Hand the module and its optimiser to Accelerate."
-        fused = self.model.device.type in ("cpu", "cuda")  # one kernel for all parameters
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, config), weight_decay=config.weight_decay, fused=fused)
+        fused = self.model.device.type in (
+            "cpu",
+            "cuda",
+        )  # one kernel for all parameters
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config),
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
         self.learner, self.optimizer = self.accelerator.prepare(learner, optimizer)
         if self.sharded:
             register_fsdp_forward_method(self.learner, "validate")
 
-    def learn(self, batches: list[list[Draw]], rankings: list[Ranking], rows: list, lr: float, number: int) -> dict:
+    def learn(
+        self,
+        batches: list[list[Draw]],
+        rankings: list[Ranking],
+        rows: list,
+        lr: float,
+        number: int,
+    ) -> dict:
         "One step of the optimiser; the measures are those of all processes together."
-        torch.manual_seed((self.config.seed << 32) + number * self.history.processes + self.rank)
+        torch.manual_seed(
+            (self.config.seed << 32) + number * self.history.processes + self.rank
+        )
         prompts, means, pairs = sum(map(len, batches)), 0, 0
         for batch in batches:
             mine, weight = share_of(batch, self.rank, self.history.processes)
@@ -447,16 +624,30 @@ class _Run:
                 loss, measures = measure(self.learner(groups), *judged)
                 self.accelerator.backward((loss * weight).sum())
             means = means + measures * weight
-            of_prompts = ([rankings[one.ranking].scores[i] for i in one.completions] for one in batch)
+            of_prompts = (
+                [rankings[one.ranking].scores[i] for i in one.completions]
+                for one in batch
+            )
             pairs += sum(a > b for scores in of_prompts for a in scores for b in scores)
-        loss, accuracy, margin = cast(torch.Tensor, self.accelerator.reduce(means, "mean")).tolist()
+        loss, accuracy, margin = cast(
+            torch.Tensor, self.accelerator.reduce(means, "mean")
+        ).tolist()
         norm = self._update(_finite(loss, "loss", number), lr, number)
-        return {"loss": loss, "accuracy": accuracy, "margin": margin, "lr": lr, "grad_norm": norm,
-                "prompts": prompts, "pairs": pairs}
+        return {
+            "loss": loss,
+            "accuracy": accuracy,
+            "margin": margin,
+            "lr": lr,
+            "grad_norm": norm,
+            "prompts": prompts,
+            "pairs": pairs,
+        }
 
     def _update(self, loss: float, lr: float, number: int) -> float:
         "Change the weights; returns the norm of the gradient before clipping."
-        total: Any = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.config.clip)
+        total: Any = self.accelerator.clip_grad_norm_(
+            self.learner.parameters(), self.config.clip
+        )
         norm = float(total.full_tensor() if self.sharded else total)
         _finite(norm, "norm of the gradient", number)
         for group in self.optimizer.param_groups:
@@ -471,22 +662,37 @@ class _Run:
 
     def agree(self, seconds: float) -> float:
         "The mean of what the clocks of all processes say, so that they stop at the same step."
-        mean = self.accelerator.reduce(torch.tensor(seconds, device=self.device), "mean")
+        mean = self.accelerator.reduce(
+            torch.tensor(seconds, device=self.device), "mean"
+        )
         return cast(torch.Tensor, mean).item()
 
     def bar(self, total: int, progress: bool) -> tqdm:
-        return tqdm(total=total, initial=self.history.resumed, desc=f"training ({self.history.processes} process(es))",
-                    disable=not (progress and self.rank == 0))
+        return tqdm(
+            total=total,
+            initial=self.history.resumed,
+            desc=f"training ({self.history.processes} process(es))",
+            disable=not (progress and self.rank == 0),
+        )
 
     def log(self, kind: str, values: dict, step: int) -> None:
         "Numbers for the trackers, under `train/` or `eval/`."
-        self.accelerator.log({f"{kind}/{name}": value for name, value in values.items() if name != "step"}, step=step)
+        self.accelerator.log(
+            {
+                f"{kind}/{name}": value
+                for name, value in values.items()
+                if name != "step"
+            },
+            step=step,
+        )
 
 # %% ../../nbs/reward/05_training.ipynb #c070
 class _Course(_Run):
     "A run with its evaluations and checkpoints."
 
-    best: dict | None = None  # the weights of the best evaluation, where `patience` asks for them
+    best: dict | None = (
+        None  # the weights of the best evaluation, where `patience` asks for them
+    )
     before: float = 0.0  # seconds that were spent before the run was taken up again
 
     def unwrapped(self) -> _Learner:
@@ -502,17 +708,36 @@ class _Course(_Run):
             self.best = whole_weights(self.unwrapped())
 
     def out_of_patience(self) -> bool:
-        losses, patience = [found["loss"] for found in self.history.evaluations], self.config.patience
-        return bool(patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience)
+        losses, patience = (
+            [found["loss"] for found in self.history.evaluations],
+            self.config.patience,
+        )
+        return bool(
+            patience
+            and losses
+            and len(losses) - 1 - losses.index(min(losses)) >= patience
+        )
 
     def save(self, folder: str | Path, digest: str, step: int, seconds: float) -> None:
         weights = whole_weights(self.unwrapped())
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = get_optimizer_state_dict(self.learner, self.optimizer.optimizer, options=options)
+        optimizer = get_optimizer_state_dict(
+            self.learner, self.optimizer.optimizer, options=options
+        )
         if self.rank == 0:
-            write_checkpoint(folder, {"digest": digest, "step": step, "seconds": seconds, "best": self.best,
-                                      "model": weights, "optimizer": optimizer,
-                                      "steps": self.history.steps, "evaluations": self.history.evaluations})
+            write_checkpoint(
+                folder,
+                {
+                    "digest": digest,
+                    "step": step,
+                    "seconds": seconds,
+                    "best": self.best,
+                    "model": weights,
+                    "optimizer": optimizer,
+                    "steps": self.history.steps,
+                    "evaluations": self.history.evaluations,
+                },
+            )
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder: str | Path, digest: str) -> int:
@@ -521,10 +746,23 @@ class _Course(_Run):
         if state is None:
             return 0
         whole = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.learner, {f"model.{k}": value for k, value in state["model"].items()}, options=whole)
-        set_optimizer_state_dict(self.learner, self.optimizer.optimizer, state["optimizer"], options=whole)
-        self.history.steps, self.history.evaluations = state["steps"], state["evaluations"]
-        self.best, self.before, self.history.resumed = state["best"], state["seconds"], state["step"]
+        set_model_state_dict(
+            self.learner,
+            {f"model.{k}": value for k, value in state["model"].items()},
+            options=whole,
+        )
+        set_optimizer_state_dict(
+            self.learner, self.optimizer.optimizer, state["optimizer"], options=whole
+        )
+        self.history.steps, self.history.evaluations = (
+            state["steps"],
+            state["evaluations"],
+        )
+        self.best, self.before, self.history.resumed = (
+            state["best"],
+            state["seconds"],
+            state["step"],
+        )
         return state["step"]
 
     def give(self) -> None:
@@ -537,21 +775,32 @@ def train(
     model: RewardModel,  # trained in place; parameters with `requires_grad` False are left alone
     rankings: list[Ranking],  # pairs are rankings of two
     config: TrainConfig | None = None,  # `None`: the defaults
-    eval_rankings: list[Ranking] | None = None,  # evaluated after every epoch, or every `eval_every` steps
+    eval_rankings: list[Ranking]
+    | None = None,  # evaluated after every epoch, or every `eval_every` steps
     progress: bool = True,  # show a progress bar
-    on_step: Callable[[dict], None] | None = None,  # called with the record of every step
+    on_step: Callable[[dict], None]
+    | None = None,  # called with the record of every step
     clock: Callable[[], float] = time.monotonic,  # seconds, for `max_seconds`
-    checkpoint: str | Path | None = None,  # folder for checkpoints; a run that was interrupted there is taken up again
-    trackers: list[str] | None = None,  # "tensorboard", "wandb" ...: what Accelerate knows and is installed
+    checkpoint: str
+    | Path
+    | None = None,  # folder for checkpoints; a run that was interrupted there is taken up again
+    trackers: list[str]
+    | None = None,  # "tensorboard", "wandb" ...: what Accelerate knows and is installed
     log_folder: str | None = None,  # where trackers write that use files
 ) -> History:  # raises `InputError` when nothing is decided, RuntimeError when loss or gradient are not finite
     "Train a reward model on rankings. The same seed gives the same model."
     config, started = config or TrainConfig(), clock()
     rankings = decided(rankings)
     if config.patience and not eval_rankings:
-        raise InputError("patience needs eval_rankings: without an evaluation nothing says when to stop")
+        raise InputError(
+            "patience needs eval_rankings: without an evaluation nothing says when to stop"
+        )
     rows, run = tokenise(model, rankings), _Course(model, config, trackers, log_folder)
-    batches_of = partial(token_batches, share=shares_prefix(model)) if run.history.packed else length_batches
+    batches_of = (
+        partial(token_batches, share=shares_prefix(model))
+        if run.history.packed
+        else length_batches
+    )
     plan, history = plan_batches(rankings, rows, config, batches_of), run.history
     digest = run_digest(config, rankings)
     first = run.resume(checkpoint, digest) if checkpoint else 0
@@ -559,19 +808,41 @@ def train(
     if config.max_steps and config.max_steps < len(plan):
         plan, history.stopped = plan[: config.max_steps], "max_steps"
     alone = history.processes == 1
-    with _training(run.model, config), _adding_rows(run.model, alone), run.bar(len(plan), progress) as bar:
+    with (
+        _training(run.model, config),
+        _adding_rows(run.model, alone),
+        run.bar(len(plan), progress) as bar,
+    ):
         for step, (epoch, batches) in list(enumerate(plan))[first:]:
             elapsed = run.agree(spent()) / (config.max_seconds or math.inf)
             if elapsed >= 1 or run.out_of_patience():
                 history.stopped = "max_seconds" if elapsed >= 1 else "patience"
                 break
-            lr = config.lr * schedule(max(elapsed, (step + 0.5) / len(plan)), config.warmup)
-            history.steps.append({"step": step, "epoch": epoch, **run.learn(batches, rankings, rows, lr, step)})
+            lr = config.lr * schedule(
+                max(elapsed, (step + 0.5) / len(plan)), config.warmup
+            )
+            history.steps.append(
+                {
+                    "step": step,
+                    "epoch": epoch,
+                    **run.learn(batches, rankings, rows, lr, step),
+                }
+            )
             run.log("train", history.steps[-1], step)
-            bar.set_postfix({name: round(history.steps[-1][name], 3) for name in ("loss", "accuracy")}, refresh=False)
+            bar.set_postfix(
+                {
+                    name: round(history.steps[-1][name], 3)
+                    for name in ("loss", "accuracy")
+                },
+                refresh=False,
+            )
             bar.update()
             ends = step + 1 == len(plan) or plan[step + 1][0] > epoch
-            if eval_rankings and (ends if config.eval_every is None else (step + 1) % config.eval_every == 0):
+            if eval_rankings and (
+                ends
+                if config.eval_every is None
+                else (step + 1) % config.eval_every == 0
+            ):
                 run.evaluate(eval_rankings, step, epoch)
             if checkpoint and (step + 1) % config.checkpoint_every == 0:
                 run.save(checkpoint, digest, step + 1, spent())

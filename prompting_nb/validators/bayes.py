@@ -20,8 +20,19 @@ import torch.nn.functional as F
 from ..config import Config, InputError, add_argument, merge
 from ..shapes import TensorType, check_shapes
 from .encoders import Encoder, mean_direction, mean_pooling
-from .gating import (BaseGatingModel, _check_capacity, _check_identity, _read, _row_sources,
-                                            _rows_of, _saved_hotkeys, _Scores, _settings, _write, uid_hotkeys)
+from prompting_nb.validators.gating import (
+    BaseGatingModel,
+    _check_capacity,
+    _check_identity,
+    _read,
+    _row_sources,
+    _rows_of,
+    _saved_hotkeys,
+    _Scores,
+    _settings,
+    _write,
+    uid_hotkeys,
+)
 
 # %% ../../nbs/validators/01_bayes.ipynb #c006
 def topic_centres(
@@ -37,7 +48,9 @@ def topic_centres(
     centres = embeddings[chosen]
     for _ in range(rounds):
         group = (embeddings @ centres.T).argmax(1)
-        centres = F.normalize(torch.zeros_like(centres).index_add_(0, group, embeddings), dim=1)
+        centres = F.normalize(
+            torch.zeros_like(centres).index_add_(0, group, embeddings), dim=1
+        )
     return centres
 
 
@@ -54,6 +67,7 @@ def topic_shares(
 # %% ../../nbs/validators/01_bayes.ipynb #c011
 class Prior(NamedTuple):
     "What is believed of a uid that never answered, and how noisy rewards are."
+
     mean: torch.Tensor  # (d,)
     covariance: torch.Tensor  # (d, d)
     noise: torch.Tensor  # variance of a reward around its expectation, ()
@@ -93,17 +107,23 @@ _VARIANCE = 0.04  # of the neutral prior: rewards lie between 0 and 1
 
 class Log(NamedTuple):
     "Answers: features of the prompt (n, d), uid (n,) and reward (n,) of each."
+
     phi: torch.Tensor
     uids: torch.Tensor
     rewards: torch.Tensor
 
 
-def sums(log: Log, num_uids: int, chunk: int = 8192) -> tuple:  # squares (uids, d, d), products (uids, d)
+def sums(
+    log: Log, num_uids: int, chunk: int = 8192
+) -> tuple:  # squares (uids, d, d), products (uids, d)
     "The two sums of each uid."
     d = log.phi.shape[1]
-    squares, products = log.phi.new_zeros(num_uids, d, d), log.phi.new_zeros(num_uids, d)
+    squares, products = (
+        log.phi.new_zeros(num_uids, d, d),
+        log.phi.new_zeros(num_uids, d),
+    )
     for start in range(0, len(log.uids), chunk):
-        phi, uids, rewards = (value[start:start + chunk] for value in log)
+        phi, uids, rewards = (value[start : start + chunk] for value in log)
         squares.index_add_(0, uids, phi[:, :, None] * phi[:, None])
         products.index_add_(0, uids, phi * rewards[:, None])
     return squares, products
@@ -120,9 +140,12 @@ def learn_prior(
     known = log.uids.unique()
     squares, products = (value[known] for value in sums(log, num_uids))
     place = torch.zeros(num_uids, dtype=torch.long, device=known.device).scatter(
-        0, known, torch.arange(len(known), device=known.device))[log.uids]
+        0, known, torch.arange(len(known), device=known.device)
+    )[log.uids]
     neutral = _VARIANCE * torch.eye(log.phi.shape[1]).to(log.phi)
-    start = torch.zeros_like(log.phi[0]).index_fill(0, torch.tensor(0).to(known), log.rewards.mean())
+    start = torch.zeros_like(log.phi[0]).index_fill(
+        0, torch.tensor(0).to(known), log.rewards.mean()
+    )
     prior = Prior(start, neutral, log.rewards.new_tensor(noise))
     for _ in range(rounds):
         means, covariances = posterior(prior, squares, products)
@@ -130,8 +153,14 @@ def learn_prior(
         mean = (means.sum(0) + _PINCH * start) / weight
         off = means - mean
         covariance = (off.T @ off + covariances.sum(0) + _PINCH * neutral) / weight
-        missed = (log.rewards - (log.phi * means[place]).sum(1)).square().sum() + (covariances * squares).sum()
-        prior = Prior(mean, (covariance + covariance.T) / 2, (missed / len(log.rewards)).clamp(min=1e-3))
+        missed = (log.rewards - (log.phi * means[place]).sum(1)).square().sum() + (
+            covariances * squares
+        ).sum()
+        prior = Prior(
+            mean,
+            (covariance + covariance.T) / 2,
+            (missed / len(log.rewards)).clamp(min=1e-3),
+        )
     return prior
 
 # %% ../../nbs/validators/01_bayes.ipynb #c024
@@ -148,6 +177,7 @@ def next_review(
 # %% ../../nbs/validators/01_bayes.ipynb #c027
 class Question(NamedTuple):
     "One remembered question: embedding (hidden,), uids (k,), -1 for those who left, and their rewards (k,)."
+
     x: torch.Tensor
     uids: torch.Tensor
     rewards: torch.Tensor
@@ -168,9 +198,16 @@ class _Knowledge(BaseGatingModel):
     def _begin(self, hidden_size: int, memory: int) -> None:
         "Know nothing."
         d, n = 1 + self.topics, self.num_uids
-        self.log, self.memory, self.seen, self.review = OrderedDict(), memory, 0, next_review(0, memory)
+        self.log, self.memory, self.seen, self.review = (
+            OrderedDict(),
+            memory,
+            0,
+            next_review(0, memory),
+        )
         self.head = torch.nn.Linear(d, n, bias=False)
-        neutral = Prior(torch.eye(d)[0] * 0.5, _VARIANCE * torch.eye(d), torch.tensor(0.02))
+        neutral = Prior(
+            torch.eye(d)[0] * 0.5, _VARIANCE * torch.eye(d), torch.tensor(0.02)
+        )
         for name, value in neutral._asdict().items():
             self.register_buffer(f"prior_{name}", value)
         self.register_buffer("centres", torch.zeros(0, hidden_size))
@@ -198,7 +235,9 @@ class _Knowledge(BaseGatingModel):
 class _Learning(_Knowledge):
     "Taking in what was asked and answered."
 
-    def _earlier(self, key: bytes, uids: torch.Tensor) -> torch.Tensor:  # (k,), nan where there is none
+    def _earlier(
+        self, key: bytes, uids: torch.Tensor
+    ) -> torch.Tensor:  # (k,), nan where there is none
         "The rewards that uids had for a question when it was last asked."
         if key not in self.log:
             return torch.full(uids.shape, torch.nan, device=uids.device)
@@ -210,8 +249,11 @@ class _Learning(_Knowledge):
         "Keep a question, with earlier answers of those who were not asked now; drop the oldest."
         if earlier := self.log.pop(key, None):
             others = ~torch.isin(earlier.uids, question.uids)
-            question = Question(question.x, torch.cat([earlier.uids[others], question.uids]),
-                                torch.cat([earlier.rewards[others], question.rewards]))
+            question = Question(
+                question.x,
+                torch.cat([earlier.uids[others], question.uids]),
+                torch.cat([earlier.rewards[others], question.rewards]),
+            )
         self.log[key] = question
         if len(self.log) > self.memory:
             self.log.popitem(last=False)
@@ -219,7 +261,9 @@ class _Learning(_Knowledge):
     def remembered(self) -> Log:
         "All remembered answers of uids that are still there."
         phi = self.features(torch.stack([q.x for q in self.log.values()]))
-        sizes = torch.tensor([len(q.uids) for q in self.log.values()], device=phi.device)
+        sizes = torch.tensor(
+            [len(q.uids) for q in self.log.values()], device=phi.device
+        )
         uids = torch.cat([q.uids for q in self.log.values()])
         rewards = torch.cat([q.rewards for q in self.log.values()])
         there = uids >= 0
@@ -229,7 +273,9 @@ class _Learning(_Knowledge):
     def reflect(self) -> None:
         "Work out groups, prior and posteriors from everything remembered."
         self.review = next_review(self.seen, self.memory)
-        self.centres = topic_centres(torch.stack([q.x for q in self.log.values()]), self.topics)
+        self.centres = topic_centres(
+            torch.stack([q.x for q in self.log.values()]), self.topics
+        )
         log = self.remembered()
         if len(log.uids):
             prior = learn_prior(log, self.num_uids, float(self.prior_noise))
@@ -240,7 +286,9 @@ class _Learning(_Knowledge):
     @torch.no_grad()
     def learn(
         self,
-        x: TensorType["hidden"],  # embedding of the message, as `encoder(message)` gives it
+        x: TensorType[
+            "hidden"
+        ],  # embedding of the message, as `encoder(message)` gives it
         uids: TensorType["k"],  # that were asked, each once
         rewards: TensorType["k"],
     ) -> None:
@@ -250,10 +298,19 @@ class _Learning(_Knowledge):
         new, again = uids[earlier.isnan()], uids[~earlier.isnan()]
         change = (rewards - earlier)[~earlier.isnan()]
         self.products[again] += change[:, None] * phi
-        self.head.weight[again] += (self.covariances[again] @ phi) * (change / self.prior_noise)[:, None]
+        self.head.weight[again] += (self.covariances[again] @ phi) * (
+            change / self.prior_noise
+        )[:, None]
         self.squares[new] += phi[:, None] * phi
         self.products[new] += rewards[earlier.isnan(), None] * phi
-        observe(self.head.weight, self.covariances, phi, new, rewards[earlier.isnan()], self.prior_noise)
+        observe(
+            self.head.weight,
+            self.covariances,
+            phi,
+            new,
+            rewards[earlier.isnan()],
+            self.prior_noise,
+        )
         self._remember(key, Question(x, uids, rewards))
         self.seen += 1
         if self.seen >= self.review:
@@ -264,7 +321,9 @@ class _Expected(_Scores):
     "Expected rewards, that remember the embedding they were made from."
 
     @staticmethod
-    def forward(ctx, phi: torch.Tensor, weight: torch.Tensor, embedding: Any, /) -> torch.Tensor:
+    def forward(
+        ctx, phi: torch.Tensor, weight: torch.Tensor, embedding: Any, /
+    ) -> torch.Tensor:
         ctx.embedding = embedding
         return _Scores.forward(ctx, phi, weight, None)
 
@@ -276,14 +335,20 @@ def _made_from(scores: torch.Tensor) -> torch.Tensor:
         step = steps.pop()
         if (embedding := getattr(step, "embedding", None)) is not None:
             return embedding
-        steps += [before for before, _ in getattr(step, "next_functions", ()) if before is not None]
+        steps += [
+            before
+            for before, _ in getattr(step, "next_functions", ())
+            if before is not None
+        ]
     raise ValueError("the scores do not come from this gate")
 
 
 def _rows(scores: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
     "The uids that scores belong to; ValueError when one occurs twice."
     marks = torch.arange(1, len(scores) + 1).to(scores)
-    gradient, = torch.autograd.grad(scores, head.weight, marks, retain_graph=True, allow_unused=True)
+    (gradient,) = torch.autograd.grad(
+        scores, head.weight, marks, retain_graph=True, allow_unused=True
+    )
     if gradient is None:
         raise ValueError("the scores do not come from this gate")
     rows, found = _rows_of(gradient)
@@ -292,17 +357,23 @@ def _rows(scores: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
         found = found[rows]
     order = found[:, 0].argsort()
     if len(rows) != len(scores) or (found[order, 0] - marks).abs().max() > 0.1:
-        raise ValueError(f"{len(scores)} scores should belong to as many different uids, as forward returned them")
+        raise ValueError(
+            f"{len(scores)} scores should belong to as many different uids, as forward returned them"
+        )
     return rows[order]
 
 # %% ../../nbs/validators/01_bayes.ipynb #c032
 def _checked_rewards(scores: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     "Rewards as floats beside the scores; ValueError unless all are finite."
     if not scores.requires_grad:
-        raise ValueError("the scores carry no gradient: pass what forward returned, not detached or from under no_grad")
+        raise ValueError(
+            "the scores carry no gradient: pass what forward returned, not detached or from under no_grad"
+        )
     rewards = rewards.detach().to(scores)
     if not len(scores) or not rewards.isfinite().all():
-        raise ValueError(f"rewards must be finite and at least one, got {rewards.tolist()[:8]}")
+        raise ValueError(
+            f"rewards must be finite and at least one, got {rewards.tolist()[:8]}"
+        )
     return rewards
 
 # %% ../../nbs/validators/01_bayes.ipynb #c034
@@ -314,17 +385,26 @@ class _Moving(_Learning):
         "Give each row the content of its source, -1 starting anew, in the memory too."
         sources = sources.to(self.squares.device)
         fresh = (sources < 0).nonzero().flatten()
-        changed = (sources != torch.arange(len(sources), device=sources.device)).nonzero().flatten()
+        changed = (
+            (sources != torch.arange(len(sources), device=sources.device))
+            .nonzero()
+            .flatten()
+        )
         for tensor in (self.squares, self.products, self.covariances, self.head.weight):
             tensor[changed] = tensor[sources[changed]]
         self.squares[fresh], self.products[fresh] = 0.0, 0.0
-        self.head.weight[fresh], self.covariances[fresh] = self.prior_mean, self.prior_covariance
+        self.head.weight[fresh], self.covariances[fresh] = (
+            self.prior_mean,
+            self.prior_covariance,
+        )
         place = torch.full_like(sources, -1)
         kept = (sources >= 0).nonzero().flatten()
         place[sources[kept]] = kept
         if len(changed):
             for key, q in self.log.items():
-                self.log[key] = q._replace(uids=torch.where(q.uids < 0, q.uids, place[q.uids]))
+                self.log[key] = q._replace(
+                    uids=torch.where(q.uids < 0, q.uids, place[q.uids])
+                )
 
     def resync(
         self,
@@ -333,7 +413,10 @@ class _Moving(_Learning):
     ) -> None:  # raises ValueError, before any row changes, when there are more uids than `num_uids`
         "Posteriors and remembered answers follow their hotkeys; new and vanished hotkeys start anew."
         unknown = previous_metagraph is None or previous_metagraph is metagraph
-        before, now = self.hotkeys if unknown else uid_hotkeys(previous_metagraph), uid_hotkeys(metagraph)
+        before, now = (
+            self.hotkeys if unknown else uid_hotkeys(previous_metagraph),
+            uid_hotkeys(metagraph),
+        )
         _check_capacity(before | now, metagraph, self.num_uids)
         self._move(_row_sources(before, now, self.num_uids))
         self.hotkeys, self._latest = now, None
@@ -344,13 +427,28 @@ class _Saving(_Moving):
 
     def _identity(self) -> dict:
         "What must agree between a saved gate and the one that loads it."
-        return {"class": type(self).__name__, "model_name": self.encoder.model_name, "num_uids": str(self.num_uids),
-                "hidden_size": str(self.centres.shape[1]), "topics": str(self.topics)}
+        return {
+            "class": type(self).__name__,
+            "model_name": self.encoder.model_name,
+            "num_uids": str(self.num_uids),
+            "hidden_size": str(self.centres.shape[1]),
+            "topics": str(self.topics),
+        }
 
     def _tensors(self) -> dict:
         "All that a gate knows, by name."
-        own = {name: getattr(self, name) for name in ("prior_mean", "prior_covariance", "prior_noise", "centres",
-                                                      "squares", "products", "covariances")}
+        own = {
+            name: getattr(self, name)
+            for name in (
+                "prior_mean",
+                "prior_covariance",
+                "prior_noise",
+                "centres",
+                "squares",
+                "products",
+                "covariances",
+            )
+        }
         return own | {"weight": self.head.weight}
 
     def save(
@@ -361,9 +459,17 @@ class _Saving(_Moving):
         tensors = self._tensors()
         if self.log:
             x, uids, rewards = zip(*self.log.values())
-            tensors |= {"log_x": torch.stack(x), "log_uids": torch.cat(uids), "log_rewards": torch.cat(rewards),
-                        "log_sizes": torch.tensor([len(part) for part in uids])}
-        about = {"hotkeys": json.dumps(self.hotkeys), "seen": str(self.seen), "review": str(self.review)}
+            tensors |= {
+                "log_x": torch.stack(x),
+                "log_uids": torch.cat(uids),
+                "log_rewards": torch.cat(rewards),
+                "log_sizes": torch.tensor([len(part) for part in uids]),
+            }
+        about = {
+            "hotkeys": json.dumps(self.hotkeys),
+            "seen": str(self.seen),
+            "review": str(self.review),
+        }
         _write(path, tensors, self._identity() | about)
 
     @torch.no_grad()
@@ -381,8 +487,11 @@ class _Saving(_Moving):
         self.log.clear()
         if "log_x" in tensors:
             sizes = tensors["log_sizes"].tolist()
-            parts = (tensors["log_x"].to(self.squares), tensors["log_uids"].to(self.squares.device).split(sizes),
-                     tensors["log_rewards"].to(self.squares).split(sizes))
+            parts = (
+                tensors["log_x"].to(self.squares),
+                tensors["log_uids"].to(self.squares.device).split(sizes),
+                tensors["log_rewards"].to(self.squares).split(sizes),
+            )
             for question in map(Question, *parts):
                 self.log[question.x.cpu().numpy().tobytes()] = question
         self._move(_row_sources(_saved_hotkeys(about), self.hotkeys, self.num_uids))
@@ -390,6 +499,7 @@ class _Saving(_Moving):
 # %% ../../nbs/validators/01_bayes.ipynb #c038
 class Posterior(NamedTuple):
     "What a gate thinks of every uid for one message."
+
     mean: torch.Tensor  # (num_uids,) expected reward, with gradient to the head
     sd: torch.Tensor  # (num_uids,) standard deviation of it
 
@@ -401,8 +511,20 @@ class BayesianGatingModel(_Saving):
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
         "The flags of every gate, `--gating.topics` and `--gating.memory`."
         super().add_args(parser)
-        add_argument(parser, "--gating.topics", type=int, default=16, help="Groups that prompts are put into (bayes).")
-        add_argument(parser, "--gating.memory", type=int, default=8192, help="Questions that are remembered (bayes).")
+        add_argument(
+            parser,
+            "--gating.topics",
+            type=int,
+            default=16,
+            help="Groups that prompts are put into (bayes).",
+        )
+        add_argument(
+            parser,
+            "--gating.memory",
+            type=int,
+            default=8192,
+            help="Questions that are remembered (bayes).",
+        )
 
     @classmethod
     def check_config(
@@ -414,22 +536,34 @@ class BayesianGatingModel(_Saving):
         gating = merge(cls.config(), config).gating
         for name in ("topics", "memory"):
             if gating[name] < 1:
-                raise InputError(f"--gating.{name} must be at least 1, got {gating[name]}")
+                raise InputError(
+                    f"--gating.{name} must be at least 1, got {gating[name]}"
+                )
 
     def __init__(
         self,
         metagraph: Any,  # a reference to the Bittensor metagraph object: has `hotkeys`, perhaps `uids`
-        config: Config | None = None,  # `None` is the default configuration; what it does not hold has its default
+        config: Config
+        | None = None,  # `None` is the default configuration; what it does not hold has its default
         model_name: str | None = None,  # the encoder; `None` uses the configuration's
-        num_uids: int | None = None,  # number of uids to gate on; `None` uses the configuration's
+        num_uids: int
+        | None = None,  # number of uids to gate on; `None` uses the configuration's
     ):  # raises `InputError` (a ValueError) for wrong settings and for a metagraph with more than `num_uids` uids
         super().__init__()
         settings = _settings(type(self), config, model_name, num_uids)
         self.check_config(settings)
-        vars(self)["config"] = settings  # a value that still answers as the class method whose place it takes
-        self.num_uids, self.topics, self.hotkeys = settings.gating.num_uids, settings.gating.topics, uid_hotkeys(metagraph)
+        vars(self)["config"] = (
+            settings  # a value that still answers as the class method whose place it takes
+        )
+        self.num_uids, self.topics, self.hotkeys = (
+            settings.gating.num_uids,
+            settings.gating.topics,
+            uid_hotkeys(metagraph),
+        )
         _check_capacity(self.hotkeys, metagraph, self.num_uids)
-        self.encoder = Encoder(settings.gating.model_name, pool=mean_pooling, combine=mean_direction)
+        self.encoder = Encoder(
+            settings.gating.model_name, pool=mean_pooling, combine=mean_direction
+        )
         self._begin(self.encoder.hidden_size, settings.gating.memory)
         self.to(self.encoder.model.device)
 
@@ -442,7 +576,10 @@ class BayesianGatingModel(_Saving):
             raise TypeError(f"a message must be a str, got {type(message).__name__}")
         x = self.encoder(message).to(self.squares)
         phi = self.features(x)
-        mean, sd = _Expected.apply(phi, self.head.weight, x), ((self.covariances @ phi) @ phi).clamp(min=0).sqrt()
+        mean, sd = (
+            _Expected.apply(phi, self.head.weight, x),
+            ((self.covariances @ phi) @ phi).clamp(min=0).sqrt(),
+        )
         self._latest = message, mean.detach(), sd
         return Posterior(mean, sd)
 
@@ -450,16 +587,24 @@ class BayesianGatingModel(_Saving):
     def forward(
         self,
         message: str,  # text message to be encoded
-    ) -> TensorType["network_size"]:  # one score per uid; raises TypeError for no str, ValueError for an empty one
+    ) -> TensorType[
+        "network_size"
+    ]:  # one score per uid; raises TypeError for no str, ValueError for an empty one
         "The expected reward of every uid."
         return self.posterior(message).mean
 
     @check_shapes
     def backward(
         self,
-        scores: TensorType["metagraph.n"],  # for each uid as output by the gating model, or of those asked
-        rewards: TensorType["metagraph.n"],  # of the same uids, as output by the reward model
-    ) -> TensorType[()]:  # mean squared error of scores and rewards; raises ValueError for what cannot be learned from
+        scores: TensorType[
+            "metagraph.n"
+        ],  # for each uid as output by the gating model, or of those asked
+        rewards: TensorType[
+            "metagraph.n"
+        ],  # of the same uids, as output by the reward model
+    ) -> TensorType[
+        ()
+    ]:  # mean squared error of scores and rewards; raises ValueError for what cannot be learned from
         "Take the rewards into the posteriors."
         rewards = _checked_rewards(scores, rewards)
         uids = _rows(scores, self.head)

@@ -7,13 +7,29 @@ __all__ = ['check_encoder', 'Encoder', 'EmbeddingCache', 'context_size', 'last_t
            'mean_pooling', 'windows']
 
 # %% ../../nbs/validators/08_encoders.ipynb #c002
-from ..encoding import (
-    Encoder, EmbeddingCache, context_size, last_token, last_window, mean_direction, mean_pooling, windows)
+from prompting_nb.encoding import (
+    Encoder,
+    EmbeddingCache,
+    context_size,
+    last_token,
+    last_window,
+    mean_direction,
+    mean_pooling,
+    windows,
+)
 from ..pretrained import load
 
 # %% ../../nbs/validators/08_encoders.ipynb #c003
-_all_ = ["Encoder", "EmbeddingCache", "context_size", "last_token", "last_window", "mean_direction", "mean_pooling",
-         "windows"]
+_all_ = [
+    "Encoder",
+    "EmbeddingCache",
+    "context_size",
+    "last_token",
+    "last_window",
+    "mean_direction",
+    "mean_pooling",
+    "windows",
+]
 
 # %% ../../nbs/validators/08_encoders.ipynb #c010
 def check_encoder(

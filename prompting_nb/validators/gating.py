@@ -25,7 +25,13 @@ from ..config import Config, InputError, add_argument, merge, read_config
 from ..pretrained import resolve
 from ..shapes import TensorType, check_shapes
 from ..show import Bar, html_table
-from .encoders import Encoder, last_token, last_window, mean_direction, mean_pooling
+from prompting_nb.validators.encoders import (
+    Encoder,
+    last_token,
+    last_window,
+    mean_direction,
+    mean_pooling,
+)
 
 # %% ../../nbs/validators/00_gating.ipynb #c003
 _log = logging.getLogger(__name__)
@@ -33,29 +39,74 @@ _log = logging.getLogger(__name__)
 # %% ../../nbs/validators/00_gating.ipynb #c007
 def _add_gating_args(parser: argparse.ArgumentParser) -> None:
     "The flags of every gate; calling it again does nothing."
-    add_argument(parser, "--gating.model_name", type=str, default="EleutherAI/gpt-neo-125m",
-                 help="Name of the pre-trained language model to use as the encoding layer for the gating model.")
-    add_argument(parser, "--gating.num_uids", type=int, default=4096, help="Number of uids to gate on.")
-    add_argument(parser, "--gating.learning_rate", type=float, default=0.01,
-                 help="Learning rate for the gating model optimizer.")
-    add_argument(parser, "--gating.momentum", type=float, default=0.9,
-                 help="Momentum for the gating model optimizer (sgd).")
-    add_argument(parser, "--gating.loss", type=str, default="softmax_mse",
-                 help="softmax_mse (as documented), reward_mse or listwise, which learn much faster.")
-    add_argument(parser, "--gating.optimizer", type=str, default="sgd", help="sgd (as documented), adagrad or adam.")
+    add_argument(
+        parser,
+        "--gating.model_name",
+        type=str,
+        default="EleutherAI/gpt-neo-125m",
+        help="Name of the pre-trained language model to use as the encoding layer for the gating model.",
+    )
+    add_argument(
+        parser,
+        "--gating.num_uids",
+        type=int,
+        default=4096,
+        help="Number of uids to gate on.",
+    )
+    add_argument(
+        parser,
+        "--gating.learning_rate",
+        type=float,
+        default=0.01,
+        help="Learning rate for the gating model optimizer.",
+    )
+    add_argument(
+        parser,
+        "--gating.momentum",
+        type=float,
+        default=0.9,
+        help="Momentum for the gating model optimizer (sgd).",
+    )
+    add_argument(
+        parser,
+        "--gating.loss",
+        type=str,
+        default="softmax_mse",
+        help="softmax_mse (as documented), reward_mse or listwise, which learn much faster.",
+    )
+    add_argument(
+        parser,
+        "--gating.optimizer",
+        type=str,
+        default="sgd",
+        help="sgd (as documented), adagrad or adam.",
+    )
 
 # %% ../../nbs/validators/00_gating.ipynb #c009
 def _complaints(gating: Config) -> list[str]:
     "What is wrong with the settings of a gate, one sentence per flag."
     rules = {
-        "model_name": (isinstance(gating.model_name, str) and gating.model_name.strip(), "must not be empty"),
+        "model_name": (
+            isinstance(gating.model_name, str) and gating.model_name.strip(),
+            "must not be empty",
+        ),
         "num_uids": (gating.num_uids >= 1, "must be at least 1"),
-        "learning_rate": (gating.learning_rate > 0 and math.isfinite(gating.learning_rate), "must be greater than 0"),
+        "learning_rate": (
+            gating.learning_rate > 0 and math.isfinite(gating.learning_rate),
+            "must be greater than 0",
+        ),
         "momentum": (0 <= gating.momentum < 1, "must be at least 0 and less than 1"),
         "loss": (gating.loss in LOSSES, f"must be one of {', '.join(LOSSES)}"),
-        "optimizer": (gating.optimizer in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}"),
+        "optimizer": (
+            gating.optimizer in OPTIMIZERS,
+            f"must be one of {', '.join(OPTIMIZERS)}",
+        ),
     }
-    return [f"--gating.{name} {text}, got {gating[name]!r}" for name, (good, text) in rules.items() if not good]
+    return [
+        f"--gating.{name} {text}, got {gating[name]!r}"
+        for name, (good, text) in rules.items()
+        if not good
+    ]
 
 # %% ../../nbs/validators/00_gating.ipynb #c010
 class BaseGatingModel(torch.nn.Module, ABC):
@@ -66,7 +117,9 @@ class BaseGatingModel(torch.nn.Module, ABC):
     encoder: Encoder
     head: torch.nn.Linear
     optimizer: torch.optim.Optimizer
-    _latest: tuple | None = None  # the message scored last; scores and standard deviations (or None) of all uids
+    _latest: tuple | None = (
+        None  # the message scored last; scores and standard deviations (or None) of all uids
+    )
 
     def _repr_html_(self) -> str:
         return _shown(self)
@@ -105,7 +158,9 @@ class BaseGatingModel(torch.nn.Module, ABC):
         "Forward pass through the gating model"
 
     @abstractmethod
-    def backward(self, scores: TensorType["metagraph.n"], rewards: TensorType["metagraph.n"]) -> TensorType[()]:
+    def backward(
+        self, scores: TensorType["metagraph.n"], rewards: TensorType["metagraph.n"]
+    ) -> TensorType[()]:
         "Backward pass through the gating model"
 
     @abstractmethod
@@ -119,11 +174,25 @@ def _shown(gate: BaseGatingModel, most: int = 10) -> str:
     if gate._latest is None:
         return html_table(f"{title}; no message was scored yet", (), ())
     message, scores, sds = gate._latest
-    known = sorted((scores[uid].item(), -uid) for uid in gate.hotkeys if uid < len(scores))[::-1]
+    known = sorted(
+        (scores[uid].item(), -uid) for uid in gate.hotkeys if uid < len(scores)
+    )[::-1]
     (top, _), (low, _) = known[0], known[-1]
-    rows = [(-uid, gate.hotkeys[-uid][:12], Bar(value, (value - low) / ((top - low) or 1.0)),
-             *(() if sds is None else (sds[-uid].item(),))) for value, uid in known[:most]]
-    columns = ("uid", "hotkey", "score", *(() if sds is None else ("standard deviation",)))
+    rows = [
+        (
+            -uid,
+            gate.hotkeys[-uid][:12],
+            Bar(value, (value - low) / ((top - low) or 1.0)),
+            *(() if sds is None else (sds[-uid].item(),)),
+        )
+        for value, uid in known[:most]
+    ]
+    columns = (
+        "uid",
+        "hotkey",
+        "score",
+        *(() if sds is None else ("standard deviation",)),
+    )
     return html_table(f"{title}: the best for “{message[:80]}”", columns, rows)
 
 # %% ../../nbs/validators/00_gating.ipynb #c013
@@ -152,7 +221,11 @@ def listwise(
     return F.cross_entropy(scores, (rewards / temperature).softmax(0))
 
 
-LOSSES: dict[str, Callable] = {"softmax_mse": softmax_mse, "reward_mse": reward_mse, "listwise": listwise}
+LOSSES: dict[str, Callable] = {
+    "softmax_mse": softmax_mse,
+    "reward_mse": reward_mse,
+    "listwise": listwise,
+}
 
 # %% ../../nbs/validators/00_gating.ipynb #c020
 class RowAdagrad(torch.optim.Adagrad):
@@ -167,25 +240,35 @@ class RowAdagrad(torch.optim.Adagrad):
                 squares = self.state[parameter]["sum"]
                 summed = squares[rows] + gradient**2
                 squares[rows] = summed
-                parameter[rows] -= group["lr"] * gradient / (summed.sqrt() + group["eps"])
+                parameter[rows] -= (
+                    group["lr"] * gradient / (summed.sqrt() + group["eps"])
+                )
 
 
 def _rows_of(gradient: torch.Tensor) -> tuple:
     "The rows of a gradient and their values; `slice(None)` when it is dense."
     if not gradient.is_sparse:
         return slice(None), gradient
-    return gradient._indices()[0], gradient._values()  # ours are coalesced: each row once
+    return gradient._indices()[
+        0
+    ], gradient._values()  # ours are coalesced: each row once
 
 
 def _adagrad(head: torch.nn.Linear, gating: Config) -> torch.optim.Optimizer:
     rate = gating.learning_rate
-    return RowAdagrad([{"params": [head.weight]}, {"params": [head.bias], "lr": 4 * rate}], lr=rate)
+    return RowAdagrad(
+        [{"params": [head.weight]}, {"params": [head.bias], "lr": 4 * rate}], lr=rate
+    )
 
 
 OPTIMIZERS: dict[str, Callable] = {
-    "sgd": lambda head, gating: torch.optim.SGD(head.parameters(), lr=gating.learning_rate, momentum=gating.momentum),
+    "sgd": lambda head, gating: torch.optim.SGD(
+        head.parameters(), lr=gating.learning_rate, momentum=gating.momentum
+    ),
     "adagrad": _adagrad,
-    "adam": lambda head, gating: torch.optim.Adam(head.parameters(), lr=gating.learning_rate),
+    "adam": lambda head, gating: torch.optim.Adam(
+        head.parameters(), lr=gating.learning_rate
+    ),
 }
 
 # %% ../../nbs/validators/00_gating.ipynb #c027
@@ -193,7 +276,9 @@ class _Scores(torch.autograd.Function):
     "`torch.nn.functional.linear` for one input, with sparse gradients when few of its outputs were used."
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: Any, /) -> torch.Tensor:  # `bias` may be None
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, bias: Any, /
+    ) -> torch.Tensor:  # `bias` may be None
         ctx.save_for_backward(x)
         return F.linear(x, weight, bias)
 
@@ -202,11 +287,24 @@ class _Scores(torch.autograd.Function):
         (gradient,), (x,) = gradients, ctx.saved_tensors
         rows = gradient.nonzero().flatten()
         if 4 * len(rows) > len(gradient):
-            return None, gradient[:, None] * x, gradient if ctx.needs_input_grad[2] else None
+            return (
+                None,
+                gradient[:, None] * x,
+                gradient if ctx.needs_input_grad[2] else None,
+            )
         values, place = gradient[rows], rows[None]
-        make = lambda v: torch.sparse_coo_tensor(place, v, (len(gradient), *v.shape[1:]), is_coalesced=True,
-                                                 check_invariants=False)
-        return None, make(values[:, None] * x), make(values) if ctx.needs_input_grad[2] else None
+        make = lambda v: torch.sparse_coo_tensor(
+            place,
+            v,
+            (len(gradient), *v.shape[1:]),
+            is_coalesced=True,
+            check_invariants=False,
+        )
+        return (
+            None,
+            make(values[:, None] * x),
+            make(values) if ctx.needs_input_grad[2] else None,
+        )
 
 
 def score(
@@ -226,25 +324,39 @@ def _loss_and_gradients(
 ) -> tuple:
     "The loss and its gradients for weight and bias of the head; ValueError for anything that cannot be learned from."
     if not scores.requires_grad:
-        raise ValueError("the scores carry no gradient: pass what forward returned, not detached or from under no_grad")
-    rewards = rewards.detach().to(scores)  # any dtype and device; rewards get no gradient
+        raise ValueError(
+            "the scores carry no gradient: pass what forward returned, not detached or from under no_grad"
+        )
+    rewards = rewards.detach().to(
+        scores
+    )  # any dtype and device; rewards get no gradient
     if not len(scores) or not rewards.isfinite().all():
-        raise ValueError(f"rewards must be finite and at least one, got {rewards.tolist()[:8]}")
+        raise ValueError(
+            f"rewards must be finite and at least one, got {rewards.tolist()[:8]}"
+        )
     value = loss(scores, rewards)
     if not value.isfinite():
         raise ValueError(f"the loss is {value.item()}: scores or rewards are too large")
     # The graph is kept, so that the same scores can be used again; it goes when the scores go.
-    gradients = torch.autograd.grad(value, [head.weight, head.bias], retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(
+        value, [head.weight, head.bias], retain_graph=True, allow_unused=True
+    )
     if gradients[0] is None:
         raise ValueError("the scores do not come from this gate")
     return value.detach(), gradients
 
 # %% ../../nbs/validators/00_gating.ipynb #c031
-def _step(head: torch.nn.Linear, optimizer: torch.optim.Optimizer, gradients: tuple) -> None:
+def _step(
+    head: torch.nn.Linear, optimizer: torch.optim.Optimizer, gradients: tuple
+) -> None:
     "Move the head by one step of the optimizer."
     for parameter, gradient in zip((head.weight, head.bias), gradients):
-        parameter.grad = gradient if isinstance(optimizer, RowAdagrad) else gradient.to_dense()
-        for name, value in optimizer.state.get(parameter, {}).items():  # the head may have moved to another device
+        parameter.grad = (
+            gradient if isinstance(optimizer, RowAdagrad) else gradient.to_dense()
+        )
+        for name, value in optimizer.state.get(
+            parameter, {}
+        ).items():  # the head may have moved to another device
             if torch.is_tensor(value) and value.shape == parameter.shape:
                 optimizer.state[parameter][name] = value.to(parameter)
     optimizer.step()
@@ -261,10 +373,20 @@ def uid_hotkeys(
     "The hotkey of every uid."
     hotkeys = _plain(metagraph.hotkeys)
     given = getattr(metagraph, "uids", None)
-    uids = list(range(len(hotkeys))) if given is None else [int(uid) for uid in _plain(given)]
-    if len(uids) != len(hotkeys) or len(set(uids)) != len(uids) or min(uids, default=0) < 0:
-        raise ValueError(f"a metagraph needs one hotkey for each uid and no uid twice: {len(uids)} uids "
-                         f"({len(set(uids))} different), {len(hotkeys)} hotkeys")
+    uids = (
+        list(range(len(hotkeys)))
+        if given is None
+        else [int(uid) for uid in _plain(given)]
+    )
+    if (
+        len(uids) != len(hotkeys)
+        or len(set(uids)) != len(uids)
+        or min(uids, default=0) < 0
+    ):
+        raise ValueError(
+            f"a metagraph needs one hotkey for each uid and no uid twice: {len(uids)} uids "
+            f"({len(set(uids))} different), {len(hotkeys)} hotkeys"
+        )
     return {uid: str(hotkey) for uid, hotkey in zip(uids, hotkeys)}
 
 # %% ../../nbs/validators/00_gating.ipynb #c044
@@ -284,8 +406,10 @@ def _check_capacity(hotkeys: dict, metagraph: Any, num_uids: int) -> None:
     "ValueError if the metagraph has uids beyond the head's."
     needed = max(max(hotkeys, default=-1) + 1, int(getattr(metagraph, "n", None) or 0))
     if needed > num_uids:
-        raise InputError(f"the metagraph has {needed} uids but the gate only num_uids = {num_uids}: "
-                         f"make a gate with --gating.num_uids {needed} or more")
+        raise InputError(
+            f"the metagraph has {needed} uids but the gate only num_uids = {num_uids}: "
+            f"make a gate with --gating.num_uids {needed} or more"
+        )
 
 
 def _initial_rows(count: int, hidden_size: int) -> torch.Tensor:
@@ -296,33 +420,51 @@ def _initial_rows(count: int, hidden_size: int) -> torch.Tensor:
 # %% ../../nbs/validators/00_gating.ipynb #c049
 def _row_tensors(head: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> list:
     "Everything that has a row per uid: weight, bias and the optimizer's state of both."
-    state = [value for parameter in (head.weight, head.bias) for value in optimizer.state.get(parameter, {}).values()
-             if torch.is_tensor(value) and value.shape == parameter.shape]
+    state = [
+        value
+        for parameter in (head.weight, head.bias)
+        for value in optimizer.state.get(parameter, {}).values()
+        if torch.is_tensor(value) and value.shape == parameter.shape
+    ]
     return [head.weight, head.bias, *state]
 
 
 @torch.no_grad()
-def _rearrange(head: torch.nn.Linear, optimizer: torch.optim.Optimizer, sources: torch.Tensor) -> None:
+def _rearrange(
+    head: torch.nn.Linear, optimizer: torch.optim.Optimizer, sources: torch.Tensor
+) -> None:
     "Give each row of the head, with its bias and optimizer state, the content of its source; -1 starts anew."
     changed = (sources != torch.arange(len(sources))).nonzero().flatten()
     fresh = (sources < 0).nonzero().flatten()
     for tensor in _row_tensors(head, optimizer):
-        tensor[changed] = tensor[sources[changed]]  # the right side is a copy: swapping works; -1 is overwritten next
+        tensor[changed] = tensor[
+            sources[changed]
+        ]  # the right side is a copy: swapping works; -1 is overwritten next
         tensor[fresh] = 0
     head.weight[fresh] = _initial_rows(len(fresh), head.in_features).to(head.weight)
 
 # %% ../../nbs/validators/00_gating.ipynb #c052
 def _identity(gate: BaseGatingModel) -> dict:
     "What must agree between a saved head and the gate that loads it."
-    return {"class": type(gate).__name__, "model_name": gate.encoder.model_name,
-            "num_uids": str(gate.head.out_features), "hidden_size": str(gate.head.in_features)}
+    return {
+        "class": type(gate).__name__,
+        "model_name": gate.encoder.model_name,
+        "num_uids": str(gate.head.out_features),
+        "hidden_size": str(gate.head.in_features),
+    }
 
 
 def _write(path: str | Path, tensors: dict, about: dict) -> None:
     "A safetensors file that appears only when it is complete."
     partial = Path(f"{path}.partial")
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, partial,
-              metadata=about)
+    save_file(
+        {
+            name: value.detach().cpu().contiguous().clone()
+            for name, value in tensors.items()
+        },
+        partial,
+        metadata=about,
+    )
     os.replace(partial, path)
 
 
@@ -334,8 +476,15 @@ def _save(
     tensors = {"weight": self.head.weight.detach(), "bias": self.head.bias.detach()}
     for name, parameter in self.head.named_parameters():
         state = self.optimizer.state.get(parameter, {})
-        tensors |= {f"{name}.{key}": value for key, value in state.items() if torch.is_tensor(value)}
-    about = _identity(self) | {"optimizer": type(self.optimizer).__name__, "hotkeys": json.dumps(self.hotkeys)}
+        tensors |= {
+            f"{name}.{key}": value
+            for key, value in state.items()
+            if torch.is_tensor(value)
+        }
+    about = _identity(self) | {
+        "optimizer": type(self.optimizer).__name__,
+        "hotkeys": json.dumps(self.hotkeys),
+    }
     _write(path, tensors, about)
 
 # %% ../../nbs/validators/00_gating.ipynb #c054
@@ -343,20 +492,30 @@ def _read(path: str | Path) -> tuple[dict, dict]:
     "Tensors and metadata of a saved head; `InputError` if the file is none."
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            return {
+                name: file.get_tensor(name) for name in file.keys()
+            }, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read as a saved gate: {error}") from None
 
 
 def _same(name: str, saved: str | None, here: str) -> bool:
     "Whether two values agree; model names also when they lead to the same weights."
-    return saved == here or name == "model_name" and saved is not None and resolve(saved) == resolve(here)
+    return (
+        saved == here
+        or name == "model_name"
+        and saved is not None
+        and resolve(saved) == resolve(here)
+    )
 
 
 def _check_identity(path: str | Path, about: dict, here: dict) -> None:
     "InputError that says in what a saved gate and this one differ."
-    differs = [f"{name} is {about.get(name)} there and {value} here"
-               for name, value in here.items() if not _same(name, about.get(name), value)]
+    differs = [
+        f"{name} is {about.get(name)} there and {value} here"
+        for name, value in here.items()
+        if not _same(name, about.get(name), value)
+    ]
     if differs:
         raise InputError(f"{path} does not fit this gate: {'; '.join(differs)}")
 
@@ -378,31 +537,57 @@ def _load(
         state = self.optimizer.state[parameter]
         for value in state.values():
             value.zero_() if torch.is_tensor(value) else None
-        if about["optimizer"] == type(self.optimizer).__name__:  # another optimizer starts with a blank memory
+        if (
+            about["optimizer"] == type(self.optimizer).__name__
+        ):  # another optimizer starts with a blank memory
             for key in (key for key in tensors if key.startswith(f"{name}.")):
-                value = tensors[key]  # a step count stays as it is, rows go where the parameter is
-                state[key.removeprefix(f"{name}.")] = value.to(parameter) if value.dim() else value
-    _rearrange(self.head, self.optimizer, _row_sources(_saved_hotkeys(about), self.hotkeys, self.num_uids))
+                value = tensors[
+                    key
+                ]  # a step count stays as it is, rows go where the parameter is
+                state[key.removeprefix(f"{name}.")] = (
+                    value.to(parameter) if value.dim() else value
+                )
+    _rearrange(
+        self.head,
+        self.optimizer,
+        _row_sources(_saved_hotkeys(about), self.hotkeys, self.num_uids),
+    )
 
 # %% ../../nbs/validators/00_gating.ipynb #c056
-def _settings(cls: type, config: Any, model_name: str | None, num_uids: int | None) -> Config:
+def _settings(
+    cls: type, config: Any, model_name: str | None, num_uids: int | None
+) -> Config:
     "The effective configuration of a gate, an object of its own."
     arguments = {"gating.model_name": model_name, "gating.num_uids": num_uids}
     given = {name: value for name, value in arguments.items() if value is not None}
     settings = merge(merge(cls.config(), config), given)
-    if wrong := _complaints(merge(settings, {"gating.learning_rate": settings.gating.learning_rate or 1.0}).gating):
+    if wrong := _complaints(
+        merge(
+            settings, {"gating.learning_rate": settings.gating.learning_rate or 1.0}
+        ).gating
+    ):
         raise InputError("; ".join(wrong))
     return settings
 
 
-def _build(gate: BaseGatingModel, metagraph: Any, settings: Config, pool: Callable, combine: Callable) -> None:
+def _build(
+    gate: BaseGatingModel,
+    metagraph: Any,
+    settings: Config,
+    pool: Callable,
+    combine: Callable,
+) -> None:
     "Give a gate its parts: hotkeys, encoder, head, optimizer."
     hotkeys, num_uids = uid_hotkeys(metagraph), settings.gating.num_uids
     _check_capacity(hotkeys, metagraph, num_uids)  # before anything large is loaded
-    vars(gate)["config"] = settings  # a value that still answers as the class method whose place it takes
+    vars(gate)["config"] = (
+        settings  # a value that still answers as the class method whose place it takes
+    )
     gate.num_uids, gate.hotkeys = num_uids, hotkeys
     gate.encoder = Encoder(settings.gating.model_name, pool=pool, combine=combine)
-    gate.head = torch.nn.Linear(gate.encoder.hidden_size, num_uids).to(gate.encoder.model.device)
+    gate.head = torch.nn.Linear(gate.encoder.hidden_size, num_uids).to(
+        gate.encoder.model.device
+    )
     with torch.no_grad():
         gate.head.weight.copy_(_initial_rows(num_uids, gate.head.in_features))
         gate.head.bias.zero_()
@@ -418,9 +603,13 @@ def _forward(gate: BaseGatingModel, message: str) -> torch.Tensor:
     return scores
 
 
-def _backward(gate: BaseGatingModel, scores: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+def _backward(
+    gate: BaseGatingModel, scores: torch.Tensor, rewards: torch.Tensor
+) -> torch.Tensor:
     "One learning step; the loss before it."
-    value, gradients = _loss_and_gradients(gate.head, LOSSES[gate.config().gating.loss], scores, rewards)
+    value, gradients = _loss_and_gradients(
+        gate.head, LOSSES[gate.config().gating.loss], scores, rewards
+    )
     _step(gate.head, gate.optimizer, gradients)
     return value
 
@@ -429,12 +618,17 @@ def _resync(gate: BaseGatingModel, previous_metagraph: Any, metagraph: Any) -> N
     "Let the rows follow their hotkeys."
     # A metagraph that was updated in place no longer knows what it was; the gate remembers.
     unknown = previous_metagraph is None or previous_metagraph is metagraph
-    before, now = gate.hotkeys if unknown else uid_hotkeys(previous_metagraph), uid_hotkeys(metagraph)
+    before, now = (
+        gate.hotkeys if unknown else uid_hotkeys(previous_metagraph),
+        uid_hotkeys(metagraph),
+    )
     _check_capacity(before | now, metagraph, gate.num_uids)
     sources = _row_sources(before, now, gate.num_uids)
     _rearrange(gate.head, gate.optimizer, sources)
     gate.hotkeys, gate._latest = now, None
-    _log.info("resync: uids that start anew: %s", (sources < 0).nonzero().flatten().tolist())
+    _log.info(
+        "resync: uids that start anew: %s", (sources < 0).nonzero().flatten().tolist()
+    )
 
 # %% ../../nbs/validators/00_gating.ipynb #c060
 class GatingModel(BaseGatingModel):
@@ -449,27 +643,43 @@ class GatingModel(BaseGatingModel):
     def __init__(
         self,
         metagraph: Any,  # a reference to the Bittensor metagraph object: has `hotkeys`, perhaps `uids`
-        config: Config | None = None,  # `None` is the default configuration; what it does not hold has its default
+        config: Config
+        | None = None,  # `None` is the default configuration; what it does not hold has its default
         model_name: str | None = None,  # the encoder; `None` uses the configuration's
-        num_uids: int | None = None,  # number of uids to gate on; `None` uses the configuration's
+        num_uids: int
+        | None = None,  # number of uids to gate on; `None` uses the configuration's
     ):  # raises `InputError` (a ValueError) for wrong settings and for a metagraph with more than `num_uids` uids
         super().__init__()
-        _build(self, metagraph, _settings(type(self), config, model_name, num_uids), last_token, last_window)
+        _build(
+            self,
+            metagraph,
+            _settings(type(self), config, model_name, num_uids),
+            last_token,
+            last_window,
+        )
 
     @check_shapes
     def forward(
         self,
         message: str,  # text message to be encoded
-    ) -> TensorType["network_size"]:  # one score per uid; raises TypeError for no str, ValueError for an empty one
+    ) -> TensorType[
+        "network_size"
+    ]:  # one score per uid; raises TypeError for no str, ValueError for an empty one
         "Runs a forward pass through the model: encoder, hidden state of the last token (of the last window), head."
         return _forward(self, message)
 
     @check_shapes
     def backward(
         self,
-        scores: TensorType["metagraph.n"],  # for each uid as output by the gating model, or of those asked
-        rewards: TensorType["metagraph.n"],  # of the same uids, as output by the reward model
-    ) -> TensorType[()]:  # the loss, detached; raises ValueError, before any change, for what cannot be learned from
+        scores: TensorType[
+            "metagraph.n"
+        ],  # for each uid as output by the gating model, or of those asked
+        rewards: TensorType[
+            "metagraph.n"
+        ],  # of the same uids, as output by the reward model
+    ) -> TensorType[
+        ()
+    ]:  # the loss, detached; raises ValueError, before any change, for what cannot be learned from
         "Runs a backward pass through the model and takes one step of the optimizer."
         return _backward(self, scores, rewards)
 
@@ -497,12 +707,20 @@ class SentenceEmbedGatingModel(BaseGatingModel):
     def __init__(
         self,
         metagraph: Any,  # a reference to the Bittensor metagraph object: has `hotkeys`, perhaps `uids`
-        config: Config | None = None,  # `None` is the default configuration; what it does not hold has its default
+        config: Config
+        | None = None,  # `None` is the default configuration; what it does not hold has its default
         model_name: str | None = None,  # the encoder; `None` uses the configuration's
-        num_uids: int | None = None,  # number of uids to gate on; `None` uses the configuration's
+        num_uids: int
+        | None = None,  # number of uids to gate on; `None` uses the configuration's
     ):  # raises `InputError` (a ValueError) for wrong settings and for a metagraph with more than `num_uids` uids
         super().__init__()
-        _build(self, metagraph, _settings(type(self), config, model_name, num_uids), self.mean_pooling, mean_direction)
+        _build(
+            self,
+            metagraph,
+            _settings(type(self), config, model_name, num_uids),
+            self.mean_pooling,
+            mean_direction,
+        )
 
     mean_pooling = staticmethod(mean_pooling)
 
@@ -510,16 +728,24 @@ class SentenceEmbedGatingModel(BaseGatingModel):
     def forward(
         self,
         message: str,  # text message to be encoded
-    ) -> TensorType["network_size"]:  # one score per uid; raises TypeError for no str, ValueError for an empty one
+    ) -> TensorType[
+        "network_size"
+    ]:  # one score per uid; raises TypeError for no str, ValueError for an empty one
         "Runs a forward pass: encoder, `mean_pooling`, L2 normalisation, mean over the windows (normalised), head."
         return _forward(self, message)
 
     @check_shapes
     def backward(
         self,
-        scores: TensorType["metagraph.n"],  # for each uid as output by the gating model, or of those asked
-        rewards: TensorType["metagraph.n"],  # of the same uids, as output by the reward model
-    ) -> TensorType[()]:  # the loss, detached; raises ValueError, before any change, for what cannot be learned from
+        scores: TensorType[
+            "metagraph.n"
+        ],  # for each uid as output by the gating model, or of those asked
+        rewards: TensorType[
+            "metagraph.n"
+        ],  # of the same uids, as output by the reward model
+    ) -> TensorType[
+        ()
+    ]:  # the loss, detached; raises ValueError, before any change, for what cannot be learned from
         "Runs a backward pass through the model and takes one step of the optimizer."
         return _backward(self, scores, rewards)
 

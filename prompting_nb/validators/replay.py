@@ -20,18 +20,25 @@ from ..config import InputError
 @dataclass(frozen=True)
 class Event:
     "One question: who was asked, with what probability, and what came of it."
+
     step: int
     prompt: str
     uids: list[int]  # asked
     propensities: list[float | None]  # of each of them, in (0, 1]; None where unknown
     rewards: list[float | None]  # of each of them; None where there was no answer
     scores: list[float]  # the gate's, for all uids, before it learned from this event
-    available: list[int] | None = None  # the uids that could be asked; None: all of them
+    available: list[int] | None = (
+        None  # the uids that could be asked; None: all of them
+    )
 
     @property
     def candidates(self) -> torch.Tensor:  # (n,) int64
         "The uids that could be asked."
-        return torch.arange(len(self.scores)) if self.available is None else torch.tensor(self.available)
+        return (
+            torch.arange(len(self.scores))
+            if self.available is None
+            else torch.tensor(self.available)
+        )
 
     @property
     def weighable(self) -> bool:
@@ -47,9 +54,15 @@ def _problem(event: Event) -> str | None:
     n = len(event.uids)
     if not n or len(event.propensities) != n or len(event.rewards) != n:
         return f"{n} uids, {len(event.propensities)} propensities, {len(event.rewards)} rewards: they belong together"
-    if len(set(event.uids)) != n or min(event.uids) < 0 or max(event.uids) >= len(event.scores):
+    if (
+        len(set(event.uids)) != n
+        or min(event.uids) < 0
+        or max(event.uids) >= len(event.scores)
+    ):
         return f"uids {event.uids} should be different and lie among the {len(event.scores)} that have scores"
-    if event.available is not None and not set(event.uids) <= set(event.available) <= set(range(len(event.scores))):
+    if event.available is not None and not set(event.uids) <= set(
+        event.available
+    ) <= set(range(len(event.scores))):
         return f"uids {event.uids} were asked, but only {event.available} could be"
     if not all(p is None or 0 < p <= 1 + 1e-6 for p in event.propensities):
         return f"propensities {event.propensities} should lie between 0 and 1, and not be 0 for a uid that was asked"
@@ -59,7 +72,8 @@ def _problem(event: Event) -> str | None:
 
 
 def read_events(
-    path: str | Path,  # a file with one JSON object a line; other keys than those of `Event` are ignored
+    path: str
+    | Path,  # a file with one JSON object a line; other keys than those of `Event` are ignored
 ) -> list[Event]:  # raises `InputError` that names file and line
     "The events of a log."
     events = []
@@ -70,8 +84,11 @@ def read_events(
     for number, line in enumerate(lines, 1):
         try:
             given = dict(json.loads(line))
-            given |= {"available": given.get("available"),
-                      "propensities": given.get("propensities") or [None] * len(given["uids"])}
+            given |= {
+                "available": given.get("available"),
+                "propensities": given.get("propensities")
+                or [None] * len(given["uids"]),
+            }
             event = Event(**{name: given[name] for name in _FIELDS})
             problem = _problem(event)
         except (ValueError, TypeError, KeyError) as error:
@@ -84,11 +101,15 @@ def read_events(
 # %% ../../nbs/validators/03_replay.ipynb #c012
 def ask_best(
     k: int,  # how many
-) -> Callable[[Event], torch.Tensor]:  # event -> probability of asking each uid, `(network_size,)`
+) -> Callable[
+    [Event], torch.Tensor
+]:  # event -> probability of asking each uid, `(network_size,)`
     "The rule that asks the `k` uids with the highest scores of the gate, as they were at the time."
+
     def rule(event):
         best = torch.tensor(event.scores)[event.candidates].topk(k).indices
         return torch.zeros(len(event.scores)).scatter(0, event.candidates[best], 1.0)
+
     return rule
 
 
@@ -96,8 +117,10 @@ def ask_always(
     uids: list[int],  # whom
 ) -> Callable[[Event], torch.Tensor]:
     "The rule that asks the same uids every time."
+
     def rule(event):
         return torch.zeros(len(event.scores)).scatter(0, torch.tensor(uids), 1.0)
+
     return rule
 
 
@@ -105,28 +128,46 @@ def ask_anyone(
     k: int,  # how many
 ) -> Callable[[Event], torch.Tensor]:
     "The rule that asks `k` uids by chance, all equally likely."
+
     def rule(event):
-        return torch.zeros(len(event.scores)).scatter(0, event.candidates, k / len(event.candidates))
+        return torch.zeros(len(event.scores)).scatter(
+            0, event.candidates, k / len(event.candidates)
+        )
+
     return rule
 
 # %% ../../nbs/validators/03_replay.ipynb #c016
 def line_and_uid(
     events: list[Event],  # without unknown rewards
-) -> Callable[[Event], torch.Tensor]:  # event -> expected reward of each uid, `(network_size,)`
+) -> Callable[
+    [Event], torch.Tensor
+]:  # event -> expected reward of each uid, `(network_size,)`
     "Rewards as a linear function of the gate's scores plus a shrunken mean for each uid."
     uids = torch.tensor([uid for event in events for uid in event.uids])
-    rewards = torch.tensor([r for event in events for r in event.rewards], dtype=torch.float64)
-    scores = torch.tensor([event.scores[uid] for event in events for uid in event.uids], dtype=torch.float64)
+    rewards = torch.tensor(
+        [r for event in events for r in event.rewards], dtype=torch.float64
+    )
+    scores = torch.tensor(
+        [event.scores[uid] for event in events for uid in event.uids],
+        dtype=torch.float64,
+    )
     spread = (scores - scores.mean()).square().sum()
-    slope = ((scores - scores.mean()) @ rewards / spread).item() if spread > 1e-12 else 0.0
+    slope = (
+        ((scores - scores.mean()) @ rewards / spread).item() if spread > 1e-12 else 0.0
+    )
     start = (rewards.mean() - slope * scores.mean()).item()
     size = max(len(event.scores) for event in events)
-    own = torch.zeros(size, dtype=torch.float64).index_add(0, uids, rewards - start - slope * scores)
+    own = torch.zeros(size, dtype=torch.float64).index_add(
+        0, uids, rewards - start - slope * scores
+    )
     own = own / (uids.bincount(minlength=size) + 5)
 
     def model(event: Event) -> torch.Tensor:
-        effect = torch.nn.functional.pad(own, (0, max(0, len(event.scores) - size)))[:len(event.scores)]
+        effect = torch.nn.functional.pad(own, (0, max(0, len(event.scores) - size)))[
+            : len(event.scores)
+        ]
         return start + slope * torch.tensor(event.scores, dtype=torch.float64) + effect
+
     return model
 
 # %% ../../nbs/validators/03_replay.ipynb #c020
@@ -134,12 +175,21 @@ def _expected(events: list, fit: Callable, folds: int, seed: int) -> list:
     "For each event the expected rewards `(network_size,)` by a model that did not see it."
     folds = min(folds, len(events))
     order = torch.randperm(len(events), generator=torch.Generator().manual_seed(seed))
-    fold = torch.empty_like(order).scatter(0, order, torch.arange(len(events)) % folds).tolist()
-    models = [fit([event for event, own in zip(events, fold) if own != f] or events) for f in range(folds)]
+    fold = (
+        torch.empty_like(order)
+        .scatter(0, order, torch.arange(len(events)) % folds)
+        .tolist()
+    )
+    models = [
+        fit([event for event, own in zip(events, fold) if own != f] or events)
+        for f in range(folds)
+    ]
     return [models[f](event).double() for event, f in zip(events, fold)]
 
 # %% ../../nbs/validators/03_replay.ipynb #c022
-def _quotient(top: torch.Tensor, bottom: torch.Tensor) -> tuple[float, tuple[float, float]]:  # both (events,)
+def _quotient(
+    top: torch.Tensor, bottom: torch.Tensor
+) -> tuple[float, tuple[float, float]]:  # both (events,)
     "`top.sum() / bottom.sum()` and its asymptotic 95 % interval."
     if not len(top) or bottom.sum() <= 0:
         return math.nan, (math.nan, math.nan)
@@ -152,6 +202,7 @@ def _quotient(top: torch.Tensor, bottom: torch.Tensor) -> tuple[float, tuple[flo
 @dataclass(frozen=True)
 class Estimate:
     "What a rule would have earned: mean reward per uid asked, with 95 % intervals. NaN where the log cannot say."
+
     ips: float
     ips_interval: tuple[float, float]
     snips: float
@@ -161,29 +212,50 @@ class Estimate:
     dr_interval: tuple[float, float]
     effective_sample_size: float  # in answers
     answers: int  # in the log, with a known propensity
-    covered: float  # share of the rule's requests that the log can speak for, about 1 if all
+    covered: (
+        float  # share of the rule's requests that the log can speak for, about 1 if all
+    )
     warning: str | None = None  # why the numbers should not be trusted
 
     def __str__(self) -> str:
         span = lambda interval: f"[{interval[0]:.3f}, {interval[1]:.3f}]"
-        text = (f"DR {self.dr:.3f} {span(self.dr_interval)}  IPS {self.ips:.3f} {span(self.ips_interval)}  "
-                f"SNIPS {self.snips:.3f} {span(self.snips_interval)}  DM {self.dm:.3f}  "
-                f"ESS {self.effective_sample_size:.0f} of {self.answers}")
+        text = (
+            f"DR {self.dr:.3f} {span(self.dr_interval)}  IPS {self.ips:.3f} {span(self.ips_interval)}  "
+            f"SNIPS {self.snips:.3f} {span(self.snips_interval)}  DM {self.dm:.3f}  "
+            f"ESS {self.effective_sample_size:.0f} of {self.answers}"
+        )
         return f"{text}\nwarning: {self.warning}" if self.warning else text
 
 # %% ../../nbs/validators/03_replay.ipynb #c026
-def _doubts(unknown: int, events: int, covered: float, at_most: float, effective: float, never: list) -> str | None:
+def _doubts(
+    unknown: int,
+    events: int,
+    covered: float,
+    at_most: float,
+    effective: float,
+    never: list,
+) -> str | None:
     "Why an estimate should not be trusted, if so."
     found = []
     if unknown:
-        found.append(f"{unknown} of {events} events have no propensities and count only in DM: "
-                     "log what `selection` returns")
+        found.append(
+            f"{unknown} of {events} events have no propensities and count only in DM: "
+            "log what `selection` returns"
+        )
     if unknown < events and at_most < 0.95:
-        who = f" (uids {', '.join(map(str, never[:8]))}{' ...' if len(never) > 8 else ''} never at all)" if never else ""
-        found.append(f"the log speaks for only about {covered:.0%} of what this rule would ask: the other uids were "
-                     f"never asked in such a case{who}; explore more when logging")
+        who = (
+            f" (uids {', '.join(map(str, never[:8]))}{' ...' if len(never) > 8 else ''} never at all)"
+            if never
+            else ""
+        )
+        found.append(
+            f"the log speaks for only about {covered:.0%} of what this rule would ask: the other uids were "
+            f"never asked in such a case{who}; explore more when logging"
+        )
     if unknown < events and effective < 30:
-        found.append(f"the log is worth only {effective:.0f} answers of this rule: too few to say anything")
+        found.append(
+            f"the log is worth only {effective:.0f} answers of this rule: too few to say anything"
+        )
     return "; ".join(found) or None
 
 
@@ -195,14 +267,24 @@ def _sums(events: list, rule: Callable, expected: list) -> torch.Tensor:
         known = [math.nan if p is None else p for p in event.propensities]
         weights = wanted[event.uids] / torch.tensor(known, dtype=torch.float64)  # (k,)
         rewards = torch.tensor(event.rewards, dtype=torch.float64)
-        rows.append([weights @ rewards, weights.sum(), weights @ weights, wanted.sum(), wanted @ q,
-                     weights @ (rewards - q[event.uids])])
+        rows.append(
+            [
+                weights @ rewards,
+                weights.sum(),
+                weights @ weights,
+                wanted.sum(),
+                wanted @ q,
+                weights @ (rewards - q[event.uids]),
+            ]
+        )
     return torch.tensor(rows, dtype=torch.float64)
 
 # %% ../../nbs/validators/03_replay.ipynb #c027
 def estimate(
     events: list[Event],
-    rule: Callable[[Event], torch.Tensor],  # event -> probability of asking each uid, `(network_size,)`
+    rule: Callable[
+        [Event], torch.Tensor
+    ],  # event -> probability of asking each uid, `(network_size,)`
     *,
     missing: float = 0.0,  # what counts for a miner that gave no answer
     fit: Callable = line_and_uid,  # events -> (event -> expected reward of each uid): the model for DM and DR
@@ -212,15 +294,36 @@ def estimate(
     "Estimate from a log what another rule would have earned."
     if not events:
         raise InputError("the log has no events: there is nothing to estimate from")
-    events = [replace(event, rewards=[missing if r is None else r for r in event.rewards]) for event in events]
+    events = [
+        replace(event, rewards=[missing if r is None else r for r in event.rewards])
+        for event in events
+    ]
     rows = _sums(events, rule, _expected(events, fit, folds, seed))
     wr, w, ww, k, pq, correction = rows[[event.weighable for event in events]].T
     if not rows[:, 3].sum() > 0:
         raise InputError("the rule asks nobody in any event of the log")
     asked = {uid for event in events for uid in event.uids}
-    wanted = {uid for event in events for uid in rule(event).nonzero().flatten().tolist()}
-    (covered, (_, at_most)), effective = _quotient(w, k), (w.sum() ** 2 / ww.sum().clamp(min=1e-12)).item()
-    return Estimate(*_quotient(wr, k), *_quotient(wr, w), (rows[:, 4].sum() / rows[:, 3].sum()).item(),
-                    *_quotient(pq + correction, k), effective,
-                    sum(len(event.uids) for event in events if event.weighable), covered,
-                    _doubts(len(events) - len(w), len(events), covered, at_most, effective, sorted(wanted - asked)))
+    wanted = {
+        uid for event in events for uid in rule(event).nonzero().flatten().tolist()
+    }
+    (covered, (_, at_most)), effective = (
+        _quotient(w, k),
+        (w.sum() ** 2 / ww.sum().clamp(min=1e-12)).item(),
+    )
+    return Estimate(
+        *_quotient(wr, k),
+        *_quotient(wr, w),
+        (rows[:, 4].sum() / rows[:, 3].sum()).item(),
+        *_quotient(pq + correction, k),
+        effective,
+        sum(len(event.uids) for event in events if event.weighable),
+        covered,
+        _doubts(
+            len(events) - len(w),
+            len(events),
+            covered,
+            at_most,
+            effective,
+            sorted(wanted - asked),
+        ),
+    )

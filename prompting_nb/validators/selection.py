@@ -16,6 +16,7 @@ from ..shapes import TensorType, check_shapes
 # %% ../../nbs/validators/02_selection.ipynb #c005
 class Selection(NamedTuple):
     "The uids to ask, and the probability with which the rule asks each of them (its inclusion probability)."
+
     uids: torch.Tensor  # (k,) int64, best first
     propensities: torch.Tensor  # (k,) float32, each in (0, 1]
 
@@ -27,35 +28,49 @@ def _uids(given, size: int, name: str) -> torch.Tensor:
     given = torch.as_tensor(given, device="cpu")
     if given.dtype == torch.bool:
         if given.shape != (size,):
-            raise ValueError(f"{name} as a mask needs a value for each of {size} uids, got shape {tuple(given.shape)}")
+            raise ValueError(
+                f"{name} as a mask needs a value for each of {size} uids, got shape {tuple(given.shape)}"
+            )
         return given.nonzero().flatten()
     uids = given.long().flatten().unique()  # sorted
     if len(uids) and not 0 <= uids.min() <= uids.max() < size:
-        raise ValueError(f"{name} holds uids outside 0 to {size - 1}: {uids[(uids < 0) | (uids >= size)].tolist()}")
+        raise ValueError(
+            f"{name} holds uids outside 0 to {size - 1}: {uids[(uids < 0) | (uids >= size)].tolist()}"
+        )
     return uids
 
 
 @check_shapes
-def _candidates(scores: TensorType["network_size"], k: int, available) -> tuple[torch.Tensor, torch.Tensor]:
+def _candidates(
+    scores: TensorType["network_size"], k: int, available
+) -> tuple[torch.Tensor, torch.Tensor]:
     "The scores as plain float64 on the CPU and the uids that can be asked."
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     scores = scores.detach().to("cpu", torch.float64)
     uids = _uids(available, len(scores), "available")
     if len(uids) < k:
-        raise InputError(f"k = {k} uids should be asked but only {len(uids)} of {len(scores)} can be: "
-                         "ask fewer, or start more miners")
+        raise InputError(
+            f"k = {k} uids should be asked but only {len(uids)} of {len(scores)} can be: "
+            "ask fewer, or start more miners"
+        )
     if bad := uids[~scores[uids].isfinite()].tolist():
-        raise ValueError(f"scores must be finite, uid {bad[0]} has {scores[bad[0]].item()}")
+        raise ValueError(
+            f"scores must be finite, uid {bad[0]} has {scores[bad[0]].item()}"
+        )
     return scores, uids
 
 # %% ../../nbs/validators/02_selection.ipynb #c011
-def _greedy(scores: torch.Tensor, uids: torch.Tensor, k: int, new: torch.Tensor, generator) -> tuple:
+def _greedy(
+    scores: torch.Tensor, uids: torch.Tensor, k: int, new: torch.Tensor, generator
+) -> tuple:
     "Newcomers first, then the best: the uids `(k,)` and, for all uids, the probability of being among them."
     places = min(k, len(new))
     first = new[torch.randperm(len(new), generator=generator)[:places]]
     others = uids[~torch.isin(uids, new)]
-    best = others[scores[others].argsort(descending=True, stable=True)[:k - places]]  # of equals the lower uid
+    best = others[
+        scores[others].argsort(descending=True, stable=True)[: k - places]
+    ]  # of equals the lower uid
     chance = torch.zeros(len(scores), dtype=torch.float64)
     chance[new] = places / max(len(new), 1)
     chance[best] = 1.0
@@ -108,16 +123,22 @@ def _inclusion(
     if k >= draws.shape[1]:
         return torch.ones(len(places), dtype=torch.float64)
     largest = draws.topk(k + 1, dim=1).values
-    inside = draws[:, places] >= largest[:, k - 1:k]
-    others = torch.where(inside, largest[:, k:k + 1], largest[:, k - 1:k])  # the k-th largest without the uid
+    inside = draws[:, places] >= largest[:, k - 1 : k]
+    others = torch.where(
+        inside, largest[:, k : k + 1], largest[:, k - 1 : k]
+    )  # the k-th largest without the uid
     return above(others, places).double().mean(0).clamp(1e-9, 1.0)
 
 # %% ../../nbs/validators/02_selection.ipynb #c025
-def _by_chance(draw: Callable, above: Callable, scores, uids, k, epsilon, newcomers, generator) -> Selection:
+def _by_chance(
+    draw: Callable, above: Callable, scores, uids, k, epsilon, newcomers, generator
+) -> Selection:
     "The `k` largest of `draw(n) -> (n, m)`; `above` as for `_inclusion`, both over the places of `uids`."
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
-    new = torch.isin(uids, _uids([] if newcomers is None else newcomers, len(scores), "newcomers"))
+    new = torch.isin(
+        uids, _uids([] if newcomers is None else newcomers, len(scores), "newcomers")
+    )
     first = new.nonzero().flatten()
     first = first[torch.randperm(len(first), generator=generator)[:k]]
     hidden = torch.where(new, -torch.inf, 0.0)  # newcomers have places of their own
@@ -125,11 +146,17 @@ def _by_chance(draw: Callable, above: Callable, scores, uids, k, epsilon, newcom
     chosen = torch.cat([first, (draw(1)[0] + hidden).topk(rest).indices])
     if torch.rand((), generator=generator) < epsilon:
         chosen = torch.randperm(len(uids), generator=generator)[:k]
-    propensities = torch.full((k,), len(first) / max(int(new.sum()), 1), dtype=torch.float64)
+    propensities = torch.full(
+        (k,), len(first) / max(int(new.sum()), 1), dtype=torch.float64
+    )
     old = ~new[chosen]
     if old.any():
         others = len(uids) - int(new.sum())
-        chance = _inclusion(draw(_DRAWS) + hidden, rest, chosen[old], above) if 0 < rest < others else float(rest > 0)
+        chance = (
+            _inclusion(draw(_DRAWS) + hidden, rest, chosen[old], above)
+            if 0 < rest < others
+            else float(rest > 0)
+        )
         propensities[old] = chance
     propensities = (1 - epsilon) * propensities + epsilon * k / len(uids)
     order = scores[uids[chosen]].argsort(descending=True, stable=True)
@@ -153,10 +180,14 @@ def gumbel_top_k(
     logits = scores[uids] / temperature
 
     def draw(n):
-        noise = torch.empty(n, len(logits), dtype=torch.float64).exponential_(generator=generator)
+        noise = torch.empty(n, len(logits), dtype=torch.float64).exponential_(
+            generator=generator
+        )
         return logits - noise.clamp(min=1e-300).log()
 
-    above = lambda threshold, places: -torch.expm1(-(logits[places] - threshold).clamp(max=40.0).exp())
+    above = lambda threshold, places: (
+        -torch.expm1(-(logits[places] - threshold).clamp(max=40.0).exp())
+    )
     return _by_chance(draw, above, scores, uids, k, epsilon, newcomers, generator)
 
 # %% ../../nbs/validators/02_selection.ipynb #c035
@@ -164,7 +195,9 @@ def _deviations(sd: torch.Tensor, scores: torch.Tensor, width: float) -> torch.T
     "`width * sd` as float64 on the CPU, checked."
     sd = sd.detach().to("cpu", torch.float64)
     if sd.shape != scores.shape or not (sd >= 0).all() or not sd.isfinite().all():
-        raise ValueError(f"sd needs a finite value of 0 or more for each of {len(scores)} uids")
+        raise ValueError(
+            f"sd needs a finite value of 0 or more for each of {len(scores)} uids"
+        )
     if not width >= 0:
         raise ValueError(f"width must be at least 0, got {width}")
     return width * sd
@@ -184,8 +217,13 @@ def thompson(
     "The `k` best of scores drawn from their posterior, normal and independent of each other."
     scores, uids = _candidates(scores, k, available)
     mean, spread = scores[uids], _deviations(sd, scores, width)[uids].clamp(min=1e-12)
-    draw = lambda n: mean + spread * torch.randn(n, len(uids), generator=generator, dtype=torch.float64)
-    above = lambda threshold, places: torch.special.ndtr((mean[places] - threshold) / spread[places])
+    draw = lambda n: (
+        mean
+        + spread * torch.randn(n, len(uids), generator=generator, dtype=torch.float64)
+    )
+    above = lambda threshold, places: torch.special.ndtr(
+        (mean[places] - threshold) / spread[places]
+    )
     return _by_chance(draw, above, scores, uids, k, epsilon, newcomers, generator)
 
 # %% ../../nbs/validators/02_selection.ipynb #c040
@@ -203,7 +241,14 @@ def ucb(
     "The `k` uids with the largest upper confidence bounds `scores + width * sd`."
     scores = _candidates(scores, k, available)[0]
     bounds = scores + _deviations(sd, scores, width)
-    return select(bounds, k, epsilon=epsilon, available=available, newcomers=newcomers, generator=generator)
+    return select(
+        bounds,
+        k,
+        epsilon=epsilon,
+        available=available,
+        newcomers=newcomers,
+        generator=generator,
+    )
 
 # %% ../../nbs/validators/02_selection.ipynb #c044
 def narrowing(

@@ -20,7 +20,9 @@ class Span:
     "Some queries of a row, and the keys that they see."
 
     queries: slice
-    shared: slice  # keys of the beginning that several texts have in common; may be empty
+    shared: (
+        slice  # keys of the beginning that several texts have in common; may be empty
+    )
     own: slice  # keys of the text itself
 
 # %% ../../../nbs/reward/fast/01_attention.ipynb #c009
@@ -76,7 +78,11 @@ class _Attention(torch.autograd.Function):
         query, tensors, learn = query * scale, [], any(ctx.needs_input_grad)
         out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
         for span in spans:
-            q, k, v = query[:, span.queries].contiguous(), _gather(key, span), _gather(value, span)
+            q, k, v = (
+                query[:, span.queries].contiguous(),
+                _gather(key, span),
+                _gather(value, span),
+            )
             tensors += [q, k, v] if learn else []
             keep = learn and q.shape[1] * k.shape[1] <= kept
             for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
@@ -91,20 +97,47 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides its names
         tokens, scale, spans, causal, block, kept = ctx.options
-        grad, out, *tensors = *grads, *ctx.saved_tensors  # the first two: (queries, heads, size)
-        tensors, (of_key, of_value) = iter(tensors), grad.new_zeros(2, tokens, *grad.shape[1:])
-        of_query, delta = torch.empty_like(grad), (grad * out).sum(dim=-1).T[:, :, None]  # delta: (heads, queries, 1)
+        grad, out, *tensors = (
+            *grads,
+            *ctx.saved_tensors,
+        )  # the first two: (queries, heads, size)
+        tensors, (of_key, of_value) = (
+            iter(tensors),
+            grad.new_zeros(2, tokens, *grad.shape[1:]),
+        )
+        of_query, delta = (
+            torch.empty_like(grad),
+            (grad * out).sum(dim=-1).T[:, :, None],
+        )  # delta: (heads, queries, 1)
         for span in spans:
             q, k, v = next(tensors), next(tensors), next(tensors)
-            of_span, delta_of_span = grad[span.queries].transpose(0, 1).contiguous(), delta[:, span.queries]
+            of_span, delta_of_span = (
+                grad[span.queries].transpose(0, 1).contiguous(),
+                delta[:, span.queries],
+            )
             for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
                 g, p = of_span[:, rows], next(tensors)
                 p = _probabilities(q[:, rows], k[:, keys], causal) if p is None else p
-                of_scores = torch.bmm(g, v[:, keys].transpose(1, 2)).sub_(delta_of_span[:, rows]).mul_(p)
-                of_query[span.queries][rows] = torch.bmm(of_scores, k[:, keys]).mul_(scale).transpose(0, 1)
-                _scatter(of_key, span, torch.bmm(of_scores.transpose(1, 2), q[:, rows]))  # q has the scale already
+                of_scores = (
+                    torch.bmm(g, v[:, keys].transpose(1, 2))
+                    .sub_(delta_of_span[:, rows])
+                    .mul_(p)
+                )
+                of_query[span.queries][rows] = (
+                    torch.bmm(of_scores, k[:, keys]).mul_(scale).transpose(0, 1)
+                )
+                _scatter(
+                    of_key, span, torch.bmm(of_scores.transpose(1, 2), q[:, rows])
+                )  # q has the scale already
                 _scatter(of_value, span, torch.bmm(p.transpose(1, 2), g))
-        return *(x.transpose(0, 1) for x in (of_query, of_key, of_value)), None, None, None, None, None
+        return (
+            *(x.transpose(0, 1) for x in (of_query, of_key, of_value)),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 # %% ../../../nbs/reward/fast/01_attention.ipynb #c014
 def attend(
@@ -115,21 +148,47 @@ def attend(
     spans: list[Span],  # every query is in one of them
     causal: bool,  # the queries of a span are the last of its keys, and none sees those after it
     block: int = 192,  # queries of long texts that are computed at a time
-    kept: int = 2**20,  # queries x keys of a text up to which probabilities are kept for the backward pass
+    kept: int = 2
+    ** 20,  # queries x keys of a text up to which probabilities are kept for the backward pass
 ) -> torch.Tensor:  # (queries, heads, size)
     "Softmax attention of texts in a row, each to itself and to the beginning that it shares."
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        query, key, value = (
+            x.to(torch.get_autocast_dtype(device)) for x in (query, key, value)
+        )
     with torch.autocast(device, enabled=False):
         if device == "cpu":
-            return _Attention.apply(query, key, value, scale, spans, causal, block, kept)
-        parts = [_fused(query[:, span.queries], _gather(key, span), _gather(value, span), scale, causal) for span in spans]
+            return _Attention.apply(
+                query, key, value, scale, spans, causal, block, kept
+            )
+        parts = [
+            _fused(
+                query[:, span.queries],
+                _gather(key, span),
+                _gather(value, span),
+                scale,
+                causal,
+            )
+            for span in spans
+        ]
         return torch.cat(parts, dim=1).transpose(0, 1)
 
 
-def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> torch.Tensor:
     "torch's kernel for one text: (heads, n, size) and (heads, m, size) to (heads, n, size)."
     n, m = query.shape[1], key.shape[1]
-    seen: Any = torch.ones(n, m, dtype=torch.bool, device=query.device).tril_(m - n) if causal and n > 1 else None
-    return scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=seen, scale=scale)[0]
+    seen: Any = (
+        torch.ones(n, m, dtype=torch.bool, device=query.device).tril_(m - n)
+        if causal and n > 1
+        else None
+    )
+    return scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=seen, scale=scale
+    )[0]

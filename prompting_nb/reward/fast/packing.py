@@ -28,7 +28,9 @@ class Layout:
 
     input_ids: torch.Tensor  # (1, tokens)
     position_ids: torch.Tensor  # (1, tokens), each token's position in its text
-    pieces: list[tuple[int, list[int]]]  # for each group: tokens shared, and the tokens that each text has for itself
+    pieces: list[
+        tuple[int, list[int]]
+    ]  # for each group: tokens shared, and the tokens that each text has for itself
     last: torch.Tensor  # (texts,) where the last token of each text is
 
     @property
@@ -50,7 +52,9 @@ class Layout:
                 found.append(Span(start, slice(0, 0), start))
             for size in own:
                 mine = slice(place, place + size)
-                found.append(Span(slice(text, text + 1) if only_last else mine, start, mine))
+                found.append(
+                    Span(slice(text, text + 1) if only_last else mine, start, mine)
+                )
                 place, text = place + size, text + 1
         return found
 
@@ -65,7 +69,10 @@ def common_start(
     first, limit = rows[0], min(map(len, rows)) - 1
     if len(rows) == 1:
         return 0
-    return next((i for i in range(limit) if any(row[i] != first[i] for row in rows)), max(limit, 0))
+    return next(
+        (i for i in range(limit) if any(row[i] != first[i] for row in rows)),
+        max(limit, 0),
+    )
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c009
 def lay_out(
@@ -89,13 +96,29 @@ def lay_out(
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c016
 def _packed_attention(
-    module, query, key, value, attention_mask, scaling: Any = None, dropout=0.0, layout: Any = None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling: Any = None,
+    dropout=0.0,
+    layout: Any = None,
+    **kwargs,
 ):
     "Attention in the form that transformers calls: (1, heads, tokens, size) in, (1, tokens, heads, size) out."
-    repeat = query.shape[1] // key.shape[1]  # heads of a key, in models where several queries share one
-    key, value = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
-    only_last = query.shape[2] == len(layout.last) != len(layout)  # of the last layer, nothing else is read
-    return attend(query[0], key[0], value[0], scaling, layout.spans(only_last), module.is_causal)[None], None
+    repeat = (
+        query.shape[1] // key.shape[1]
+    )  # heads of a key, in models where several queries share one
+    key, value = (
+        x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value)
+    )
+    only_last = (
+        query.shape[2] == len(layout.last) != len(layout)
+    )  # of the last layer, nothing else is read
+    return attend(
+        query[0], key[0], value[0], scaling, layout.spans(only_last), module.is_causal
+    )[None], None
 
 
 AttentionInterface.register("prompting_nb_packed", _packed_attention)
@@ -104,23 +127,43 @@ AttentionInterface.register("prompting_nb_packed", _packed_attention)
 def _last_gpt2(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
     "GPT-2's block for the last tokens, (1, texts, size), of all tokens, (1, tokens, size)."
     attention = block.attn
-    heads = lambda x: x.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-    query, key, value = map(heads, attention.c_attn(block.ln_1(hidden)).split(attention.embed_dim, dim=-1))
-    mixed, _ = _packed_attention(attention, query[:, :, layout.last], key, value, None, attention.scaling, layout=layout)
+    heads = lambda x: x.unflatten(
+        -1, (attention.num_heads, attention.head_dim)
+    ).transpose(1, 2)
+    query, key, value = map(
+        heads, attention.c_attn(block.ln_1(hidden)).split(attention.embed_dim, dim=-1)
+    )
+    mixed, _ = _packed_attention(
+        attention,
+        query[:, :, layout.last],
+        key,
+        value,
+        None,
+        attention.scaling,
+        layout=layout,
+    )
     hidden = hidden[:, layout.last] + attention.c_proj(mixed.flatten(2))
     return hidden + block.mlp(block.ln_2(hidden))
 
 
-def _last_llama(block, hidden: torch.Tensor, layout: Layout, position_embeddings) -> torch.Tensor:
+def _last_llama(
+    block, hidden: torch.Tensor, layout: Layout, position_embeddings
+) -> torch.Tensor:
     "The same for Llama, whose positions are rotations of queries and keys."
-    attention, normed, last = block.self_attn, block.input_layernorm(hidden), layout.last
+    attention, normed, last = (
+        block.self_attn,
+        block.input_layernorm(hidden),
+        layout.last,
+    )
     heads = lambda x: x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     query = heads(attention.q_proj(normed[:, last]))
     key, value = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
     rotation = position_embeddings
     query, _ = apply_rotary_pos_emb(query, query, *(x[:, last] for x in rotation))
     key, _ = apply_rotary_pos_emb(key, key, *rotation)
-    mixed, _ = _packed_attention(attention, query, key, value, None, attention.scaling, layout=layout)
+    mixed, _ = _packed_attention(
+        attention, query, key, value, None, attention.scaling, layout=layout
+    )
     hidden = hidden[:, last] + attention.o_proj(mixed.flatten(2))
     return hidden + block.mlp(block.post_attention_layernorm(hidden))
 
@@ -128,10 +171,23 @@ def _last_llama(block, hidden: torch.Tensor, layout: Layout, position_embeddings
 def _first_bert(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
     "BERT's layer for the first tokens, which its pooler reads."
     attention, first = block.attention.self, layout.first
-    heads = lambda x: x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-    query, key, value = map(heads, (attention.query(hidden[:, first]), attention.key(hidden), attention.value(hidden)))
-    mixed, _ = _packed_attention(attention, query, key, value, None, attention.scaling, layout=layout)
-    return block.feed_forward_chunk(block.attention.output(mixed.flatten(2), hidden[:, first]))
+    heads = lambda x: x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(
+        1, 2
+    )
+    query, key, value = map(
+        heads,
+        (
+            attention.query(hidden[:, first]),
+            attention.key(hidden),
+            attention.value(hidden),
+        ),
+    )
+    mixed, _ = _packed_attention(
+        attention, query, key, value, None, attention.scaling, layout=layout
+    )
+    return block.feed_forward_chunk(
+        block.attention.output(mixed.flatten(2), hidden[:, first])
+    )
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c020
 SHARING = {"gpt2", "llama"}
@@ -151,17 +207,32 @@ def shares_prefix(encoder: TextEncoder) -> bool:
 def can_pack(encoder: TextEncoder) -> bool:
     "Whether texts can be packed into one row, to the same result."
     config = encoder.model.config
-    plain = not getattr(config, "is_decoder", False) and not getattr(config, "reorder_and_upcast_attn", False)
-    return shares_prefix(encoder) or config.model_type in PACKING - {*SHARING} and plain and encoder.pooling != "last"
+    plain = not getattr(config, "is_decoder", False) and not getattr(
+        config, "reorder_and_upcast_attn", False
+    )
+    return (
+        shares_prefix(encoder)
+        or config.model_type in PACKING - {*SHARING}
+        and plain
+        and encoder.pooling != "last"
+    )
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
 @contextmanager
 def packed(encoder: TextEncoder) -> Iterator[None]:
     "A model that computes laid out rows: its forward takes `layout` as a further argument."
-    base = encoder.model.get_base_model() if hasattr(encoder.model, "get_base_model") else encoder.model
+    base = (
+        encoder.model.get_base_model()
+        if hasattr(encoder.model, "get_base_model")
+        else encoder.model
+    )
     config, before = base.config, base.config._attn_implementation
-    slow = [(parent, name) for parent in base.modules() for name, child in parent.named_children()
-            if isinstance(child, NewGELUActivation)]
+    slow = [
+        (parent, name)
+        for parent in base.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, NewGELUActivation)
+    ]
     originals = [getattr(*place) for place in slow]
     block = None
     if (config.model_type, encoder.pooling) in _LAST:
@@ -183,10 +254,18 @@ def packed(encoder: TextEncoder) -> Iterator[None]:
 
 def _only(function: Callable, places: str) -> Callable:
     "A block's forward that computes what is read; the rest of its output is zero, and nobody looks there."
+
     def forward(block, hidden, *args, layout: Any, position_embeddings=None, **kwargs):
-        rotation = {} if position_embeddings is None else {"position_embeddings": position_embeddings}
+        rotation = (
+            {}
+            if position_embeddings is None
+            else {"position_embeddings": position_embeddings}
+        )
         found = function(block, hidden, layout, **rotation)
-        return torch.zeros_like(hidden, dtype=found.dtype).index_copy(1, getattr(layout, places), found)
+        return torch.zeros_like(hidden, dtype=found.dtype).index_copy(
+            1, getattr(layout, places), found
+        )
+
     return forward
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c025
@@ -197,27 +276,45 @@ def run_layout(
 ) -> torch.Tensor:  # (texts, size), float32 where the model computes with less
     "The vector of each text of a layout."
     layers = encoder.pooling == "layers"
-    output = encoder.model(inputs_embeds=embeddings, position_ids=layout.position_ids, layout=layout,
-                           output_hidden_states=layers)
-    hidden = torch.stack(output.hidden_states[1:]).mean(dim=0)[0] if layers else output.last_hidden_state[0]
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # (tokens, size)
+    output = encoder.model(
+        inputs_embeds=embeddings,
+        position_ids=layout.position_ids,
+        layout=layout,
+        output_hidden_states=layers,
+    )
+    hidden = (
+        torch.stack(output.hidden_states[1:]).mean(dim=0)[0]
+        if layers
+        else output.last_hidden_state[0]
+    )
+    hidden = hidden.to(
+        torch.promote_types(hidden.dtype, torch.float32)
+    )  # (tokens, size)
     if encoder.pooling == "last":
         return hidden[layout.last]
     if encoder.pooling == "pooler":
-        return encoder.model.pooler(hidden[layout.first][:, None]).to(hidden.dtype)  # it takes the first token of each row
-    means = torch.stack([text.mean(dim=0) for text in hidden.split(layout.own)])  # such a model shares nothing
+        return encoder.model.pooler(hidden[layout.first][:, None]).to(
+            hidden.dtype
+        )  # it takes the first token of each row
+    means = torch.stack(
+        [text.mean(dim=0) for text in hidden.split(layout.own)]
+    )  # such a model shares nothing
     return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c027
 def divide(
     sizes: list[int],  # of what is to be divided
     parts: int,  # at most so many
-    largest: int | None = None,  # more parts than asked for, in multiples, until none is larger (or is a single one)
+    largest: int
+    | None = None,  # more parts than asked for, in multiples, until none is larger (or is a single one)
 ) -> list[list[int]]:  # for each part, which ones it has
     "Divide by size: the largest first, each to the part that has least."
     count = parts
     while True:
-        found, totals = [[] for _ in range(min(count, len(sizes)))], [0] * min(count, len(sizes))
+        found, totals = (
+            [[] for _ in range(min(count, len(sizes)))],
+            [0] * min(count, len(sizes)),
+        )
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
             least = totals.index(min(totals))
             found[least].append(i)
@@ -227,7 +324,9 @@ def divide(
         count += parts
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c029
-def _in_threads(threads: int, work: Callable[[int], object], device: torch.device) -> list:
+def _in_threads(
+    threads: int, work: Callable[[int], object], device: torch.device
+) -> list:
     "work(0), work(1) ... side by side, each on one core; their results in order."
     if threads == 1:
         return [work(0)]
@@ -241,7 +340,9 @@ def _in_threads(threads: int, work: Callable[[int], object], device: torch.devic
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(alone, range(threads)))
     finally:
-        torch.set_num_threads(cores)  # one of the libraries below keeps a single number for all threads
+        torch.set_num_threads(
+            cores
+        )  # one of the libraries below keeps a single number for all threads
 
 
 class _Features(torch.autograd.Function):
@@ -249,31 +350,47 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, encoder, layouts, threads, bf16, learn, embeddings, *parameters):
-        pieces = [piece.detach().requires_grad_(learn) for piece in embeddings.split([len(x) for x in layouts], dim=1)]
+        pieces = [
+            piece.detach().requires_grad_(learn)
+            for piece in embeddings.split([len(x) for x in layouts], dim=1)
+        ]
         turns = [range(index, len(layouts), threads) for index in range(threads)]
 
         def work(index):
-            with torch.set_grad_enabled(learn), torch.autocast(embeddings.device.type, torch.bfloat16, enabled=bf16):
-                return [run_layout(encoder, layouts[i], pieces[i]) for i in turns[index]]
+            with (
+                torch.set_grad_enabled(learn),
+                torch.autocast(embeddings.device.type, torch.bfloat16, enabled=bf16),
+            ):
+                return [
+                    run_layout(encoder, layouts[i], pieces[i]) for i in turns[index]
+                ]
 
         with packed(encoder):
             results = _in_threads(threads, work, embeddings.device)
-        found = {i: vector for turn, vectors in zip(turns, results) for i, vector in zip(turn, vectors)}
+        found = {
+            i: vector
+            for turn, vectors in zip(turns, results)
+            for i, vector in zip(turn, vectors)
+        }
         ctx.graph = (found, pieces, turns, parameters, threads)
         return torch.cat([found[i].detach() for i in range(len(layouts))])
 
     @staticmethod
     def backward(ctx, *gradients):
         found, pieces, turns, parameters, threads = ctx.graph
-        ctx.graph = None  # the tensors of the forward pass go as soon as they have been used
-        gradient, = gradients
+        ctx.graph = (
+            None  # the tensors of the forward pass go as soon as they have been used
+        )
+        (gradient,) = gradients
         parts_of = gradient.split([len(found[i]) for i in range(len(pieces))])
         learnt = [p for p in parameters if p.requires_grad]
 
         def work(index):
             total, of_pieces = [None] * len(learnt), {}
             for i in turns[index]:
-                of_pieces[i], *parts = torch.autograd.grad(found.pop(i), (pieces[i], *learnt), parts_of[i], allow_unused=True)
+                of_pieces[i], *parts = torch.autograd.grad(
+                    found.pop(i), (pieces[i], *learnt), parts_of[i], allow_unused=True
+                )
                 total = [_add(*both) for both in zip(total, parts)]
             return total, of_pieces
 
@@ -283,8 +400,15 @@ class _Features(torch.autograd.Function):
             totals = [_add(*both) for both in zip(totals, other)]
         of_pieces = {i: grad for _, grads in results for i, grad in grads.items()}
         totals = iter(totals)
-        return (None, None, None, None, None, torch.cat([of_pieces[i] for i in range(len(pieces))], dim=1),
-                *(next(totals) if p.requires_grad else None for p in parameters))
+        return (
+            None,
+            None,
+            None,
+            None,
+            None,
+            torch.cat([of_pieces[i] for i in range(len(pieces))], dim=1),
+            *(next(totals) if p.requires_grad else None for p in parameters),
+        )
 
 
 def _add(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
@@ -302,17 +426,31 @@ def features(
     share, device = shares_prefix(encoder), encoder.device
     threads = threads or (torch.get_num_threads() if device.type == "cpu" else 1)
     layouts = [lay_out([rows], share, device="cpu") for rows in groups]
-    order = divide([len(x) for x in layouts], threads, part if device.type == "cpu" else None)
-    layouts = [lay_out([groups[i] for i in indices], share, device) for indices in order]
-    embeddings = encoder.model.get_input_embeddings()(torch.cat([x.input_ids for x in layouts], dim=1))
-    parameters = [p for p in encoder.model.parameters() if p is not encoder.model.get_input_embeddings().weight]
+    order = divide(
+        [len(x) for x in layouts], threads, part if device.type == "cpu" else None
+    )
+    layouts = [
+        lay_out([groups[i] for i in indices], share, device) for indices in order
+    ]
+    embeddings = encoder.model.get_input_embeddings()(
+        torch.cat([x.input_ids for x in layouts], dim=1)
+    )
+    parameters = [
+        p
+        for p in encoder.model.parameters()
+        if p is not encoder.model.get_input_embeddings().weight
+    ]
     learn = torch.is_grad_enabled()
     threads = min(threads, len(layouts))
-    vectors = _Features.apply(encoder, layouts, threads, bf16, learn, embeddings, *parameters)
+    vectors = _Features.apply(
+        encoder, layouts, threads, bf16, learn, embeddings, *parameters
+    )
     starts = [0]
     for rows in groups:
         starts.append(starts[-1] + len(rows))
-    places = [j for indices in order for i in indices for j in range(starts[i], starts[i + 1])]
+    places = [
+        j for indices in order for i in indices for j in range(starts[i], starts[i + 1])
+    ]
     return vectors[torch.tensor(places, device=device).argsort()]
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c040
@@ -322,7 +460,9 @@ def packed_rewards(
     **options,  # as for `features`
 ) -> torch.Tensor:  # (texts, 1), what `RewardModel.forward` returns for each text
     "The rewards of texts, differentiable."
-    lengths = torch.tensor([length_of(row) for rows in groups for row in rows], device=model.device)
+    lengths = torch.tensor(
+        [length_of(row) for rows in groups for row in rows], device=model.device
+    )
     return model.rewards_of(features(model, groups, **options), lengths)
 
 
@@ -346,4 +486,6 @@ def score_packed(
         batches[-1][-1].append(row)
         before, tokens = prompt, tokens + len(row)
     with evaluating(model), torch.no_grad():
-        return torch.cat([packed_rewards(model, groups, bf16=bf16, part=2048) for groups in batches]).cpu()
+        return torch.cat(
+            [packed_rewards(model, groups, bf16=bf16, part=2048) for groups in batches]
+        ).cpu()
