@@ -760,3 +760,22 @@ def test_a_forgotten_dendrite_ends_its_thread():
     del asking
     gc.collect()
     until(lambda: threads_of("dendrite") == [])
+
+
+def test_no_nonce_is_used_twice_even_when_the_clock_stands_still():
+    with Axon(MINER).attach(echo) as axon:
+        now = time.time_ns()  # after the axon's start, before which it takes no nonce
+        with Dendrite(VALIDATOR, clock=lambda: now) as dendrite:
+            answers = [dendrite.query([axon], Prompting.ask("hello"))[0] for _ in range(3)]
+    assert [a.dendrite.status_message for a in answers] == ["Success"] * 3
+
+
+@pytest.mark.parametrize("end, status", [(b"", 422), (b'{"done": true}\n', 200)], ids=["cut off", "complete"])
+def test_a_stream_without_its_last_line_is_no_completion(end, status):
+    reply = ok(b'{"piece": "Half of "}\n{"piece": "it"}\n' + end)
+    with Dendrite(VALIDATOR, require_signed=False) as trusting:
+        stream = trusting.stream(Raw(reply), Prompting.ask("x"), timeout=SECONDS)
+        assert list(stream) == ["Half of ", "it"]
+    got = stream.answer
+    assert (got.dendrite.status_code, got.completion) == (status, "Half of it" if status == 200 else None)
+    assert got.dendrite.status_message == ("Success, unsigned" if status == 200 else "the answer was cut off")
