@@ -124,10 +124,10 @@ def test_chain_announces_blocks_to_those_who_wait():
     chain = EmbeddedChain()
     with chain.client() as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.wait_for_block, 3, timeout=SECONDS)
-        until(lambda: chain._listeners)
+        until(lambda: chain.substrate.listeners)
         chain.step(2)
         assert waiting.result(SECONDS).number == 3
-        until(lambda: not chain._listeners)
+        until(lambda: not chain.substrate.listeners)
 
 
 def test_chain_takes_concurrent_writes():
@@ -212,7 +212,7 @@ def test_asynchronous_client_reads_the_same_chain():
     chain.register(MINER, stake=2.5)
 
     async def read():
-        async with bt.Client("ws://embedded", substrate=chain) as client:
+        async with bt.Client("ws://embedded", substrate=chain.substrate) as client:
             return await client.subnets.metagraph(1)
 
     assert asyncio.run(read()).neuron(0).total_stake.amount == 2.5
