@@ -16,7 +16,7 @@ import time
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any, AsyncGenerator, Awaitable, Callable, Generator
+from typing import Any, AsyncGenerator, Awaitable, Callable
 
 # %% ../../nbs/network/05_queue.ipynb #c010
 class WorkQueue:
@@ -53,10 +53,10 @@ class WorkQueue:
         priority: float,  # of a request that might come
     ) -> None:
         "Raise `QueueFull` if a request of this priority would be refused now."
-        if self.full:
-            last = self._line.last()
-            if last is None or priority <= last.priority:
-                raise QueueFull(f"{self.waiting} requests wait already")
+        if not self.full:
+            return
+        if not self.waiting or priority <= self._line.last().priority:
+            raise QueueFull(f"{self.waiting} requests wait already")
 
     async def slot(
         self,
@@ -178,9 +178,9 @@ class _Line:
             heapq.heappop(self._heap)
         return place
 
-    def last(self) -> _Place | None:
+    def last(self) -> _Place:
         "The request of the lowest priority, of equal ones the newest."
-        return max(self._arrived.values(), default=None)
+        return max(self._arrived.values())
 
     def oldest(self) -> _Place:
         "The request that has waited longest."
@@ -326,7 +326,7 @@ _END = object()  # what `next` returns at the end of a generator
 
 
 async def _steps(
-    generator: Generator, slot: Slot, threads: Threads
+    generator: Any, slot: Slot, threads: Threads
 ) -> AsyncGenerator[Any, None]:
     "The items of a plain generator, made in threads. Holds the slot until closed."
     release, step = _release(slot), None
