@@ -309,6 +309,29 @@ async def test_plain_functions_run_in_a_thread_and_others_in_the_loop():
 
 
 @run
+async def test_handlers_in_the_loop_need_no_thread():
+    free = threading.Event()
+
+    async def coroutine(synapse):
+        return synapse
+
+    def generator(synapse):
+        yield synapse
+
+    async def agenerator(synapse):
+        yield synapse
+
+    async with Place() as place:
+        hanging = [place.threads.submit(free.wait, SECONDS) for _ in range(2)]
+        assert await place.work(coroutine) == "x"
+        assert [piece async for piece in await place.work(agenerator)] == ["x"]
+        stream = await place.work(generator)  # its steps need one
+        free.set()
+        assert [piece async for piece in stream] == ["x"]
+        assert [future.result(SECONDS) for future in hanging] == [True, True]
+
+
+@run
 async def test_a_plain_function_whose_caller_is_gone_holds_the_slot():
     free, started = threading.Event(), threading.Event()
 
