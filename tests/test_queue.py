@@ -90,6 +90,20 @@ async def test_a_full_queue_refuses_unless_a_lower_priority_waits():
 
 
 @run
+async def test_two_requests_that_come_at_once_displace_two_others():
+    queue = WorkQueue(workers=1, limit=2)
+    busy = await queue.slot(0)
+    low = [start(queue, 1), start(queue, 2)]
+    await turns()
+    high = [start(queue, 3), start(queue, 4)]
+    assert [type(error) for error in await asyncio.gather(*low, return_exceptions=True)] == [QueueFull] * 2
+    assert queue.waiting == 2
+    busy.release()
+    (await high[1]).release()
+    (await high[0]).release()
+
+
+@run
 async def test_a_queue_without_places_refuses_every_priority():
     queue = WorkQueue(workers=1, limit=0)
     busy = await queue.slot(0)

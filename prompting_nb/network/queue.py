@@ -107,7 +107,7 @@ class WorkQueue:
 
 
 class QueueFull(Exception):
-    "Raised when a request finds no place in the queue, or loses its place."
+    "There is no place in the queue, or a higher priority took it."
 
 # %% ../../nbs/network/05_queue.ipynb #c009
 class Slot:
@@ -213,12 +213,12 @@ async def work(
 def is_stream(
     result: Any,  # of a handler
 ) -> bool:
-    "Tell whether a handler's result is a generator of pieces, plain or async."
+    "Whether a handler's result is a generator of pieces, plain or async."
     return inspect.isasyncgen(result) or inspect.isgenerator(result)
 
 
 def _runs_in_loop(fn: Callable) -> bool:
-    "Tell whether calling `fn` returns at once: a coroutine or generator function."
+    "Whether calling `fn` returns at once: a coroutine or generator function."
     return (
         inspect.iscoroutinefunction(fn)
         or inspect.isasyncgenfunction(fn)
