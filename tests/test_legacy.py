@@ -1,11 +1,8 @@
 """The older wire format: what a request must prove, and in which order."""
 
-import json
-import time
-
 import pytest
 
-from prompting_nb.network.auth import Gatekeeper, MemoryNonces, Refusal
+from prompting_nb.network.auth import Gatekeeper, Refusal
 from prompting_nb.network.chain import make_wallet
 from prompting_nb.network.legacy import legacy_headers, verify_legacy
 from prompting_nb.protocol import Prompting
