@@ -88,7 +88,7 @@ def body_hashes(
 
 
 def _sha3(text: str) -> str:
-    return hashlib.sha3_256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha3_256(text.encode()).hexdigest()
 
 # %% ../../nbs/network/04_legacy.ipynb #c010
 _CALLER = "bt_header_dendrite_"

@@ -1,0 +1,87 @@
+"""Change one module in many small ways, and count the changes that its tests notice.
+
+    python -m tools.mutants network.auth            all mutants of a module, and a list of those that survive
+    python -m tools.mutants network.auth --show     the same list with what was changed
+
+mutmut makes the mutants and runs the tests on them. This lays out a folder for it, `.mutants/MODULE`, with a copy of the
+project and its configuration: one module to change, and the test cells of its page and the test files that are about it.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = {  # module -> files of tests besides the cells of its page
+    "network.auth": ["test_auth.py"],
+    "network.legacy": ["test_legacy.py"],
+    "network.queue": ["test_queue.py"],
+    "baseminer.cache": ["test_cache.py"],
+    "baseminer.blacklist": ["test_blacklist.py"],
+    "baseminer.priority": ["test_priority.py"],
+    "validators.selection": ["test_selection.py"],
+    "validators.replay": ["test_replay.py"],
+    "reward.loss": ["test_loss.py", "test_reward.py"],
+    "reward.evaluation": ["test_evaluation.py", "test_reward_tools.py"],
+    "reward.preferences": ["test_preferences.py", "test_reward_tools.py"],
+}
+# docstrings are not mutated: a line that is nothing but a sentence in quotes
+CONFIG = r"""[mutmut]
+source_paths = prompting_nb
+only_mutate = {path}
+pytest_add_cli_args_test_selection =
+    {tests}
+pytest_add_cli_args =
+    -p
+    no:cacheprovider
+do_not_mutate_patterns =
+    ^\s+"[A-Z][^"]*"$
+also_copy =
+    nbs
+    tools
+    pytest.ini
+    settings.ini
+"""
+
+
+def lay_out(module: str) -> Path:
+    "Copy the project into a folder of its own, and write mutmut's configuration."
+    folder = ROOT / ".mutants" / module
+    shutil.rmtree(folder, ignore_errors=True)  # with the verdicts of earlier tests
+    (folder / "mutants").mkdir(parents=True)  # is on the path, so it must be there when Python starts
+    for name in ("prompting_nb", "tests", "tools", "nbs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("pytest.ini", "settings.ini"):
+        shutil.copy2(ROOT / name, folder / name)
+    files = ["cells.py", *(name for name in TESTS[module] if (ROOT / "tests" / name).exists())]
+    tests = "\n    ".join(f"tests/{name}" for name in files)
+    (folder / "setup.cfg").write_text(CONFIG.format(path=f"prompting_nb/{module.replace('.', '/')}.py", tests=tests))
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("module", choices=sorted(TESTS), metavar="MODULE", help=", ".join(sorted(TESTS)))
+    parser.add_argument("--show", action="store_true", help="show what was changed in each mutant that survives")
+    parser.add_argument("--workers", default="2", help="mutants at a time (default: %(default)s)")
+    args = parser.parse_args()
+    folder = lay_out(args.module)
+    environment = {**os.environ, "MODULE": args.module, "PYTHONPATH": str(folder / "mutants"), "MPLBACKEND": "agg",
+                   "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    mutmut = lambda *words, **more: subprocess.run(
+        [Path(sys.executable).with_name("mutmut"), *words], cwd=folder, env=environment, **more)
+    if mutmut("run", "--max-children", args.workers).returncode:
+        raise SystemExit(1)
+    results = mutmut("results", "--all", "true", capture_output=True, text=True).stdout.split("\n")
+    pairs = [line.strip().rsplit(": ", 1) for line in results if ": " in line]
+    survivors = [name for name, status in pairs if status not in ("killed", "timeout")]
+    print(f"{args.module}: {len(pairs)} mutants, {len(pairs) - len(survivors)} caught", *survivors, sep="\n  ")
+    for name in survivors if args.show else ():
+        mutmut("show", name)
+
+
+if __name__ == "__main__":
+    main()
