@@ -37,6 +37,7 @@ pytest_add_cli_args_test_selection =
 pytest_add_cli_args =
     -p
     no:cacheprovider
+timeout_multiplier = 4
 do_not_mutate_patterns =
     ^\s+"[A-Z][^"]*"$
 also_copy =
