@@ -15,18 +15,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {  # module -> files of tests besides the cells of its page
-    "network.auth": ["test_auth.py"],
-    "network.legacy": ["test_legacy.py"],
-    "network.queue": ["test_queue.py"],
-    "baseminer.cache": ["test_cache.py"],
-    "baseminer.blacklist": ["test_blacklist.py"],
-    "baseminer.priority": ["test_priority.py"],
-    "validators.selection": ["test_selection.py"],
+TESTS = {  # module -> files of tests; cells.py runs the test cells of its page
+    "network.auth": ["cells.py", "test_auth.py"],
+    "network.legacy": ["cells.py", "test_legacy.py"],
+    "network.queue": ["cells.py", "test_queue.py"],
+    "baseminer.cache": ["cells.py", "test_cache.py"],
+    "baseminer.blacklist": ["cells.py", "test_blacklist.py"],
+    "baseminer.priority": ["cells.py", "test_priority.py"],
+    "validators.selection": ["test_selection.py"],  # their pages take twenty seconds
     "validators.replay": ["test_replay.py"],
-    "reward.loss": ["test_loss.py", "test_reward.py"],
-    "reward.evaluation": ["test_evaluation.py", "test_reward_tools.py"],
-    "reward.preferences": ["test_preferences.py", "test_reward_tools.py"],
+    "reward.loss": ["cells.py"],
+    "reward.evaluation": ["cells.py", "test_evaluation.py"],
+    "reward.preferences": ["cells.py", "test_preferences.py"],
 }
 # docstrings are not mutated: a line that is nothing but a sentence in quotes
 CONFIG = r"""[mutmut]
@@ -57,8 +57,7 @@ def lay_out(module: str) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("pytest.ini", "settings.ini"):
         shutil.copy2(ROOT / name, folder / name)
-    files = ["cells.py", *(name for name in TESTS[module] if (ROOT / "tests" / name).exists())]
-    tests = "\n    ".join(f"tests/{name}" for name in files)
+    tests = "\n    ".join(f"tests/{name}" for name in TESTS[module])
     (folder / "setup.cfg").write_text(CONFIG.format(path=f"prompting_nb/{module.replace('.', '/')}.py", tests=tests))
     return folder
 
