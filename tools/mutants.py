@@ -8,6 +8,7 @@ project and its configuration: one module to change, and the test cells of its p
 """
 
 import argparse
+import ast
 import os
 import shutil
 import subprocess
@@ -48,6 +49,19 @@ also_copy =
 """
 
 
+def apply_later(source: str) -> str:
+    "Apply the decorators of functions in a line of their own, below: mutmut leaves decorated functions as they are."
+    lines = source.splitlines()
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    for node in sorted(functions, key=lambda node: -node.lineno):
+        names = [ast.unparse(decorator) for decorator in node.decorator_list]
+        if names and not {"staticmethod", "classmethod"} & set(names) and not any(name.endswith(".setter") for name in names):
+            call = "".join(f"{name}(" for name in names) + node.name + ")" * len(names)
+            lines.insert(node.end_lineno, f"{' ' * node.col_offset}{node.name} = {call}")
+            del lines[node.decorator_list[0].lineno - 1:node.lineno - 1]
+    return "\n".join(lines) + "\n"
+
+
 def lay_out(module: str) -> Path:
     "Copy the project into a folder of its own, and write mutmut's configuration."
     folder = ROOT / ".mutants" / module
@@ -58,7 +72,9 @@ def lay_out(module: str) -> Path:
     for name in ("pytest.ini", "settings.ini"):
         shutil.copy2(ROOT / name, folder / name)
     tests = "\n    ".join(f"tests/{name}" for name in TESTS[module])
-    (folder / "setup.cfg").write_text(CONFIG.format(path=f"prompting_nb/{module.replace('.', '/')}.py", tests=tests))
+    path = Path("prompting_nb", *module.split(".")).with_suffix(".py")
+    (folder / path).write_text(apply_later((folder / path).read_text()))
+    (folder / "setup.cfg").write_text(CONFIG.format(path=path, tests=tests))
     return folder
 
 
