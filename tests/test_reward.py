@@ -18,7 +18,8 @@ from transformers import (AutoModel, BertConfig, GPT2Config, GPTNeoConfig, Llama
 
 from prompting_nb.reward.evaluation import best_of_k, calibration, evaluate
 from prompting_nb.reward.preferences import Ranking, pairs, split
-from prompting_nb.reward.model import PairwiseLoss, RankingLoss, RewardModel, _fit, pack, pad
+from prompting_nb.reward.model import PairwiseLoss, RankingLoss, RewardModel, pack, pad
+from prompting_nb.reward.tokens import _fit
 from prompting_nb.reward.training import Draw, TrainConfig, length_batches, train
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] what is the sum of two and three ? four five six it a sure maybe no good day sun thanks".split()
