@@ -121,10 +121,10 @@ class Encoder(torch.nn.Module):
         own_weights(self, fn)
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if any(name.startswith(f"{prefix}model.") for name in state_dict):
             own_weights(self)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self,
