@@ -77,7 +77,8 @@ def last_window(
 class Encoder(torch.nn.Module):
     """Turn texts into embeddings with a frozen pretrained model.
 
-    `encoder(text)` is a vector `(hidden_size,)`, `encoder(texts)` a matrix `(n, hidden_size)`."""
+    `encoder(text)` is a vector `(hidden_size,)`, `encoder(texts)` is a matrix
+    `(n, hidden_size)`."""
 
     model: Any  # of transformers
     tokenizer: Any  # of transformers
@@ -130,7 +131,7 @@ class Encoder(torch.nn.Module):
         self,
         texts: str | list[str],  # one text, or a list or tuple of them
     ) -> torch.Tensor:  # raises `InputError` for an empty text, TypeError for no text
-        "Embed a text, `(hidden_size,)`, or several, `(n, hidden_size)`, without gradient."
+        "Embed a text, `(hidden_size,)`, or several, `(n, hidden_size)`."
         many = list(texts) if isinstance(texts, (list, tuple)) else [texts]
         if bad := [text for text in many if not isinstance(text, str)]:
             raise TypeError(f"a message must be a str, got {type(bad[0]).__name__}")
@@ -219,7 +220,7 @@ def windows(
     max_windows: int = 16,  # of longer texts the middle is left out
 ) -> list[list[list[int]]]:  # for each text its windows of token ids
     "Cut texts into windows, each with the special tokens around it."
-    # A lone surrogate (half a character, which JSON can carry) is no text to a tokenizer.
+    # JSON can carry a lone surrogate, half a character; a tokenizer refuses it.
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
     before, after = _special_tokens(tokenizer)
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -351,7 +352,7 @@ def in_batches(
 
 # %% ../nbs/04_encoding.ipynb #c046
 class OneDnnLinear(torch.nn.Linear):
-    "A linear layer without gradient that runs on oneDNN: on the CPU, in float32, bfloat16."
+    "A linear layer without gradient that runs on oneDNN where it can, on the CPU."
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         "Map (..., in_features) to (..., out_features)."
@@ -365,7 +366,7 @@ class OneDnnLinear(torch.nn.Linear):
 def use_onednn(
     model: torch.nn.Module,  # a frozen model; changed in place
 ) -> torch.nn.Module:  # the model
-    "Let oneDNN compute the linear layers of a model, where this torch was built with it."
+    "Run the linear layers of a model on oneDNN, where torch was built with it."
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if torch.backends.mkldnn.is_available() and known:
         for layer in model.modules():
@@ -412,7 +413,7 @@ def frozen_model(
     precision: str = "float32",  # one of `PRECISIONS`
     compile: bool = False,  # by `torch.compile`; such a model is not shared
 ) -> torch.nn.Module:  # raises `InputError` for an unknown model or precision
-    """Load a transformer without gradients, in evaluation mode, once for all who use it.
+    """Load a transformer in evaluation mode, without gradients, once for all users.
 
     Do not change or move what it returns: take `copy.deepcopy` of it first."""
     device = torch.device(device or torch.get_default_device())

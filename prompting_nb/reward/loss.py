@@ -13,10 +13,10 @@ from ..shapes import TensorType, check_shapes
 
 # %% ../../nbs/reward/01_loss.ipynb #l010
 class PairwiseLoss(torch.nn.Module):
-    r"""Compute the pairwise loss $-\operatorname{mean}(\log \sigma(r_{chosen} - r_{rejected}))$.
+    r"""Compute the loss of a chosen and a rejected completion for each prompt of a batch.
 
-    It is log 2 for a model that prefers nothing, and near 0 for one that is always right
-    by a large margin."""
+    $-\operatorname{mean}(\log \sigma(r_{chosen} - r_{rejected}))$: log 2 for a model that
+    prefers nothing, and near 0 for one that is always right by a large margin."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ def _with_centring(
 
 # %% ../../nbs/reward/01_loss.ipynb #l021
 class RankingLoss(torch.nn.Module):
-    r"""Compute the pairwise loss of K ranked completions a prompt, for any mixture of K.
+    r"""Compute the pairwise loss of K ranked completions of each prompt, for any K.
 
-    Mean over prompts of $-\binom{K}{2}^{-1} \sum \log \sigma(r_{better} - r_{worse})$, the
-    sum over the pairs that the judge decided."""
+    It is the mean over prompts of $-\binom{K}{2}^{-1} \sum \log \sigma(r_{better} -
+    r_{worse})$, where the sum is over the pairs that the judge decided."""
 
     def __init__(
         self,

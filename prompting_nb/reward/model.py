@@ -54,14 +54,14 @@ class RewardModel(torch.nn.Module):
     """Score completions: a reward for a prompt with its completion, higher is better.
 
     The `encoder`, a pretrained transformer, makes a vector of the text, and the `head`,
-    dropout and a linear layer, makes a reward of the vector. `score` takes texts, `forward`
-    token ids. Only differences between rewards of the same prompt mean anything.
+    dropout and a linear layer, makes a reward of the vector. `score` takes texts,
+    `forward` token ids. Only differences of rewards of the same prompt mean anything.
 
     Args:
         model_name: Model on the hub, a folder, or "minilm" for the built-in encoder.
-        dropout: Share of the vector that is dropped in front of the head, in train mode.
-        device: Where to run; "cuda" becomes the CPU, with a warning, where there is none.
-        pooling: "last" token, "mean", "layers", "pooler", or "auto" by the type of model.
+        dropout: Share of the vector that is dropped before the head, in train mode.
+        device: Without CUDA, "cuda" is the CPU, with a warning; None is the best one.
+        pooling: "last", "mean", "layers", "pooler", or "auto": by the type of model.
         max_length: Tokens of prompt and completion together; 256 or the model's limit.
         depth: Take only the first layers of the transformer, this many.
         length: First weight of a term for the length; by default there is no such term.
@@ -78,12 +78,10 @@ class RewardModel(torch.nn.Module):
         self,
         model_name: str,  # on the hub, a folder, or "minilm" for the built-in encoder
         dropout: float = 0.1,  # in front of the head, in train mode only
-        device: str
-        | None = "cuda",  # the CPU without CUDA; `None` is the best there is
+        device: str | None = "cuda",  # the CPU without CUDA; `None`: the best one
         *,
         pooling: str = "auto",  # by model type, or "last", "mean", "layers", "pooler"
-        max_length: int
-        | None = None,  # tokens of prompt and completion, 256 by default
+        max_length: int | None = None,  # tokens of a text, by default at most 256
         depth: int | None = None,  # take only the first layers of the transformer
         length: float | None = None,  # first weight of log(tokens), a term of its own
         bound: float | None = None,  # rewards between -bound and bound, by tanh
@@ -211,8 +209,7 @@ class RewardModel(torch.nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,  # what `save_pretrained` wrote, or a name on the hub
-        device: str
-        | None = "cuda",  # the CPU without CUDA; `None` is the best there is
+        device: str | None = "cuda",  # the CPU without CUDA; `None`: the best one
     ) -> Self:  # raises `InputError` when there is no reward model
         "Load a saved reward model; its scores are those of the model that was saved."
         return load_model(cls, folder, device)
@@ -230,7 +227,7 @@ class RewardModel(torch.nn.Module):
         self,
         folder: str | Path | None = None,  # write checkpoint and tokenizer here
     ) -> torch.nn.Module:  # on the CPU; raises `InputError` for what it cannot express
-        "Export to transformers' `AutoModelForSequenceClassification`: rewards as logits."
+        "Make transformers' `AutoModelForSequenceClassification` with rewards as logits."
         return to_sequence_classification(self, folder)
 
     def add_lora(

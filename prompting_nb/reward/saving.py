@@ -51,8 +51,7 @@ def save_model(
 
 def load_model(
     make: Callable,  # `RewardModel`
-    folder: str
-    | Path,  # what `save_model` wrote, or the name of such a model on the hub
+    folder: str | Path,  # what `save_model` wrote, or a name on the hub
     device: str | None = "cuda",  # as for `RewardModel`
 ) -> Any:  # a `RewardModel`; raises `InputError` when there is none
     "Load a saved reward model; its scores are those of the model that was saved."
