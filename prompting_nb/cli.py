@@ -209,7 +209,7 @@ def run_loop(
         settings.rule,
         explore_steps=round(0.3 * len(arena.prompts)),
     )
-    policy.check(arena)
+    policy.check(len(arena.workers))
     _check_width(settings, arena)
     say(str(arena))
     model = _reward_model(arena, settings, say)
@@ -302,8 +302,8 @@ COMMANDS = {
         "run a miner, on a chain in memory or a real one",
     ),
     "reward": (
-        _later("reward_command", "reward_parser"),
-        _later("reward_command", "run_reward"),
+        _later("reward.command", "reward_parser"),
+        _later("reward.command", "run_reward"),
         "train, evaluate and use a reward model",
     ),
 }
