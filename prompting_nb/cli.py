@@ -9,9 +9,7 @@ __all__ = ['COMMANDS', 'main']
 import argparse
 import importlib
 import os
-import signal
 import sys
-import threading
 from contextlib import contextmanager
 from typing import Callable, Optional
 
@@ -19,6 +17,7 @@ import jsonargparse
 
 from . import __version__
 from .config import InputError
+from .files import on_sigterm
 
 # %% ../nbs/07_cli.ipynb #c014
 def _later(module: str, name: str) -> Callable:
@@ -75,7 +74,7 @@ def main(
         parser, run, _ = COMMANDS[argv[0]]
         with _reported(argv[0], "--debug" in argv):
             settings = parser().parse_args(argv[1:])
-        with _reported(argv[0], settings.debug), _stoppable():
+        with _reported(argv[0], settings.debug), on_sigterm():
             run(settings)
     else:
         message = f"there is no command {argv[0]!r}; the commands are: "
@@ -108,20 +107,3 @@ def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     plain = (InputError, argparse.ArgumentError, jsonargparse.ArgumentError, OSError)
     return text if isinstance(error, plain) else f"{type(error).__name__}: {text}"
-
-
-@contextmanager
-def _stoppable():
-    "Let SIGTERM end the work in the same orderly way as Ctrl-C."
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

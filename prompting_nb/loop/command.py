@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Literal, Optional
 
 import jsonargparse
-from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
+from jsonargparse.typing import restricted_number_type
 
 from prompting_nb.config import (
     Config,
     InputError,
+    PositiveFloat,
+    PositiveInt,
     add_argument,
     add_settings,
     check_settings,

@@ -248,6 +248,5 @@ from prompting_nb.validators.judge import Judge  # noqa: E402, F401
 from prompting_nb.validators.validator import (  # noqa: E402, F401
     GATE,
     GATES,
-    RULES,
     MovingAverage,
 )

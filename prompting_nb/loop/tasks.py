@@ -331,8 +331,8 @@ def make_tasks(
 ) -> list[Task]:  # no prompt twice; raises `InputError` when there are too few
     "Draw tasks at random."
     draw = random.Random(f"tasks-{seed}")
-    parts = {False: slice(-_HELD_OUT), True: slice(-_HELD_OUT, None)}
-    phrases = parts.get(held_out, slice(None))
+    held, others = slice(-_HELD_OUT, None), slice(-_HELD_OUT)
+    phrases = slice(None) if held_out is None else held if held_out else others
     tasks, tries = {}, 0
     while len(tasks) < n:
         kind = kinds[len(tasks) % len(kinds)]
