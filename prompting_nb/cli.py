@@ -21,7 +21,7 @@ from .files import on_sigterm
 
 # %% ../nbs/07_cli.ipynb #c014
 def _later(module: str, name: str) -> Callable:
-    "Return a stand-in for a function of one of our modules, imported when it is called."
+    "Return a stand-in for a function, whose module is imported when it is called."
     full = f"prompting_nb.{module}"
     return lambda *args: getattr(importlib.import_module(full), name)(*args)
 

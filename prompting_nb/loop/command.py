@@ -85,8 +85,9 @@ class LoopSettings:
             )
 
 # %% ../../nbs/loop/06_command.ipynb #m010
-_LOOP = """Run the whole loop on this machine: a reward model learns from preferences, miners are started on an
-embedded chain, a gate learns which of them to ask. No GPU, wallet, chain or model hub is needed."""
+_LOOP = """Run the whole loop on this machine: a reward model learns from preferences,
+miners are started on an embedded chain, a gate learns which of them to ask. No GPU,
+wallet, chain or model hub is needed."""
 
 
 def loop_parser() -> jsonargparse.ArgumentParser:

@@ -210,7 +210,8 @@ def render(
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head += f"<title>{title}</title><style>{_CSS}</style>"
     body = "".join(parts)
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    page = f'<html lang="en"><head>{head}</head><body>{body}</body></html>'
+    return f"<!doctype html>{page}\n"
 
 # %% ../../nbs/loop/03_report.ipynb #c019
 def verdict(
@@ -243,7 +244,8 @@ def _picture(ax: Any, caption: str) -> str:
     "Return a pair of axes as an HTML figure, and close the matplotlib figure."
     import matplotlib.pyplot as plt
 
-    buffer, how = io.BytesIO(), dict(format="png", bbox_inches="tight")
+    buffer = io.BytesIO()
+    how: dict[str, Any] = dict(format="png", bbox_inches="tight")
     how |= dict(facecolor="white", metadata={"Software": None})
     ax.figure.savefig(buffer, **how)
     plt.close(ax.figure)

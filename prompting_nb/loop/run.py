@@ -180,7 +180,7 @@ class Trace:
     def curves(
         self,
     ) -> dict[str, np.ndarray]:  # "gate", "random", "best fixed", "oracle": (steps,)
-        """Return the mean grade of the asked uids at each step, for four ways to choose.
+        """Return the mean grade of the asked uids at each step, for four choices.
 
         The best fixed choice is the best of the last third.
         """
