@@ -12,7 +12,7 @@ from prompting_nb.reward.evaluation import RewardEvaluation
 from prompting_nb.network.chain import EmbeddedChain, MetagraphTable, make_wallet
 from prompting_nb.show import Bar, html_table
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
-from prompting_nb.loop.run import Event
+from prompting_nb.validators.event import Event
 
 NASTY = "<script>alert('x')</script><img src=x onerror=alert(1)> \"&amp;\" é"
 
