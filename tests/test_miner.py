@@ -284,7 +284,7 @@ def test_nothing_is_written(client, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     for kind in MINERS.values():
-        kind.config()
+        read_config(kind.add_args)
     with Echo(FAST, wallet=MINER, subtensor=client) as miner:
         ask(miner)
     with pytest.raises(InputError, match="choose another with --wallet.name"):
