@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Miner', 'stop_all']
 
-# %% ../../nbs/baseminer/00_miner.ipynb #m00044
+# %% ../../nbs/baseminer/00_miner.ipynb #m00000
 import abc
 import argparse
 import time
@@ -36,7 +36,7 @@ from ..network.axon import Axon
 from ..protocol import Prompting, Synapse
 from ..show import Bar, html_table
 
-# %% ../../nbs/baseminer/00_miner.ipynb #m00045
+# %% ../../nbs/baseminer/00_miner.ipynb #m00046
 class Miner(abc.ABC):
     """The base class of all miners: implement `prompt`, `config`, `add_args`; `blacklist` and `priority` as you like.
 
