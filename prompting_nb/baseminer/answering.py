@@ -55,7 +55,7 @@ def _finished(result: Any) -> Any:
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, wait()).result()
 
-# %% ../../nbs/baseminer/05_answering.ipynb #m05012
+# %% ../../nbs/baseminer/05_answering.ipynb #m05017
 class RepeatedPrompt(Refusal, ValueError):
     "The prompt was sent within the span of the cache. On the wire: status 409."
 
@@ -82,7 +82,10 @@ class Once:
 
     @contextmanager
     def claimed(self, synapse: Prompting) -> Iterator[None]:
-        "Claim the prompt for the block; give it back if the block raises. Raises `RepeatedPrompt`."
+        """Claim the prompt for a `with` block; give it back if the block fails.
+
+        Raises `RepeatedPrompt` if it is in the cache already.
+        """
         cache = self.cache
         if cache is None:
             yield

@@ -15,10 +15,10 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
-# %% ../../nbs/baseminer/07_blacklist.ipynb #m07006
+# %% ../../nbs/baseminer/07_blacklist.ipynb #m07043
 @dataclass(frozen=True)
 class Caller:
-    "What the metagraph knows about a hotkey; one that is not registered has no uid, stake or permit."
+    "What the metagraph knows about a hotkey, which need not be registered."
 
     hotkey: str  # ss58 address
     uid: Optional[int] = None  # None: not registered
@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
 
 class TooOften(Verdict):
-    "A refusal that ends after `retry_after` seconds. A server answers it with status 429 instead of 403."
+    "A refusal that ends after `retry_after` seconds: status 429 instead of 403."
 
     retry_after: float = 1.0
 
@@ -53,7 +53,7 @@ class TooOften(Verdict):
         verdict.retry_after = seconds
         return verdict
 
-# %% ../../nbs/baseminer/07_blacklist.ipynb #m07010
+# %% ../../nbs/baseminer/07_blacklist.ipynb #m07044
 _log = logging.getLogger(__name__)
 Rule = Callable[[Caller], Optional[Verdict]]
 
@@ -62,7 +62,7 @@ def judge(
     rules: Iterable[Rule],  # asked in this order
     caller: Optional[Caller],  # from `find_caller`; None is refused
 ) -> Verdict:
-    "Return the verdict of the first rule that has one; refuse a caller for whom a rule fails."
+    "Return the first verdict of the rules; refuse a caller for whom a rule fails."
     if caller is None:
         return Verdict(True, "the request names no hotkey")
     for rule in rules:
@@ -80,7 +80,7 @@ def judge(
 def as_verdict(
     result: Any,  # what a rule, or an overridden `blacklist`, returned
 ) -> Verdict:
-    "Read a `Verdict`, a bool or a pair `(bool, reason)` as a verdict. Anything else refuses."
+    "Read a `Verdict`, a bool or a pair `(bool, reason)`. Anything else refuses."
     if isinstance(result, Verdict):
         return result
     if isinstance(result, bool):
@@ -151,9 +151,12 @@ def minimum_stake(
 
     return rule
 
-# %% ../../nbs/baseminer/07_blacklist.ipynb #m07025
+# %% ../../nbs/baseminer/07_blacklist.ipynb #m07045
 class RateLimiter:
-    "At most `quota` requests of a hotkey within any `window` seconds. Safe to use from several threads."
+    """At most `quota` requests of a hotkey within any `window` seconds.
+
+    Safe to use from several threads.
+    """
 
     def __init__(
         self,
@@ -226,12 +229,12 @@ class RequestLog:
         if len(self._times) > self.max_callers:
             self._times.popitem(last=False)
 
-# %% ../../nbs/baseminer/07_blacklist.ipynb #m07033
+# %% ../../nbs/baseminer/07_blacklist.ipynb #m07046
 def standard_rules(
     settings: Any,  # `BlacklistSettings`
     clock: Callable[[], float] = time.monotonic,  # for the rate limit
 ) -> list:  # of rules, in the order in which they are asked
-    "Make whitelist, blacklist, registration, validator permit, minimum stake, rate limit."
+    "Make the rules of a miner: lists of hotkeys, chain, rate limit."
     rules = [
         whitelist(settings.whitelist),
         blacklist(settings.blacklist),
@@ -243,7 +246,7 @@ def standard_rules(
         rules.append(rate_limit(RateLimiter(settings.quota, settings.window, clock)))
     return rules
 
-# %% ../../nbs/baseminer/07_blacklist.ipynb #m07039
+# %% ../../nbs/baseminer/07_blacklist.ipynb #m07047
 def index_callers(
     metagraph: Any,  # bittensor's, or anything with `hotkeys`; uid = position or `uids`
 ) -> dict[str, Caller]:  # by hotkey
@@ -258,7 +261,7 @@ def find_caller(
     synapse: Any,  # the request; only `synapse.dendrite.hotkey` is read
     callers: dict[str, Caller],  # from `index_callers`
 ) -> Optional[Caller]:  # None when the request does not say who sent it
-    "Find the sender of a request. A hotkey that is not registered is a `Caller` as well."
+    "Find the sender of a request; a `Caller` without uid if it is not registered."
     hotkey = getattr(getattr(synapse, "dendrite", None), "hotkey", None)
     if not isinstance(hotkey, str) or not hotkey:
         return None
@@ -271,7 +274,7 @@ def _amount(stake: Any) -> float:
 
 
 def _rows(metagraph: Any) -> Iterable[tuple]:
-    "Read hotkey, uid, stake and permit from neurons (bittensor 11) or columns (up to 10)."
+    "Read hotkey, uid, stake, permit from neurons (bittensor 11) or columns (10)."
     if (neurons := getattr(metagraph, "neurons", None)) is not None:
         return ((n.hotkey, n.uid, n.total_stake, n.validator_permit) for n in neurons)
     n = len(metagraph.hotkeys)

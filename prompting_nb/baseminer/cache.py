@@ -12,9 +12,9 @@ from hashlib import blake2b
 
 from ..protocol import Prompting
 
-# %% ../../nbs/baseminer/09_cache.ipynb #m09005
+# %% ../../nbs/baseminer/09_cache.ipynb #m09021
 class PromptCache:
-    "The prompts that were claimed within the last `span` blocks. Safe to use from several threads."
+    "The prompts claimed within the last `span` blocks. Safe to use from threads."
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class PromptCache:
         key: bytes,  # from `prompt_key`
         block: int,  # the present block
     ) -> bool:
-        "Return whether the prompt was claimed at most `span` blocks ago. Changes nothing."
+        "Return whether the prompt was claimed at most `span` blocks ago."
         claimed = self._claims.get(key)
         return claimed is not None and block <= claimed + self.span
 

@@ -74,7 +74,7 @@ def miner_parser() -> jsonargparse.ArgumentParser:
     parser.set_defaults({"subtensor.network": EMBEDDED})
     return parser
 
-# %% ../../nbs/baseminer/02_command.ipynb #m02013
+# %% ../../nbs/baseminer/02_command.ipynb #m02019
 VALIDATOR = "validator"  # name of the wallet that may ask on the chain in memory
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Miner', 'stop_all']
 
-# %% ../../nbs/baseminer/00_miner.ipynb #m00000
+# %% ../../nbs/baseminer/00_miner.ipynb #m00003
 import abc
 import argparse
 import time
@@ -14,38 +14,28 @@ from typing import Any, AsyncIterator, Awaitable, Callable, Iterable, Iterator, 
 from typing_extensions import Self
 
 from .answering import Once, answer, guarded, handler
-from prompting_nb.baseminer.blacklist import (
-    Caller,
-    Verdict,
-    as_verdict,
-    judge,
-    standard_rules,
-)
+from .blacklist import Caller, Verdict, as_verdict
+from .blacklist import judge, standard_rules
 from .cache import PromptCache
 from .flags import AxonSettings, MinerSettings
 from .priority import StakePriority
 from .running import Runner
-from prompting_nb.baseminer.subnet import (
-    NotRegisteredError,
-    Subnet,
-    open_client,
-    open_wallet,
-)
+from .subnet import NotRegisteredError, Subnet
+from .subnet import open_client, open_wallet
 from ..config import Config, add_settings, read_config, settings_of
 from ..network.axon import Axon
 from ..protocol import Prompting, Synapse
 from ..show import Bar, html_table
 
-# %% ../../nbs/baseminer/00_miner.ipynb #m00046
+# %% ../../nbs/baseminer/00_miner.ipynb #m00000
 class Miner(abc.ABC):
-    """The base class of all miners: implement `prompt`, `config`, `add_args`; `blacklist` and `priority` as you like.
+    """The base class of all miners: implement `prompt`, `config` and `add_args`.
 
-    Raises `NotRegisteredError` when the wallet's hotkey has no uid, and `InputError` for a setting that makes no sense.
+    `blacklist`, `priority` and `weights` may be overridden. Raises `NotRegisteredError`
+    when the wallet's hotkey has no uid, and `InputError` for a wrong setting.
     """
 
-    clock: Callable[[], float] = staticmethod(
-        time.monotonic
-    )  # seconds; rates, priority
+    clock: Callable[[], float] = staticmethod(time.monotonic)  # seconds
     longest_pause: float = 300.0  # seconds between two attempts to reach the chain
 
     def __init__(
@@ -53,12 +43,10 @@ class Miner(abc.ABC):
         config: Any = None,  # a `Config` or dict. None: environment and command line
         axon: Optional[Axon] = None,  # with nothing attached yet. None: from `--axon.*`
         wallet: Any = None,  # signs for the miner. None: from disk, by `--wallet.*`
-        subtensor: Any = None,  # a `bittensor.SyncClient`. None: by `--subtensor.network`
+        subtensor: Any = None,  # `bittensor.SyncClient`. None: by `--subtensor.network`
     ):
         full = self._configure(config)
-        vars(self)["config"] = (
-            full  # takes the method's place, and can be called as well
-        )
+        vars(self)["config"] = full  # hides the method; calling it returns itself
         self.settings = settings = settings_of(MinerSettings, full, ignore_unknown=True)
         loop, on_disk = settings.miner, wallet is None
         if wallet is None:
@@ -89,31 +77,34 @@ class Miner(abc.ABC):
 
     @abc.abstractmethod
     def config(self) -> Config:
-        """Return the settings of this kind of miner, usually `read_config(self.add_args)`.
+        """Return the settings of this kind, usually `read_config(self.add_args)`.
 
-        They win over the declared defaults of all miners. After construction `miner.config` is the full configuration,
-        and `miner.config()` returns it.
+        They win over the declared defaults of all miners. After construction
+        `miner.config` is the full configuration, and `miner.config()` returns it.
         """
 
     @classmethod
     @abc.abstractmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        "Add the flags of this kind of miner to a parser. Those of all miners (`add_base_args`) need not be repeated."
+        """Add the flags of this kind of miner to a parser.
+
+        Those of all miners, from `add_base_args`, need not be repeated.
+        """
 
     @staticmethod
     def add_base_args(
         parser: Any,  # an `argparse.ArgumentParser`, or a group of one
     ) -> None:
-        "Add the flags that every miner has. A subclass's own `add_args` need not call this."
+        "Add the flags that every miner has."
         add_settings(parser, MinerSettings)
 
     @classmethod
     def check_config(cls, config: Config) -> None:
-        "Raise `InputError`, a ValueError that names the flag, for a setting that makes no sense."
+        "Raise `InputError`, a ValueError that names the flag, for a wrong setting."
         settings_of(MinerSettings, config, ignore_unknown=True)
 
     def _configure(self, given: Any) -> Config:
-        "Declared defaults < `config()` < environment < command line; or `given` over the first two."
+        "Read the configuration, each source stronger than the one before it."
         parts = self.add_args, self.add_base_args
         config = read_config(*parts, defaults=self.config, given=given)
         self.check_config(config)
@@ -128,17 +119,20 @@ class Miner(abc.ABC):
     ) -> Prompting | Awaitable[Prompting] | Iterator[str] | AsyncIterator[str]:
         """Answer a request: set the `completion` of `synapse` and return it.
 
-        `synapse.messages` and `synapse.roles` hold the conversation, `synapse.prompt` the newest message of the user.
-        May be a coroutine; a plain function is called from several threads at once. It may also `yield` the completion
-        in pieces of text, as a generator or an asynchronous one. Each form serves `Prompting` and `StreamPrompting`
-        alike: pieces are joined for the one, and a finished completion is a single piece of the other.
+        `synapse.messages` and `synapse.roles` hold the conversation, `synapse.prompt`
+        the newest message of the user. May be a coroutine; a plain function is called
+        from several threads at once. May also `yield` the completion in pieces of text,
+        as a generator or an asynchronous one. Each form serves `Prompting` and
+        `StreamPrompting` alike: pieces are joined for the one, and a complete answer
+        is a single piece of the other.
         """
 
     def _prompt(self, synapse: Prompting) -> Prompting:
-        """Answer a request with `prompt`, unless the prompt is in the cache; join the pieces of a generator.
+        """Answer a request with `prompt`, unless the prompt is in the cache.
 
-        Called by the axon for every admitted request, from several threads at once.
-        Raises ValueError (`RepeatedPrompt`) when the prompt was sent recently, TypeError when `prompt` gives no answer.
+        Called for every admitted request, from several threads at once. Joins the
+        pieces of a generator. Raises ValueError (`RepeatedPrompt`) when the prompt was
+        sent recently, and TypeError when `prompt` gives no answer.
         """
         with self.once.claimed(synapse):
             return answer(self.prompt, synapse, f"{type(self).__name__}.prompt")
@@ -162,19 +156,23 @@ class Miner(abc.ABC):
     # Choosing
 
     def caller(self, synapse: Synapse) -> Optional[Caller]:
-        "Look up the sender of a request in the metagraph; None when the request names nobody."
+        "Look up the sender of a request in the metagraph; None when it names nobody."
         return self.subnet.caller(synapse)
 
     def blacklist(self, synapse: Synapse) -> Verdict:
-        """Decide whether to refuse a request, and why; the truth value of the result is the decision.
+        """Decide whether to refuse a request; the result's truth value is the decision.
 
-        Runs before the request's body is parsed: `synapse` has the verified hotkey of the caller and no messages. Asks
-        whitelist, blacklist, registration, validator permit, minimum stake and rate limit, in this order.
+        Runs before the request's body is parsed: `synapse` has the verified hotkey of
+        the caller and no messages. Asks whitelist, blacklist, registration, validator
+        permit, minimum stake and rate limit, in this order.
         """
         return judge(self.rules, self.caller(synapse))
 
     def priority(self, synapse: Synapse) -> float:
-        "Return the place of a request in the queue, higher first: the caller's stake, and a bonus for asking seldom."
+        """Rank a request in the queue, higher first.
+
+        By default the caller's stake, with a bonus for asking seldom.
+        """
         return self.stake_priority(self.caller(synapse))
 
     # Following the chain
@@ -205,7 +203,7 @@ class Miner(abc.ABC):
 
     @property
     def metagraph(self) -> Any:
-        "The subnet as of the latest sync. A new one may be assigned; blacklist and priority use it from then on."
+        "The subnet as of the latest sync. May be assigned, for blacklist and priority."
         return self.subnet.metagraph
 
     @metagraph.setter
@@ -213,15 +211,18 @@ class Miner(abc.ABC):
         self.subnet.metagraph = metagraph
 
     def sync(self) -> None:
-        "Read block and metagraph from the chain and find the own uid. Raises `NotRegisteredError` when there is none."
+        """Read block and metagraph from the chain and find the own uid.
+
+        Raises `NotRegisteredError` when there is none.
+        """
         self.subnet.sync()
 
     def weights(self) -> dict[int, float]:
-        "Return uid -> weight, of any scale, for `set_weights`: the miner itself, unless overridden."
+        "Return uid -> weight, of any scale; by default all to the miner itself."
         return {} if self.uid is None else {self.uid: 1.0}
 
     def set_weights(self) -> bool:
-        "Set `weights()` on the chain. A refusal or a failure is logged and gives False."
+        "Set `weights()` on the chain. A refusal is logged and gives False."
         return self.subnet.set_weights(self.weights())
 
     def _publish(self) -> None:
@@ -229,12 +230,9 @@ class Miner(abc.ABC):
         self.subnet.publish(self.axon, axon.external_ip, axon.external_port)
 
     def _each_block(self) -> int:
-        "Look at the chain and do what is due. Nothing is sent to the chain once a stop is asked for."
-        loop, first, stopping = (
-            self.settings.miner,
-            self.runner.block < 0,
-            self.runner.stopping,
-        )
+        "Look at the chain and do what is due; send nothing once a stop is asked for."
+        loop, stopping = self.settings.miner, self.runner.stopping
+        first = self.runner.block < 0
         block = self.subnet.look()
         epoch = block - self.synced_at >= loop.blocks_per_epoch
         if epoch and not stopping.is_set():
@@ -263,15 +261,19 @@ class Miner(abc.ABC):
         return self.once.cache
 
     def run(self) -> None:
-        """Listen for requests, publish the address and follow the chain, until `stop_run_thread` is called elsewhere.
+        """Listen for requests, publish the address and follow the chain until stopped.
 
-        Raises `NotRegisteredError` when the hotkey loses its uid, and the chain's own error when it stays away for
-        longer than `--miner.retries` attempts. However it ends, by Ctrl-C or SIGTERM as well, the axon is stopped.
+        Raises `NotRegisteredError` when the hotkey loses its uid, and the chain's own
+        error when more than `--miner.retries` attempts in a row fail. However it ends,
+        by Ctrl-C or SIGTERM as well, the axon is stopped.
         """
         self.runner.run()
 
     def run_in_background_thread(self) -> None:
-        "Do `run` in a thread. Returns when the axon listens; a miner that runs is left as it is."
+        """Do `run` in a background thread, and return when the axon listens.
+
+        A miner that runs already is left as it is.
+        """
         self.runner.start()
 
     def stop_run_thread(
@@ -290,7 +292,10 @@ class Miner(abc.ABC):
         return self.runner.wait_for(block, timeout)
 
     def __enter__(self) -> Self:
-        "Start in the background; return the miner when its address is published. Raises what ended it before that."
+        """Start in the background; return the miner when its address is published.
+
+        Raises what ended the run before that.
+        """
         try:
             self.run_in_background_thread()
             self.wait_for_block()
@@ -302,13 +307,13 @@ class Miner(abc.ABC):
         return self
 
     def __exit__(self, exc_type, exc_value, traceback) -> None:
-        "Stop. An exception of the `with` block is not suppressed; without one all three arguments are None."
+        "Stop. An exception of the `with` block is not suppressed."
         self.stop_run_thread()
 
     # Showing
 
     def state(self) -> dict[str, Any]:
-        "Return what the miner is doing, as plain values by name. Asks the chain nothing."
+        "Return what the miner is doing, as values by name. Does not ask the chain."
         failed, health = self.error, self.axon.health()
         ended = f"stopped by {type(failed).__name__}: {failed}" if failed else "stopped"
         return {

@@ -7,22 +7,15 @@ __all__ = ['MINERS', 'TemplateSettings', 'TemplateMiner', 'ReplaySettings', 'Rep
            'Index', 'sentence_encoder', 'TransformersSettings', 'TransformersMiner', 'LanguageModel', 'conversation',
            'tokenize', 'OpenAISettings', 'OpenAICompatibleMiner', 'UpstreamError', 'ChatClient']
 
-# %% ../../nbs/baseminer/01_miners.ipynb #m01037
+# %% ../../nbs/baseminer/01_miners.ipynb #m01001
 import asyncio
 import json
 import os
 import threading
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import (
-    Any,
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Iterable,
-    Mapping,
-    Optional,
-)
+from typing import Any, AsyncGenerator, AsyncIterator, Callable
+from typing import Iterable, Mapping, Optional
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -67,7 +60,7 @@ class TemplateMiner(Miner):
         synapse.completion = self.config().template.completion
         return synapse
 
-# %% ../../nbs/baseminer/01_miners.ipynb #m01009
+# %% ../../nbs/baseminer/01_miners.ipynb #m01019
 @dataclass
 class ReplaySettings:
     """Answer with the recorded completion of a prompt.
@@ -110,7 +103,7 @@ class ReplayMiner(Miner):
         return read_config(self.add_args)
 
     def prompt(self, synapse: Prompting) -> Prompting:
-        "Look up the newest message of the user. Raises LookupError when it was not recorded."
+        "Look up the newest message of the user; LookupError when it was not recorded."
         if synapse.prompt not in self.recordings:
             raise LookupError("nothing is recorded for this prompt")
         synapse.completion = self.recordings[synapse.prompt]
@@ -214,7 +207,7 @@ def sentence_encoder(
 
     return encode
 
-# %% ../../nbs/baseminer/01_miners.ipynb #m01017
+# %% ../../nbs/baseminer/01_miners.ipynb #m01027
 @dataclass
 class TransformersSettings:
     """Answer with a causal language model.
@@ -237,7 +230,7 @@ class TransformersSettings:
 
 
 class TransformersMiner(Miner):
-    "Answers with a causal language model; requests that wait at the same time are one batch."
+    "Answers with a causal language model, several requests in a batch."
 
     def __init__(
         self,
@@ -252,7 +245,7 @@ class TransformersMiner(Miner):
 
     @classmethod
     def add_args(cls, parser) -> None:
-        "Add `--transformers.model_name`, `.device`, `.max_new_tokens`, `.temperature` and `.batch`."
+        "Add `--transformers.model_name` and four more."
         add_settings(parser, TransformersSettings, "transformers")
 
     @classmethod
@@ -271,7 +264,7 @@ class TransformersMiner(Miner):
             async for piece in pieces:
                 yield piece
 
-# %% ../../nbs/baseminer/01_miners.ipynb #m01038
+# %% ../../nbs/baseminer/01_miners.ipynb #m01031
 class LanguageModel:
     "A causal language model that answers conversations in batches."
 
@@ -319,7 +312,7 @@ class LanguageModel:
         return pieces.texts
 
     async def stream(self, synapse: Prompting) -> AsyncGenerator[str, None]:
-        "Yield the pieces of an answer in the event loop, while the model's thread makes them."
+        "Yield the pieces of an answer while the model's thread makes them."
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
 
         def tell(piece: str) -> None:
@@ -417,7 +410,7 @@ class _Pieces:
                 if new:
                     self.tell[i](new)
 
-# %% ../../nbs/baseminer/01_miners.ipynb #m01032
+# %% ../../nbs/baseminer/01_miners.ipynb #m01043
 @dataclass
 class OpenAISettings:
     """Answer with a model behind a server with OpenAI's API.
@@ -447,7 +440,7 @@ class OpenAISettings:
 
 
 class OpenAICompatibleMiner(Miner):
-    "Answers with a model behind a server that speaks OpenAI's chat completions: vLLM, Ollama, OpenAI ..."
+    "Answers with a model behind a server with OpenAI's API: vLLM, Ollama, OpenAI ..."
 
     def __init__(
         self,
@@ -462,7 +455,7 @@ class OpenAICompatibleMiner(Miner):
 
     @classmethod
     def add_args(cls, parser) -> None:
-        "Add `--openai.base_url`, `.model`, `.api_key`, `.max_tokens` and `.temperature`."
+        "Add `--openai.base_url` and four more."
         add_settings(parser, OpenAISettings, "openai")
 
     @classmethod
@@ -481,9 +474,9 @@ class OpenAICompatibleMiner(Miner):
             async for piece in pieces:
                 yield piece
 
-# %% ../../nbs/baseminer/01_miners.ipynb #m01033
+# %% ../../nbs/baseminer/01_miners.ipynb #m01044
 class UpstreamError(RuntimeError):
-    "The server that has the model did not answer as it should; the message is safe to pass on."
+    "The model server gave no answer. The message is safe to pass on to a caller."
 
 
 class ChatClient:
@@ -497,7 +490,7 @@ class ChatClient:
         self._clients = WeakKeyDictionary()  # event loop -> its connections
 
     async def stream(self, synapse: Prompting) -> AsyncGenerator[str, None]:
-        "Yield the pieces of the model's answer to a conversation. Raises `UpstreamError`."
+        "Yield the pieces of an answer to a conversation. Raises `UpstreamError`."
         try:
             async with self._request(synapse) as answer:
                 kind = answer.headers.get("content-type", "")
@@ -544,7 +537,7 @@ def _answer(status: int, text: str) -> dict:
 
 
 def _said(answer: Any, part: str) -> str:
-    "Read the text in the first choice of an answer (`message`) or of a piece (`delta`)."
+    "Read the text of the first choice of an answer (`message`) or piece (`delta`)."
     try:
         choices = answer["choices"]
         return (choices[0][part].get("content") or "") if choices else ""

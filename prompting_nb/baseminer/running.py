@@ -12,7 +12,7 @@ import threading
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Optional
 
-# %% ../../nbs/baseminer/06_running.ipynb #m06024
+# %% ../../nbs/baseminer/06_running.ipynb #m06008
 _log = logging.getLogger(__name__)
 
 
@@ -21,7 +21,7 @@ def _nothing() -> None:
 
 
 class Runner:
-    "Call `each_block` repeatedly until told to stop; retry failures with growing pauses."
+    "Call `each_block` until told to stop; retry failures with growing pauses."
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class Runner:
         return self._busy.locked()
 
     def run(self) -> None:
-        """Run the loop in this thread until `stop` is called elsewhere, or until SIGTERM.
+        """Run the loop in this thread until `stop` is called or SIGTERM comes.
 
-        Raises RuntimeError if a run is under way, and whatever ended the run otherwise.
+        Raises RuntimeError if a run is under way, and else what ended the run.
         """
         self._begin()
         with _set_by_sigterm(self.stopping, self.name):
@@ -71,7 +71,7 @@ class Runner:
         self,
         timeout: float = 10.0,  # seconds to wait for the end of the run
     ) -> bool:  # False: `each_block` has not returned yet, and the run goes on
-        "End the run, if there is one. From inside `each_block` it ends after this block."
+        "End the run, if there is one; called by `each_block`, after this block."
         self.stopping.set()
         if threading.current_thread() is self._thread:
             return False

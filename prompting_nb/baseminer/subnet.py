@@ -12,7 +12,7 @@ from typing import Any, Mapping, Optional
 from .blacklist import Caller, find_caller, index_callers
 from ..config import InputError
 
-# %% ../../nbs/baseminer/04_subnet.ipynb #m04007
+# %% ../../nbs/baseminer/04_subnet.ipynb #m04009
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +58,8 @@ class Subnet:
     def sync(self) -> None:
         """Read block and metagraph from the chain and find our own uid.
 
-        Raises `NotRegisteredError` when the hotkey has none, `InputError` when there is no such subnet.
+        Raises `NotRegisteredError` when the hotkey has none, and `InputError` when
+        there is no such subnet.
         """
         block = int(self.client.block)
         metagraph = self.client.subnets.metagraph(self.netuid)
@@ -89,7 +90,7 @@ class Subnet:
         ip: str = "",  # the address to publish; empty: the axon's own
         port: int = 0,  # 0: the axon's own
     ) -> None:
-        "Put the address of our server on the chain, unless the metagraph shows it already."
+        "Put our address on the chain, unless the metagraph shows it already."
         ip, port = ip or axon.host, port or axon.port
         neurons = getattr(self.metagraph, "neurons", ())
         shown = [n.axon for n in neurons if n.hotkey == self.hotkey]
