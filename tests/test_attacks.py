@@ -894,13 +894,13 @@ def test_chain_away(chain, caplog):
     Older miner: -"""
     with chain.client() as client:
         miner = Echo(wallet=MINER, subtensor=client)
-        miner._stop = Hurried()
+        miner.runner.stopping = Hurried()
         with miner, Dendrite(VALIDATOR) as dendrite:
             chain.fail(9)
             chain.step()
             assert {ask(dendrite, miner.axon).dendrite.status_code for _ in range(20)} == {200}
             assert miner.wait_for_block(chain.block, SECONDS)
-    assert sum(pause for pause in miner._stop.pauses if pause > 6.0) > 25 * 60
+    assert sum(pause for pause in miner.runner.stopping.pauses if pause > 6.0) > 25 * 60
     assert sum("the chain failed" in r.getMessage() for r in caplog.records) == 9
 
 

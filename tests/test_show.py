@@ -56,7 +56,7 @@ def miner() -> str:
     chain.register(wallet)
     with chain.client() as client:
         made = Named(wallet=wallet, subtensor=client)
-        made.error = RuntimeError(NASTY)
+        made.runner.error = RuntimeError(NASTY)
         return made._repr_html_()
 
 
