@@ -307,9 +307,9 @@ def test_learning_on_a_large_network(make):
 @pytest.mark.parametrize("option", ["lr_decay", "weight_decay", "maximize"])
 def test_row_adagrad_refuses_what_it_does_not_do(option):
     weight = torch.nn.Parameter(torch.ones(3))
-    for given in (dict(params=[weight], **{option: 0.1}), dict(params=[{"params": [weight], option: 0.1}])):
+    for options in (dict(params=[weight], **{option: 0.1}), dict(params=[{"params": [weight], option: 0.1}])):
         with pytest.raises(ValueError, match=f"RowAdagrad has no {option}, got 0.1"):
-            RowAdagrad(**given)
+            RowAdagrad(**options)
     optimizer = RowAdagrad([weight], lr=0.1)
     weight.grad = torch.ones(3)
     with pytest.raises(ValueError, match="closure"):
