@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from prompting_nb.cli import main
 from prompting_nb.config import InputError
 from prompting_nb.reward.conversations import Conversation, messages_of, prompt_of
-from prompting_nb.reward.evaluation import Answers, best_of_k_accuracy, ties_score
-from prompting_nb.reward.preferences import parse_ranking, rankings_from
+from prompting_nb.reward.evaluation import (Answers, accuracy_by_length, best_of_k_accuracy, calibration, pairwise_accuracy,
+                                            rejection_curve, ties_score)
+from prompting_nb.reward.preferences import Ranking, parse_ranking, rankings_from
 from prompting_nb.reward import PairwiseLoss, RankingLoss, RewardModel
 
 PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A carrot."}
@@ -99,6 +101,26 @@ def test_rewardbench_measures():
     flat = Answers([1.0, 1.0], [1.0])
     assert ties_score([flat], [Answers([1.0], [1.0])]) == pytest.approx(0.0)
     assert ties_score([Answers([2.0, 2.0], [0.0])], [Answers([2.0], [0.0])]) == pytest.approx(1.01)
+
+
+def test_the_ties_score_asks_the_weaker_of_two_gaps():
+    "A wide gap of the twin must not hide that the tied question has none beyond its spread, nor the other way round."
+    wide, narrow = Answers([9.0], [0.0]), Answers([1.5], [0.0])
+    spread_2 = Answers([4.0, 6.0], [1.0])  # gap 3, spread 2
+    assert ties_score([spread_2], [wide]) == pytest.approx(1 + 0.01 * math.tanh(3 / 2 - 1))
+    assert ties_score([spread_2], [narrow]) == pytest.approx(0.8 + 0.01 * math.tanh(1.5 / 2 - 1))
+    gap_1 = Answers([4.0, 6.0], [3.0])  # gap 1, spread 2
+    assert ties_score([gap_1], [wide]) == pytest.approx(0.6 + 0.01 * math.tanh(1 / 2 - 1))
+
+
+def test_equal_scores_count_a_half_everywhere():
+    tied = np.array([0.0, 0.0, 0.0])
+    error, [bin] = calibration(tied)
+    assert (bin.confidence, bin.accuracy, error) == (0.5, 0.5, 0.0)
+    [by_length] = accuracy_by_length([[1.0, 1.0]], [Ranking("p", ["good", "bad!"], [1.0, 0.0])])
+    assert (by_length.accuracy, by_length.n_pairs) == (0.5, 1)
+    assert rejection_curve(tied, np.arange(3), (1.0,)) == [(1.0, 0.5)]
+    assert pairwise_accuracy([[1.0, 1.0]], [Ranking("p", ["a", "b"], [1.0, 0.0])]).value == 0.5
 
 
 @pytest.mark.parametrize("argv, reason", [
