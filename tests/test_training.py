@@ -11,8 +11,9 @@ import torch
 from test_reward import kind_words, toy, toys  # noqa: F401 (a fixture)
 
 from prompting_nb.config import InputError
+from prompting_nb.reward.checkpoints import run_digest
 from prompting_nb.reward.fast.packing import can_pack
-from prompting_nb.reward.training import TrainConfig, bf16_pays, run_digest, train
+from prompting_nb.reward.training import TrainConfig, bf16_pays, train
 
 WORKER = """
 import os, random, signal, sys

@@ -282,7 +282,8 @@ def run_train(
 ) -> dict:  # the figures of the evaluation; empty where nothing was held out
     "The command `prompting-nb reward train`."
     from prompting_nb.reward.evaluation import evaluate, table
-    from prompting_nb.reward.training import TrainConfig, this_process, train
+    from prompting_nb.reward.processes import this_process
+    from prompting_nb.reward.training import TrainConfig, train
 
     out, (rank, processes) = Path(settings.out), this_process()
     if (out / "reward.json").exists() and not settings.force:
