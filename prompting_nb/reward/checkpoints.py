@@ -8,7 +8,6 @@ __all__ = ['Checkpoint', 'write_checkpoint', 'read_checkpoint', 'run_digest']
 # %% ../../nbs/reward/12_checkpoints.ipynb #k003
 import hashlib
 import json
-import os
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from ..config import InputError
+from ..files import replacing
 from .preferences import Ranking
 
 # %% ../../nbs/reward/12_checkpoints.ipynb #k007
@@ -58,14 +58,12 @@ def write_checkpoint(
     state: dict,  # tensors, numbers, texts, and lists and dicts of them
 ) -> None:
     "Replace the checkpoint in a folder, all at once or not at all."
-    target = Path(folder) / "checkpoint.pt"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = target.with_suffix(".partial")
-    with partial_file.open("wb") as file:
+    path = Path(folder) / "checkpoint.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for draft in path.parent.glob(f".{path.name}.*"):  # of a process that was killed
+        draft.unlink()
+    with replacing(path) as draft, draft.open("wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial_file, target)
 
 
 def read_checkpoint(

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal
 
 import torch
+from jsonargparse.typing import restricted_number_type
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -29,7 +30,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm.auto import tqdm
 
-from ..config import InputError
+from prompting_nb.config import (
+    HalfOpenUnitInterval,
+    InputError,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    check_settings,
+)
 from prompting_nb.reward.batches import (
     Draw,
     collate,
@@ -50,68 +58,57 @@ from .preferences import Ranking, decided, decisions, score_rankings
 from .processes import Processes, whole_weights
 
 # %% ../../nbs/reward/05_training.ipynb #c009
+if TYPE_CHECKING:
+    Least2 = int
+else:
+    Least2 = restricted_number_type("Least2", int, (">=", 2))
+
+
 @dataclass
 class TrainConfig:
-    "How to train. Values that make no sense raise `InputError`, which names them."
+    """Training.
 
-    epochs: int = 1  # times that every prompt is seen
-    lr: float = 1e-4  # of AdamW, at its highest
-    head_lr: float | None = (
-        None  # of what is not the pretrained transformer; `None`: the same
-    )
-    completions_per_prompt: int = (
-        4  # at most, drawn anew for each prompt in every epoch
-    )
-    tokens_per_batch: int = 4096  # that are computed at once; a prompt that needs more is a batch of its own
-    accumulate: int = (
-        1  # batches a step of the optimiser: larger steps in the same memory
-    )
-    weight_decay: float = 0.01
-    warmup: float = 0.1  # share of the run in which the learning rate rises
-    clip: float = 1.0  # norm that gradients are cut down to
-    bf16: bool | str = (
-        "auto"  # compute in bfloat16, weights in float32; "auto": where the hardware is built for it
-    )
-    encoder_dropout: bool = (
-        False  # dropout inside the transformer as well, not only in front of the head
-    )
-    packed: bool = True  # without padding and with shared prompts, where the model allows it: the same function, less time
-    seed: int = 0  # of order, draws and dropout
-    eval_every: int | None = (
-        None  # steps between evaluations; `None`: after every epoch
-    )
-    patience: int | None = (
-        None  # stop after so many evaluations without a lower loss, and take the best weights
-    )
-    checkpoint_every: int = 100  # steps, where there is a folder for checkpoints
-    max_steps: int | None = None  # stop after so many steps
-    max_seconds: float | None = (
-        None  # stop after so much time; the learning rate reaches zero by then
-    )
+    Args:
+        epochs: Times that every prompt is seen.
+        lr: Learning rate of AdamW, at its highest.
+        head_lr: Learning rate of all but the transformer. Default: the same.
+        completions_per_prompt: Completions of a prompt in an epoch, at most.
+        tokens_per_batch: Tokens that are computed at once; a prompt may need more.
+        accumulate: Batches a step of the optimiser: larger steps in the same memory.
+        weight_decay: Weight decay of AdamW.
+        warmup: Share of the run in which the learning rate rises.
+        clip: Norm to which gradients are cut down.
+        bf16: Compute in bfloat16, weights in float32; auto is where hardware has it.
+        encoder_dropout: Dropout inside the transformer too, not only before the head.
+        packed: No padding and shared prompts, where the model allows it: less time.
+        seed: Seed of order, draws and dropout.
+        eval_every: Steps between evaluations. Default: one after every epoch.
+        patience: Evaluations without a lower loss to stop after; the best one counts.
+        checkpoint_every: Steps between checkpoints, where there is a folder for them.
+        max_steps: Stop after this many steps.
+        max_seconds: Stop after this many seconds, with a learning rate near zero.
+    """
 
-    def __post_init__(self):
-        for name in (
-            "epochs",
-            "completions_per_prompt",
-            "tokens_per_batch",
-            "accumulate",
-            "eval_every",
-            "patience",
-            "checkpoint_every",
-            "max_steps",
-        ):
-            least = 2 if name == "completions_per_prompt" else 1
-            if (value := getattr(self, name)) is not None and value < least:
-                raise InputError(f"{name} is {value}; it should be at least {least}")
-        for name in ("lr", "head_lr", "clip", "max_seconds"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise InputError(f"{name} is {value}; it should be above 0")
-        if not 0 <= self.warmup < 1:
-            raise InputError(
-                f"warmup is {self.warmup}; it is a share of the run, at least 0 and below 1"
-            )
-        if self.bf16 not in (True, False, "auto"):
-            raise InputError(f"bf16 is {self.bf16!r}; it can be True, False or 'auto'")
+    epochs: PositiveInt = 1
+    lr: PositiveFloat = 1e-4
+    head_lr: PositiveFloat | None = None
+    completions_per_prompt: Least2 = 4
+    tokens_per_batch: PositiveInt = 4096
+    accumulate: PositiveInt = 1
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: HalfOpenUnitInterval = 0.1
+    clip: PositiveFloat = 1.0
+    bf16: bool | Literal["auto"] = "auto"
+    encoder_dropout: bool = False
+    packed: bool = True
+    seed: int = 0
+    eval_every: PositiveInt | None = None
+    patience: PositiveInt | None = None
+    checkpoint_every: PositiveInt = 100
+    max_steps: PositiveInt | None = None
+    max_seconds: PositiveFloat | None = None
+
+    __post_init__ = check_settings
 
 # %% ../../nbs/reward/05_training.ipynb #c071
 def train(
