@@ -17,11 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModel, BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast,
                           RobertaConfig)
 
+from prompting_nb.reward.batches import Draw, length_batches
 from prompting_nb.reward.evaluation import best_of_k, calibration, evaluate
 from prompting_nb.reward.preferences import Ranking, pairs, split
 from prompting_nb.reward.model import PairwiseLoss, RankingLoss, RewardModel, pack, pad
 from prompting_nb.reward.tokens import Row, _fit, encode, length_of
-from prompting_nb.reward.training import Draw, TrainConfig, length_batches, train
+from prompting_nb.reward.training import TrainConfig, train
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] what is the sum of two and three ? four five six it a sure maybe no good day sun thanks".split()
 SIZE = dict(vocab_size=40, initializer_range=0.2)
