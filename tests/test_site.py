@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "site"
@@ -310,6 +311,17 @@ def test_the_map_of_the_notebooks_knows_every_module(site):
 
 
 # ---- our own renderer, on the small site
+
+def test_cell_options_are_read_as_yaml():
+    from tools.site.render import options
+
+    source = '#| export\n#| fig-alt: "Rewards: \\"good\\" on the right"\n#| echo: false\n#| fig-cap: it\'s 5\n#| label:\nx = 1  #| y: z'
+    assert options(source) == ({"fig-alt": 'Rewards: "good" on the right', "echo": "false", "fig-cap": "it's 5",
+                                "label": ""}, "x = 1  #| y: z")
+    assert options("#| hide\nx = 1") == ({}, "x = 1")
+    with pytest.raises(yaml.YAMLError, match="mapping values are not allowed"):
+        options("#| fig-alt: Rewards: good on the right\nx = 1")
+
 
 def test_an_entry_says_all_that_the_source_says(small):
     tree = soup(small / "toy.html")
