@@ -505,6 +505,18 @@ def test_a_caller_is_held_to_the_longest_timeout():
         held.free.set()
 
 
+def test_the_time_that_a_body_takes_counts():
+    held = Held()
+    body = write_body(Prompting.ask("hello", timeout=0.2))
+    with Axon(MINER).attach(held) as axon, socket.create_connection((axon.host, axon.port), timeout=SECONDS) as line:
+        headers = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items())
+        line.sendall(f"POST /Prompting HTTP/1.1\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body[:-1])
+        time.sleep(0.3)  # longer than this caller wants to wait
+        line.sendall(body[-1:])
+        assert line.recv(4096).startswith(b"HTTP/1.1 504 ")
+    assert held.served == []
+
+
 def test_sixteen_at_once():
     callers = [make_wallet(f"caller {i}") for i in range(16)]
 
