@@ -110,7 +110,7 @@ def test_equal_answers_of_a_conversation_leave_one_message_each():
     ([], "expected a JSON object, got list"), (None, "expected a JSON object, got NoneType"),
     ({}, "'chosen' is missing"), ({"chosen": "a"}, "'rejected' is missing"),
     ({"chosen": 1, "rejected": "b"}, "'chosen' should be a text or messages, got 1"),
-    ({"chosen": "a", "rejected": [OTHER]}, "'chosen' and 'rejected' should both be texts or both be messages"),
+    ({"chosen": "a", "rejected": [OTHER]}, "'chosen' and 'rejected' should be two texts or two lists"),
     ({"chosen": "a", "rejected": "b"}, "'prompt' is missing, and 'chosen' and 'rejected' do not begin with the same prompt"),
     ({"prompt": 5, "chosen": "a", "rejected": "b"}, "'prompt' should be a text or messages, got 5"),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "x"}, "'margin' should be a finite number, got 'x'"),
