@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check test-legacy bench-reward bench-gating bench-miner lab docs preview refresh screenshots prepare readme clean
+.PHONY: help demo test test-fast check test-legacy mutants bench-reward bench-gating bench-miner lab docs preview refresh screenshots prepare readme clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -38,6 +38,9 @@ check: $(VENV)/.dev  ## style, formatting, types, notebooks in sync with the pac
 
 test-legacy: $(VENV)/.library $(LEGACY)/.stock  ## let a stock Dendrite of bittensor 10.5.0 ask our miner (it has an environment of its own)
 	MINER_PYTHON=$(abspath $(BIN)/python) $(LEGACY)/bin/python -m pytest tests/legacy/stock_dendrite.py $(ARGS)
+
+mutants: $(VENV)/.dev  ## change one module in many small ways and list the changes that no test notices (MODULE=network.auth)
+	$(BIN)/python -m tools.mutants $(MODULE) $(ARGS)
 
 bench-miner: $(VENV)/.library $(LEGACY)/.stock  ## measure the miner beside Starlette and bittensor 10.5.0 (JSON=FILE keeps the figures)
 	$(BIN)/python bench/miner.py $(if $(JSON),--json $(JSON)) $(ARGS)
@@ -69,7 +72,7 @@ prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make 
 	$(BIN)/python tools/readme.py
 
 clean:           ## remove the environment and what was built
-	rm -rf $(VENV) $(LEGACY) $(PEERS) _docs _proc build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEGACY) $(PEERS) .mutants _docs _proc build *.egg-info .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

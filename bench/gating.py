@@ -179,7 +179,7 @@ def costs(quick: bool) -> dict:
         "gumbel_ms": _timed(lambda: gumbel_top_k(scores, k, generator=generator), rounds // 4 + 1),
         "epsilon_ms": _timed(lambda: select(scores, k, generator=generator), rounds // 4 + 1),
         "bayes_mib": sum(t.numel() * t.element_size() for t in [*gate.parameters(), *gate.buffers()]
-                         if t.shape[:1] == (n,)) / 2**20 + len(gate.log) * 4 * gate.encoder.hidden_size / 2**20,
+                         if t.shape[:1] == (n,)) / 2**20 + len(gate.memory) * 4 * gate.encoder.hidden_size / 2**20,
         "linear_mib": 2 * 4 * n * (gate.encoder.hidden_size + 1) / 2**20,
     }
     return out

@@ -35,9 +35,10 @@ def make(encoder, held, num_uids=CAPACITY, **gating):
 
 def row(gate, uid):
     "All that is known of a uid: posterior, sums, and its remembered answers."
-    answers = {key: question.rewards[question.uids == uid].tolist() for key, question in gate.log.items()}
-    return [gate.head.weight[uid].detach().clone(), gate.covariances[uid].clone(), gate.squares[uid].clone(),
-            gate.products[uid].clone()], {key: value for key, value in answers.items() if value}
+    known = gate.beliefs
+    answers = {key: asked.rewards[asked.uids == uid].tolist() for key, asked in gate.memory.questions.items()}
+    return [gate.head.weight[uid].detach().clone(), known.covariances[uid].clone(), known.squares[uid].clone(),
+            known.products[uid].clone()], {key: value for key, value in answers.items() if value}
 
 
 def same(one, other):
@@ -61,6 +62,10 @@ def test_what_is_known_follows_the_hotkey(encoder, history, seed, tmp_path_facto
         if step % 2:  # restarted from disk in between
             gate.save(path)
             gate = make(encoder, now)
+            if not set(before.values()) & set(now.values()):
+                with pytest.raises(InputError, match="none is among"):
+                    gate.load(path)
+                return
             gate.load(path)
         else:
             gate.resync(subnet(before), subnet(now))
@@ -69,7 +74,8 @@ def test_what_is_known_follows_the_hotkey(encoder, history, seed, tmp_path_facto
                 assert same(row(gate, uid), known[now[uid]])
             elif uid in now or uid not in nobody:
                 (mean, covariance, squares, products), answers = row(gate, uid)
-                assert torch.equal(mean, gate.prior_mean) and torch.equal(covariance, gate.prior_covariance)
+                assert torch.equal(mean, gate.beliefs.prior.mean)
+                assert torch.equal(covariance, gate.beliefs.prior.covariance)
                 assert not squares.any() and not products.any() and not answers
 
 
@@ -79,9 +85,10 @@ def test_step_by_step_is_as_good_as_all_at_once(encoder):
     for step in range(40):
         uids = torch.randperm(4, generator=generator)[:2]
         gate.backward(gate(f"{MESSAGES[step % 5]} {step % 13}")[uids], torch.rand(2, generator=generator))
-    means, covariances = posterior(gate.prior, gate.squares, gate.products)
+    known = gate.beliefs
+    means, covariances = posterior(known.prior, known.squares, known.products)
     torch.testing.assert_close(gate.head.weight.detach(), means, atol=2e-3, rtol=0)
-    torch.testing.assert_close(gate.covariances, covariances, atol=1e-3, rtol=0)
+    torch.testing.assert_close(known.covariances, covariances, atol=1e-3, rtol=0)
 
 
 def test_the_same_answer_twice_counts_once(encoder):
@@ -90,28 +97,49 @@ def test_the_same_answer_twice_counts_once(encoder):
         for _ in range(times):
             gate.backward(gate(MESSAGES[0]), torch.tensor([1.0, 0.2]))
     torch.testing.assert_close(once.head.weight, twice.head.weight)
-    torch.testing.assert_close(once.covariances, twice.covariances)
+    torch.testing.assert_close(once.beliefs.covariances, twice.beliefs.covariances)
+
+
+@pytest.mark.parametrize("size", [1, 3, CAPACITY])
+def test_told_or_not_the_uids_are_the_same(encoder, size):
+    "Few scores have a sparse gradient, many a dense one; of either the order counts."
+    held = {uid: uid for uid in range(CAPACITY)}
+    told, not_told = make(encoder, held), make(encoder, held)
+    generator = torch.Generator().manual_seed(size)
+    for step in range(12):
+        uids, rewards = torch.randperm(CAPACITY, generator=generator)[:size], torch.rand(size, generator=generator)
+        one = told.backward(told(f"{MESSAGES[step % 5]} {step}")[uids], rewards, uids.tolist() if step % 2 else uids)
+        assert one == not_told.backward(not_told(f"{MESSAGES[step % 5]} {step}")[uids], rewards)
+    assert torch.equal(told.head.weight, not_told.head.weight)
+    assert all(same(row(told, uid), row(not_told, uid)) for uid in range(CAPACITY))
+    assert not torch.equal(told.head.weight, make(encoder, held).head.weight)
 
 
 def test_only_the_memory_counts(encoder):
     gate = make(encoder, {0: 0}, num_uids=1, memory=3)
     for step in range(10):
         gate.backward(gate(f"question number {step}"), torch.tensor([float(step)]) / 10)
-    assert len(gate.log) == 3
+    assert len(gate.memory) == 3
     gate.reflect()
-    assert gate.squares[0, 0, 0].item() == pytest.approx(3)
+    assert gate.beliefs.squares[0, 0, 0].item() == pytest.approx(3)
 
 
 @pytest.mark.parametrize("reward", [torch.nan, torch.inf, -torch.inf])
 def test_what_cannot_be_learned_leaves_everything(encoder, reward):
     gate = make(encoder, {0: 0, 1: 1}, num_uids=2)
     before = row(gate, 0)
-    for scores, rewards in ((gate("abc"), [reward, 0.0]), (gate("abc"), [1.0]), (gate("abc")[[0, 0]], [1.0, 1.0]),
-                            (gate("abc").detach(), [1.0, 1.0])):
-        with pytest.raises(ValueError):
+    for scores, rewards, text in ((gate("abc"), [reward, 0.0], "finite"), (gate("abc"), [1.0], "got 1"),
+                                  (gate("abc")[[0, 0]], [1.0, 1.0], "different uids"),
+                                  (gate("abc").detach(), [1.0, 1.0], "no gradient")):
+        with pytest.raises(ValueError, match=text):
             gate.backward(scores, torch.tensor(rewards))
+    for uids in ([0, 0], [0, 2], [-1, 0], [0], [[0, 1]]):
+        with pytest.raises(ValueError, match="different uids from 0 to 1"):
+            gate.backward(gate("abc"), torch.tensor([1.0, 1.0]), uids)
     with pytest.raises(ValueError, match="do not come from"):
         gate.backward(make(encoder, {0: 0, 1: 1}, num_uids=2)("abc"), torch.ones(2))
+    with pytest.raises(ValueError, match="do not come from"):
+        gate.backward(make(encoder, {0: 0, 1: 1}, num_uids=2)("abc"), torch.ones(2), [0, 1])
     assert same(row(gate, 0), before) and gate.seen == 0
 
 
@@ -138,6 +166,24 @@ def test_a_mismatch_says_what_differs(encoder, tmp_path):
     for gating, text in (({"num_uids": 9}, "num_uids is 6 there and 9 here"), ({"topics": 5}, "topics is 4 there and 5 here")):
         with pytest.raises(InputError, match=text):
             make(encoder, {0: 0}, **{"num_uids": CAPACITY, **gating}).load(tmp_path / "gate")
+
+
+def test_a_gate_says_how_many_hotkeys_it_found(encoder, tmp_path, caplog):
+    make(encoder, {0: 0, 1: 1}).save(tmp_path / "gate")
+    make(encoder, {3: 0, 1: 1}).load(tmp_path / "gate")
+    assert caplog.messages == []
+    make(encoder, {0: 0, 1: 5, 2: 6}).load(tmp_path / "gate")
+    assert caplog.messages == ["gate has rows for 1 of 3 hotkeys; the others start anew"]
+
+
+def test_growth_beyond_capacity_changes_nothing(encoder):
+    gate = make(encoder, {0: 0, 1: 1}, num_uids=2)
+    gate.backward(gate("abc"), torch.tensor([0.9, 0.1]))
+    before = row(gate, 0)
+    for previous, now in (({0: 0, 1: 1}, {0: 1, 2: 0}), ({0: 0, 2: 1}, {0: 1})):
+        with pytest.raises(InputError, match="3 uids.*num_uids = 2"):
+            gate.resync(subnet(previous), subnet(now))
+    assert same(row(gate, 0), before) and gate.hotkeys == {0: "key0", 1: "key1"}
 
 
 RESTART = """

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings, strategies as st
 
-from prompting_nb.config import Config
-from prompting_nb.validators.gating import BaseGatingModel, GatingModel, SentenceEmbedGatingModel
+from prompting_nb.config import Config, InputError
+from prompting_nb.validators.gating import BaseGatingModel, GatingModel, LinearGate, SentenceEmbedGatingModel
+from prompting_nb.validators.rows import RowAdagrad
 
 FAMILIES = ("bert", "gpt2", "gpt_neo", "llama")
 GATES = (GatingModel, SentenceEmbedGatingModel)
@@ -83,13 +84,13 @@ def snapshot(gate):
 # ---- configuration ------------------------------------------------------------------------------------------------
 
 
-def test_command_line_reaches_the_config_and_strangers_do_not_matter(monkeypatch):  # 9
+def test_command_line_reaches_the_config_and_strangers_do_not_matter(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest", "-q", "tests/", "--gating.num_uids", "7", "-f", "kernel.json"])
     assert BaseGatingModel.config().gating.num_uids == 7
     assert GatingModel.config().gating.momentum == 0.9
 
 
-def test_args_can_be_added_twice():  # 10
+def test_args_can_be_added_twice():
     parser = argparse.ArgumentParser()
     GatingModel.add_args(parser)
     SentenceEmbedGatingModel.add_args(parser)
@@ -100,15 +101,15 @@ def test_args_can_be_added_twice():  # 10
 
 
 @pytest.mark.parametrize("cls", GATES)
-def test_signature(cls):  # 13
+def test_signature(cls):
     parameters = inspect.signature(cls).parameters
     assert list(parameters) == ["metagraph", "config", "model_name", "num_uids"]
     assert [p.default for p in parameters.values()][1:] == [None] * 3
-    assert issubclass(cls, BaseGatingModel) and "resync" in vars(cls)  # 52
+    assert issubclass(cls, BaseGatingModel)
 
 
 @pytest.mark.parametrize("cls", GATES)
-def test_arguments_win_over_config(cls, models, monkeypatch):  # 14 15 16 17
+def test_arguments_win_over_config(cls, models, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest"])
     config = Config(gating=Config(model_name=str(models / "gpt2"), num_uids=6))
     before = copy.deepcopy(config)
@@ -122,7 +123,7 @@ def test_arguments_win_over_config(cls, models, monkeypatch):  # 14 15 16 17
     assert gate.num_uids == 4096 and gate.config.gating.learning_rate == 0.01
 
 
-def test_only_the_head_learns_with_sgd(make):  # 18 19 24
+def test_only_the_head_learns_with_sgd(make):
     gate = make()
     wanted = [p for p in gate.parameters() if p.requires_grad]
     assert [tuple(p.shape) for p in wanted] == [(4, 16), (4,)]
@@ -133,13 +134,29 @@ def test_only_the_head_learns_with_sgd(make):  # 18 19 24
     assert not torch.equal(make(seed=3).head.weight, make(seed=4).head.weight)
 
 
-def test_capacity(make):  # 21
+def test_capacity(make):
     with pytest.raises(ValueError, match="4 uids.*num_uids = 3"):
         make(num_uids=3)
     with pytest.raises(ValueError, match="9 uids.*num_uids = 4"):
         make(SimpleNamespace(hotkeys=["a"], n=torch.tensor(9)))
     with pytest.raises(ValueError, match="8 uids"):
         make(subnet(["a", "b"], uids=[0, 7]))
+
+
+@pytest.mark.parametrize("cls", GATES)
+@pytest.mark.parametrize("network", ["finney", None, 1, ["a", "b"]])
+def test_what_is_no_metagraph_is_named(cls, network):
+    with pytest.raises(TypeError, match=f"needs a metagraph, .* got {type(network).__name__} .*"):
+        cls(network)
+
+
+def test_gates_share_everything_but_what_they_read(make):
+    "Each method is written once, in one class."
+    for name in ("__init__", "forward", "backward", "resync", "save", "load"):
+        assert getattr(GatingModel, name) is getattr(SentenceEmbedGatingModel, name) is vars(LinearGate)[name]
+        assert getattr(LinearGate, name).__qualname__ == f"LinearGate.{name}"
+    with pytest.raises(TypeError, match="abstract"):
+        LinearGate(subnet(list("abcd")))
 
 
 @pytest.mark.parametrize("bad", [{"loss": "hinge"}, {"optimizer": "lion"}, {"learning_rate": -1.0}, {"momentum": 1.0}])
@@ -152,7 +169,7 @@ def test_wrong_settings_are_refused(make, bad):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_forward(make, family):  # 22 25 26 27 28 29 31 32
+def test_forward(make, family):
     gate = make(family=family)
     assert gate.encoder.tokenizer.pad_token == ("[PAD]" if family == "bert" else "<eos>")
     scores = gate("which miner")
@@ -173,7 +190,7 @@ def test_forward(make, family):  # 22 25 26 27 28 29 31 32
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_forward_is_what_is_documented(make, family):  # 34
+def test_forward_is_what_is_documented(make, family):
     gate = make(family=family)
     tokens = gate.encoder.tokenizer("which miner", return_tensors="pt")
     tokens.pop("token_type_ids", None)
@@ -196,13 +213,13 @@ def test_mean_pooling_of_a_subclass_is_used(models):
 
 
 @pytest.mark.parametrize("bad", ["", 3, None, ["a"], b"a"])
-def test_no_message(make, bad):  # 30 33
+def test_no_message(make, bad):
     with pytest.raises(ValueError if bad == "" else TypeError, match="message"):
         make()(bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_moved_gate_still_works(make, dtype):  # 20, as far as a CPU can show it
+def test_moved_gate_still_works(make, dtype):  # as far as a CPU can show it
     gate = make()
     gate.backward(gate("abc"), torch.rand(4))
     gate.to(dtype)
@@ -216,7 +233,7 @@ def test_moved_gate_still_works(make, dtype):  # 20, as far as a CPU can show it
 # ---- backward -----------------------------------------------------------------------------------------------------
 
 
-def test_loss_is_the_documented_one(make):  # 40 44
+def test_loss_is_the_documented_one(make):
     gate = make()
     for picked in (slice(None), [2, 0]):
         scores, rewards = gate("abc")[picked], torch.tensor([0.3, 1.0, -2.0, 5.0])[picked]
@@ -224,7 +241,7 @@ def test_loss_is_the_documented_one(make):  # 40 44
         assert gate.backward(scores, rewards).item() == pytest.approx(wanted, abs=1e-7)
 
 
-def test_gradients_do_not_accumulate(make):  # 41
+def test_gradients_do_not_accumulate(make):
     gate = make(learning_rate=0.0)
     grads = []
     for _ in range(4):
@@ -235,7 +252,7 @@ def test_gradients_do_not_accumulate(make):  # 41
     assert torch.equal(gate.backward(scores, torch.arange(4.0)), gate.backward(scores, torch.arange(4.0)))
 
 
-def test_four_uids_are_learned(make):  # 42 43
+def test_four_uids_are_learned(make):
     gate = make(family="gpt_neo")
     frozen = {name: value.clone() for name, value in gate.encoder.state_dict().items()}
     losses = [gate.backward(gate("abc"), torch.tensor([1.0, 0, 0, 0])).item() for _ in range(300)]
@@ -244,26 +261,26 @@ def test_four_uids_are_learned(make):  # 42 43
 
 
 @pytest.mark.parametrize("rewards", [[1.0, torch.nan, 0, 0], [torch.inf, 0, 0, 0], [1.0, 2.0], [[1.0, 2, 3, 4]], []])
-def test_what_cannot_be_learned_leaves_the_weights(make, rewards):  # 45 46
+def test_what_cannot_be_learned_leaves_the_weights(make, rewards):
     gate = make()
     gate.backward(gate("abc"), torch.rand(4))
     before = snapshot(gate)
     with pytest.raises(ValueError, match="rewards"):
         gate.backward(gate("abc"), torch.tensor(rewards))
     with pytest.raises(ValueError, match="no gradient"):
-        gate.backward(gate("abc").detach(), torch.rand(4))  # 50
+        gate.backward(gate("abc").detach(), torch.rand(4))
     with torch.no_grad(), pytest.raises(ValueError, match="no gradient"):
         gate.backward(gate("abc"), torch.rand(4))
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(gate)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float64, torch.float16, torch.bool])
-def test_rewards_of_any_kind(make, dtype):  # 47
+def test_rewards_of_any_kind(make, dtype):
     gate = make()
     assert gate.backward(gate("abc"), torch.tensor([1, 0, 1, 0]).to(dtype)).dtype == torch.float32
 
 
-def test_loss_is_a_number_without_a_graph(make):  # 48 49
+def test_loss_is_a_number_without_a_graph(make):
     gate = make()
     rewards = torch.rand(4, requires_grad=True)
     scores = gate("abc")
@@ -275,7 +292,7 @@ def test_loss_is_a_number_without_a_graph(make):  # 48 49
     assert graph() is None
 
 
-def test_learning_on_a_large_network(make):  # 51
+def test_learning_on_a_large_network(make):
     rewards = torch.rand(256, generator=torch.Generator().manual_seed(0))
     gain = {}
     for loss, rate in (("softmax_mse", 0.01), ("reward_mse", 0.01), ("reward_mse", 0.5)):
@@ -285,6 +302,21 @@ def test_learning_on_a_large_network(make):  # 51
         together = torch.stack([gate("abc").detach(), rewards])
         gain[loss, rate] = torch.corrcoef(together)[0, 1].item()
     assert gain["softmax_mse", 0.01] < 0.3 and gain["reward_mse", 0.5] > 0.95
+
+
+@pytest.mark.parametrize("option", ["lr_decay", "weight_decay", "maximize"])
+def test_row_adagrad_refuses_what_it_does_not_do(option):
+    weight = torch.nn.Parameter(torch.ones(3))
+    for options in (dict(params=[weight], **{option: 0.1}), dict(params=[{"params": [weight], option: 0.1}])):
+        with pytest.raises(ValueError, match=f"RowAdagrad has no {option}, got 0.1"):
+            RowAdagrad(**options)
+    optimizer = RowAdagrad([weight], lr=0.1)
+    weight.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
+    assert torch.equal(weight, torch.ones(3))
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.9))
 
 
 # ---- resync -------------------------------------------------------------------------------------------------------
@@ -301,7 +333,7 @@ def _metagraph(held, kind):
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(metagraphs, min_size=2, max_size=6), kinds, st.sampled_from(["sgd", "adagrad", "adam"]))
-def test_rows_follow_hotkeys_through_any_history(models_once, history, kind, optimizer):  # 53-59 61 62
+def test_rows_follow_hotkeys_through_any_history(models_once, history, kind, optimizer):
     config = {"gating": dict(model_name=models_once, num_uids=CAPACITY, optimizer=optimizer, loss="reward_mse")}
     gate = SentenceEmbedGatingModel(_metagraph(history[0], kind), config)
 
@@ -337,7 +369,7 @@ def models_once(models):
     return str(models / "bert")
 
 
-def test_a_fresh_row_stays_when_nothing_is_learned(make):  # 54 59
+def test_a_fresh_row_stays_when_nothing_is_learned(make):
     gate = make()
     for _ in range(5):
         gate.backward(gate("abc"), torch.rand(4) * 10)
@@ -349,14 +381,16 @@ def test_a_fresh_row_stays_when_nothing_is_learned(make):  # 54 59
     assert torch.equal(gate.head.weight[2], row) and gate.head.bias[2] == 0
 
 
-def test_growth_beyond_capacity_changes_nothing(make):  # 57
+def test_growth_beyond_capacity_changes_nothing(make):
     gate = make()
     gate.backward(gate("abc"), torch.rand(4))
     before = snapshot(gate)
     for grown in (subnet(list("xbcde")), subnet(["x", "b"], uids=[0, 4]), SimpleNamespace(hotkeys=list("xbcd"), n=5)):
         with pytest.raises(ValueError, match="5 uids.*num_uids = 4"):
             gate.resync(subnet(list("abcd")), grown)
-    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(gate)))
+    with pytest.raises(ValueError, match="6 uids.*num_uids = 4"):  # the metagraph before needs rows as well
+        gate.resync(subnet(list("abcdef")), subnet(list("xbcd")))
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(gate))) and gate.hotkeys == dict(enumerate("abcd"))
     gate.resync(None, subnet(list("xbcd")))  # the gate still knows who was there
     assert not torch.equal(gate.head.weight[0], before[0][0]) and torch.equal(gate.head.weight[1:], before[0][1:])
 
@@ -370,7 +404,7 @@ def test_a_metagraph_that_was_updated_in_place(make):
     assert not torch.equal(gate.head.weight[1], rows[1]) and torch.equal(gate.head.weight[[0, 2, 3]], rows[[0, 2, 3]])
 
 
-def test_fresh_rows_are_like_initial_rows(tmp_path):  # 60
+def test_fresh_rows_are_like_initial_rows(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=768, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
@@ -398,7 +432,7 @@ print([value.hex() for value in gate("abc").tolist()])
 """
 
 
-def test_round_trip_through_a_fresh_process(make, models, tmp_path, optimizer="adam"):  # 63
+def test_round_trip_through_a_fresh_process(make, models, tmp_path, optimizer="adam"):
     gate = make(optimizer=optimizer)
     for _ in range(3):
         gate.backward(gate("abc"), torch.rand(4))
@@ -410,7 +444,7 @@ def test_round_trip_through_a_fresh_process(make, models, tmp_path, optimizer="a
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adagrad"])
-def test_learning_goes_on_where_it_stopped(make, tmp_path, optimizer):  # 63
+def test_learning_goes_on_where_it_stopped(make, tmp_path, optimizer):
     gate, other = make(optimizer=optimizer), make(optimizer=optimizer, seed=5)
     for _ in range(3):
         gate.backward(gate("abc"), torch.rand(4))
@@ -432,6 +466,21 @@ def test_rows_of_a_saved_gate_go_to_their_hotkeys(make, tmp_path):
     assert later.head.bias[1] == 0
 
 
+def test_a_gate_says_how_many_hotkeys_it_found(make, tmp_path, caplog):
+    make().save(tmp_path / "gate")
+    make(subnet(list("dcba"))).load(tmp_path / "gate")
+    assert caplog.messages == []  # all are there
+    make(subnet(list("dxyz"))).load(tmp_path / "gate")
+    assert caplog.messages == ["gate has rows for 1 of 4 hotkeys; the others start anew"]
+    strangers = make(subnet(list("wxyz")))
+    before = snapshot(strangers)
+    with pytest.raises(InputError, match="of the 4 hotkeys that it has rows for, none is among the 4 of the metagraph"):
+        strangers.load(tmp_path / "gate")
+    assert all(torch.equal(a, b) for a, b in zip(before[:2], snapshot(strangers)[:2]))
+    with pytest.raises(InputError, match="none is among the 0"):
+        make(subnet([])).load(tmp_path / "gate")
+
+
 def test_another_optimizer_starts_with_a_blank_memory(make, tmp_path):
     gate = make(optimizer="sgd")
     gate.backward(gate("abc"), torch.rand(4))
@@ -445,7 +494,7 @@ def test_another_optimizer_starts_with_a_blank_memory(make, tmp_path):
         assert other.backward(other("abc"), torch.rand(4)).isfinite()
 
 
-def test_what_differs_is_said(make, models, tmp_path):  # 63
+def test_what_differs_is_said(make, models, tmp_path):
     make().save(tmp_path / "gate")
     larger = make(num_uids=6)
     before = snapshot(larger)

@@ -3,6 +3,8 @@
 import csv
 import functools
 import gzip
+import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prompting_nb.validators.replay import Event, ask_always, ask_anyone, ask_best, estimate
+from prompting_nb.config import InputError
+from prompting_nb.validators.replay import Event, ask_always, ask_anyone, ask_best, estimate, line_and_uid, read_events
 from prompting_nb.validators.selection import gumbel_top_k, select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +96,148 @@ def test_propensities_that_are_wrong_show_in_what_is_covered():
     assert estimate(events, ask_anyone(3)).covered == pytest.approx(1, abs=0.15)
     wrong = [replace(event, propensities=[min(1.0, 2 * p) for p in event.propensities]) for event in events]
     assert estimate(wrong, ask_anyone(3)).covered < 0.8 and "never asked" in estimate(wrong, ask_anyone(3)).warning
+
+
+# three events, one or two uids asked; asking uid 0 always gives the weights 2, 4 and 0
+SMALL = [Event(0, "a", [0], [0.5], [1.0], [0.1, 0.2]), Event(1, "b", [0, 1], [0.25, 0.8], [0.5, 0.9], [0.3, 0.2]),
+         Event(2, "c", [1], [0.5], [0.2], [0.2, 0.4])]
+
+
+def constant(value):
+    "A model that predicts one value for both uids."
+    return lambda events: lambda event: torch.full((2,), value)
+
+
+def test_estimates_by_hand():
+    "IPS = (2 * 1 + 4 * 0.5) / 3; SNIPS divides by 6; DR = 0.4 + (2 * 0.6 + 4 * 0.1) / 3."
+    found = estimate(SMALL, ask_always([0]), fit=constant(0.4))
+    assert (found.ips, found.snips, found.dm, found.dr) == pytest.approx((4 / 3, 4 / 6, 0.4, 0.4 + 1.6 / 3))
+    assert found.covered == pytest.approx(6 / 3) and found.answers == 4
+    tops = {"ips": ([2, 2, 0], [1, 1, 1]), "snips": ([2, 2, 0], [2, 4, 0]), "dr": ([1.6, 0.8, 0.4], [1, 1, 1])}
+    for kind, (top, bottom) in tops.items():
+        top, bottom = torch.tensor(top, dtype=torch.float64), torch.tensor(bottom, dtype=torch.float64)
+        value = (top.sum() / bottom.sum()).item()
+        half = 1.96 * ((top - value * bottom) / bottom.mean()).std(correction=0).item() / 2**0.5  # n - 1 = 2
+        assert getattr(found, f"{kind}_interval") == pytest.approx((value - half, value + half)), kind
+
+
+def test_effective_sample_size():
+    "(sum w)^2 / sum w^2: weights 2 and 4 are worth 1.8 answers; equal weights are worth their number."
+    assert estimate(SMALL, ask_always([0])).effective_sample_size == pytest.approx(6**2 / 20)
+    for n in (1, 40):
+        same = [replace(SMALL[0], step=step) for step in range(n)]
+        assert estimate(same, ask_always([0])).effective_sample_size == pytest.approx(n)
+    assert estimate(SMALL, ask_always([1])).effective_sample_size == pytest.approx((1.25 + 2)**2 / (1.25**2 + 4))
+
+
+def test_no_event_is_judged_by_a_model_that_saw_it():
+    "A model that knows the rewards of its own events only, and 0 elsewhere, is worth nothing: DR is IPS."
+    seen = []
+
+    def remember(events):
+        seen.append({event.step for event in events})
+        known = {event.step: event.rewards[0] for event in events}
+        return lambda event: torch.full((2,), known.get(event.step, 0.0))
+
+    events = [replace(SMALL[0], step=step, rewards=[0.5 + step / 100]) for step in range(23)]
+    found = estimate(events, ask_always([0]), fit=remember)
+    assert found.dm == 0 and found.dr == pytest.approx(found.ips)
+    assert len(seen) == 5 and {len(steps) for steps in seen} == {18, 19}
+    left_out = [step for steps in seen for step in set(range(23)) - steps]
+    assert sorted(left_out) == list(range(23))
+    assert sorted(set(range(23)) - seen[0]) != list(range(0, 23, 5))  # folds are drawn by chance
+    seen.clear()
+    estimate(events[:1], ask_always([0]), fit=remember)
+    assert seen == [{0}]  # one event has nothing else to learn from
+
+
+def test_missing_rewards_and_propensities():
+    silent = [replace(SMALL[0], rewards=[None]), *SMALL[1:]]
+    assert estimate(silent, ask_always([0])).ips == pytest.approx((0 + 2) / 3)
+    assert estimate(silent, ask_always([0]), missing=1.0) == estimate(SMALL, ask_always([0]))
+    blind = [replace(SMALL[0], propensities=[None]), *SMALL[1:]]
+    found = estimate(blind, ask_always([0]), fit=constant(0.4))
+    assert found.ips == pytest.approx(2 / 2) and found.answers == 3 and found.dm == pytest.approx(0.4)
+    assert "1 of 3 events have no propensities" in found.warning
+    blind = [replace(event, propensities=[None] * len(event.uids)) for event in SMALL]
+    found = estimate(blind, ask_always([0]))
+    assert math.isnan(found.dr) and "3 of 3 events" in found.warning and "only about" not in found.warning
+
+
+@pytest.mark.parametrize("answers, few", [(29, True), (30, False)])
+def test_a_log_of_few_answers_warns(answers, few):
+    same = [Event(step, "", [0], [1.0], [0.5], [0.0] * 12) for step in range(answers)]
+    warning = estimate(same, ask_always([0])).warning
+    assert warning == (f"the log is worth only {answers} answers of this policy: too few to say anything" if few else None)
+
+
+def test_a_log_that_never_asks_names_the_uids():
+    same = [Event(step, "", [0], [1.0], [0.5], [0.0] * 12) for step in range(40)]
+    warning = estimate(same, ask_always([0, 3])).warning
+    assert "only about 50% of what this policy would ask" in warning and "(uids 3 never at all)" in warning
+    warning = estimate(same, ask_anyone(6)).warning
+    assert "(uids 1, 2, 3, 4, 5, 6, 7, 8 ... never at all)" in warning
+    both = same + [replace(event, uids=[3]) for event in same]  # asked, but not when it would have been
+    assert "never at all" not in estimate(both, ask_always([0, 3])).warning
+
+
+def test_policies_ask_only_who_can_be_asked():
+    event = Event(0, "", [0], [1.0], [0.5], [0.1, 0.9, 0.5, 0.7], available=[0, 2, 3])
+    assert ask_best(2)(event).tolist() == [0, 0, 1, 1]
+    assert ask_anyone(2)(event).tolist() == pytest.approx([2 / 3, 0, 2 / 3, 2 / 3])
+    assert ask_best(2)(replace(event, available=None)).tolist() == [0, 1, 0, 1]
+    assert ask_always([1, 2])(event).tolist() == [0, 1, 1, 0]
+
+
+def test_the_model_of_rewards_by_hand():
+    "The line through the scores, and of what is left a mean for each uid shrunk by five answers."
+    events = [Event(i, "", [i % 2], [0.5], [0.3 + 0.5 * (i % 4 > 1) + 0.2 * (i % 2)], [float(i % 4 > 1)] * 2)
+              for i in range(40)]
+    predicted = line_and_uid(events)(replace(events[0], scores=[1.0, 1.0, 1.0]))  # 0.4 + 0.5 * score +- 0.1
+    shrunk = 0.1 * 20 / 25
+    assert predicted.tolist() == pytest.approx([0.9 - shrunk, 0.9 + shrunk, 0.9])
+    flat = [replace(event, scores=[0.7, 0.7], rewards=[0.4]) for event in events]
+    assert line_and_uid(flat)(flat[0]).tolist() == pytest.approx([0.4, 0.4])
+
+
+WRONG = {
+    "0 uids": {"uids": [], "propensities": [], "rewards": []}, "2 propensities": {"uids": [1], "rewards": [0.1]},
+    "1 rewards": {"rewards": [0.1]}, "different": {"uids": [2, 2]}, "among the 3": {"uids": [2, 3]},
+    "lie among": {"uids": [-1, 2]}, "only [0, 1] could be": {"available": [0, 1]}, "could be": {"available": [0, 2, 3]},
+    "finite": {"rewards": [math.nan, 0]}, "not be 0": {"propensities": [0.9, 0]},
+    "between 0 and 1": {"propensities": [1.1, 0.1]}, "KeyError: 'scores'": {"scores": ...}, "TypeError": {"rewards": [0, "x"]},
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_line_is_named(tmp_path, text):
+    path = tmp_path / "events.jsonl"
+    good = dict(step=0, prompt="?", uids=[2, 0], propensities=[0.9, 1], rewards=[0.8, None], scores=[0.1, 0.2, 0.9], more=1)
+    path.write_text(json.dumps(good))
+    assert read_events(path) == [Event(0, "?", [2, 0], [0.9, 1], [0.8, None], [0.1, 0.2, 0.9])]
+    wrong = {key: value for key, value in {**good, **WRONG[text]}.items() if value is not ...}
+    path.write_text(json.dumps(good) + "\n" + json.dumps(wrong) + "\n")
+    with pytest.raises(InputError) as error:
+        read_events(path)
+    assert str(error.value).startswith(f"{path}:2: no event: ") and text in str(error.value)
+
+
+def test_old_logs_without_propensities_are_read(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text(json.dumps(dict(step=0, prompt="?", uids=[2, 0], rewards=[0.8, None], scores=[0.1, 0.2, 0.9])))
+    event, = read_events(path)
+    assert event.propensities == [None, None] and not event.weighable and event.candidates.tolist() == [0, 1, 2]
+    with pytest.raises(InputError, match="no events"):
+        estimate([], ask_best(1))
+    with pytest.raises(InputError, match="the policy asks nobody"):
+        estimate([event], lambda event: torch.zeros(3))
+
+
+def test_an_estimate_in_words():
+    found = estimate(SMALL, ask_always([0]), fit=constant(0.4))
+    assert str(found).startswith("DR 0.933 [") and "  IPS 1.333 [" in str(found) and "  SNIPS 0.667 [" in str(found)
+    assert str(found).endswith(f"  DM 0.400  ESS 2 of 4\nwarning: {found.warning}")
+    assert "warning" not in str(replace(found, warning=None))
 
 
 @pytest.fixture(scope="module")

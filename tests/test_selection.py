@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from prompting_nb.validators.selection import gumbel_top_k, select, thompson, ucb
+from prompting_nb.config import InputError
+from prompting_nb.validators.selection import annealed, gumbel_top_k, narrowing, select, thompson, ucb
 
 RULES = {
     "epsilon": lambda scores, k, **given: select(scores, k, **given),
@@ -96,3 +97,113 @@ def test_every_rule_keeps_to_its_limits(rule, size, seed, epsilon, data):
     if epsilon == 0:
         new = set(newcomers) & set(available)
         assert len(new & set(uids.tolist())) == min(k, len(new))  # a newcomer is asked first
+
+
+SCORES = torch.tensor([0.1, 0.9, 0.4, 0.8, 0.3, 0.6])
+
+
+def test_propensities_of_epsilon_greedy_by_hand():
+    "1 - e + e k / m for the best, e k / m for others; newcomers share the first places."
+    for chosen, chance in ((set([1, 3, 5]), 0.75), (set([0, 2, 4]), 0.25)):
+        found = {}
+        for seed in range(60):
+            uids, odds = select(SCORES, 3, epsilon=0.5, generator=torch.Generator().manual_seed(seed))
+            found |= dict(zip(uids.tolist(), odds.tolist()))
+        assert {uid for uid, p in found.items() if p == pytest.approx(chance)} == chosen
+    options = dict(epsilon=0.5, available=[0, 1, 3, 4, 5], newcomers=[0, 2, 4])  # 2 cannot be asked
+    for seed in range(20):
+        uids, odds = select(SCORES, 1, **options, generator=torch.Generator().manual_seed(seed))
+        assert odds.item() == pytest.approx(0.35 if uids.item() in (0, 4) else 0.1)
+
+
+def test_without_chance_the_best_come_first():
+    assert select(SCORES, 3, epsilon=0).uids.tolist() == [1, 3, 5]
+    assert select(torch.zeros(6), 2, epsilon=0).uids.tolist() == [0, 1]  # equal scores: the lower uid
+    assert select(SCORES, 3, epsilon=0, newcomers=[4]).uids.tolist() == [4, 1, 3]
+    assert select(SCORES, 2, epsilon=0, available=SCORES < 0.85).uids.tolist() == [3, 5]
+    assert sorted(select(SCORES, 2, epsilon=0, newcomers=[0, 2, 4]).propensities.tolist()) == pytest.approx([2 / 3] * 2)
+    assert select(SCORES, 6, epsilon=0.5).propensities.tolist() == [1.0] * 6
+    drawn = select(SCORES, 3, epsilon=1.0, generator=torch.Generator().manual_seed(1)).uids
+    assert drawn.tolist() == sorted(drawn.tolist(), key=lambda uid: -SCORES[uid])
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_the_default_explores_as_documented(rule):
+    "Only `select` asks a random set by default; a share epsilon of the others does when told."
+    generator = torch.Generator().manual_seed(0)
+    scores, floor = torch.tensor([0.0, 0.0, 50.0, 60.0]), []
+    for _ in range(200):
+        floor.append(RULES[rule](scores, 2, generator=generator).propensities.min().item())
+    wanted = {"epsilon": 0.1 * 2 / 4, "gumbel": 1.0, "ucb": 1.0}
+    assert rule == "thompson" or min(floor) == pytest.approx(wanted[rule])
+    uids = [RULES[rule](scores, 2, epsilon=1.0, generator=generator).uids.tolist() for _ in range(200)]
+    assert {uid for pair in uids for uid in pair} == {0, 1, 2, 3}
+    assert all(p == 0.5 for p in RULES[rule](scores, 2, epsilon=1.0, generator=generator).propensities)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_a_generator_makes_a_choice_repeatable(rule):
+    draws = [RULES[rule](SCORES, 3, epsilon=0.5, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4, 5, 6)]
+    assert torch.equal(draws[0].uids, draws[1].uids) and torch.equal(draws[0].propensities, draws[1].propensities)
+    assert any(not torch.equal(draws[0].uids, other.uids) for other in draws[2:])
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_what_is_malformed_is_named(rule):
+    call, undefined = RULES[rule], SCORES.clone().index_fill(0, torch.tensor(2), torch.inf)
+    for text, kind, wrong in (
+        ("k must be at least 1, got 0", ValueError, lambda: call(SCORES, 0)),
+        ("k = 7 uids should be asked but only 6 of 6", InputError, lambda: call(SCORES, 7)),
+        ("only 2 of 6 can be", InputError, lambda: call(SCORES, 3, available=[1, 4])),
+        ("available holds uids outside 0 to 5: \\[-1, 6\\]", ValueError, lambda: call(SCORES, 1, available=[-1, 1, 6])),
+        ("newcomers holds uids outside 0 to 5: \\[6\\]", ValueError, lambda: call(SCORES, 1, newcomers=[6])),
+        ("available as a mask needs a value for each of 6", ValueError, lambda: call(SCORES, 1, available=SCORES[:3] > 0)),
+        ("epsilon must lie between 0 and 1, got 1.5", ValueError, lambda: call(SCORES, 1, epsilon=1.5)),
+        ("epsilon must lie between 0 and 1, got -0.1", ValueError, lambda: call(SCORES, 1, epsilon=-0.1)),
+    ):
+        with pytest.raises(kind, match=text):
+            wrong()
+    if rule in ("epsilon", "gumbel"):
+        with pytest.raises(ValueError, match="scores must be finite, uid 2 has inf"):
+            call(undefined, 1)
+        assert call(undefined, 1, available=[0, 1]).uids.item() < 2  # a uid that is not asked needs no score
+
+
+def test_widths_and_temperatures_are_checked():
+    sd = SCORES.clone()
+    for rule in (thompson, ucb):
+        for wrong in (-sd, sd[:3], sd * torch.nan, sd / 0):
+            with pytest.raises(ValueError, match="sd needs a finite value of 0 or more for each of 6 uids"):
+                rule(SCORES, wrong, 2)
+        with pytest.raises(ValueError, match="width must be at least 0, got -1"):
+            rule(SCORES, sd, 2, width=-1)
+        assert rule(SCORES, sd, 3, width=0).uids.tolist() == [1, 3, 5]
+    with pytest.raises(ValueError, match="temperature must be greater than 0, got 0"):
+        gumbel_top_k(SCORES, 2, temperature=0)
+    assert gumbel_top_k(SCORES, 3, temperature=1e-4).uids.tolist() == [1, 3, 5]
+
+
+def test_ucb_adds_widths():
+    sd = torch.tensor([0.05, 0.05, 0.4, 0.05, 0.1, 0.1])
+    assert ucb(SCORES, sd, 2).uids.tolist() == [1, 3]  # .95, .85 and .80
+    assert ucb(SCORES, sd, 2, width=2).uids.tolist() == [2, 1]
+    assert ucb(SCORES, sd, 2, newcomers=[0], available=[0, 1, 2], epsilon=0).uids.tolist() == [0, 1]
+
+
+def test_newcomers_have_the_first_places_of_random_rules_too():
+    sd = torch.full((6,), 0.2)
+    for seed in range(20):
+        uids, odds = thompson(SCORES, sd, 1, newcomers=[0, 2], generator=torch.Generator().manual_seed(seed))
+        assert uids.item() in (0, 2) and odds.item() == pytest.approx(0.5)
+        uids, odds = thompson(SCORES, sd, 6, newcomers=[0], generator=torch.Generator().manual_seed(seed))
+        assert odds.tolist() == [1.0] * 6  # all are asked
+        uids, odds = thompson(SCORES, sd, 3, newcomers=[0, 2], epsilon=0.4, generator=torch.Generator().manual_seed(seed))
+        known = dict(zip(uids.tolist(), odds.tolist()))
+        assert all(known[uid] == pytest.approx(0.6 + 0.4 * 3 / 6) for uid in {0, 2} & known.keys())
+
+
+def test_schedules():
+    assert [annealed(step) for step in (0, 30, 75, 1000)] == pytest.approx([1.0, 0.62, 0.05, 0.05])
+    assert annealed(5, start=0.5, end=0.1, steps=10) == pytest.approx(0.3)
+    assert [narrowing(answers) for answers in (0, 12, 48, 192, 1e6)] == pytest.approx([1.3, 1.3, 0.9192, 0.65, 0.65], abs=1e-4)
+    assert narrowing(16, start=2.0, full=1.0, least=0.1) == pytest.approx(1.0)

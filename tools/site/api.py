@@ -125,14 +125,15 @@ def _function(raw):
 
 
 def members(cls: type) -> dict[str, object]:
-    "The documented methods of a class: its own, and those of private classes that it is put together from."
-    found = {}
-    for c in cls.__mro__:
-        if c is not cls and not (c.__name__.startswith("_") and c.__module__.split(".")[0] == cls.__module__.split(".")[0]):
-            continue
+    """The documented methods of a class: its own, and those of bases between it and the root of its family.
+
+    The root, `BaseGatingModel` or `Miner`, has an entry that every class of the family shares.
+    """
+    found, family = {}, [c for c in cls.__mro__ if c.__module__.split(".")[0] == cls.__module__.split(".")[0]]
+    for c in [cls, *family[1:-1]]:
         for name, raw in vars(c).items():
             function = _function(raw) if name not in getattr(cls, "__dataclass_fields__", ()) else None
-            special = name.startswith("__") and name != "__init__" and function and function.__doc__
+            special = name.startswith("__") and name not in ("__init__", "__post_init__") and function and function.__doc__
             if not function or not _ours(function) or not function.__doc__ and _overrides_foreign(cls, name):
                 continue
             if not name.startswith("_") or special or name in DOCUMENTED:
@@ -249,11 +250,10 @@ class Renderer(BasicMarkdownRenderer):
         if not inspect.isclass(self.sym):
             return ""
         shown = []
-        for base in self.sym.__mro__[1:]:
-            inner = base.__module__.split(".")[0] == self.module.split(".")[0]
-            direct = any(base in c.__bases__ for c in [self.sym, *(c for c in self.sym.__mro__ if c.__name__[0] == "_")])
-            if base is object or not direct or (inner and base.__name__.startswith("_")):
+        for base in self.sym.__bases__:
+            if base is object:
                 continue
+            inner = base.__module__.split(".")[0] == self.module.split(".")[0]
             public = ".".join(p for p in base.__module__.split(".") if not p.startswith("_"))
             full = f"{public}.{base.__name__}".replace("torch.nn.modules.module", "torch.nn")
             shown.append(f"`{base.__name__}`" if inner or base.__module__ == "builtins" else f"`{full}`")
