@@ -464,7 +464,7 @@ def _refuse_unknown(keys: Iterable[str], known: Iterable[str]) -> None:
             raise _unknown(key, known)
 
 
-_alone = ContextVar("_alone", default=False)  # whether a configuration was given
+_alone = ContextVar("_alone", default=None)  # in `defaults()`: was one given?
 
 
 def read_config(
@@ -475,7 +475,8 @@ def read_config(
     given: Any = None,  # wins; with it neither environment nor command line is read
 ) -> Config:  # raises `InputError` for a wrong value or an unknown setting of ours
     "Read the configuration of the given parts."
-    alone = given is not None or _alone.get()
+    inner = _alone.get() is not None  # the outer call knows all flags
+    alone = given is not None or bool(_alone.get())
     if argv is None:
         argv = [] if alone or _in_notebook() else sys.argv[1:]
     if callable(defaults):
@@ -495,7 +496,8 @@ def read_config(
     try:
         parser.set_defaults({k: v for k, v in defaults.items() if k in known})
         ours, others = _split(parser, list(argv))
-        _refuse_unknown(others, known)
+        if not inner:
+            _refuse_unknown(others, known)
         parsed = _flat(parser.parse_args(ours))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
         raise InputError(" ".join(str(error).split())) from None
