@@ -6,13 +6,16 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 LEGACY := .venv-legacy
 PEERS  := .venv-trl
 ARGS   ?=
+K      ?=
 WORKERS ?= 2
+PICKED  = $(if $(K),-k "$(K)") $(ARGS)
+PYTEST  = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-legacy bench-reward bench-gating bench-miner lab docs preview refresh screenshots prepare readme clean
+.PHONY: help demo test test-fast check test-legacy mutants bench-reward bench-gating bench-miner lab docs preview refresh screenshots prepare readme clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -20,14 +23,24 @@ help:            ## show this list
 demo: $(VENV)/.library  ## install the library and run the whole loop (ARGS="--steps 100" adds flags)
 	$(BIN)/prompting-nb loop $(ARGS)
 
-test: $(VENV)/.dev  ## install everything, run every notebook and every test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: $(VENV)/.dev  ## install everything, run every notebook and every test (K=miner picks some)
+	$(PYTEST) -n $(WORKERS) --dist worksteal $(PICKED)
 
-test-fast: $(VENV)/.dev  ## the pytest files alone, without the notebooks
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not notebook and not slow" $(ARGS)
+test-fast: $(VENV)/.dev  ## the quick tests alone (K=miner picks those with a word in their name)
+	@echo "leaves out the notebooks, the documentation in a browser, and tests that are marked slow: make test runs them"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not notebook and not slow and not site" $(PICKED)
+
+check: $(VENV)/.dev  ## style, formatting, types, notebooks in sync with the package, who imports whom (under a minute)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check nbs
+	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python
+	$(PYTEST) -q tests/test_sync.py tests/test_floors.py
 
 test-legacy: $(VENV)/.library $(LEGACY)/.stock  ## let a stock Dendrite of bittensor 10.5.0 ask our miner (it has an environment of its own)
 	MINER_PYTHON=$(abspath $(BIN)/python) $(LEGACY)/bin/python -m pytest tests/legacy/stock_dendrite.py $(ARGS)
+
+mutants: $(VENV)/.dev  ## change one module in many small ways and list the changes that no test notices (MODULE=network.auth)
+	$(BIN)/python -m tools.mutants $(MODULE) $(ARGS)
 
 bench-miner: $(VENV)/.library $(LEGACY)/.stock  ## measure the miner beside Starlette and bittensor 10.5.0 (JSON=FILE keeps the figures)
 	$(BIN)/python bench/miner.py $(if $(JSON),--json $(JSON)) $(ARGS)
@@ -59,7 +72,7 @@ prepare: $(VENV)/.dev  ## export the notebooks to the package, clean them, make 
 	$(BIN)/python tools/readme.py
 
 clean:           ## remove the environment and what was built
-	rm -rf $(VENV) $(LEGACY) $(PEERS) _docs _proc build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LEGACY) $(PEERS) .mutants _docs _proc build *.egg-info .pytest_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -138,8 +138,9 @@ class Ours:
 
     def batch(self, pairs):
         "The least tokens of a batch with which there are as few steps as TRL takes."
+        from prompting_nb.reward.batches import token_batches, tokenise
         from prompting_nb.reward.fast.packing import shares_prefix
-        from prompting_nb.reward.training import TrainConfig, plan_batches, token_batches, tokenise
+        from prompting_nb.reward.training import TrainConfig, plan_batches
 
         model, rankings = self.model(), rank(pairs)
         plan = partial(plan_batches, rankings, tokenise(model, rankings), batches_of=partial(token_batches, share=shares_prefix(model)))

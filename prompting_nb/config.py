@@ -73,6 +73,44 @@ def merge(
         merged[name] = value
     return merged
 
+# %% ../nbs/00_config.ipynb #s018
+_T = TypeVar("_T")
+
+
+def check_settings(
+    settings: Any,  # a dataclass
+) -> None:  # raises `InputError` that names the field and its bound
+    "Check the type and the bounds of each field: for `__post_init__`."
+    kinds = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        kind, value = kinds[field.name], getattr(settings, field.name)
+        if not dataclasses.is_dataclass(kind):
+            _refuse(field.name, kind, value)
+            object.__setattr__(settings, field.name, _plain(value, kind))
+
+
+def settings_of(
+    Settings: type[_T],  # a dataclass
+    values: Any,  # a `Config`, namespace, dataclass or dict; what it lacks has defaults
+    prefix: str = "",  # where the settings are in it: `gating`
+    ignore_unknown: bool = False,  # whether `values` may hold other settings as well
+) -> _T:  # raises `InputError` that names the flag
+    "Make the typed, checked settings of a part from a configuration."
+    start, fields = f"{prefix}." if prefix else "", _fields(Settings, prefix)
+    given = {k: v for k, v in _flat(values).items() if k.startswith(start)}
+    names = [field.name for field in fields]
+    if not ignore_unknown:
+        for key in given.keys() - set(names):
+            raise _unknown(key, names)
+    checked = {}
+    for field in fields:
+        if field.name in given:
+            _refuse(field.flag, field.kind, given[field.name])
+            checked[field.name] = _plain(given[field.name], field.kind)
+        elif field.default is dataclasses.MISSING:
+            raise InputError(f"{field.flag} must be given")
+    return _build(Settings, checked, start)
+
 # %% ../nbs/00_config.ipynb #s030
 if TYPE_CHECKING:  # what a function with such a setting may rely on
     PositiveInt = NonNegativeInt = int
@@ -222,21 +260,11 @@ def _fields(Settings: type, prefix: str = "") -> tuple[_Field, ...]:
         found.append(_Field(name, kind, default, texts.get(field.name, ""), title))
     return tuple(found)
 
-# %% ../nbs/00_config.ipynb #s018
+# %% ../nbs/00_config.ipynb #s018b
 def _refuse(flag: str, kind: Any, value: Any) -> None:
     "Raise `InputError` for a value that does not fit its type."
     if not _fits(kind, value):
         raise InputError(f"{flag} must be {_expected(kind, value)}, not {value!r}")
-
-
-def check_settings(
-    self: Any,  # a settings dataclass
-) -> None:  # raises `InputError` that names the field and its bound
-    "Check the type and the bounds of each field: for `__post_init__`."
-    for name, kind in get_type_hints(type(self)).items():
-        if not dataclasses.is_dataclass(kind) and name in self.__dataclass_fields__:
-            _refuse(name, kind, getattr(self, name))
-            object.__setattr__(self, name, _plain(getattr(self, name), kind))
 
 
 def _unknown(key: str, known: Iterable[str]) -> InputError:
@@ -245,32 +273,6 @@ def _unknown(key: str, known: Iterable[str]) -> InputError:
     return InputError(
         f"there is no setting {key}" + (f"; the nearest is {near[0]}" if near else "")
     )
-
-
-_T = TypeVar("_T")
-
-
-def settings_of(
-    Settings: type[_T],  # a dataclass
-    values: Any,  # a `Config`, namespace, dataclass or dict; what it lacks has defaults
-    prefix: str = "",  # where the settings are in it: `gating`
-    ignore_unknown: bool = False,  # whether `values` may hold other settings as well
-) -> _T:  # raises `InputError` that names the flag
-    "Make the typed, checked settings of a part from a configuration."
-    start, fields = f"{prefix}." if prefix else "", _fields(Settings, prefix)
-    given = {k: v for k, v in _flat(values).items() if k.startswith(start)}
-    names = [field.name for field in fields]
-    if not ignore_unknown:
-        for key in given.keys() - set(names):
-            raise _unknown(key, names)
-    checked = {}
-    for field in fields:
-        if field.name in given:
-            _refuse(field.flag, field.kind, given[field.name])
-            checked[field.name] = _plain(given[field.name], field.kind)
-        elif field.default is dataclasses.MISSING:
-            raise InputError(f"{field.flag} must be given")
-    return _build(Settings, checked, start)
 
 
 def _build(Settings: Any, values: dict, start: str) -> Any:

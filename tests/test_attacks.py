@@ -33,7 +33,7 @@ from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.network.legacy import legacy_headers
-from prompting_nb.network.server import Limits
+from prompting_nb.network.server import Limits, Server, listen
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
 
 MINER, VALIDATOR, STRANGER = (make_wallet(name) for name in ("miner", "validator", "stranger"))
@@ -388,6 +388,63 @@ def test_a_thousand_slow_clients(part):
             for line in lines:
                 line.close()
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_second_request_that_does_not_go_on():
+    """A good request, and on the same connection the beginning of another that never goes on.
+    Older server: sets no limit for the time that a request takes to arrive."""
+    with Axon(MINER, limits=Limits(head_timeout=0.3)).attach(echo) as axon, connect(axon) as line:
+        line.sendall(request())
+        assert read_status(line) == 200
+        line.sendall(b"POST /Prompting HTTP/1.1\r\nx-slow: ")
+        assert read_status(line) == 408
+        assert axon.metrics.registry.get_sample_value("axon_connections_refused_total", {"reason": "slow"}) == 1
+
+
+HALF = b"POST / HTTP/1.1\r\ncontent-length: 9000\r\n\r\n" + b"x" * 4000
+NEXT = {  # what a caller does that has not read its answer, and what is too much then; the reason counted
+    "silent": (b"", Limits(idle_timeout=0.2), []),
+    "oldest connection": (b"GET / HTTP/1.1\r\nx: ", Limits(max_connections=1), ["connections"]),
+    "oldest body": (HALF, Limits(max_waiting=6000), ["memory"]),
+    "endless body": (HALF, Limits(max_message=2000), ["message"]),
+}
+
+
+@pytest.mark.parametrize("then", NEXT)
+def test_caller_that_does_not_read(then):
+    """A caller that does not read its answer, and says nothing more, or begins another request.
+    Older server: -"""
+    more, limits, why = NEXT[then]
+
+    async def long_answer(scope, receive, send):  # too long for the system's buffers, so that a part of it waits here
+        size = 60_000 if scope["method"] == "PUT" else 1
+        head = [(b"content-length", b"%d" % size)]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": b"x" * size})
+        answered.set()
+
+    async def nothing_more():
+        pass
+
+    refused, answered, sock = [], threading.Event(), listen("127.0.0.1", 0)
+    limits.refused = refused.append
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    server = Server(long_answer, sock, limits).start()
+    try:
+        with socket.socket() as line, socket.socket() as other:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.connect(sock.getsockname())
+            line.sendall(b"PUT / HTTP/1.1\r\n\r\n")
+            assert answered.wait(SECONDS)
+            line.sendall(more)
+            if then.startswith("oldest"):
+                until(lambda: limits.waiting or limits.size)  # the beginning has arrived
+                other.connect(sock.getsockname())
+                other.sendall(HALF)
+            until(lambda: refused == why)
+            until(lambda: server.connections == then.startswith("oldest"))  # closed at once, with the answer unread
+    finally:
+        server.stop(nothing_more, SECONDS)
 
 
 def test_many_bodies_that_are_not_completed():
@@ -837,13 +894,13 @@ def test_chain_away(chain, caplog):
     Older miner: -"""
     with chain.client() as client:
         miner = Echo(wallet=MINER, subtensor=client)
-        miner._stop = Hurried()
+        miner.runner.stopping = Hurried()
         with miner, Dendrite(VALIDATOR) as dendrite:
             chain.fail(9)
             chain.step()
             assert {ask(dendrite, miner.axon).dendrite.status_code for _ in range(20)} == {200}
             assert miner.wait_for_block(chain.block, SECONDS)
-    assert sum(pause for pause in miner._stop.pauses if pause > 6.0) > 25 * 60
+    assert sum(pause for pause in miner.runner.stopping.pauses if pause > 6.0) > 25 * 60
     assert sum("the chain failed" in r.getMessage() for r in caplog.records) == 9
 
 

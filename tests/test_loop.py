@@ -15,10 +15,13 @@ import torch
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
+from prompting_nb.loop.network import Network
+from prompting_nb.loop.run import Loop
 from prompting_nb.loop.tasks import Worker, built_in
 from prompting_nb.validators.encoders import Encoder
-from prompting_nb.loop.run import Judge, Loop, Network, Policy, Validator
+from prompting_nb.validators.judge import Judge
 from prompting_nb.validators.replay import ask_anyone, estimate, read_events
+from prompting_nb.validators.validator import Policy, Validator
 
 PROGRAM = Path(sys.executable).with_name("prompting-nb")
 # a shell may have told its background jobs to ignore Ctrl-C, and children inherit that
@@ -28,7 +31,7 @@ DEAF_TO_CTRL_C = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG
 
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory):
-    "A folder with a reward model that has learned nothing, which is enough to go round the loop."
+    "A folder with a reward model that has learned nothing, which is enough to run the loop."
     folder = tmp_path_factory.mktemp("models") / "reward"
     torch.manual_seed(0)
     RewardModel("minilm", device=None).save_pretrained(folder)

@@ -1,5 +1,6 @@
 """What the miner pages promise and cannot show in prose: every flag, threads, order, chains that hang, Ctrl-C."""
 
+import abc
 import argparse
 import asyncio
 import inspect
@@ -19,9 +20,12 @@ from hypothesis import strategies as st
 
 from prompting_nb.baseminer.blacklist import Caller, RateLimiter, Verdict
 from prompting_nb.baseminer.cache import PromptCache
-from prompting_nb.baseminer.miner import _FLAGS, Miner, NotRegisteredError
+from prompting_nb.baseminer.flags import MinerSettings
+from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.miners import MINERS
 from prompting_nb.baseminer.priority import StakePriority
+from prompting_nb.baseminer.running import Runner
+from prompting_nb.baseminer.subnet import NotRegisteredError, Subnet
 from prompting_nb.config import Config, InputError, add_argument, make_parser, merge, read_config
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
@@ -135,6 +139,14 @@ def test_abstract_names_and_signature():
         Miner()
 
 
+def test_a_miner_is_one_class():
+    assert Miner.__mro__ == (Miner, abc.ABC, object)
+    documented = ("config", "add_args", "_prompt", "prompt", "blacklist", "priority", "run", "run_in_background_thread",
+                  "stop_run_thread", "__enter__", "__exit__", "sync", "set_weights", "wait_for_block", "state")
+    assert [getattr(Miner, name).__qualname__ for name in documented] == [f"Miner.{name}" for name in documented]
+    assert all(name in vars(Miner) for name in ("uid", "block", "synced_at", "hotkey", "metagraph", "error", "is_running"))
+
+
 def test_given_parts_are_used_as_they_are(client):
     axon = Axon(MINER)
     miner = Echo(axon=axon, wallet=MINER, subtensor=client)
@@ -158,22 +170,77 @@ def test_functions_are_attached_once(make):
         make(axon=axon)
 
 
-def test_who_wins(make, monkeypatch):
-    class Named(Echo):
-        def config(self):
-            return merge(read_config(self.add_args), {"miner.name": "subclass", "miner.retries": 3})
+class Named(Echo):
+    "Its `config()` says more than its flags."
 
-    flags = ["--miner.name", "shell", "--miner.blocks_per_epoch=50"]
-    monkeypatch.setattr(sys, "argv", ["pytest", "-k", "x", "tests/", *flags])
+    def config(self):
+        return merge(read_config(self.add_args), {"miner.name": "subclass", "miner.retries": 3})
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    "A command line, of another program as well, and an environment that set something of ours."
+    flags = ["--miner.name", "shell", "--miner.blocks_per_epoch=50", "--echo.suffix", "!"]
+    monkeypatch.setattr(sys, "argv", ["pytest", "-k", "x", "tests/", "--neuron.name", "n", *flags])
     monkeypatch.setenv("PROMPTING_NB_MINER__RETRIES", "4")
+
+
+def test_without_config_the_command_line_wins(client, outside):
+    miner = Named(wallet=MINER, subtensor=client)
+    mine = miner.config.miner
+    assert (mine.name, mine.retries, mine.blocks_per_epoch, mine.poll_interval) == ("shell", 4, 50, 6.0)
+    assert type(mine.blocks_per_epoch) is int
+    assert miner.config().echo.suffix == "!"  # callable, and with the subclass's own flags
+    assert miner.settings.miner.name == "shell"
+
+
+def test_with_config_neither_command_line_nor_environment_is_read(client, outside):
     given = {"miner": {"blacklist": {"window": 5.0}}}
-    config = make(Named, given).config
-    assert (config.miner.name, config.miner.retries, config.miner.blacklist.window) == ("shell", 4, 5.0)
-    assert config.miner.blocks_per_epoch == 50 and type(config.miner.blocks_per_epoch) is int
-    assert given == {"miner": {"blacklist": {"window": 5.0}}}
-    assert make(Named).config().echo.suffix == ""  # callable, and with the subclass's own flags
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    assert make(Named).config.miner.name == "subclass"
+    for config in (given, {}, Config()):
+        miner = Named(config, wallet=MINER, subtensor=client)
+        mine = miner.config.miner
+        assert (mine.name, mine.retries, mine.blocks_per_epoch) == ("subclass", 3, 100)
+        assert miner.config.echo.suffix == ""
+        assert miner.settings.miner.blacklist.window == mine.blacklist.window == (5.0 if config else 60.0)
+    assert given == {"miner": {"blacklist": {"window": 5.0}}}  # unchanged
+
+
+UNKNOWN = [("miner.blacklist.quotaa", "miner.blacklist.quota"), ("axon.prot", "axon.port"), ("wallet.nmae", "wallet.name"),
+           ("subtensor.networks", "subtensor.network"), ("miner.retry", "miner.retries")]
+
+
+@pytest.mark.parametrize("name, nearest", UNKNOWN)
+def test_an_unknown_setting_is_refused_with_the_nearest_one(client, monkeypatch, name, nearest):
+    section, _, rest = name.partition(".")
+    for config in ({name: "5"}, {section: {rest: "5"}}, merge({name: "5"})):
+        with pytest.raises(InputError, match=f"{name}.*{nearest}"):
+            Echo(config, wallet=MINER, subtensor=client)
+    monkeypatch.setattr(sys, "argv", ["prog", f"--{name}", "5"])
+    with pytest.raises(InputError, match=f"{name}.*{nearest}"):
+        Echo(wallet=MINER, subtensor=client)
+
+
+def test_settings_of_a_subclass_are_known(client, monkeypatch):
+    class Own(Echo):
+        @classmethod
+        def add_args(cls, parser):
+            add_argument(parser, "--miner.mood", type=str, default="calm", help="Declared.")
+
+        def config(self):
+            return merge(read_config(self.add_args), {"miner.colour": "red"})
+
+    here = dict(wallet=MINER, subtensor=client)
+    assert (mine := Own(**here).config.miner).mood == "calm" and mine.colour == "red"
+    mine = Own({"miner": {"mood": "gay", "colour": "blue"}}, **here).config.miner
+    assert (mine.mood, mine.colour) == ("gay", "blue")
+    monkeypatch.setattr(sys, "argv", ["prog", "--miner.mood", "grim", "--miner.retries", "2"])
+    assert (mine := Own(**here).config.miner).mood == "grim" and (mine.colour, mine.retries) == ("red", 2)
+
+
+def test_settings_are_typed(client):
+    settings = Echo({"netuid": 1, "miner.priority.rest": 30}, wallet=MINER, subtensor=client).settings
+    assert type(settings) is MinerSettings and type(settings.miner.priority.rest) is float
+    assert settings.miner.priority.rest == 30.0
 
 
 def test_a_default_of_the_subclass_beats_the_base(make):
@@ -190,19 +257,21 @@ def test_a_default_of_the_subclass_beats_the_base(make):
     assert make(Patient).config.miner.retries == make(Silent).config.miner.retries == 77
 
 
-@pytest.mark.parametrize("flag", sorted(_FLAGS))
-def test_flags_can_be_added_twice_to_either_parser(flag):
-    for parser in (argparse.ArgumentParser(), make_parser()):
-        Miner.add_base_args(parser)
-        Miner.add_base_args(parser)
-        assert flag in parser._option_string_actions
+@pytest.mark.parametrize("make_one", [argparse.ArgumentParser, make_parser])
+def test_flags_can_be_added_twice_to_either_parser(make_one):
+    parser = make_one()
+    Miner.add_base_args(parser)
+    Miner.add_base_args(parser)
+    assert set(EFFECTS) | WITHOUT_MINER <= set(parser._option_string_actions)
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "many", "1.5"])
-def test_blocks_per_epoch_must_be_positive(make, monkeypatch, value):
+def test_blocks_per_epoch_must_be_positive(make, client, monkeypatch, value):
+    with pytest.raises(ValueError, match="blocks_per_epoch"):
+        make(config={"miner.blocks_per_epoch": value})
     monkeypatch.setattr(sys, "argv", ["prog", "--miner.blocks_per_epoch", value])
     with pytest.raises(ValueError, match="blocks_per_epoch"):
-        make()
+        Echo(wallet=MINER, subtensor=client)
 
 
 def test_an_unregistered_hotkey_is_a_named_exception(client):
@@ -215,7 +284,7 @@ def test_nothing_is_written(client, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     for kind in MINERS.values():
-        kind.config()
+        read_config(kind.add_args)
     with Echo(FAST, wallet=MINER, subtensor=client) as miner:
         ask(miner)
     with pytest.raises(InputError, match="choose another with --wallet.name"):
@@ -275,7 +344,7 @@ def first_wait(miner, chain):
             waits.append(timeout)
             self.set()
 
-    miner._stop = Noting()
+    miner.runner.stopping = Noting()
     miner.run()
     return waits
 
@@ -347,7 +416,7 @@ class Clocked(Echo):
 def test_the_parser_has_no_other_flags():
     parser = make_parser(Miner.add_base_args)
     flags = {flag for flag in parser._option_string_actions if "." in flag or flag == "--netuid"}
-    assert flags == set(EFFECTS) | WITHOUT_MINER == set(_FLAGS)
+    assert flags == set(EFFECTS) | WITHOUT_MINER
 
 
 @pytest.mark.parametrize("flag", sorted(EFFECTS))
@@ -500,6 +569,38 @@ def test_a_prompt_without_result_names_the_subclass(make):
 # Blacklist and priority
 
 
+def reasons(make, chain, **settings):
+    "What the validator, a small caller and a stranger hear, asked twice."
+    miner = make(config={"miner.blacklist": settings})
+    return [[miner.blacklist(header(wallet)).reason for _ in range(2)][-1] for wallet in (VALIDATOR, SMALL, STRANGER)]
+
+
+def test_the_whitelist_wins_over_everything(make, chain):
+    hotkey = STRANGER.hotkey.ss58_address
+    everything = dict(blacklist=[hotkey], force_validator_permit=True, minimum_stake_requirement=1.0, quota=1)
+    assert reasons(make, chain, **everything)[2] == "hotkey is blacklisted"
+    assert reasons(make, chain, whitelist=[hotkey], **everything)[2] == "hotkey is whitelisted"
+
+
+def test_rules_are_asked_in_their_order(make, chain):
+    "Everything is against the small caller; what is in front of the order is taken away one after the other."
+    against = dict(blacklist=[wallet.hotkey.ss58_address for wallet in (SMALL, STRANGER)], force_validator_permit=True,
+                   minimum_stake_requirement=10.0, quota=1)
+    heard = [reasons(make, chain, **against)[1:]]
+    for name, value in (("blacklist", []), ("allow_non_registered", True), ("force_validator_permit", False),
+                        ("minimum_stake_requirement", 0.0), ("quota", 0)):
+        against[name] = value
+        heard.append(reasons(make, chain, **against)[1:])
+    assert heard == [
+        ["hotkey is blacklisted", "hotkey is blacklisted"],
+        ["hotkey has no validator permit", "hotkey is not registered"],
+        ["hotkey has no validator permit", "hotkey has no validator permit"],
+        ["stake 5 is below the required 10", "stake 0 is below the required 10"],
+        ["more than 1 requests within 60 seconds", "more than 1 requests within 60 seconds"],
+        ["admitted", "admitted"],
+    ]
+
+
 def test_a_subclass_adds_one_rule(make):
     class NoSmallTalk(Echo):
         def __init__(self, *args, **kwargs):
@@ -646,7 +747,7 @@ def test_nothing_is_sent_to_the_chain_after_a_stop(make, chain):
     chain.calls.clear()
     stopping = threading.Thread(target=miner.stop_run_thread)
     stopping.start()
-    assert miner._stop.wait(SECONDS)
+    assert miner.runner.stopping.wait(SECONDS)
     chain.answering.set()
     stopping.join(SECONDS)
     assert not miner.is_running and chain.calls == ["block"]
@@ -696,8 +797,11 @@ def test_back_off(make, chain):
             if len(self.noted) == 6:
                 self.set()
 
-    miner = make(config={"miner.poll_interval": 10.0})
-    miner._stop, miner.longest_pause = Waits(), 70.0
+    class Hasty(Echo):
+        longest_pause = 70.0
+
+    miner = make(Hasty, {"miner.poll_interval": 10.0})
+    miner.runner.stopping = Waits()
     chain.fail(4)
     miner.run()
     assert Waits.noted == [20.0, 40.0, 70.0, 70.0, 10.0, 10.0]
@@ -782,10 +886,105 @@ def test_ctrl_c_ends_a_foreground_run():
     assert (out, process.returncode) == ("stopped False False\n", 0), err
 
 
+@pytest.mark.parametrize("module", ["running", "subnet"])
+def test_the_parts_that_a_validator_shares_are_small(module):
+    "Neither a server nor torch nor a miner comes with the loop and the view of the subnet."
+    heavy = {"torch", "transformers", "uvicorn", "starlette", "bittensor"}
+    heavy |= {f"prompting_nb.{name}" for name in ("network.axon", "network.server", "baseminer.miner")}
+    program = f"import sys, prompting_nb.baseminer.{module}; print({heavy} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "set()", run.stdout + run.stderr
+
+
 def test_no_torch_before_a_model_is_made():
     program = "import sys, prompting_nb.baseminer.miners; print({'torch', 'transformers'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.strip() == "set()", run.stderr
+
+
+# The parts alone
+
+
+def test_a_runner_that_cannot_start_is_not_running():
+    def taken():
+        raise OSError("the port is in use")
+
+    runner = Runner(lambda: 1, on_start=taken)
+    for start in (runner.start, runner.run):
+        with pytest.raises(OSError, match="in use"):
+            start()
+        assert not runner.is_running and runner.error is None
+
+
+def test_a_runner_ends_orderly_when_its_end_fails():
+    def fails():
+        raise OSError("the socket is gone")
+
+    runner = Runner(lambda: runner.stopping.set() or 7, on_stop=fails)
+    with pytest.raises(OSError, match="gone"):
+        runner.run()
+    assert not runner.is_running and runner.block == 7
+
+
+def test_waiting_for_a_block_ends_with_the_run():
+    runner = Runner(lambda: 5, poll_interval=0.001)
+    assert not runner.wait_for(timeout=SECONDS)  # nothing runs
+    runner.start()
+    assert runner.wait_for(5, SECONDS) and not runner.wait_for(6, 0.05)
+    waiting = ThreadPoolExecutor(1).submit(runner.wait_for, 6, SECONDS)
+    assert runner.stop() and waiting.result(1.0) is False
+
+
+def test_a_new_run_forgets_the_last_one():
+    failing = [True]
+
+    def look():
+        if failing[0]:
+            raise KeyError("away")
+        return 3
+
+    runner = Runner(look, poll_interval=0.001, retries=0)
+    with pytest.raises(KeyError):
+        runner.run()
+    assert runner.block == -1 and type(runner.error) is KeyError
+    failing[0] = False
+    runner.start()
+    assert runner.wait_for(3, SECONDS) and runner.error is None and runner.stop()
+    failing[0] = True
+    with pytest.raises(KeyError):
+        runner.run()
+    assert runner.block == -1
+
+
+def test_a_success_resets_the_count_of_failures():
+    waits, outcomes = [], iter([1, None, 2, None, None, 3])
+
+    class Noted(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return self.is_set()
+
+    def look():
+        block = next(outcomes)
+        if block is None:
+            raise ConnectionError("away")
+        if block == 3:
+            runner.stopping.set()
+        return block
+
+    runner = Runner(look, poll_interval=1.0, retries=2)
+    runner.stopping = Noted()
+    runner.run()
+    assert waits == [1.0, 2.0, 1.0, 2.0, 4.0, 1.0]
+
+
+def test_a_subnet_is_found_by_hotkey(client, chain):
+    subnet = Subnet(MINER, client, 1)
+    assert (subnet.uid, subnet.block, subnet.metagraph, subnet.callers) == (None, 0, None, {})
+    subnet.sync()
+    assert (subnet.uid, subnet.synced_at) == (2, subnet.block) and subnet.caller(header(SMALL)).stake == 5.0
+    chain.step(3)
+    assert subnet.look() == subnet.block == subnet.synced_at + 3
 
 
 # Properties

@@ -1,5 +1,6 @@
 """The miners that are ready to run: language models of several families, a local server with OpenAI's API, the command."""
 
+import argparse
 import asyncio
 import inspect
 import json
@@ -15,9 +16,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from prompting_nb.baseminer.command import miner_parser
-from prompting_nb.baseminer.miners import MINERS, OpenAICompatibleMiner, TransformersMiner, UpstreamError, _Request
+from prompting_nb.baseminer.command import make_miner, miner_parser
+from prompting_nb.baseminer.miners import (
+    MINERS, LanguageModel, OpenAICompatibleMiner, TransformersMiner, UpstreamError, _Request,
+)
 from prompting_nb.baseminer.batching import Batcher
+from prompting_nb.baseminer.miner import Miner
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting
@@ -39,20 +43,16 @@ def place():
 @pytest.mark.parametrize("kind", MINERS.values())
 def test_a_miner_can_be_read_in_one_go(kind):
     assert len(inspect.getsource(kind).splitlines()) < 60
+    assert kind.__mro__[1:] == Miner.__mro__
 
 
 def test_the_command_knows_every_flag_of_every_miner():
-    class Names(list):
-        _option_string_actions = {}
-
-        def add_argument(self, name, **_):
-            self.append(name)
-
     known = miner_parser()._option_string_actions
     for name, kind in MINERS.items():
-        flags = Names()
-        kind.add_args(flags)
-        assert flags and set(flags) <= set(known), name
+        parser = argparse.ArgumentParser(add_help=False)
+        kind.add_args(parser)
+        flags = set(parser._option_string_actions)
+        assert flags and flags <= set(known), name
         assert {flag.split(".")[0] for flag in flags} == {f"--{name}"}
 
 
@@ -102,8 +102,8 @@ TEXTS = ["Hi", "What is the meaning of life?", "Wie heißt du? 😀", "a" * 300]
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "llama"])
 def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(models, family, place):
     miner = transformers_miner(models, family, place)
-    alone = [miner.generate([_Request(Prompting.ask(text))])[0] for text in TEXTS]
-    assert miner.generate([_Request(Prompting.ask(text)) for text in TEXTS]) == alone
+    alone = [miner.language_model.generate([_Request(Prompting.ask(text))])[0] for text in TEXTS]
+    assert miner.language_model.generate([_Request(Prompting.ask(text)) for text in TEXTS]) == alone
     assert len(set(alone)) > 1 and all(alone)
 
 
@@ -127,15 +127,15 @@ def test_requests_that_wait_become_one_batch(models, place):
         sizes.append(len(requests))
         begun.set()
         go.wait(SECONDS)
-        return TransformersMiner.generate(miner, requests)
+        return LanguageModel.generate(miner.language_model, requests)
 
-    miner.batcher = Batcher(work, 8)
+    miner.language_model.batcher = Batcher(work, 8)
     with miner, Dendrite(VALIDATOR) as dendrite, ThreadPoolExecutor(8) as callers:
         ask = lambda number: dendrite.query([miner.axon], Prompting.ask(f"Question {number}", timeout=SECONDS))[0]
         asked = [callers.submit(ask, 0)]
         assert begun.wait(SECONDS)
         asked += [callers.submit(ask, number) for number in range(1, 7)]
-        while len(miner.batcher._waiting) < 6:
+        while len(miner.language_model.batcher._waiting) < 6:
             pass
         go.set()
         assert [future.result().dendrite.status_code for future in asked] == [200] * 7
@@ -147,7 +147,7 @@ def test_a_caller_who_leaves_frees_the_model(models, place):
     lengths, done = [], threading.Event()
 
     def work(requests):
-        texts = TransformersMiner.generate(miner, requests)
+        texts = LanguageModel.generate(miner.language_model, requests)
         lengths.extend(len(text) for text in texts)
         done.set()
         return texts
@@ -158,7 +158,7 @@ def test_a_caller_who_leaves_frees_the_model(models, place):
         await stream.aclose()
 
     full = len(miner._prompt(Prompting.ask("Hi")).completion)
-    miner.batcher = Batcher(work)
+    miner.language_model.batcher = Batcher(work)
     asyncio.run(asking())
     assert done.wait(SECONDS) and lengths[0] < full
 
@@ -324,3 +324,32 @@ def test_the_environment_counts():
     environment = {**os.environ, "PROMPTING_NB_TEMPLATE__COMPLETION": "Good day."}
     run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
     assert run.stdout.splitlines()[-1] == "Good day." and run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("written", ["flag", "file"])
+def test_an_unknown_setting_ends_the_command_with_status_2(written, tmp_path):
+    (tmp_path / "my.yaml").write_text("miner:\n  blacklist:\n    quotaa: 5\n")
+    flags = {"flag": ["--miner.blacklist.quotaa", "5"], "file": ["--config", str(tmp_path / "my.yaml")]}[written]
+    command = [sys.executable, "-c", PROGRAM, "miner", "--ask", "Hi", *flags]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert "miner.blacklist.quotaa" in run.stderr and "nearest is miner.blacklist.quota" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_the_help_is_grouped_with_choices_and_defaults():
+    shown = miner_parser().format_help()
+    for heading in ("Settings that every miner has:", "The chain:", "The wallet on disk:", "The server:",
+                    "Whom to serve, and how often:", "Whom to serve first:", *(f"--miner.kind {name}:" for name in MINERS)):
+        assert f"\n{heading}\n" in shown, heading
+    words = " ".join(shown.split())
+    assert "{template,replay,retrieval,transformers,openai}" in words and "default: 7200" in words
+    for flag in ("--miner.blacklist.quota", "--axon.port", "--netuid", "--transformers.batch"):
+        assert f"{flag} " in shown, flag
+
+
+def test_settings_of_other_kinds_are_not_handed_to_a_miner():
+    settings = miner_parser().parse_args(["--miner.kind", "template", "--wallet.name", "me"])
+    config = make_miner(settings).config
+    assert set(vars(config)) == {"netuid", "subtensor", "wallet", "axon", "miner", "template"}
+    assert "kind" not in config.miner

@@ -124,10 +124,10 @@ def test_chain_announces_blocks_to_those_who_wait():
     chain = EmbeddedChain()
     with chain.client() as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.wait_for_block, 3, timeout=SECONDS)
-        until(lambda: chain._listeners)
+        until(lambda: chain.substrate.listeners)
         chain.step(2)
         assert waiting.result(SECONDS).number == 3
-        until(lambda: not chain._listeners)
+        until(lambda: not chain.substrate.listeners)
 
 
 def test_chain_takes_concurrent_writes():
@@ -212,7 +212,7 @@ def test_asynchronous_client_reads_the_same_chain():
     chain.register(MINER, stake=2.5)
 
     async def read():
-        async with bt.Client("ws://embedded", substrate=chain) as client:
+        async with bt.Client("ws://embedded", substrate=chain.substrate) as client:
             return await client.subnets.metagraph(1)
 
     assert asyncio.run(read()).neuron(0).total_stake.amount == 2.5
@@ -505,6 +505,18 @@ def test_a_caller_is_held_to_the_longest_timeout():
         held.free.set()
 
 
+def test_the_time_that_a_body_takes_counts():
+    held = Held()
+    body = write_body(Prompting.ask("hello", timeout=0.2))
+    with Axon(MINER).attach(held) as axon, socket.create_connection((axon.host, axon.port), timeout=SECONDS) as line:
+        headers = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items())
+        line.sendall(f"POST /Prompting HTTP/1.1\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body[:-1])
+        time.sleep(0.3)  # longer than this caller wants to wait
+        line.sendall(body[-1:])
+        assert line.recv(4096).startswith(b"HTTP/1.1 504 ")
+    assert held.served == []
+
+
 def test_sixteen_at_once():
     callers = [make_wallet(f"caller {i}") for i in range(16)]
 
@@ -760,3 +772,22 @@ def test_a_forgotten_dendrite_ends_its_thread():
     del asking
     gc.collect()
     until(lambda: threads_of("dendrite") == [])
+
+
+def test_no_nonce_is_used_twice_even_when_the_clock_stands_still():
+    with Axon(MINER).attach(echo) as axon:
+        now = time.time_ns()  # after the axon's start, before which it takes no nonce
+        with Dendrite(VALIDATOR, clock=lambda: now) as dendrite:
+            answers = [dendrite.query([axon], Prompting.ask("hello"))[0] for _ in range(3)]
+    assert [a.dendrite.status_message for a in answers] == ["Success"] * 3
+
+
+@pytest.mark.parametrize("end, status", [(b"", 422), (b'{"done": true}\n', 200)], ids=["cut off", "complete"])
+def test_a_stream_without_its_last_line_is_no_completion(end, status):
+    reply = ok(b'{"piece": "Half of "}\n{"piece": "it"}\n' + end)
+    with Dendrite(VALIDATOR, require_signed=False) as trusting:
+        stream = trusting.stream(Raw(reply), Prompting.ask("x"), timeout=SECONDS)
+        assert list(stream) == ["Half of ", "it"]
+    got = stream.answer
+    assert (got.dendrite.status_code, got.completion) == (status, "Half of it" if status == 200 else None)
+    assert got.dendrite.status_message == ("Success, unsigned" if status == 200 else "the answer was cut off")

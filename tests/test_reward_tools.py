@@ -1,5 +1,6 @@
 """What surrounds the reward model: conversations, losses, rows, files, RewardBench 2's measures, the command."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,17 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentError
 
 from prompting_nb.cli import main
 from prompting_nb.config import InputError
+from prompting_nb.reward.command import reward_parser
 from prompting_nb.reward.conversations import Conversation, messages_of, prompt_of
-from prompting_nb.reward.evaluation import Answers, best_of_k_accuracy, ties_score
-from prompting_nb.reward.preferences import parse_ranking, rankings_from
+from prompting_nb.reward.evaluation import (Answers, accuracy_by_length, best_of_k_accuracy, calibration, pairwise_accuracy,
+                                            rejection_curve, ties_score)
+from prompting_nb.reward.preferences import Ranking, parse_ranking, rankings_from
 from prompting_nb.reward import PairwiseLoss, RankingLoss, RewardModel
+from prompting_nb.reward.training import TrainConfig
 
 PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A carrot."}
 CHATML = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}[SEP]{% endfor %}"
@@ -101,10 +107,32 @@ def test_rewardbench_measures():
     assert ties_score([Answers([2.0, 2.0], [0.0])], [Answers([2.0], [0.0])]) == pytest.approx(1.01)
 
 
+def test_the_ties_score_asks_the_weaker_of_two_gaps():
+    "A wide gap of the twin must not hide that the tied question has none beyond its spread, nor the other way round."
+    wide, narrow = Answers([9.0], [0.0]), Answers([1.5], [0.0])
+    spread_2 = Answers([4.0, 6.0], [1.0])  # gap 3, spread 2
+    assert ties_score([spread_2], [wide]) == pytest.approx(1 + 0.01 * math.tanh(3 / 2 - 1))
+    assert ties_score([spread_2], [narrow]) == pytest.approx(0.8 + 0.01 * math.tanh(1.5 / 2 - 1))
+    gap_1 = Answers([4.0, 6.0], [3.0])  # gap 1, spread 2
+    assert ties_score([gap_1], [wide]) == pytest.approx(0.6 + 0.01 * math.tanh(1 / 2 - 1))
+
+
+def test_equal_scores_count_a_half_everywhere():
+    tied = np.array([0.0, 0.0, 0.0])
+    error, [bin] = calibration(tied)
+    assert (bin.confidence, bin.accuracy, error) == (0.5, 0.5, 0.0)
+    [by_length] = accuracy_by_length([[1.0, 1.0]], [Ranking("p", ["good", "bad!"], [1.0, 0.0])])
+    assert (by_length.accuracy, by_length.n_pairs) == (0.5, 1)
+    assert rejection_curve(tied, np.arange(3), (1.0,)) == [(1.0, 0.5)]
+    assert pairwise_accuracy([[1.0, 1.0]], [Ranking("p", ["a", "b"], [1.0, 0.0])]).value == 0.5
+
+
 @pytest.mark.parametrize("argv, reason", [
     (["fly"], "train, eval or score"), (["train", "--data", "none.jsonl", "--out", "m"], "cannot read none.jsonl"),
-    (["train", "--data", "pairs.jsonl", "--out", "m", "--lr", "-1"], "lr is -1"),
-    (["train", "--data", "pairs.jsonl", "--out", "m", "--pooling", "max"], "pooling is 'max'"),
+    (["train", "--data", "pairs.jsonl", "--out", "m", "--lr", "-1"], "--lr must be greater than 0, not -1"),
+    (["train", "--data", "pairs.jsonl", "--out", "m", "--pooling", "max"], "--pooling must be one of auto, last"),
+    (["train", "--data", "pairs.jsonl", "--out", "m", "--held-out", "1"], "--held-out must be at least 0 and less than 1"),
+    (["train", "--data", "pairs.jsonl", "--out", "m", "--epohcs", "2"], "there is no setting epohcs; the nearest is epochs"),
     (["eval", "--model", ".", "--data", "pairs.jsonl"], "no reward model"), (["score", "--model", "."], "data")])
 def test_the_command_says_what_is_wrong_in_one_line(argv, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -132,3 +160,18 @@ def test_the_command_in_two_processes(tmp_path):
     assert done.stdout.count("training on 9 prompts in 2 process(es)") == 1  # the first process alone talks
     assert "finished after 2 steps in 2 process(es)" in done.stdout
     assert (tmp_path / "mine" / "reward.json").exists() and (tmp_path / "points" / "checkpoint.pt").exists()
+
+
+def test_every_setting_of_training_is_a_flag_with_help():
+    parser = reward_parser().parser("train")
+    flags = {action.dest: action for action in parser._actions}
+    for field in dataclasses.fields(TrainConfig):
+        action = flags[field.name]
+        assert f"--{field.name.replace('_', '-')}" in action.option_strings
+        assert action.default == field.default and len(action.help) > 10
+
+
+def test_a_file_with_an_unknown_setting_is_refused(tmp_path):
+    (tmp_path / "my.yaml").write_text("data: d\nout: o\nlearning_rate: 1.0\n")
+    with pytest.raises(ArgumentError, match="there is no setting learning_rate"):
+        reward_parser().parse_args(["train", "--config", str(tmp_path / "my.yaml")])

@@ -12,7 +12,7 @@ from prompting_nb.reward.evaluation import RewardEvaluation
 from prompting_nb.network.chain import EmbeddedChain, MetagraphTable, make_wallet
 from prompting_nb.show import Bar, html_table
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
-from prompting_nb.loop.run import Event
+from prompting_nb.validators.event import Event
 
 NASTY = "<script>alert('x')</script><img src=x onerror=alert(1)> \"&amp;\" é"
 
@@ -56,7 +56,7 @@ def miner() -> str:
     chain.register(wallet)
     with chain.client() as client:
         made = Named(wallet=wallet, subtensor=client)
-        made.error = RuntimeError(NASTY)
+        made.runner.error = RuntimeError(NASTY)
         return made._repr_html_()
 
 

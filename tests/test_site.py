@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "site"
@@ -151,12 +152,14 @@ def test_nothing_is_fetched_from_elsewhere(site):
 
 def api_pages(site: Path) -> list[tuple]:
     "(module, notebook's page) of every page that a module is made from."
+    from tools.site.pages import address
+
     found = []
-    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+    for path in sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts):
         code = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
         if (name := re.search(r"#\| default_exp (\S+)", code)):
             module = importlib.import_module("prompting_nb." + name[1])
-            found.append((module, soup(site / (path.stem.split("_", 1)[1].lower() + ".html"))))
+            found.append((module, soup(site / address(path.relative_to(ROOT / "nbs")))))
     assert len(found) >= 20
     return found
 
@@ -180,7 +183,7 @@ def cells(box) -> list[list[str]]:
     return [[cell.get_text() for cell in row.find_all("td")] for row in table.select("tbody tr")] if table else []
 
 
-def test_each_page_has_title_description_and_index(site):  # points 1 to 4
+def test_each_page_has_title_description_and_index(site):
     for module, tree in api_pages(site):
         assert tree.h1.get_text() and tree.select_one(".lede").get_text().strip(), module
         index = tree.select_one(".module-index")
@@ -192,7 +195,7 @@ def test_each_page_has_title_description_and_index(site):  # points 1 to 4
             assert not inspect.isclass(value) or rows[name], f"{name} has no first line"
 
 
-def test_each_entry_has_signature_bases_and_marks(site):  # points 5, 6, 7
+def test_each_entry_has_signature_bases_and_marks(site):
     for module, tree in api_pages(site):
         for name, value in own(module).items():
             box = entry(tree, name)
@@ -211,7 +214,7 @@ def test_each_entry_has_signature_bases_and_marks(site):  # points 5, 6, 7
                 assert public[0].__name__ in bases, name
 
 
-def test_each_argument_and_result_has_its_row(site):  # points 8 and 9
+def test_each_argument_and_result_has_its_row(site):
     for module, tree in api_pages(site):
         for name, value in own(module).items():
             if not inspect.isfunction(value):
@@ -225,7 +228,7 @@ def test_each_argument_and_result_has_its_row(site):  # points 8 and 9
             assert result in (None, inspect.Signature.empty, "None") or rows["Returns"][0], name
 
 
-def test_each_entry_leads_to_its_source(site):  # point 14
+def test_each_entry_leads_to_its_source(site):
     for module, tree in api_pages(site):
         for name, value in own(module).items():
             path, line = re.search(r"/blob/main/(\S+)#L(\d+)$", entry(tree, name).select_one(".api-source")["href"]).groups()
@@ -233,22 +236,23 @@ def test_each_entry_leads_to_its_source(site):  # point 14
             assert any(re.match(rf"(async )?(def|class) {name}\b", row) for row in around), name
 
 
-def test_each_page_shows_its_code_at_work(site):  # point 12
+def test_each_page_shows_its_code_at_work(site):
     for module, tree in api_pages(site):
         assert tree.select_one(".cell-output"), module
 
 
-def test_what_is_raised_stands_under_raises(site):  # point 10
+def test_what_is_raised_stands_under_raises(site):
     for module, tree in api_pages(site):
         for box in tree.select(".api"):
             texts = [p.get_text() for p in box.find_all("p", recursive=False)] + [cell for row in cells(box) for cell in row]
             assert not any(re.search(r"(^|[.;] )[Rr]aises ", text) for text in texts), box.get_text()[:200]
 
 
-def test_the_points_about_particular_names(site):  # points 10, 13, 15 to 18
+def test_the_points_about_particular_names(site):
     trees = {module.__name__.removeprefix("prompting_nb."): tree for module, tree in api_pages(site)}
-    gating, miner, reward = trees["validators.gating"], trees["baseminer.miner"], trees["reward"]
-    formula = entry(reward, "PairwiseLoss").find("math") or reward.find("math", display="block")
+    home = lambda name: trees[getattr(importlib.import_module("prompting_nb.reward"), name).__module__[len("prompting_nb."):]]
+    gating, miner, reward, loss = trees["validators.gating"], trees["baseminer.miner"], home("RewardModel"), home("PairwiseLoss")
+    formula = entry(loss, "PairwiseLoss").find("math") or loss.find("math", display="block")
     assert formula is not None and "log" in formula.get_text()
     rows = {row[0]: row for row in cells(entry(reward, "RewardModel.forward"))}
     assert rows["input_ids"][1] == "TensorType['batch_size', 'seq_len']"
@@ -288,28 +292,39 @@ Prompting bittensor.synapse.Synapse bt.Config bt.metagraph.Metagraph TensorType
 
 def test_the_reference_map_misses_no_name(site):
     rows = {}
-    for row in soup(site / "reference.html").select("tbody tr"):
+    for row in soup(site / "about" / "reference.html").select("tbody tr"):
         name, place = row.find_all("td")
         rows |= {code.get_text(): place for code in name.find_all("code")}
     assert set(REFERENCE) <= set(rows), set(REFERENCE) - set(rows)
     for name in REFERENCE[:-2]:
         page, _, anchor = rows[name].a["href"].partition("#")
-        target = soup(site / page).find(id=anchor)
+        target = soup((site / "about" / page).resolve()).find(id=anchor)
         assert target is not None and "api-name" in target["class"], name
         said = name.removesuffix(".__init__").rpartition(".")[2] if not name.startswith("--") else "add_args"
         assert target.get_text().endswith(said), name
 
 
 def test_the_map_of_the_notebooks_knows_every_module(site):
-    tree = soup(site / "map.html")
-    drawn = {a["href"] for a in tree.select("svg.house a")}
+    tree = soup(site / "about" / "map.html")
+    drawn = {(site / "about" / a["href"]).resolve().relative_to(site).as_posix() for a in tree.select("svg.house a")}
     modules = {page.relative_to(site).as_posix() for page in pages(site) if soup(page).select_one(".module-index")}
     assert drawn == modules
-    uses = {row.find_all("td")[1].get_text(): row.find_all("td")[2].get_text() for row in tree.select("tbody tr")}
-    assert {"encoders", "config", "pretrained", "shapes"} <= set(uses["gating"].split(", "))
+    uses = {row.find_all("td")[0].get_text(): row.find_all("td")[1].get_text() for row in tree.select("tbody tr")}
+    assert {"config", "shapes"} <= set(uses["validators.gating"].split(", "))
 
 
 # ---- our own renderer, on the small site
+
+def test_cell_options_are_read_as_yaml():
+    from tools.site.render import options
+
+    source = '#| export\n#| fig-alt: "Rewards: \\"good\\" on the right"\n#| echo: false\n#| fig-cap: it\'s 5\n#| label:\nx = 1  #| y: z'
+    assert options(source) == ({"fig-alt": 'Rewards: "good" on the right', "echo": "false", "fig-cap": "it's 5",
+                                "label": ""}, "x = 1  #| y: z")
+    assert options("#| hide\nx = 1") == ({}, "x = 1")
+    with pytest.raises(yaml.YAMLError, match="mapping values are not allowed"):
+        options("#| fig-alt: Rewards: good on the right\nx = 1")
+
 
 def test_an_entry_says_all_that_the_source_says(small):
     tree = soup(small / "toy.html")

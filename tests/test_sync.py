@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 BIN = Path(sys.executable).parent
 
 
@@ -46,3 +50,56 @@ def test_pages_install_the_package_where_it_is_missing():
              if not {".ipynb_checkpoints", "measured", "about"} & set(p.parts)]
     without = [p.name for p in pages if '%pip install -q git+' not in "".join(json.loads(p.read_text())["cells"][1]["source"])]
     assert len(pages) > 50 and without == []
+
+
+def code_of(page: Path) -> list[str]:
+    "The code cells of a page."
+    return ["".join(cell["source"]) for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "nbs").as_posix())
+def test_code_fits_a_page_of_1280_pixels(page):
+    "88 columns; options (`#|`) stay on one line, since nbdev drops those that are folded."
+    lines = [line for code in code_of(page) for line in code.splitlines() if not line.startswith("#|")]
+    assert [line for line in lines if len(line) > 88] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "nbs").as_posix())
+def test_cell_options_are_yaml(page):
+    "Quarto reads `#| name: value` lines as YAML and stops where they are not."
+    for code in code_of(page):
+        lines = re.findall(r"^#\|[ \t]*([\w-]+:.*)$", code, re.M)
+        read = yaml.safe_load("\n".join(lines)) or {}
+        assert isinstance(read, dict) and len(read) == len(lines), lines
+
+
+def test_forks_run_the_tests_on_each_version_of_python():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the key `on` as true
+    (job,) = workflow["jobs"].values()
+    assert job["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.13"]
+    setup, *_ = [step["with"]["python-version"] for step in job["steps"] if "python-version" in step.get("with", {})]
+    assert setup == "${{ matrix.python }}"
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    made = [step["run"].split()[1] for step in job["steps"] if step.get("run", "").startswith("make ")]
+    assert made == ["test"] and set(made) <= set(targets)
+
+
+def make(*arguments: str) -> str:
+    "What make would do."
+    done = subprocess.run(["make", "--dry-run", "--assume-old=.venv/.dev", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_fast_tests_say_what_they_leave_out_and_can_be_picked():
+    said = make("test-fast", "K=miner or gate")
+    assert '-k "miner or gate"' in said and "leaves out" in said
+    assert '-m "not notebook and not slow and not site"' in said
+    assert " -k " not in make("test-fast") and '-k "gating"' in make("test", "K=gating")
+
+
+def test_the_check_is_complete():
+    said = make("check")
+    for step in ("ruff check", "ruff format --check nbs", "basedpyright", "tests/test_sync.py", "tests/test_floors.py"):
+        assert step in said

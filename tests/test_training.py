@@ -1,15 +1,19 @@
 """Training: what does not read as prose. A run that is killed, and the packed way beside the plain one."""
 import os
+import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from test_reward import kind_words, toy, toys  # noqa: F401 (a fixture)
 
+from prompting_nb.config import InputError
+from prompting_nb.reward.checkpoints import run_digest
 from prompting_nb.reward.fast.packing import can_pack
-from prompting_nb.reward.training import TrainConfig, train
+from prompting_nb.reward.training import TrainConfig, bf16_pays, train
 
 WORKER = """
 import os, random, signal, sys
@@ -62,7 +66,6 @@ def test_a_killed_run_resumes_to_the_same_weights(toys, tmp_path, kind, kill):  
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_packed_training_is_plain_training(toys, kind):  # noqa: F811
-    import random
     losses = []
     for packed in (True, False):
         model = toy(toys, kind, dropout=0.0)
@@ -72,3 +75,43 @@ def test_packed_training_is_plain_training(toys, kind):  # noqa: F811
         assert history.packed == packed
         losses.append([(s["loss"], s["grad_norm"]) for s in history.steps])
     assert [x for s in losses[0] for x in s] == pytest.approx([x for s in losses[1] for x in s], rel=1e-4)
+
+
+def rescored(ranking):
+    return replace(ranking, scores=[score + 1 for score in ranking.scores])
+
+
+@pytest.mark.parametrize("other", [
+    rescored, lambda ranking: replace(ranking, prompt=ranking.prompt + " ?"),
+    lambda ranking: replace(ranking, completions=["day", *ranking.completions[1:]])])
+def test_a_checkpoint_belongs_to_its_data(toys, tmp_path, other):  # noqa: F811
+    rankings, config = list(kind_words(8, random.Random(0))), TrainConfig(max_steps=1, bf16=False)
+    changed = [*rankings[:-1], other(rankings[-1])]
+    assert run_digest(config, changed) != run_digest(config, rankings)
+    train(toy(toys, "bert"), rankings, config, progress=False, checkpoint=tmp_path)
+    with pytest.raises(InputError, match="other settings or data"):
+        train(toy(toys, "bert"), changed, config, progress=False, checkpoint=tmp_path)
+    assert train(toy(toys, "bert"), rankings, config, progress=False, checkpoint=tmp_path).resumed == 1
+
+
+def test_a_checkpoint_belongs_to_its_settings():
+    rankings = list(kind_words(2, random.Random(0)))
+    digests = {run_digest(config, rankings) for config in (
+        TrainConfig(), TrainConfig(max_seconds=9.0), TrainConfig(checkpoint_every=7))}
+    assert len(digests) == 1  # how long a run may take, and how often it is saved, may change
+    assert run_digest(TrainConfig(lr=2e-4), rankings) not in digests
+
+
+@pytest.mark.parametrize("supported, pays", [((), False), (("bf16",), True), (("amx",), True), (("bf16", "amx"), True)])
+def test_bf16_pays_where_the_processor_multiplies_it(monkeypatch, supported, pays):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "bf16" in supported, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx" in supported, raising=False)
+    assert bf16_pays(torch.device("cpu")) is pays
+    assert bf16_pays(torch.device("meta")) is False
+
+
+def test_bf16_pays_on_a_gpu_without_emulation(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert bf16_pays(torch.device("cuda")) is False
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert bf16_pays(torch.device("cuda")) is True

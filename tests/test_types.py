@@ -67,6 +67,27 @@ def test_the_types_help_who_uses_the_package(tmp_path):
     assert ["Tensor" in d["message"] for d in found if d["severity"] == "information"] == [True]
 
 
+@pytest.mark.slow
+def test_the_example_of_the_miner_page_has_types(tmp_path):
+    "A user's type checker has nothing against the first example, and knows the settings."
+    cells = json.loads((ROOT / "nbs" / "baseminer" / "00_miner.ipynb").read_text())["cells"]
+    example = next(code for cell in cells if "class CustomMiner(Miner)" in (code := "".join(cell["source"])))
+    used = """
+miner = CustomMiner({"miner.retries": 3})
+reveal_type(miner.settings.miner.retries)
+reveal_type(miner.settings.miner.blacklist.whitelist)
+miner.settings.miner.retires  # WRONG
+"""
+    (tmp_path / "page.py").write_text(example + used)
+    settings = {"include": ["page.py"], "extraPaths": [str(ROOT)], "typeCheckingMode": "standard"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    found = pyright(tmp_path)
+    wrong = [number for number, line in enumerate((example + used).splitlines()) if "# WRONG" in line]
+    assert [d["range"]["start"]["line"] for d in found if d["severity"] == "error"] == wrong, found
+    shown = [d["message"] for d in found if d["severity"] == "information"]
+    assert ['"int"' in shown[0], '"list[str]"' in shown[1]] == [True, True], shown
+
+
 def test_ruff_has_nothing_to_say():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format", "concise", ROOT],
                           capture_output=True, text=True, timeout=120)

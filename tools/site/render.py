@@ -48,10 +48,11 @@ def fenced(text: str, attributes: str) -> str:
 
 
 def options(source: str) -> tuple[dict[str, str], str]:
-    "Quarto's `#| name: value` lines, and the code without them."
-    found = re.findall(r"^#\|\s*([\w-]+):[ \t]*(.*)$", source, re.M)
+    "Quarto's `#| name: value` lines, read as YAML as Quarto reads them, and the code without them."
+    lines = re.findall(r"^#\|[ \t]*([\w-]+:(?:[ \t].*)?)$", source, re.M)
+    found = yaml.load("\n".join(lines), Loader=yaml.BaseLoader) or {}  # every value as a text
     code = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
-    return {name: value.strip().strip("\"'") for name, value in found}, code.strip("\n")
+    return found, code.strip("\n")
 
 
 @dataclass

@@ -1,0 +1,514 @@
+"""The request queue: order, bounds and ageing, slots and their holders, and handlers of every kind."""
+
+import asyncio
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+
+from prompting_nb.network.queue import QueueFull, Slot, Threads, WorkQueue, is_stream, work
+
+SECONDS = 10  # longest wait for something that must happen
+
+
+def run(test):
+    "Run a coroutine function as a test, in an event loop of its own."
+
+    def wrapped():
+        asyncio.run(asyncio.wait_for(test(), SECONDS))
+
+    wrapped.__name__ = test.__name__
+    return wrapped
+
+
+async def turns():
+    "Let all tasks do what they can do now."
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def start(queue, priority):
+    return asyncio.ensure_future(queue.slot(priority))
+
+
+# The queue ------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults():
+    queue = WorkQueue(3, 7)
+    assert (queue.workers, queue.limit, queue.ageing, queue.clock) == (3, 7, 5.0, time.monotonic)
+    assert (queue.running, queue.waiting, queue.full) == (0, 0, False)
+
+
+@run
+async def test_slots_are_given_at_once_while_there_are_any():
+    queue = WorkQueue(workers=2, limit=1)
+    slots = [await queue.slot(0), await queue.slot(0)]
+    assert (queue.running, queue.waiting, queue.full) == (2, 0, False)
+    third = start(queue, 0)
+    await turns()
+    assert (queue.running, queue.waiting, queue.full) == (2, 1, True) and not third.done()
+    slots[0].release()
+    assert queue.waiting == 0  # it has the slot, before its task goes on
+    assert isinstance(await third, Slot) and queue.running == 2
+    slots[1].release()
+    third.result().release()
+    assert queue.running == 0
+    for slot in (await queue.slot(0), await queue.slot(0)):
+        slot.release()
+
+
+@run
+async def test_a_full_queue_refuses_unless_a_lower_priority_waits():
+    queue = WorkQueue(workers=1, limit=2)
+    busy = await queue.slot(0)
+    older, newer = start(queue, 1), start(queue, 1)
+    await turns()
+    for priority in (0, 1):
+        with pytest.raises(QueueFull, match="^2 requests wait already$"):
+            queue.check(priority)
+        with pytest.raises(QueueFull, match="^2 requests wait already$"):
+            await queue.slot(priority)
+    assert queue.check(1.5) is None and queue.waiting == 2  # `check` changes nothing
+    higher = start(queue, 1.5)
+    await turns()
+    with pytest.raises(QueueFull, match="^a request of higher priority took the place$"):
+        await newer  # of equal ones the newest
+    assert queue.waiting == 2 and not older.done()
+    busy.release()
+    await turns()
+    assert higher.done() and not older.done()
+    higher.result().release()
+    (await older).release()
+    assert (queue.running, queue.waiting) == (0, 0)
+
+
+@run
+async def test_two_requests_that_come_at_once_displace_two_others():
+    queue = WorkQueue(workers=1, limit=2)
+    busy = await queue.slot(0)
+    low = [start(queue, 1), start(queue, 2)]
+    await turns()
+    high = [start(queue, 3), start(queue, 4)]
+    assert [type(error) for error in await asyncio.gather(*low, return_exceptions=True)] == [QueueFull] * 2
+    assert queue.waiting == 2
+    busy.release()
+    (await high[1]).release()
+    (await high[0]).release()
+
+
+@run
+async def test_a_queue_without_places_refuses_every_priority():
+    queue = WorkQueue(workers=1, limit=0)
+    busy = await queue.slot(0)
+    with pytest.raises(QueueFull, match="^0 requests wait already$"):
+        await queue.slot(99)
+    busy.release()
+    (await queue.slot(-1)).release()
+
+
+async def order(count, ageing, seconds):
+    "Positions at which requests are served that come before `count` of a higher priority."
+    now, served = [0.0], []
+    queue = WorkQueue(1, 99, ageing, clock=lambda: now[0])
+
+    async def serve(name, priority):
+        slot = await queue.slot(priority)
+        served.append(name)
+        now[0] += seconds
+        slot.release()
+
+    busy = await queue.slot(0)
+    tasks = [asyncio.ensure_future(serve("low", 0)), asyncio.ensure_future(serve("low too", 0))]
+    tasks += [asyncio.ensure_future(serve(str(i), 9)) for i in range(count)]
+    await turns()
+    busy.release()
+    await asyncio.gather(*tasks)
+    return [served.index(name) + 1 for name in ("low", "low too")]
+
+
+@run
+async def test_every_fourth_slot_goes_to_the_one_who_has_waited_longest():
+    assert await order(12, ageing=5.0, seconds=1.0) == [8, 12]
+    assert await order(12, ageing=3.0, seconds=1.0) == [4, 8]  # after three seconds exactly
+    assert await order(12, ageing=3.1, seconds=1.0) == [8, 12]
+    assert await order(12, ageing=99.0, seconds=1.0) == [13, 14]
+
+
+@run
+async def test_a_cancelled_request_gives_its_place_or_its_slot_back():
+    queue = WorkQueue(workers=1, limit=1)
+    busy = await queue.slot(0)
+    gone = start(queue, 9)
+    await turns()
+    gone.cancel()
+    await turns()
+    assert gone.cancelled() and (queue.waiting, queue.running) == (0, 1)
+    late = start(queue, 0)
+    await turns()
+    busy.release()  # gives the slot to `late` ...
+    late.cancel()  # ... who is gone before it hears of it
+    await turns()
+    assert late.cancelled() and (queue.waiting, queue.running) == (0, 0)
+    busy = await queue.slot(0)
+    displaced = start(queue, 0)
+    await turns()
+    start(queue, 1)
+    await asyncio.sleep(0)  # displaces it ...
+    displaced.cancel()  # ... in the same moment
+    await turns()
+    assert displaced.cancelled() and queue.waiting == 1
+
+
+@run
+async def test_cancelled_requests_leave_nothing_behind():
+    queue = WorkQueue(workers=1, limit=50)
+    busy = await queue.slot(0)
+    stay = [start(queue, priority) for priority in (3, 1, 2)]
+    for _ in range(500):
+        gone = start(queue, 5)
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+    assert queue.waiting == 3 and len(queue._line._heap) <= 2 * 3 + 17
+    served = []
+    for _ in range(3):
+        busy.release()
+        await turns()
+        done = next(request for request in stay if request.done() and request not in served)
+        served.append(done)
+        busy = done.result()
+    assert served == [stay[0], stay[2], stay[1]]
+
+
+@run
+async def test_a_slot_is_free_when_its_last_holder_lets_go():
+    queue = WorkQueue(workers=1, limit=1)
+    slot = await queue.slot(0)
+    slot.hold()
+    slot.hold()
+    for running in (1, 1, 0):
+        slot.release()
+        assert queue.running == running
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+
+def names(prefix):
+    return sorted(t.name for t in threading.enumerate() if t.name.startswith(prefix))
+
+
+def test_threads_are_daemons_started_when_they_are_needed():
+    threads, free = Threads(limit=2, name="pool"), threading.Event()
+    assert (threads.limit, threads.name, names("pool")) == (2, "pool", [])
+    assert threads.submit(lambda a, b: a + b, 1, 2).result(SECONDS) == 3
+    end = time.monotonic() + SECONDS
+    while not threads._idle._value and time.monotonic() < end:
+        time.sleep(0.001)  # the first thread is idle again
+    waiting = [threads.submit(free.wait, SECONDS)]
+    assert names("pool") == ["pool-0"]  # it is used again
+    waiting += [threads.submit(free.wait, SECONDS) for _ in range(3)]
+    assert names("pool") == ["pool-0", "pool-1"]
+    assert all(t.daemon for t in threading.enumerate() if t.name.startswith("pool"))
+    free.set()
+    assert [future.result(SECONDS) for future in waiting] == [True] * 4
+    threads.close()
+    assert names("pool") == []
+
+
+def test_threads_carry_every_error_and_go_on():
+    threads = Threads(limit=1, name="errors")
+
+    def fail(error):
+        raise error
+
+    for error, kind, text in (
+        (ValueError("no"), ValueError, "no"),
+        (StopIteration(), RuntimeError, "StopIteration"),
+        (SystemExit("bye"), SystemExit, "bye"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ):
+        raised = threads.submit(fail, error).exception(SECONDS)
+        assert (type(raised), str(raised)) == (kind, text)
+    assert threads.submit(int, "7").result(SECONDS) == 7 and names("errors") == ["errors-0"]
+    threads.close()
+
+
+def test_cancelled_work_is_not_started():
+    threads, free, started = Threads(limit=1, name="cancelled"), threading.Event(), []
+    first = threads.submit(free.wait, SECONDS)
+    second = threads.submit(started.append, "second")
+    third = threads.submit(started.append, "third")
+    assert second.cancel()
+    free.set()
+    assert first.result(SECONDS) and third.result(SECONDS) is None
+    assert started == ["third"]
+    threads.close()
+
+
+def test_close_does_not_wait_for_a_thread_that_hangs():
+    threads, free = Threads(limit=2, name="hangs"), threading.Event()
+    hanging = [threads.submit(free.wait, SECONDS) for _ in range(2)]
+    began = time.monotonic()
+    threads.close(0.1)
+    assert 0.1 <= time.monotonic() - began < SECONDS / 2
+    assert len(names("hangs")) == 2
+    free.set()
+    assert [future.result(SECONDS) for future in hanging] == [True, True]
+    end = time.monotonic() + SECONDS
+    while names("hangs") and time.monotonic() < end:
+        time.sleep(0.001)
+    assert names("hangs") == []  # both were told to end
+
+
+# Handlers -------------------------------------------------------------------------------------------------------------
+
+
+class Place:
+    "A slot, threads, and how many hold the slot."
+
+    def __init__(self):
+        self.queue, self.threads = WorkQueue(1, 1), Threads(2, "handlers")
+
+    async def __aenter__(self):
+        self.slot = await self.queue.slot(0)
+        return self
+
+    async def __aexit__(self, *_):
+        self.slot.release()
+        await until(lambda: self.queue.running == 0)  # every holder has let go
+        self.threads.close()
+
+    @property
+    def holders(self):
+        return self.slot._holders
+
+    def work(self, fn, synapse="x"):
+        return work(fn, synapse, self.slot, self.threads)
+
+
+def where(_=None):
+    return threading.current_thread().name
+
+
+@run
+async def test_plain_functions_run_in_a_thread_and_others_in_the_loop():
+    async def coroutine(synapse):
+        return synapse, where()
+
+    def generator(synapse):
+        yield where()
+
+    async def agenerator(synapse):
+        yield where()
+
+    here = where()
+    async with Place() as place:
+        assert (await place.work(where)).startswith("handlers-")
+        assert await place.work(coroutine, "asked") == ("asked", here)
+        assert await place.work(lambda synapse: coroutine(synapse), "asked") == ("asked", here)
+        plain, other = await place.work(generator), await place.work(agenerator)
+        assert is_stream(plain) and is_stream(other) and not is_stream([]) and not is_stream(iter("a"))
+        [piece] = [piece async for piece in plain]
+        assert piece.startswith("handlers-")
+        assert [piece async for piece in other] == [here]
+        await until(lambda: place.holders == 1)
+
+
+@run
+async def test_handlers_in_the_loop_need_no_thread():
+    free = threading.Event()
+
+    async def coroutine(synapse):
+        return synapse
+
+    def generator(synapse):
+        yield synapse
+
+    async def agenerator(synapse):
+        yield synapse
+
+    async with Place() as place:
+        hanging = [place.threads.submit(free.wait, SECONDS) for _ in range(2)]
+        assert await place.work(coroutine) == "x"
+        assert [piece async for piece in await place.work(agenerator)] == ["x"]
+        stream = await place.work(generator)  # its steps need one
+        free.set()
+        assert [piece async for piece in stream] == ["x"]
+        assert [future.result(SECONDS) for future in hanging] == [True, True]
+
+
+@run
+async def test_a_plain_function_whose_caller_is_gone_holds_the_slot():
+    free, started = threading.Event(), threading.Event()
+
+    def hang(_):
+        started.set()
+        free.wait(SECONDS)
+
+    async with Place() as place:
+        asking = asyncio.ensure_future(place.work(hang))
+        await until(started.is_set)
+        assert place.holders == 2
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert asking.cancelled() and place.holders == 2
+        free.set()
+        await until(lambda: place.holders == 1)
+
+
+@run
+async def test_a_coroutine_is_cancelled_with_its_caller_and_holds_the_slot_until_it_ends():
+    cancelled, let_go = asyncio.Event(), asyncio.Event()
+
+    async def stubborn(_):
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        cancelled.set()
+        await let_go.wait()
+
+    async with Place() as place:
+        asking = asyncio.ensure_future(place.work(stubborn))
+        await turns()
+        assert place.holders == 2
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert asking.cancelled()
+        await cancelled.wait()
+        assert place.holders == 2
+        let_go.set()
+        await until(lambda: place.holders == 1)
+
+
+def leave(_=None):
+    raise SystemExit("bye")
+
+
+async def leave_in_the_loop(_):
+    raise SystemExit("bye")
+
+
+async def interrupt(_):
+    raise KeyboardInterrupt
+
+
+def leave_later(_):
+    yield "a"
+    leave()
+
+
+async def leave_later_in_the_loop(_):
+    yield "a"
+    leave()
+
+
+def number(_):
+    yield 1
+
+
+@pytest.mark.parametrize("handler, kind, text", [
+    (leave, RuntimeError, "SystemExit: bye"), (leave_in_the_loop, RuntimeError, "SystemExit: bye"),
+    (interrupt, RuntimeError, "KeyboardInterrupt: "), (leave_later, RuntimeError, "SystemExit: bye"),
+    (leave_later_in_the_loop, RuntimeError, "SystemExit: bye"), (lambda _: 1 / 0, ZeroDivisionError, "division by zero"),
+    (number, TypeError, "a piece of the completion is int instead of str"),
+    (lambda _: next(iter(())), RuntimeError, "StopIteration"),
+])  # fmt: skip
+def test_errors_of_handlers(handler, kind, text):
+    async def test():
+        async with Place() as place:
+            with pytest.raises(kind) as raised:
+                [piece async for piece in await place.work(handler)]
+            assert (type(raised.value), str(raised.value)) == (kind, text)
+
+    run(test)()
+
+
+@run
+async def test_pieces_are_made_one_by_one_and_empty_ones_left_out():
+    made = []
+
+    def generator(_):
+        for piece in ("a", "", "b", "c"):
+            made.append(piece)
+            yield piece
+
+    async with Place() as place:
+        stream = await place.work(generator)
+        assert made == [] and place.holders == 1
+        assert await anext(stream) == "a" and made == ["a"]
+        assert place.holders >= 2  # until it is closed
+        assert await anext(stream) == "b" and made == ["a", "", "b"]
+        assert [piece async for piece in stream] == ["c"]
+        await until(lambda: place.holders == 1)
+
+
+@run
+async def test_a_generator_whose_caller_is_gone_is_closed_after_its_step():
+    started, free, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def endless(_):
+        try:
+            yield "a"
+            started.set()
+            free.wait(SECONDS)
+            yield "b"
+            yield "c"
+        finally:
+            closed.set()
+
+    async with Place() as place:
+        stream = await place.work(endless)
+        assert await anext(stream) == "a"
+        asking = asyncio.ensure_future(anext(stream))
+        await until(started.is_set)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert asking.cancelled() and not closed.is_set() and place.holders == 3
+        free.set()
+        await until(closed.is_set)
+        await until(lambda: place.holders == 1)
+
+
+@run
+async def test_an_async_generator_is_closed_with_its_stream():
+    closed = asyncio.Event()
+
+    async def endless(_):
+        try:
+            while True:
+                yield "more"
+        finally:
+            closed.set()
+
+    async with Place() as place:
+        stream = await place.work(endless)
+        assert await anext(stream) == "more"
+        await stream.aclose()
+        assert closed.is_set()
+
+
+def test_a_thread_that_ends_after_its_loop_is_no_error():
+    free, started = threading.Event(), threading.Event()
+    threads = Threads(1, "after")
+
+    def hang(_):
+        started.set()
+        free.wait(SECONDS)
+
+    async def ask():
+        slot = await WorkQueue(1, 1).slot(0)
+        asking = asyncio.ensure_future(work(hang, None, slot, threads))
+        await until(started.is_set)
+        asking.cancel()
+
+    asyncio.run(ask())
+    free.set()
+    assert threads.submit(int, "7").result(SECONDS) == 7  # the thread is well
+    threads.close()
