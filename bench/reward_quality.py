@@ -127,13 +127,14 @@ def train_trl(args):
     import torch
 
     from prompting_nb.pretrained import minilm_path
-    from prompting_nb.reward.model import TextEncoder, _encode_pairs
+    from prompting_nb.reward.model import TextEncoder
+    from prompting_nb.reward.tokens import encode_pairs
     from prompting_nb.reward.training import bf16_pays
 
     learn, test = division(args, args.number)
     length = MODEL["max_length"]
     encoder = TextEncoder("minilm", device="cpu", max_length=length)
-    rows = lambda ranking: _encode_pairs(encoder.tokenizer, ranking.prompt, ranking.completions, length)
+    rows = lambda ranking: encode_pairs(encoder.tokenizer, ranking.prompt, ranking.completions, length)
     pairs = []
     for pair in as_pairs(learn, 8 if args.job == "trl_all" else 2, args.number):
         worse, better = (row for _, row in sorted(zip(pair.scores, rows(pair))))

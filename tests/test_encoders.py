@@ -1,7 +1,10 @@
 """The encoder under load: groupings, threads, precisions, compilation, in combinations that a page would not bear."""
 
+import copy
+import gc
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -11,8 +14,8 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 from prompting_nb.config import InputError
-from prompting_nb.encoding import PRECISIONS, Encoder, cut, in_threads, last_token, last_window, micro_batches
-from prompting_nb.validators.encoders import check_encoder
+from prompting_nb.encoding import (PRECISIONS, Encoder, check_encoder, cut, frozen_model, in_batches, in_threads, last_token,
+                                   last_window, micro_batches, own_weights, pad_rows)
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +53,27 @@ def test_micro_batches_hold_everything_within_the_budget(lengths, budget):
         assert len(group) == 1 or len(group) * max(lengths[place] for place in group) <= budget
     longest = [max(lengths[place] for place in group) for group in groups]
     assert longest == sorted(longest, reverse=True)
+
+
+@given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 9))
+def test_batches_of_so_many_rows(lengths, at_most):
+    groups = micro_batches(lengths, budget=None, at_most=at_most)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    assert all(len(group) == at_most for group in groups[1:]) and all(len(group) <= at_most for group in groups)
+    in_order = [lengths[place] for group in groups[::-1] for place in group]
+    assert in_order == sorted(lengths)  # the longest groups come first
+
+
+@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=20), st.integers(1, 40), st.integers(1, 3))
+def test_in_batches_keeps_the_order_of_the_rows(rows, budget, threads):
+    groups = micro_batches([len(row) for row in rows], budget)
+
+    def sums(some):
+        ids, mask = pad_rows(some, token_id=7)
+        assert ids.shape == mask.shape == (len(some), max(map(len, some)))
+        return (ids * mask).sum(dim=1, keepdim=True)
+
+    assert in_batches(sums, rows, groups, threads).tolist() == [[sum(row)] for row in rows]
 
 
 @given(st.integers(1, 500), st.integers(1, 50), st.integers(1, 6))
@@ -139,3 +163,95 @@ def test_a_missing_encoder_is_found_without_reading_weights(folder, tmp_path, mo
     for name in ("copy", "nowhere"):
         with pytest.raises(InputError, match="cannot load the model"):
             check_encoder(str(tmp_path / name))
+
+
+# ---------------------------------------------------------------- shared weights
+@pytest.fixture
+def loads(monkeypatch):
+    "The names of the models whose weights were read."
+    seen, load = [], transformers.AutoModel.from_pretrained
+
+    def counted(name, *args, **kwargs):
+        seen.append(str(name))
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", counted)
+    return seen
+
+
+@pytest.fixture
+def fresh(folder, tmp_path):
+    "A copy of the model that no other test has loaded."
+    return str(shutil.copytree(folder, tmp_path / "fresh"))
+
+
+def weight(encoder):
+    return encoder.model.embeddings.word_embeddings.weight
+
+
+def test_frozen_encoders_share_their_weights(fresh, loads):
+    one, other = Encoder(fresh), Encoder(fresh, "cpu", pool=last_token, combine=last_window, window=8)
+    assert weight(one).data_ptr() == weight(other).data_ptr() and frozen_model(fresh) is one.model
+    assert loads == [fresh]
+    assert weight(Encoder(fresh, precision="bfloat16")).dtype == torch.bfloat16 and len(loads) == 2
+    assert weight(one).dtype == torch.float32
+
+
+def test_threads_that_need_the_same_model_load_it_once(fresh, loads):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: frozen_model(fresh), range(4)))
+    assert loads == [fresh] and all(model is found[0] for model in found)
+
+
+def test_weights_go_with_their_last_user(fresh, loads):
+    one = Encoder(fresh)
+    del one
+    gc.collect()
+    Encoder(fresh)
+    assert len(loads) == 2
+
+
+def test_a_folder_that_was_written_anew_is_another_model(fresh, loads):
+    one = Encoder(fresh)
+    torch.manual_seed(7)
+    transformers.BertModel(one.model.config).save_pretrained(fresh)
+    other = Encoder(fresh)
+    assert len(loads) == 2 and not torch.equal(weight(one), weight(other))
+
+
+CHANGES = {
+    "half": lambda one: one.to(torch.bfloat16),
+    "part of another module": lambda one: torch.nn.Sequential(one).double(),
+    "device": lambda one: one.to("meta"),
+    "weights": lambda one: one.load_state_dict({name: value + 1 for name, value in one.state_dict().items()}),
+    "weights, from outside": lambda one: torch.nn.Sequential(one).load_state_dict(
+        {f"0.{name}": value + 1 for name, value in one.state_dict().items()}),
+    "own": own_weights,
+    "a copy": lambda one: copy.deepcopy(one).to("meta")}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_changing_one_encoder_leaves_the_others(fresh, loads, how):
+    one, other = Encoder(fresh), Encoder(fresh)
+    shared, before = other.model, other("a text")
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    CHANGES[how](one)
+    assert (one.model is shared) == (how == "a copy") and other.model is shared and frozen_model(fresh) is shared
+    assert all(torch.equal(value, state[name]) and value.device.type == "cpu" for name, value in other.state_dict().items())
+    other.cache.clear()
+    assert torch.equal(other("a text"), before) and len(loads) == 1
+
+
+def test_a_move_to_where_it_is_copies_nothing(fresh):
+    one, other = Encoder(fresh), Encoder(fresh)
+    torch.nn.Sequential(one).to("cpu").float()
+    one.load_state_dict({}, strict=False)
+    assert one.model is other.model
+
+
+@pytest.mark.parametrize("device, precision, message", [
+    ("cpu", "int4", "one of float32, bfloat16, int8, got 'int4'"), ("meta", "int8", "int8 runs on the CPU only")])
+def test_an_unknown_precision_is_refused_before_anything_is_loaded(fresh, loads, device, precision, message):
+    with pytest.raises(InputError, match=message):
+        frozen_model(fresh, device, precision)
+    assert loads == []

@@ -1,4 +1,5 @@
-"""The reward rooms: what does not read as prose. Numbers in comments are items of the list that the project is checked against."""
+"""Reward models, losses, splits, measures and training: what would not read as prose on a page."""
+import copy
 import inspect
 import json
 import math
@@ -19,7 +20,8 @@ from transformers import (AutoModel, BertConfig, GPT2Config, GPTNeoConfig, Llama
 from prompting_nb.reward.batches import Draw, length_batches
 from prompting_nb.reward.evaluation import best_of_k, calibration, evaluate
 from prompting_nb.reward.preferences import Ranking, pairs, split
-from prompting_nb.reward.model import PairwiseLoss, RankingLoss, RewardModel, _fit, pack, pad
+from prompting_nb.reward.model import PairwiseLoss, RankingLoss, RewardModel, pack, pad
+from prompting_nb.reward.tokens import Row, _fit, encode, length_of
 from prompting_nb.reward.training import TrainConfig, train
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] what is the sum of two and three ? four five six it a sure maybe no good day sun thanks".split()
@@ -58,21 +60,21 @@ def toy(toys, kind, **kwargs):
 
 
 # ---------------------------------------------------------------- RewardModel
-def test_signature():  # 116
+def test_signature():
     parameters = list(inspect.signature(RewardModel).parameters.values())
     assert [(p.name, p.default) for p in parameters[:3]] == [("model_name", inspect.Parameter.empty), ("dropout", 0.1), ("device", "cuda")]
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters[3:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_falls_back_to_the_cpu(toys):  # 116
+def test_cuda_falls_back_to_the_cpu(toys):
     with pytest.warns(RuntimeWarning, match="no CUDA device"):
         model = RewardModel(toys["bert"])
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_forward(toys, kind):  # 117
+def test_forward(toys, kind):
     model = toy(toys, kind)
     reward = model(torch.randint(4, 20, (3, 7)))
     assert reward.shape == (3, 1) and reward.dtype == torch.float32
@@ -85,7 +87,7 @@ def test_forward(toys, kind):  # 117
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_scores_do_not_depend_on_company(toys, kind, side):  # 118
+def test_scores_do_not_depend_on_company(toys, kind, side):
     model = toy(toys, kind)
     rows = model.encode_texts(PROMPTS, COMPLETIONS)
     with torch.no_grad():
@@ -103,7 +105,7 @@ def test_scores_do_not_depend_on_company(toys, kind, side):  # 118
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
-def test_every_attended_token_counts(toys, kind):  # 118
+def test_every_attended_token_counts(toys, kind):
     model = toy(toys, kind)
     row = model.encode_texts(PROMPTS[:1], COMPLETIONS[:1])[0]
     changed = torch.tensor([row[:i] + [1] + row[i + 1 :] for i in range(len(row))])
@@ -112,7 +114,7 @@ def test_every_attended_token_counts(toys, kind):  # 118
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_dropout_acts_in_train_mode_only(toys, kind):  # 119
+def test_dropout_acts_in_train_mode_only(toys, kind):
     model = toy(toys, kind, dropout=0.5)
     batch = pad(model.encode_texts(PROMPTS, COMPLETIONS))
     assert torch.equal(model(*batch), model(*batch))
@@ -121,7 +123,68 @@ def test_dropout_acts_in_train_mode_only(toys, kind):  # 119
     assert torch.equal(model.score(PROMPTS, COMPLETIONS), model.score(PROMPTS, COMPLETIONS)) and model.training
 
 
-def test_rewards_are_unbounded(toys):  # 119
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_was_cut_off_counts_for_the_length_alone(toys, kind):
+    "`pad` says how many tokens each text lacks; the mask is 1 for a token and 0 for padding, whatever was cut."
+    endless = [" ".join(["good"] * n) for n in (3, 80, 100)]
+    plain, counting = toy(toys, kind, max_length=40), toy(toys, kind, max_length=40, length=0.5)
+    rows = counting.encode_texts("what is", endless)
+    assert [len(row) for row in rows[1:]] == [counting.max_length] * 2
+    batch = pad(rows)
+    assert batch.cut.tolist() == [length_of(row) - len(row) for row in rows] and batch.cut[2] - batch.cut[1] == 20
+    assert batch.attention_mask.tolist() == [[1] * len(row) + [0] * (counting.max_length - len(row)) for row in rows]
+    with torch.no_grad():
+        logs = torch.tensor([length_of(row) for row in rows]).log()[:, None]
+        torch.testing.assert_close(counting(*batch), plain(*batch) + 0.5 * logs)
+        assert torch.equal(plain(*batch), plain(batch.input_ids, batch.attention_mask))  # nothing else reads the count
+        seen = torch.tensor([len(row) for row in rows]).log()[:, None]
+        torch.testing.assert_close(counting(*batch[:2]), plain(*batch) + 0.5 * seen)  # without it: the tokens that are there
+        shifted = torch.full((3, 50), 9), torch.zeros(3, 50)  # padded on the left, with a mask of other numbers than 1
+        for i, row in enumerate(rows):
+            shifted[0][i, 50 - len(row):], shifted[1][i, 50 - len(row):] = torch.tensor(row), 0.5
+        torch.testing.assert_close(counting(*shifted, batch.cut), counting(*batch), atol=1e-4, rtol=0)
+    torch.testing.assert_close(counting.score("what is", endless), counting(*batch).detach())
+    with pytest.raises(ValueError, match="cut"):
+        counting(*batch[:2], batch.cut[:2])
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 5)), min_size=1, max_size=9))
+def test_pad_makes_a_batch_of_rows(texts):
+    ids, mask, cut = pad([Row(tokens, left_out) for tokens, left_out in texts])
+    width = max(len(tokens) for tokens, _ in texts)
+    assert ids.tolist() == [tokens + [0] * (width - len(tokens)) for tokens, _ in texts]
+    assert mask.tolist() == [[1] * len(tokens) + [0] * (width - len(tokens)) for tokens, _ in texts]
+    assert cut.tolist() == [left_out for _, left_out in texts]
+    assert pad([tokens for tokens, _ in texts]).cut.tolist() == [0] * len(texts)  # plain lists lack nothing
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_rows_count_what_they_lack(toys, kind):
+    model = toy(toys, kind)
+    for max_length in (8, 20, 64):
+        for row, whole in zip(encode(model.tokenizer, PROMPTS, ["good " * n for n in (1, 9, 90)], max_length),
+                              encode(model.tokenizer, PROMPTS, ["good " * n for n in (1, 9, 90)], 1000), strict=True):
+            assert whole.cut == 0 and len(row) == min(len(whole), max_length) and length_of(row) == len(whole)
+            assert row[-1] == whole[-1]
+
+
+def test_a_reward_model_is_made_of_an_encoder_and_a_head(toys):
+    model = toy(toys, "bert")
+    assert RewardModel.__mro__[:2] == (RewardModel, torch.nn.Module)
+    public = {name for name, member in vars(RewardModel).items() if inspect.isfunction(inspect.unwrap(member)) and name[0] != "_"}
+    assert public >= {"score", "encode_texts", "forward", "add_lora", "merge_lora", "save_pretrained"}
+    assert all(getattr(RewardModel, name).__qualname__ == f"RewardModel.{name}" for name in public | {"from_pretrained"})
+    assert model.encoder.model is model.model and {"model", "head"} == dict(model.named_children()).keys()
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"model", "head"}
+    for adapted in (model.add_lora(rank=1), copy.deepcopy(model), model.merge_lora()):  # both names for the same transformer
+        assert adapted.encoder.model is adapted.model
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.get_input_embeddings().weight.zero_()
+    assert not torch.equal(twin.score(PROMPTS, COMPLETIONS), model.score(PROMPTS, COMPLETIONS))
+
+
+def test_rewards_are_unbounded(toys):
     model = toy(toys, "gpt2")
     with torch.no_grad():
         model.head[1].weight.mul_(1e4)
@@ -151,7 +214,7 @@ def test_fit(prompt_length, completion_length, room):
 
 # ---------------------------------------------------------------- losses
 @given(st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, max_size=8))
-def test_pairwise_loss(rows):  # 120
+def test_pairwise_loss(rows):
     chosen, rejected = torch.tensor(rows, dtype=torch.float64).T[..., None]
     found = PairwiseLoss()(chosen, rejected)
     wanted = sum(math.log1p(math.exp(-(c - r))) for c, r in rows) / len(rows)
@@ -162,13 +225,13 @@ def test_pairwise_loss(rows):  # 120
 
 
 @pytest.mark.parametrize("shapes", [((3,), (3,)), ((3, 1), (3,)), ((3, 1), (2, 1)), ((3, 2), (3, 2)), ((0, 1), (0, 1))])
-def test_pairwise_loss_refuses_other_shapes(shapes):  # 120
+def test_pairwise_loss_refuses_other_shapes(shapes):
     with pytest.raises(ValueError, match="batch|should be 1, got 2"):
         PairwiseLoss()(*(torch.ones(shape) for shape in shapes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pairwise_loss_is_finite_at_large_margins(dtype):  # 120
+def test_pairwise_loss_is_finite_at_large_margins(dtype):
     rewards = torch.tensor([[1e4], [-1e4]], dtype=dtype, requires_grad=True)
     loss = PairwiseLoss()(rewards, torch.zeros(2, 1, dtype=dtype))
     loss.backward()
@@ -185,7 +248,7 @@ prompts_with_scores = st.lists(st.lists(st.tuples(st.floats(-5, 5), st.integers(
 
 
 @given(prompts_with_scores, st.randoms())
-def test_ranking_loss_is_the_sum_over_pairs(prompts, rng):  # 120: ragged K, ties, any order of rows
+def test_ranking_loss_is_the_sum_over_pairs(prompts, rng):  # ragged K, ties, any order of rows
     rows = [(reward, score, group) for group, answers in enumerate(prompts) for reward, score in answers]
     rng.shuffle(rows)
     rewards, scores, groups = (torch.tensor(column) for column in zip(*rows))
