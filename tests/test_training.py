@@ -117,24 +117,11 @@ def test_bf16_pays_on_a_gpu_without_emulation(monkeypatch):
     assert bf16_pays(torch.device("cuda")) is True
 
 
-def test_a_checkpoint_from_before_the_encoder_was_a_part_continues(toys, tmp_path):  # noqa: F811
-    rankings, config = list(kind_words(13, random.Random(0))), TrainConfig(tokens_per_batch=200, bf16=False)
-    whole = toy(toys, "bert")
-    train(whole, rankings, config, progress=False)
-
-    def leave(record):
-        if record["step"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(toy(toys, "bert"), rankings, replace(config, checkpoint_every=1), progress=False, checkpoint=tmp_path, on_step=leave)
+def test_a_checkpoint_keeps_its_names(toys, tmp_path):  # noqa: F811
+    "So that a run which was interrupted under an earlier version continues."
+    rankings, config = list(kind_words(4, random.Random(0))), TrainConfig(max_steps=1, bf16=False)
+    train(toy(toys, "bert"), rankings, config, progress=False, checkpoint=tmp_path)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    old = lambda name: name.replace("encoder.model.", "model.", 1)
-    state["model"] = {old(name): value for name, value in state["model"].items()}
-    state["optimizer"] = {
-        "state": {old(name): value for name, value in state["optimizer"]["state"].items()},
-        "param_groups": [{**group, "params": list(map(old, group["params"]))} for group in state["optimizer"]["param_groups"]]}
-    torch.save(state, tmp_path / "checkpoint.pt")
-    again = toy(toys, "bert")
-    assert train(again, rankings, config, progress=False, checkpoint=tmp_path).resumed == 2
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert set(state) == {"digest", "step", "seconds", "best", "model", "optimizer", "steps", "evaluations"}
+    assert {name.split(".")[0] for name in state["model"]} == {"model", "head"}
+    assert {name.split(".")[1] for name in state["optimizer"]["state"]} == {"model", "head"}

@@ -306,8 +306,6 @@ class Run:
         state = self.checkpoint.read() if self.checkpoint else None
         if state is None:
             return 0
-        if not any(name.startswith("encoder.") for name in state["model"]):
-            state = _renamed(state)
         set_model_state_dict(
             self.learner,
             {f"model.{name}": value for name, value in state["model"].items()},
@@ -329,25 +327,6 @@ class Run:
         self.tracker.finish()
 
 # %% ../../nbs/reward/05_training.ipynb #t008
-def _renamed(state: dict) -> dict:
-    "Bring a checkpoint from when a model was its own encoder to today's names."
-    inside = lambda name: f"encoder.{name}" if name.startswith("model.") else name
-    weights = lambda found: found and {inside(k): v for k, v in found.items()}
-    full = lambda name: "model." + inside(name.removeprefix("model."))
-    averages = state["optimizer"]
-    groups = [
-        {**group, "params": [full(name) for name in group["params"]]}
-        for group in averages["param_groups"]
-    ]
-    renamed = {full(name): value for name, value in averages["state"].items()}
-    return {
-        **state,
-        "best": weights(state["best"]),
-        "model": weights(state["model"]),
-        "optimizer": {"state": renamed, "param_groups": groups},
-    }
-
-
 def _finite(value: float, what: str, step: int) -> float:
     "Return the value; a RuntimeError says what to do where it is not finite."
     if not math.isfinite(value):
