@@ -18,7 +18,7 @@ from prompting_nb.reward import RewardModel
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.run import Loop
 from prompting_nb.loop.tasks import Worker, built_in
-from prompting_nb.validators.encoders import Encoder
+from prompting_nb.encoding import Encoder
 from prompting_nb.validators.judge import Judge
 from prompting_nb.validators.replay import ask_anyone, estimate, read_events
 from prompting_nb.validators.validator import Policy, Validator

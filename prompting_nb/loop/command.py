@@ -131,7 +131,7 @@ def run_loop(
     from prompting_nb.loop.tasks import open_arena
     from prompting_nb.loop.teach import assess
     from prompting_nb.pretrained import MINILM
-    from prompting_nb.validators.encoders import Encoder, check_encoder
+    from prompting_nb.encoding import Encoder, check_encoder
     from prompting_nb.validators.validator import Policy, default_gate
 
     started = time.monotonic()

@@ -10,7 +10,6 @@ __all__ = ['uid_hotkeys', 'row_sources', 'check_capacity', 'compare_metagraphs',
 # %% ../../nbs/validators/04_rows.ipynb #c002
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..config import InputError
+from ..files import replacing
 from ..pretrained import resolve
 
 _log = logging.getLogger(__name__)
@@ -248,9 +248,8 @@ def save_rows(
         for name, value in tensors.items()
     }
     about = identity | about | {"hotkeys": json.dumps(hotkeys)}
-    partial = Path(f"{path}.partial")
-    save_file(stored, partial, metadata=about)
-    os.replace(partial, path)
+    with replacing(path) as draft:
+        save_file(stored, draft, metadata=about)
 
 # %% ../../nbs/validators/04_rows.ipynb #c035
 class SavedRows(NamedTuple):
