@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
     from .baseminer.miner import Miner as Miner
-    from .loop.run import Validator as Validator
     from .reward import PairwiseLoss as PairwiseLoss, RewardModel as RewardModel
     from .validators.gating import GatingModel as GatingModel, SentenceEmbedGatingModel as SentenceEmbedGatingModel
+    from .validators.validator import Validator as Validator
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,7 @@ _PLACES = {
     "GatingModel": "validators.gating",
     "SentenceEmbedGatingModel": "validators.gating",
     "Miner": "baseminer.miner",
-    "Validator": "loop.run",
+    "Validator": "validators.validator",
 }
 
 # A library is silent until its application asks for its log: logging.basicConfig() shows it.

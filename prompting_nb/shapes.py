@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar, Union
 
 import torch
+import torchtyping
 from typing_extensions import ParamSpec
 
 # %% ../nbs/01_shapes.ipynb #t004
 @dataclass(frozen=True)
 class _Dimensions:
-    "The value of `TensorType[...]`: the dimensions of a tensor."
+    "The value of `TensorType[...]`: torchtyping's annotation, shown as written."
 
-    dims: tuple  # of names and sizes
+    annotation: Any  # torchtyping's
 
     def __repr__(self) -> str:
-        return f"TensorType[{', '.join(map(repr, self.dims)) or '()'}]"
+        dims = _dimensions(self.annotation) or ()
+        return f"TensorType[{', '.join(map(repr, dims)) or '()'}]"
 
     def __call__(self):  # Optional[...] of Python 3.10 takes only what can be called
         raise TypeError(f"{self!r} is an annotation, and makes no tensors")
@@ -49,16 +51,13 @@ else:
         "Annotates a tensor with its dimensions: `TensorType['batch_size', 1]`."
 
         def __class_getitem__(cls, dims) -> _Dimensions:
-            dims = dims if isinstance(dims, tuple) else (dims,)
-            if not all(isinstance(dim, (str, int)) for dim in dims):
-                raise TypeError(f"a dimension is a name or a size, not {dims}")
-            return _Dimensions(dims)
+            return _Dimensions(torchtyping.TensorType[dims])
 
 # %% ../nbs/01_shapes.ipynb #c007
 def _dimensions(annotation: Any) -> tuple | None:
     "The dimensions in an annotation, or `None` where it has none."
     if isinstance(annotation, _Dimensions):
-        return annotation.dims
+        annotation = annotation.annotation
     for meta in getattr(annotation, "__metadata__", ()):
         if isinstance(meta, dict) and meta.get("__torchtyping__"):
             dims = getattr(meta["details"][0], "dims", ())

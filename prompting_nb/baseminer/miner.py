@@ -25,9 +25,10 @@ from .subnet import open_client, open_wallet
 from ..config import Config, add_settings, read_config, settings_of
 from ..network.axon import Axon
 from ..protocol import Prompting, Synapse
-from ..show import Bar, html_table
+from ..show import Bar, html_table, arguments_in_help
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
+@arguments_in_help
 class Miner(abc.ABC):
     """The base class of all miners: implement `prompt`, `config` and `add_args`.
 

@@ -20,11 +20,13 @@ from .network import Network
 from .tasks import Arena, Worker
 from ..validators.event import Event
 from ..validators.validator import Policy, Validator, default_gate
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/00_run.ipynb #c049
 _log = logging.getLogger(__name__)
 
 
+@arguments_in_help
 class Loop:
     "Runs a network and a validator over the prompts of an arena."
 

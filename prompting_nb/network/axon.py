@@ -62,11 +62,13 @@ from prompting_nb.protocol import (
     write_event,
     write_reply,
 )
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/00_axon.ipynb #c028
 _log = logging.getLogger(__name__)
 
 
+@arguments_in_help
 class Axon:
     """An HTTP server for a miner: signed requests at `/Prompting`, `/StreamPrompting`.
 

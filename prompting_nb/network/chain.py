@@ -22,9 +22,10 @@ from bittensor.result import ChainError, ExtrinsicResult, RpcConnectionError
 from bittensor.settings import RAO_PER_TAO, U16_MAX
 from bittensor.sp_core import Keypair, verify
 
-from ..show import Bar, html_table
+from ..show import Bar, html_table, arguments_in_help
 
 # %% ../../nbs/network/02_chain.ipynb #c034
+@arguments_in_help
 class EmbeddedChain:
     """One subnet in memory, for tests and for trying things out.
 

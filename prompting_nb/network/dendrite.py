@@ -34,8 +34,10 @@ from prompting_nb.protocol import (
     read_reply,
     write_body,
 )
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/01_dendrite.ipynb #c026
+@arguments_in_help
 class Dendrite:
     """Ask miners for completions over signed HTTP.
 

@@ -10,8 +10,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..shapes import TensorType, check_shapes
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/01_loss.ipynb #l010
+@arguments_in_help
 class PairwiseLoss(torch.nn.Module):
     r"""Compute the loss of a chosen and a rejected completion for each prompt of a batch.
 
@@ -54,6 +56,7 @@ def _with_centring(
     return losses + weight * sums.square() if weight else losses
 
 # %% ../../nbs/reward/01_loss.ipynb #l021
+@arguments_in_help
 class RankingLoss(torch.nn.Module):
     r"""Compute the pairwise loss of K ranked completions of each prompt, for any K.
 

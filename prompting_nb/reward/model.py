@@ -48,8 +48,10 @@ from prompting_nb.reward.saving import (
 from .tokens import encode, length_limit, pad
 from .tokens import length_of  # noqa: F401  # moved there
 from ..shapes import TensorType, check_shapes
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/00_model.ipynb #c067
+@arguments_in_help
 class RewardModel(torch.nn.Module):
     """Score completions: a reward for a prompt with its completion, higher is better.
 

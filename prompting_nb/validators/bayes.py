@@ -24,6 +24,7 @@ from .gating import BaseGatingModel, GatingSettings, embed
 from .gating import finite_rewards
 from .rows import compare_metagraphs, load_rows, move_rows
 from .rows import origin_of, save_rows, score
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/01_bayes.ipynb #c038
 @dataclass
@@ -46,6 +47,7 @@ class Posterior(NamedTuple):
     sd: torch.Tensor  # (num_uids,) standard deviation of it
 
 
+@arguments_in_help
 class BayesianGatingModel(BaseGatingModel):
     """A gate with a Bayesian linear head over topics.
 

@@ -23,7 +23,7 @@ from ..config import check_settings, merge, settings_of
 from ..encoding import Encoder, last_token, last_window, mean_direction
 from ..encoding import mean_pooling
 from ..shapes import TensorType, check_shapes
-from ..show import Bar, html_table
+from ..show import Bar, html_table, arguments_in_help
 from .rows import RowAdagrad, check_capacity, uid_hotkeys
 from .rows import compare_metagraphs, initial_rows, move_rows
 from .rows import head_tensors, load_rows, row_tensors, save_rows
@@ -141,6 +141,7 @@ class BaseGatingModel(torch.nn.Module, ABC):
         return _shown(self)
 
 # %% ../../nbs/validators/00_gating.ipynb #c088
+@arguments_in_help
 class LinearGate(BaseGatingModel):
     """A frozen encoder and a trainable head: one linear layer with a row for each uid.
 
@@ -270,6 +271,7 @@ class LinearGate(BaseGatingModel):
         }
 
 # %% ../../nbs/validators/00_gating.ipynb #c060
+@arguments_in_help
 class GatingModel(LinearGate):
     """A gating model on top of a language model. It is a PyTorch module.
 
@@ -287,6 +289,7 @@ class GatingModel(LinearGate):
         return Encoder(model_name, pool=last_token, combine=last_window)
 
 # %% ../../nbs/validators/00_gating.ipynb #c062
+@arguments_in_help
 class SentenceEmbedGatingModel(LinearGate):
     """A gating model on top of a sentence transformer. It is a PyTorch module.
 

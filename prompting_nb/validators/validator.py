@@ -40,8 +40,10 @@ from prompting_nb.validators.selection import (
     thompson,
     ucb,
 )
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/07_validator.ipynb #v009
+@arguments_in_help
 class Validator:
     "Asks the miners that its gate chooses, and learns from their answers."
 
