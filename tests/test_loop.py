@@ -146,7 +146,7 @@ def test_interruption_leaves_what_was_learned_readable(tmp_path, reward, number,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args, says", [
-    (["--nonsense", "1"], "--nonsense"),
+    (["--nonsense", "1"], "no setting nonsense"),
     (["--steps", "many"], "steps"),
     (["--prompts", "there-is-no.jsonl"], "there-is-no.jsonl"),
     (["--top-k", "77"], "--top-k 77"),
