@@ -356,12 +356,14 @@ def add_settings(
     for field in _fields(Settings, prefix):
         if field.flag in _known(parser):
             continue
+        into = parser
         if isinstance(parser, argparse.ArgumentParser):  # a group holds no groups
             if field.group not in groups:
                 groups[field.group] = parser.add_argument_group(field.group)
-            add_argument(groups[field.group], field.flag, **_how(field, typed))
-        else:
-            add_argument(parser, field.flag, **_how(field, typed))
+            into = groups[field.group]
+        into.add_argument(field.flag, **_how(field, typed))
+        if action := parser._option_string_actions.get(field.flag):
+            vars(action)["is_setting"] = True  # its section holds no other names
 
 # %% ../nbs/00_config.ipynb #c019
 def _in_notebook() -> bool:
@@ -458,15 +460,18 @@ def _split(parser, argv: list) -> tuple[list, list]:
     return found.kept, [flag[1] for flag in flags if flag]
 
 
-def _refuse_unknown(keys: Iterable[str], known: Iterable[str]) -> None:
-    "Raise `InputError` for an unknown setting in a section of ours that is declared."
-    ours = {key.split(".")[0] for key in known if "." in key} & set(_OURS)
+def _refuse_unknown(keys: Iterable[str], parser) -> None:
+    "Raise `InputError` for an unknown setting in a section that `add_settings` made."
+    known = {action.dest for action in parser._actions}
+    made = [a.dest for a in parser._actions if getattr(a, "is_setting", False)]
+    sections = {key.split(".")[0] for key in made if "." in key} & set(_OURS)
     for key in keys:
-        if key.split(".")[0] in ours and key not in known:
+        if key.split(".")[0] in sections and key not in known:
             raise _unknown(key, known)
 
 
-_alone = ContextVar("_alone", default=False)  # whether a configuration was given
+# Within a call of `defaults`: whether the outer `read_config` has `given`.
+_outer: ContextVar[bool | None] = ContextVar("_outer", default=None)
 
 
 def read_config(
@@ -477,15 +482,16 @@ def read_config(
     given: Any = None,  # wins; with it neither environment nor command line is read
 ) -> Config:  # raises `InputError` for a wrong value or an unknown setting of ours
     "Read the configuration of the given parts."
-    alone = given is not None or _alone.get()
+    outer = _outer.get()
+    alone = given is not None or bool(outer)
     if argv is None:
         argv = [] if alone or _in_notebook() else sys.argv[1:]
     if callable(defaults):
-        before = _alone.set(alone)
+        before = _outer.set(alone)
         try:
             defaults = defaults()
         finally:
-            _alone.reset(before)
+            _outer.reset(before)
     defaults = _flat(defaults or {})
     parser = make_parser(
         *add_args, environment=environment and not alone, exit_on_error=False
@@ -497,10 +503,11 @@ def read_config(
     try:
         parser.set_defaults({k: v for k, v in defaults.items() if k in known})
         ours, others = _split(parser, list(argv))
-        _refuse_unknown(others, known)
+        if outer is None:  # the outer call knows more names
+            _refuse_unknown(others, parser)
         parsed = _flat(parser.parse_args(ours))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
         raise InputError(" ".join(str(error).split())) from None
     parsed = {name: _plain(value) for name, value in parsed.items()}
-    _refuse_unknown(_flat(given or {}), known)
+    _refuse_unknown(_flat(given or {}), parser)
     return merge({**defaults, **parsed}, given)

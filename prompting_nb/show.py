@@ -71,13 +71,13 @@ _C = TypeVar("_C", bound=type)
 
 
 def arguments_in_help(
-    cls: _C,  # has a constructor with comments beside its parameters
-) -> _C:
+    shown: _C,  # a class with comments beside its constructor's parameters
+) -> _C:  # the same class
     "Show the comments of the constructor's parameters in the docstring of a class."
-    cast(Any, cls).__doc__ = _WithArguments(inspect.getdoc(cls), cls.__init__)
-    if "__init__" in vars(cls) and not cls.__init__.__doc__:  # torch's would be shown
-        cls.__init__.__doc__ = "See the class for the arguments."
-    return cls
+    cast(Any, shown).__doc__ = _WithArguments(inspect.getdoc(shown), shown.__init__)
+    if "__init__" in vars(shown) and not shown.__init__.__doc__:  # not torch's
+        shown.__init__.__doc__ = "See the class for the arguments."
+    return shown
 
 
 class _WithArguments:

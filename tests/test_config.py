@@ -298,6 +298,26 @@ def test_what_a_subclass_declares_or_returns_is_known():
         read_config(own, argv=["--gating.retuned", "z"], defaults=returned)
 
 
+def test_a_subclass_may_add_to_a_section_and_read_it_by_itself(monkeypatch):
+    "As a miner does, whose `config` is `read_config(self.add_args)` and knows its own flags only."
+    monkeypatch.setattr(sys, "argv", ["prog", "--gating.num_uids", "7", "--gating.mood", "good"])
+    by_hand = lambda parser: add_argument(parser, "--gating.mood", type=str, default="")
+    assert read_config(by_hand).gating.mood == "good"  # one flag does not make the section its own
+
+    @dataclasses.dataclass
+    class Mood:
+        "A mood."
+
+        mood: str = ""
+
+    typed = lambda parser: add_settings(parser, Mood, "gating")
+    for own in (by_hand, typed):
+        read = read_config(own, add_args, defaults=lambda: read_config(own))
+        assert (read.gating.mood, read.gating.num_uids) == ("good", 7)
+    with pytest.raises(InputError, match="no setting gating.num_uids"):
+        read_config(typed)
+
+
 # Whose arguments are whose
 
 OTHERS = st.lists(st.one_of(

@@ -233,8 +233,8 @@ def test_settings_of_a_subclass_are_known(client, monkeypatch):
     assert (mine := Own(**here).config.miner).mood == "calm" and mine.colour == "red"
     mine = Own({"miner": {"mood": "gay", "colour": "blue"}}, **here).config.miner
     assert (mine.mood, mine.colour) == ("gay", "blue")
-    monkeypatch.setattr(sys, "argv", ["prog", "--miner.mood", "grim", "--miner.retries", "2"])
-    assert (mine := Own(**here).config.miner).mood == "grim" and (mine.colour, mine.retries) == ("red", 2)
+    monkeypatch.setattr(sys, "argv", ["prog", "--miner.mood", "grim", "--miner.retries", "2", "--miner.colour", "grey"])
+    assert (mine := Own(**here).config.miner).mood == "grim" and (mine.colour, mine.retries) == ("grey", 2)
 
 
 def test_settings_are_typed(client):

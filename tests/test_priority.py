@@ -45,5 +45,5 @@ def test_settings_have_bounds_and_defaults():
     nan, inf = math.nan, math.inf
     for wrong in ({"history": 0}, {"rest": 0.0}, {"rest": nan}, {"idle_factor": -0.1}, {"idle_factor": nan},
                   {"default": inf}, {"default": nan}, {"rest": inf}, {"idle_factor": inf}):  # fmt: skip
-        with pytest.raises(ValueError, match="a priority needs history >= 1, rest > 0, idle_factor >= 0 and a finite"):
+        with pytest.raises(ValueError, match="a priority needs history >= 1, rest > 0, idle_factor >= 0 and finite values, not"):
             StakePriority(**wrong)

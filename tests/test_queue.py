@@ -115,7 +115,7 @@ async def test_a_queue_without_places_refuses_every_priority():
 
 async def order(count, ageing, seconds):
     "Positions at which requests are served that come before `count` of a higher priority."
-    now, served = [0.0], []
+    now, served = [100.0], []
     queue = WorkQueue(1, 99, ageing, clock=lambda: now[0])
 
     async def serve(name, priority):

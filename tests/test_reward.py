@@ -168,6 +168,14 @@ def test_rows_count_what_they_lack(toys, kind):
             assert row[-1] == whole[-1]
 
 
+def test_a_row_of_a_chat_template_ends_as_the_template_does(toys):
+    "Also where a long completion is cut: a causal model is read at the last token."
+    tokenizer = toy(toys, "gpt2").tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} thanks {% endfor %}"
+    [row] = encode(tokenizer, "what is", ["good " * 30], 12)
+    assert len(row) == 12 and tokenizer.convert_ids_to_tokens(row)[-2:] == ["good", "thanks"]
+
+
 def test_a_reward_model_is_made_of_an_encoder_and_a_head(toys):
     model = toy(toys, "bert")
     assert RewardModel.__mro__[:2] == (RewardModel, torch.nn.Module)

@@ -83,4 +83,17 @@ def test_a_loaded_model_knows_what_it_began_with(tmp_path, lora):
         model.save_pretrained(tmp_path / turn)
         assert json.loads((tmp_path / turn / "reward.json").read_text())["model_name"] == base
         model = RewardModel.from_pretrained(tmp_path / turn, device="cpu")
-        assert model.model_name == base
+        assert model.model_name == base and model.encoder.model is model.model
+
+
+def test_every_setting_that_changes_a_score_comes_back(tmp_path):
+    options = dict(dropout=0.3, pooling="layers", max_length=12, depth=1, length=0.7, bound=0.2)
+    model = RewardModel(str(DATA / "base" / "gpt2"), device="cpu", **options)
+    with torch.no_grad():
+        model.head[1].weight.mul_(30)
+        model.length.add_(0.1)
+    model.save_pretrained(tmp_path)
+    loaded = RewardModel.from_pretrained(tmp_path, device="cpu")
+    assert torch.equal(loaded.score(PROMPTS, COMPLETIONS), model.score(PROMPTS, COMPLETIONS))
+    assert loaded.head[0].p == 0.3 and loaded.length.item() == pytest.approx(0.8)
+    assert (loaded.pooling, loaded.max_length, loaded.depth, loaded.bound) == ("layers", 12, 1, 0.2)

@@ -115,3 +115,13 @@ def test_bf16_pays_on_a_gpu_without_emulation(monkeypatch):
     assert bf16_pays(torch.device("cuda")) is False
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert bf16_pays(torch.device("cuda")) is True
+
+
+def test_a_checkpoint_keeps_its_names(toys, tmp_path):  # noqa: F811
+    "So that a run which was interrupted under an earlier version continues."
+    rankings, config = list(kind_words(4, random.Random(0))), TrainConfig(max_steps=1, bf16=False)
+    train(toy(toys, "bert"), rankings, config, progress=False, checkpoint=tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert set(state) == {"digest", "step", "seconds", "best", "model", "optimizer", "steps", "evaluations"}
+    assert {name.split(".")[0] for name in state["model"]} == {"model", "head"}
+    assert {name.split(".")[1] for name in state["optimizer"]["state"]} == {"model", "head"}

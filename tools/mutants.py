@@ -23,11 +23,11 @@ TESTS = {  # module -> files of tests; cells.py runs the test cells of its page
     "baseminer.cache": ["cells.py", "test_cache.py"],
     "baseminer.blacklist": ["cells.py", "test_blacklist.py"],
     "baseminer.priority": ["cells.py", "test_priority.py"],
-    "validators.selection": ["test_selection.py"],  # their pages take twenty seconds
-    "validators.replay": ["test_replay.py"],
-    "reward.loss": ["cells.py"],
-    "reward.evaluation": ["cells.py", "test_evaluation.py"],
-    "reward.preferences": ["cells.py", "test_preferences.py"],
+    "validators.selection": ["test_drawing.py", "test_selection.py"],  # their pages take twenty seconds
+    "validators.replay": ["test_drawing.py", "test_replay.py"],
+    "reward.loss": ["cells.py", "test_loss.py"],
+    "reward.evaluation": ["test_evaluation.py"],
+    "reward.preferences": ["test_preferences.py"],
 }
 # docstrings are not mutated: a line that is nothing but a sentence in quotes
 CONFIG = r"""[mutmut]

@@ -231,7 +231,7 @@ class Axon:
         return f"{host}:{self.port}"
 
     def health(self) -> dict:
-        "Report `status`, `hotkey`, and the numbers of requests `waiting` and `running`."
+        "Report `status`, `hotkey` and the numbers of requests `waiting` and `running`."
         state = "stopping" if self._admission.stopping else "ok"
         return {
             "status": state if self.is_running else "stopped",
