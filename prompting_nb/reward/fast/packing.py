@@ -199,12 +199,12 @@ _LAST = {  # model and pooling: the last layer, how to compute what is read of i
 }
 
 
-def shares_prefix(encoder: TextEncoder) -> bool:
+def shares_prefix(encoder: RewardModel | TextEncoder) -> bool:
     "Whether texts with a common beginning can share it, to the same result."
     return encoder.model.config.model_type in SHARING and encoder.pooling == "last"
 
 
-def can_pack(encoder: TextEncoder) -> bool:
+def can_pack(encoder: RewardModel | TextEncoder) -> bool:
     "Whether texts can be packed into one row, to the same result."
     config = encoder.model.config
     plain = not getattr(config, "is_decoder", False) and not getattr(
@@ -219,7 +219,7 @@ def can_pack(encoder: TextEncoder) -> bool:
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
 @contextmanager
-def packed(encoder: TextEncoder) -> Iterator[None]:
+def packed(encoder: RewardModel | TextEncoder) -> Iterator[None]:
     "A model that computes laid out rows: its forward takes `layout` as a further argument."
     base = (
         encoder.model.get_base_model()
@@ -270,7 +270,7 @@ def _only(function: Callable, places: str) -> Callable:
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c025
 def run_layout(
-    encoder: TextEncoder,  # inside `packed`
+    encoder: RewardModel | TextEncoder,  # inside `packed`
     layout: Layout,
     embeddings: torch.Tensor,  # (1, tokens, size), of the layout's tokens
 ) -> torch.Tensor:  # (texts, size), float32 where the model computes with less
@@ -416,7 +416,7 @@ def _add(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor 
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c031
 def features(
-    encoder: TextEncoder,  # one that `can_pack`
+    encoder: RewardModel | TextEncoder,  # one that `can_pack`
     groups: list[list[list[int]]],  # token ids: `groups[prompt][completion]`
     threads: int | None = None,  # `None`: as many as torch uses on a CPU, else 1
     bf16: bool = False,  # matrix products in bfloat16
