@@ -26,27 +26,26 @@ from ..tokens import length_of
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c008
 @dataclass
 class Layout:
-    "Where the texts of a batch are in one row of tokens."
+    "Describe where the texts of a batch are in one row of tokens."
 
     input_ids: torch.Tensor  # (1, tokens)
     position_ids: torch.Tensor  # (1, tokens), each token's position in its text
-    pieces: list[
-        tuple[int, list[int]]
-    ]  # for each group: tokens shared, and the tokens that each text has for itself
+    # for each group: the number of shared tokens, and of the other tokens of each text
+    pieces: list[tuple[int, list[int]]]
     last: torch.Tensor  # (texts,) where the last token of each text is
 
     @property
     def first(self) -> torch.Tensor:  # (texts,)
-        "Where the first token is that each text has for itself."
+        "Return where the first token of each text after its shared prefix is."
         return self.last + 1 - torch.tensor(self.own, device=self.last.device)
 
     @property
     def own(self) -> list[int]:
-        "The tokens that each text has for itself."
+        "Return the number of tokens of each text after its shared prefix."
         return [size for _, own in self.pieces for size in own]
 
     def spans(self, only_last: bool) -> list[Span]:
-        "What sees what. `only_last`: the queries are one for each text."
+        "Return which queries see which keys; `only_last` has one query for each text."
         found, place, text = [], 0, 0
         for shared, own in self.pieces:
             start, place = slice(place, place + shared), place + shared
@@ -61,13 +60,14 @@ class Layout:
         return found
 
     def __len__(self) -> int:
+        "Return the number of tokens in the row."
         return self.input_ids.shape[1]
 
 
 def common_start(
     rows: list[list[int]],  # token ids, one list a text
 ) -> int:  # at most one less than the shortest text has
-    "How many tokens texts have in common at their beginning."
+    "Count the tokens of the longest common prefix."
     first, limit = rows[0], min(map(len, rows)) - 1
     if len(rows) == 1:
         return 0
@@ -82,7 +82,7 @@ def lay_out(
     share: bool,  # compute what the texts of a group have in common once
     device: torch.device | str = "cpu",
 ) -> Layout:
-    "One row of tokens for the texts of a batch, without padding."
+    "Put the texts of a batch into one row of tokens, without padding."
     ids, positions, pieces, last = [], [], [], []
     for rows in groups if share else [[row] for group in groups for row in group]:
         shared = common_start(rows)
@@ -108,16 +108,16 @@ def _packed_attention(
     layout: Any = None,
     **kwargs,
 ):
-    "Attention in the form that transformers calls: (1, heads, tokens, size) in, (1, tokens, heads, size) out."
-    repeat = (
-        query.shape[1] // key.shape[1]
-    )  # heads of a key, in models where several queries share one
+    """Compute attention in the form that transformers calls.
+
+    Takes (1, heads, tokens, size) and returns (1, tokens, heads, size)."""
+    # query heads of one key, in models where several share it
+    repeat = query.shape[1] // key.shape[1]
     key, value = (
         x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value)
     )
-    only_last = (
-        query.shape[2] == len(layout.last) != len(layout)
-    )  # of the last layer, nothing else is read
+    # in the last layer there is one query for each text
+    only_last = query.shape[2] == len(layout.last) != len(layout)
     return attend(
         query[0], key[0], value[0], scaling, layout.spans(only_last), module.is_causal
     )[None], None
@@ -127,7 +127,7 @@ AttentionInterface.register("prompting_nb_packed", _packed_attention)
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c018
 def _last_gpt2(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
-    "GPT-2's block for the last tokens, (1, texts, size), of all tokens, (1, tokens, size)."
+    "Run GPT-2's block for last tokens: (1, tokens, size) to (1, texts, size)."
     attention = block.attn
     heads = lambda x: x.unflatten(
         -1, (attention.num_heads, attention.head_dim)
@@ -151,7 +151,7 @@ def _last_gpt2(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
 def _last_llama(
     block, hidden: torch.Tensor, layout: Layout, position_embeddings
 ) -> torch.Tensor:
-    "The same for Llama, whose positions are rotations of queries and keys."
+    "Run Llama's block for last tokens; it rotates queries and keys by position."
     attention, normed, last = (
         block.self_attn,
         block.input_layernorm(hidden),
@@ -171,7 +171,7 @@ def _last_llama(
 
 
 def _first_bert(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
-    "BERT's layer for the first tokens, which its pooler reads."
+    "Run BERT's layer for the first tokens, which its pooler reads."
     attention, first = block.attention.self, layout.first
     heads = lambda x: x.unflatten(-1, (attention.num_attention_heads, -1)).transpose(
         1, 2
@@ -194,7 +194,9 @@ def _first_bert(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c020
 SHARING = {"gpt2", "llama"}
 PACKING = {*SHARING, "bert"}
-_LAST = {  # model and pooling: the last layer, how to compute what is read of it, and where that is in a layout
+# by model and pooling: the last layer, how to run it for the tokens that are read, and
+# the attribute of a layout that says where they are
+_LAST = {
     ("gpt2", "last"): (lambda base: base.h[-1], _last_gpt2, "last"),
     ("llama", "last"): (lambda base: base.layers[-1], _last_llama, "last"),
     ("bert", "pooler"): (lambda base: base.encoder.layer[-1], _first_bert, "first"),
@@ -202,12 +204,12 @@ _LAST = {  # model and pooling: the last layer, how to compute what is read of i
 
 
 def shares_prefix(encoder: RewardModel | TextEncoder) -> bool:
-    "Whether texts with a common beginning can share it, to the same result."
+    "Check whether a common prefix can be computed once, to the same result."
     return encoder.model.config.model_type in SHARING and encoder.pooling == "last"
 
 
 def can_pack(encoder: RewardModel | TextEncoder) -> bool:
-    "Whether texts can be packed into one row, to the same result."
+    "Check whether texts can be packed into one row, to the same result."
     config = encoder.model.config
     plain = not getattr(config, "is_decoder", False) and not getattr(
         config, "reorder_and_upcast_attn", False
@@ -222,7 +224,7 @@ def can_pack(encoder: RewardModel | TextEncoder) -> bool:
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
 @contextmanager
 def packed(encoder: RewardModel | TextEncoder) -> Iterator[None]:
-    "A model that computes laid out rows: its forward takes `layout` as a further argument."
+    "Let a model compute packed rows: its forward takes `layout` as well."
     base = (
         encoder.model.get_base_model()
         if hasattr(encoder.model, "get_base_model")
@@ -255,7 +257,7 @@ def packed(encoder: RewardModel | TextEncoder) -> Iterator[None]:
 
 
 def _only(function: Callable, places: str) -> Callable:
-    "A block's forward that computes what is read; the rest of its output is zero, and nobody looks there."
+    "Make a forward of a block for the tokens that are read, with zeros elsewhere."
 
     def forward(block, hidden, *args, layout: Any, position_embeddings=None, **kwargs):
         rotation = (
@@ -276,7 +278,7 @@ def run_layout(
     layout: Layout,
     embeddings: torch.Tensor,  # (1, tokens, size), of the layout's tokens
 ) -> torch.Tensor:  # (texts, size), float32 where the model computes with less
-    "The vector of each text of a layout."
+    "Compute the vector of each text of a layout."
     layers = encoder.pooling == "layers"
     output = encoder.model(
         inputs_embeds=embeddings,
@@ -289,28 +291,24 @@ def run_layout(
         if layers
         else output.last_hidden_state[0]
     )
-    hidden = hidden.to(
-        torch.promote_types(hidden.dtype, torch.float32)
-    )  # (tokens, size)
+    # (tokens, size)
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if encoder.pooling == "last":
         return hidden[layout.last]
     if encoder.pooling == "pooler":
-        return encoder.model.pooler(hidden[layout.first][:, None]).to(
-            hidden.dtype
-        )  # it takes the first token of each row
-    means = torch.stack(
-        [text.mean(dim=0) for text in hidden.split(layout.own)]
-    )  # such a model shares nothing
+        first = hidden[layout.first][:, None]  # the pooler reads row[0]
+        return encoder.model.pooler(first).to(hidden.dtype)
+    # a model with these poolings shares no prefix, so `own` is the whole text
+    means = torch.stack([text.mean(dim=0) for text in hidden.split(layout.own)])
     return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c027
 def divide(
     sizes: list[int],  # of what is to be divided
-    parts: int,  # at most so many
-    largest: int
-    | None = None,  # more parts than asked for, in multiples, until none is larger (or is a single one)
+    parts: int,  # number of parts, fewer where there are fewer sizes
+    largest: int | None = None,  # more parts, in multiples, until none is larger
 ) -> list[list[int]]:  # for each part, which ones it has
-    "Divide by size: the largest first, each to the part that has least."
+    "Divide by size, the largest first, each to the part with the smallest sum."
     count = parts
     while True:
         found, totals = (
@@ -329,7 +327,7 @@ def divide(
 def _in_threads(
     threads: int, work: Callable[[int], object], device: torch.device
 ) -> list:
-    "work(0), work(1) ... side by side, each on one core; their results in order."
+    "Run work(0), work(1) ... each on one core, and return their results in order."
     if threads == 1:
         return [work(0)]
     cores = torch.get_num_threads()
@@ -342,13 +340,12 @@ def _in_threads(
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(alone, range(threads)))
     finally:
-        torch.set_num_threads(
-            cores
-        )  # one of the libraries below keeps a single number for all threads
+        # a library below torch keeps one number for all threads
+        torch.set_num_threads(cores)
 
 
 class _Features(torch.autograd.Function):
-    "The vectors of all texts of several layouts; forward and backward run in threads."
+    "Compute the vectors of several layouts in threads, forward and backward."
 
     @staticmethod
     def forward(ctx, encoder, layouts, threads, bf16, learn, embeddings, *parameters):
@@ -380,9 +377,7 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         found, pieces, turns, parameters, threads = ctx.graph
-        ctx.graph = (
-            None  # the tensors of the forward pass go as soon as they have been used
-        )
+        ctx.graph = None  # frees each tensor of the forward pass once it is used
         (gradient,) = gradients
         parts_of = gradient.split([len(found[i]) for i in range(len(pieces))])
         learnt = [p for p in parameters if p.requires_grad]
@@ -402,18 +397,13 @@ class _Features(torch.autograd.Function):
             totals = [_add(*both) for both in zip(totals, other)]
         of_pieces = {i: grad for _, grads in results for i, grad in grads.items()}
         totals = iter(totals)
-        return (
-            None,
-            None,
-            None,
-            None,
-            None,
-            torch.cat([of_pieces[i] for i in range(len(pieces))], dim=1),
-            *(next(totals) if p.requires_grad else None for p in parameters),
-        )
+        of_embeddings = torch.cat([of_pieces[i] for i in range(len(pieces))], dim=1)
+        learned = (next(totals) if p.requires_grad else None for p in parameters)
+        return *(None,) * 5, of_embeddings, *learned
 
 
 def _add(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
+    "Add two gradients; `None` stands for a gradient of zero."
     return more if total is None else total if more is None else total.add_(more)
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c031
@@ -422,9 +412,9 @@ def features(
     groups: list[list[list[int]]],  # token ids: `groups[prompt][completion]`
     threads: int | None = None,  # `None`: as many as torch uses on a CPU, else 1
     bf16: bool = False,  # matrix products in bfloat16
-    part: int = 1536,  # tokens that a thread computes at a time, more only for a single group that is longer
+    part: int = 1536,  # tokens that a thread computes at a time; a group stays whole
 ) -> torch.Tensor:  # (texts, size) float32, differentiable
-    "The vectors of texts, without padding, and with what the texts of a group have in common computed once."
+    "Compute the vectors of texts without padding, and the prefix of a group once."
     share, device = shares_prefix(encoder), encoder.device
     threads = threads or (torch.get_num_threads() if device.type == "cpu" else 1)
     layouts = [lay_out([rows], share, device="cpu") for rows in groups]
@@ -461,7 +451,7 @@ def packed_rewards(
     groups: list[list[list[int]]],  # as for `features`
     **options,  # as for `features`
 ) -> torch.Tensor:  # (texts, 1), what `RewardModel.forward` returns for each text
-    "The rewards of texts, differentiable."
+    "Compute the rewards of texts, differentiably."
     lengths = torch.tensor(
         [length_of(row) for rows in groups for row in rows], device=model.device
     )
@@ -475,7 +465,7 @@ def score_packed(
     bf16: bool = False,  # compute in bfloat16
     budget: int = 16384,  # tokens of a batch
 ) -> torch.Tensor:  # (n, 1) float32 on the CPU, in the order given
-    "The rewards of completions as `RewardModel.score` gives them, without padding where the model allows it."
+    "Score completions as `RewardModel.score` does, packed where the model allows it."
     if not can_pack(model) or not completions:
         return model.score(prompts, completions, bf16=bf16)
     batches, tokens, before = [[]], 0, None
