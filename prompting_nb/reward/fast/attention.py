@@ -23,6 +23,59 @@ class Span:
     shared: slice  # keys of the prefix that several texts share; may be empty
     own: slice  # keys of the text itself
 
+# %% ../../../nbs/reward/fast/01_attention.ipynb #c014
+def attend(
+    query: torch.Tensor,  # (heads, queries, size)
+    key: torch.Tensor,  # (heads, tokens, size)
+    value: torch.Tensor,  # (heads, tokens, size)
+    scale: float,  # of the products of queries and keys
+    spans: list[Span],  # every query is in one of them
+    causal: bool,  # queries are the last keys of a span, and see none after them
+    block: int = 192,  # queries of long texts that are computed at a time
+    kept: int = 1 << 20,  # most queries x keys to keep probabilities of for backward
+) -> torch.Tensor:  # (queries, heads, size)
+    "Compute softmax attention of each text to itself and to its shared prefix."
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (
+            x.to(torch.get_autocast_dtype(device)) for x in (query, key, value)
+        )
+    with torch.autocast(device, enabled=False):
+        if device == "cpu":
+            return _Attention.apply(
+                query, key, value, scale, spans, causal, block, kept
+            )
+        parts = [
+            _fused(
+                query[:, span.queries],
+                _gather(key, span),
+                _gather(value, span),
+                scale,
+                causal,
+            )
+            for span in spans
+        ]
+        return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> torch.Tensor:
+    "Run torch's kernel for one text of n queries and m keys."
+    n, m = query.shape[1], key.shape[1]
+    seen: Any = (
+        torch.ones(n, m, dtype=torch.bool, device=query.device).tril_(m - n)
+        if causal and n > 1
+        else None
+    )
+    return scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=seen, scale=scale
+    )[0]
+
 # %% ../../../nbs/reward/fast/01_attention.ipynb #c009
 def _blocks(
     n: int,  # queries
@@ -119,56 +172,3 @@ class _Attention(torch.autograd.Function):
                 _scatter(of_value, span, torch.bmm(p.transpose(1, 2), g))
         found = (x.transpose(0, 1) for x in (of_query, of_key, of_value))
         return *found, *(None,) * 5
-
-# %% ../../../nbs/reward/fast/01_attention.ipynb #c014
-def attend(
-    query: torch.Tensor,  # (heads, queries, size)
-    key: torch.Tensor,  # (heads, tokens, size)
-    value: torch.Tensor,  # (heads, tokens, size)
-    scale: float,  # of the products of queries and keys
-    spans: list[Span],  # every query is in one of them
-    causal: bool,  # queries are the last keys of a span, and see none after them
-    block: int = 192,  # queries of long texts that are computed at a time
-    kept: int = 1 << 20,  # most queries x keys to keep probabilities of for backward
-) -> torch.Tensor:  # (queries, heads, size)
-    "Compute softmax attention of each text to itself and to its shared prefix."
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (
-            x.to(torch.get_autocast_dtype(device)) for x in (query, key, value)
-        )
-    with torch.autocast(device, enabled=False):
-        if device == "cpu":
-            return _Attention.apply(
-                query, key, value, scale, spans, causal, block, kept
-            )
-        parts = [
-            _fused(
-                query[:, span.queries],
-                _gather(key, span),
-                _gather(value, span),
-                scale,
-                causal,
-            )
-            for span in spans
-        ]
-        return torch.cat(parts, dim=1).transpose(0, 1)
-
-
-def _fused(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    causal: bool,
-) -> torch.Tensor:
-    "Run torch's kernel for one text of n queries and m keys."
-    n, m = query.shape[1], key.shape[1]
-    seen: Any = (
-        torch.ones(n, m, dtype=torch.bool, device=query.device).tril_(m - n)
-        if causal and n > 1
-        else None
-    )
-    return scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=seen, scale=scale
-    )[0]
