@@ -17,127 +17,11 @@ from torch.nn.functional import scaled_dot_product_attention
 # %% ../../../nbs/reward/fast/01_attention.ipynb #c005
 @dataclass(frozen=True)
 class Span:
-    "Some queries of a row, and the keys that they see."
+    "Name some queries of a row, and the keys that they see."
 
     queries: slice
-    shared: (
-        slice  # keys of the beginning that several texts have in common; may be empty
-    )
+    shared: slice  # keys of the prefix that several texts share; may be empty
     own: slice  # keys of the text itself
-
-# %% ../../../nbs/reward/fast/01_attention.ipynb #c009
-def _blocks(
-    n: int,  # queries
-    m: int,  # keys
-    size: int,  # queries of a block, roughly
-    causal: bool,
-) -> Iterator[tuple[slice, slice]]:  # queries, and the keys that they see
-    "A text's queries in blocks of equal size."
-    step = math.ceil(n / max(1, round(n / size)))
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        yield slice(start, stop), slice(0, m - n + stop if causal else m)
-
-
-@lru_cache(maxsize=16)
-def _ahead(size: int, dtype: torch.dtype) -> torch.Tensor:
-    "(size, size): minus infinity where a key comes after the query, else 0."
-    return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
-
-
-def _probabilities(
-    query: torch.Tensor,  # (heads, n, size), scaled
-    key: torch.Tensor,  # (heads, m, size)
-    causal: bool,  # the queries are those of the last n keys
-) -> torch.Tensor:  # (heads, n, m)
-    "How much each query takes of each value."
-    n, scores = query.shape[1], torch.bmm(query, key.transpose(1, 2))
-    if causal and n > 1:
-        scores[:, :, -n:] += _ahead(1 << (n - 1).bit_length(), scores.dtype)[:n, :n]
-    return torch.softmax(scores, dim=-1)
-
-# %% ../../../nbs/reward/fast/01_attention.ipynb #c012
-def _gather(x: torch.Tensor, span: Span) -> torch.Tensor:
-    "Of (heads, tokens, size), what the queries of a span see, side by side in memory."
-    return torch.cat((x[:, span.shared], x[:, span.own]), dim=1)
-
-
-def _scatter(total: torch.Tensor, span: Span, part: torch.Tensor) -> None:
-    "Add the gradient (heads, keys, size) of the first keys of a span to that of all, (tokens, heads, size)."
-    shared, part = span.shared.stop - span.shared.start, part.transpose(0, 1)
-    if shared:
-        total[span.shared] += part[:shared]
-    total[span.own][: len(part) - shared] += part[shared:]
-
-
-class _Attention(torch.autograd.Function):
-    "Attention of all spans of a row; (heads, tokens, size) in, (queries, heads, size) out."
-
-    @staticmethod
-    def forward(ctx, query, key, value, scale, spans, causal, block, kept):
-        query, tensors, learn = query * scale, [], any(ctx.needs_input_grad)
-        out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
-        for span in spans:
-            q, k, v = (
-                query[:, span.queries].contiguous(),
-                _gather(key, span),
-                _gather(value, span),
-            )
-            tensors += [q, k, v] if learn else []
-            keep = learn and q.shape[1] * k.shape[1] <= kept
-            for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
-                p = _probabilities(q[:, rows], k[:, keys], causal)
-                out[span.queries][rows] = torch.bmm(p, v[:, keys]).transpose(0, 1)
-                tensors.append(p if keep else None)
-        ctx.save_for_backward(out, *tensors)
-        ctx.options = (key.shape[1], scale, spans, causal, block, kept)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides its names
-        tokens, scale, spans, causal, block, kept = ctx.options
-        grad, out, *tensors = (
-            *grads,
-            *ctx.saved_tensors,
-        )  # the first two: (queries, heads, size)
-        tensors, (of_key, of_value) = (
-            iter(tensors),
-            grad.new_zeros(2, tokens, *grad.shape[1:]),
-        )
-        of_query, delta = (
-            torch.empty_like(grad),
-            (grad * out).sum(dim=-1).T[:, :, None],
-        )  # delta: (heads, queries, 1)
-        for span in spans:
-            q, k, v = next(tensors), next(tensors), next(tensors)
-            of_span, delta_of_span = (
-                grad[span.queries].transpose(0, 1).contiguous(),
-                delta[:, span.queries],
-            )
-            for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
-                g, p = of_span[:, rows], next(tensors)
-                p = _probabilities(q[:, rows], k[:, keys], causal) if p is None else p
-                of_scores = (
-                    torch.bmm(g, v[:, keys].transpose(1, 2))
-                    .sub_(delta_of_span[:, rows])
-                    .mul_(p)
-                )
-                of_query[span.queries][rows] = (
-                    torch.bmm(of_scores, k[:, keys]).mul_(scale).transpose(0, 1)
-                )
-                _scatter(
-                    of_key, span, torch.bmm(of_scores.transpose(1, 2), q[:, rows])
-                )  # q has the scale already
-                _scatter(of_value, span, torch.bmm(p.transpose(1, 2), g))
-        return (
-            *(x.transpose(0, 1) for x in (of_query, of_key, of_value)),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
 
 # %% ../../../nbs/reward/fast/01_attention.ipynb #c014
 def attend(
@@ -146,12 +30,11 @@ def attend(
     value: torch.Tensor,  # (heads, tokens, size)
     scale: float,  # of the products of queries and keys
     spans: list[Span],  # every query is in one of them
-    causal: bool,  # the queries of a span are the last of its keys, and none sees those after it
+    causal: bool,  # queries are the last keys of a span, and see none after them
     block: int = 192,  # queries of long texts that are computed at a time
-    kept: int = 2
-    ** 20,  # queries x keys of a text up to which probabilities are kept for the backward pass
+    kept: int = 1 << 20,  # most queries x keys to keep probabilities of for backward
 ) -> torch.Tensor:  # (queries, heads, size)
-    "Softmax attention of texts in a row, each to itself and to the beginning that it shares."
+    "Compute softmax attention of each text to itself and to its shared prefix."
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (
@@ -182,7 +65,7 @@ def _fused(
     scale: float,
     causal: bool,
 ) -> torch.Tensor:
-    "torch's kernel for one text: (heads, n, size) and (heads, m, size) to (heads, n, size)."
+    "Run torch's kernel for one text of n queries and m keys."
     n, m = query.shape[1], key.shape[1]
     seen: Any = (
         torch.ones(n, m, dtype=torch.bool, device=query.device).tril_(m - n)
@@ -192,3 +75,100 @@ def _fused(
     return scaled_dot_product_attention(
         query[None], key[None], value[None], attn_mask=seen, scale=scale
     )[0]
+
+# %% ../../../nbs/reward/fast/01_attention.ipynb #c009
+def _blocks(
+    n: int,  # queries
+    m: int,  # keys
+    size: int,  # queries of a block, roughly
+    causal: bool,
+) -> Iterator[tuple[slice, slice]]:  # queries, and the keys that they see
+    "Divide a text's queries into blocks of about equal size."
+    step = math.ceil(n / max(1, round(n / size)))
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        yield slice(start, stop), slice(0, m - n + stop if causal else m)
+
+
+@lru_cache(maxsize=16)
+def _ahead(size: int, dtype: torch.dtype) -> torch.Tensor:
+    "Make a (size, size) mask: minus infinity where a key is after the query, else 0."
+    return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
+
+
+def _probabilities(
+    query: torch.Tensor,  # (heads, n, size), scaled
+    key: torch.Tensor,  # (heads, m, size)
+    causal: bool,  # the queries are those of the last n keys
+) -> torch.Tensor:  # (heads, n, m)
+    "Compute the weight of each value for each query."
+    n, scores = query.shape[1], torch.bmm(query, key.transpose(1, 2))
+    if causal and n > 1:
+        scores[:, :, -n:] += _ahead(1 << (n - 1).bit_length(), scores.dtype)[:n, :n]
+    return torch.softmax(scores, dim=-1)
+
+# %% ../../../nbs/reward/fast/01_attention.ipynb #c012
+def _gather(x: torch.Tensor, span: Span) -> torch.Tensor:
+    "Copy the keys or values that a span sees into one (heads, keys, size) tensor."
+    return torch.cat((x[:, span.shared], x[:, span.own]), dim=1)
+
+
+def _scatter(total: torch.Tensor, span: Span, part: torch.Tensor) -> None:
+    "Add a span's gradient (heads, keys, size) to that of all (tokens, heads, size)."
+    shared, part = span.shared.stop - span.shared.start, part.transpose(0, 1)
+    if shared:
+        total[span.shared] += part[:shared]
+    total[span.own][: len(part) - shared] += part[shared:]
+
+
+class _Attention(torch.autograd.Function):
+    "Compute attention of all spans: (heads, tokens, size) to (queries, heads, size)."
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale, spans, causal, block, kept):
+        query, tensors, learn = query * scale, [], any(ctx.needs_input_grad)
+        out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+        for span in spans:
+            q = query[:, span.queries].contiguous()
+            k, v = _gather(key, span), _gather(value, span)
+            tensors += [q, k, v] if learn else []
+            keep = learn and q.shape[1] * k.shape[1] <= kept
+            for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
+                p = _probabilities(q[:, rows], k[:, keys], causal)
+                out[span.queries][rows] = torch.bmm(p, v[:, keys]).transpose(0, 1)
+                tensors.append(p if keep else None)
+        ctx.save_for_backward(out, *tensors)
+        ctx.options = (key.shape[1], scale, spans, causal, block, kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    # the decorator hides the names of the arguments
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens, scale, spans, causal, block, kept = ctx.options
+        (grad,), (out, *tensors) = grads, ctx.saved_tensors  # (queries, heads, size)
+        tensors = iter(tensors)
+        of_key, of_value = grad.new_zeros(2, tokens, *grad.shape[1:])
+        of_query = torch.empty_like(grad)
+        delta = (grad * out).sum(dim=-1).T[:, :, None]  # (heads, queries, 1)
+        for span in spans:
+            q, k, v = next(tensors), next(tensors), next(tensors)
+            of_span = grad[span.queries].transpose(0, 1).contiguous()
+            delta_of_span = delta[:, span.queries]
+            for rows, keys in _blocks(q.shape[1], k.shape[1], block, causal):
+                g, p = of_span[:, rows], next(tensors)
+                p = _probabilities(q[:, rows], k[:, keys], causal) if p is None else p
+                of_scores = (
+                    torch.bmm(g, v[:, keys].transpose(1, 2))
+                    .sub_(delta_of_span[:, rows])
+                    .mul_(p)
+                )
+                of_query[span.queries][rows] = (
+                    torch.bmm(of_scores, k[:, keys]).mul_(scale).transpose(0, 1)
+                )
+                # q has the scale already
+                of_keys = torch.bmm(of_scores.transpose(1, 2), q[:, rows])
+                _scatter(of_key, span, of_keys)
+                _scatter(of_value, span, torch.bmm(p.transpose(1, 2), g))
+        found = (x.transpose(0, 1) for x in (of_query, of_key, of_value))
+        return *found, *(None,) * 5
