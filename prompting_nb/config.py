@@ -113,13 +113,14 @@ def settings_of(
 
 # %% ../nbs/00_config.ipynb #s030
 if TYPE_CHECKING:  # what a function with such a setting may rely on
-    PositiveInt = NonNegativeInt = int
+    PositiveInt = NonNegativeInt = IntFrom2 = int
     PositiveFloat = NonNegativeFloat = ClosedUnitInterval = HalfOpenUnitInterval = float
     NotEmptyStr = str
 else:
     PositiveInt, NonNegativeInt = types.PositiveInt, types.NonNegativeInt
     PositiveFloat, NonNegativeFloat = types.PositiveFloat, types.NonNegativeFloat
     ClosedUnitInterval, NotEmptyStr = types.ClosedUnitInterval, types.NotEmptyStr
+    IntFrom2 = types.restricted_number_type("IntFrom2", int, (">=", 2))
     HalfOpenUnitInterval = types.restricted_number_type(
         "HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)]
     )

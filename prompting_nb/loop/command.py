@@ -9,12 +9,12 @@ __all__ = ['LoopSettings', 'loop_parser', 'run_loop', 'gate_settings']
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Literal, Optional
+from typing import Any, Callable, Literal, Optional
 
 import jsonargparse
-from jsonargparse.typing import restricted_number_type
 
 from prompting_nb.config import (
+    IntFrom2,
     Config,
     InputError,
     PositiveFloat,
@@ -29,11 +29,6 @@ from prompting_nb.config import (
 )
 
 # %% ../../nbs/loop/06_command.ipynb #m009
-if TYPE_CHECKING:
-    Steps = int
-else:
-    Steps = restricted_number_type("Steps", int, (">=", 2))
-
 _MOST_STEPS = 5000  # there are not many more different built-in prompts
 
 
@@ -63,7 +58,7 @@ class LoopSettings:
     """
 
     prompts: Optional[str] = None
-    steps: Optional[Steps] = None
+    steps: Optional[IntFrom2] = None
     top_k: PositiveInt = 3
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Literal["thompson", "ucb", "gumbel", "epsilon"] = "thompson"

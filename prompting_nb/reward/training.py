@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 
 import torch
-from jsonargparse.typing import restricted_number_type
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -31,6 +30,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm.auto import tqdm
 
 from prompting_nb.config import (
+    IntFrom2,
     HalfOpenUnitInterval,
     InputError,
     NonNegativeFloat,
@@ -53,17 +53,13 @@ from prompting_nb.reward.fast.packing import (
     score_packed,
     shares_prefix,
 )
-from .model import RankingLoss, RewardModel, decided_pairs, pad
+from .loss import RankingLoss, decided_pairs
+from .model import RewardModel
+from .tokens import pad
 from .preferences import Ranking, decided, decisions, score_rankings
 from .processes import Processes, whole_weights
 
 # %% ../../nbs/reward/05_training.ipynb #c009
-if TYPE_CHECKING:
-    Least2 = int
-else:
-    Least2 = restricted_number_type("Least2", int, (">=", 2))
-
-
 @dataclass
 class TrainConfig:
     """Training.
@@ -92,7 +88,7 @@ class TrainConfig:
     epochs: PositiveInt = 1
     lr: PositiveFloat = 1e-4
     head_lr: PositiveFloat | None = None
-    completions_per_prompt: Least2 = 4
+    completions_per_prompt: IntFrom2 = 4
     tokens_per_batch: PositiveInt = 4096
     accumulate: PositiveInt = 1
     weight_decay: NonNegativeFloat = 0.01
