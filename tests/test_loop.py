@@ -8,17 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
+import transformers
 
+from prompting_nb.baseminer.running import Runner
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
+from prompting_nb.loop.command import loop_parser, run_loop
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.run import Loop
 from prompting_nb.loop.tasks import Worker, built_in
 from prompting_nb.encoding import Encoder
+from prompting_nb.pretrained import MINILM, resolve
 from prompting_nb.validators.judge import Judge
 from prompting_nb.validators.replay import ask_anyone, estimate, read_events
 from prompting_nb.validators.validator import Policy, Validator
@@ -254,3 +259,53 @@ def test_sync_starts_anew_for_the_uid_that_changed_hands_and_only_there():
         assert old != new and validator.averages.counts[new] == 0 < validator.averages.counts[old]
         event = validator.step("and now?")
         assert event.available == [1, 2, 3]
+
+
+@pytest.mark.parametrize("source", ["built-in tasks", "recorded completions"])
+def test_a_run_loads_the_frozen_encoder_once(tmp_path, monkeypatch, reward, recordings, source):
+    monkeypatch.setattr("prompting_nb.encoding._frozen", WeakValueDictionary())  # as in a new process
+    seen, load = [], transformers.AutoModel.from_pretrained
+
+    def counted(name, *args, **kwargs):
+        if kwargs.get("device_map") != "meta":  # which reads no weights
+            seen.append(str(name))
+        return load(name, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", counted)
+    flags = ["--quiet", "--steps", "4", "--reward", str(reward), "--out", str(tmp_path / "run")]
+    flags += ["--prompts", str(recordings)] if source == "recorded completions" else []
+    summary = run_loop(loop_parser().parse_args(flags), say=lambda text: None)
+    assert summary["status"] == "finished"
+    assert seen.count(resolve(MINILM)) == 1, seen  # for the arena, the cosine beside the reward model, and the gate
+
+
+def test_a_runner_runs_a_validator_one_step_a_block_and_weights_each_epoch():
+    workers = [Worker(name, lambda prompt: "yes") for name in ("a", "b", "c")]
+    give_one = lambda prompt, completions: torch.ones(len(completions))
+    epoch, events, at_epoch = 5, [], []  # `at_epoch`: the block, and which uids have changed hands
+    with Network(workers) as network, Validator(network.wallet, network.client, give_one, policy=Policy(k=2)) as validator:
+
+        def each_block():
+            block = int(network.client.block)
+            if block > runner.block:
+                events.append(validator.step(f"prompt {block}"))
+                if block % epoch == 0:
+                    at_epoch.append((block, validator.sync()))
+                    validator.set_weights()
+            return block
+
+        runner = Runner(each_block, name="validator", poll_interval=0.01)
+        runner.start()
+        for block in range(1, 11):
+            assert runner.wait_for(block, timeout=30), runner.error
+            assert [event.block for event in events] == list(range(1, block + 1))
+            assert (0 in network.chain.weights and bool(network.chain.weights[0])) == (block >= epoch)
+            if block == 7:
+                network.replace(2, Worker("d", lambda prompt: "no"))
+                network.chain.fail(2)  # the chain is away for a moment: no step is lost, none is taken twice
+            if block < 10:
+                network.chain.step()
+        assert runner.stop() and runner.error is None
+        assert at_epoch == [(5, []), (10, [2])]
+        assert [event.prompt for event in events] == [f"prompt {n}" for n in range(1, 11)]
+        assert abs(sum(network.chain.weights[0].values()) - 1) < 1e-3

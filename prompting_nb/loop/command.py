@@ -134,7 +134,8 @@ def run_loop(
     gating = gate_settings(run.gate, settings.gating)
     _check_files(run)
     check_encoder(settings.gating.model_name)  # to find out now whether it can be had
-    arena = open_arena(run.prompts, Encoder(MINILM), run.steps, run.seed)
+    encoder = Encoder(MINILM)  # kept to the end: others share its weights
+    arena = open_arena(run.prompts, encoder, run.steps, run.seed)
     explore = round(0.3 * len(arena.prompts))
     policy = Policy(run.top_k, run.timeout, run.rule, explore_steps=explore)
     policy.check(len(arena.workers))

@@ -7,10 +7,10 @@ __all__ = ['Network', 'WorkerMiner']
 
 # %% ../../nbs/loop/02_network.ipynb #n003
 import threading
-from typing import Any, Callable, Iterable
+from typing import Callable, Iterable
 
 from ..baseminer.miner import Miner, stop_all
-from ..config import Config, merge, read_config
+from ..config import Config
 from .tasks import Worker
 from ..network.chain import EmbeddedChain, make_wallet
 from ..protocol import Prompting
@@ -90,7 +90,7 @@ class WorkerMiner(Miner):
     def __init__(
         self,
         worker: Worker,
-        **kwargs,  # as for `Miner`
+        **kwargs,  # as for `Miner`; with a `config` it reads no command line
     ):
         self.worker, self._hurry = worker, threading.Event()
         super().__init__(**kwargs)
@@ -102,13 +102,6 @@ class WorkerMiner(Miner):
     def config(self) -> Config:
         "Name the miner in the log after its worker."
         return Config(miner=Config(name=self.worker.name))
-
-    def _configure(self, given: Any) -> Config:
-        "Read neither command line nor environment, which are not for one of many."
-        return merge(
-            read_config(self.add_base_args, argv=[], environment=False),
-            merge(self.config(), given),
-        )
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "Answer as the worker does; when it is late, after the caller's timeout."

@@ -49,7 +49,9 @@ def assess(
     "Test a reward model on the held-out rankings of an arena, and make it a judge."
     score = lambda *texts: model.score(*texts, progress=progress)
     scores = score_rankings(score, arena.test)
-    rules = (zero_shot_cosine(TextEncoder(MINILM)), longer_wins)
+    # Frozen: an arena and a gate use the same encoder, and its weights are shared.
+    cosine = zero_shot_cosine(TextEncoder(MINILM, frozen=True))
+    rules = (cosine, longer_wins)
     accuracies = [evaluate(rule, arena.test).accuracy for rule in rules]
     judge = Judge.fitted(model, scores, [ranking.scores for ranking in arena.test])
     return Assessment(evaluate_scores(scores, arena.test), *accuracies), judge
