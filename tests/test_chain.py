@@ -170,3 +170,29 @@ def test_without_weights_or_permits_emission_follows_the_stake():
         chain.subnet.put(rows)
         chain.step(TEMPO)
         assert [n.emission.amount for n in client.subnets.metagraph(1)][:3] == [15, 5, 0]
+
+
+def test_stake_is_bought_and_sold_by_the_coldkey():
+    chain, (first, second, _) = a_subnet()
+    chain.fund(first, 50)
+    own, cold = first.hotkey.ss58_address, first.coldkeypub.ss58_address
+    with closing(chain.client()) as client:
+        client.execute(bt.AddStake(own, 1, 30), first).raise_for_failure()
+        client.execute(bt.RemoveStake(own, 1, 10, slippage_protection=False), first).raise_for_failure()
+        client.execute(bt.RemoveStake(own, 1, 10), first).raise_for_failure()
+        assert client.subnets.metagraph(1).neuron(0).total_stake.amount == 510
+        assert chain.subnet.balances[cold] == 40 * 10**9
+        for intent, wallet, name in (
+            (bt.AddStake(own, 1, 41), first, "NotEnoughBalanceToStake"),
+            (bt.RemoveStake(own, 1, 511), first, "NotEnoughStakeToWithdraw"),
+            (bt.RemoveStake(own, 1, 1), second, "NonAssociatedColdKey"),
+            (bt.AddStake(own, 1, 0.001), first, "AmountTooLow"),
+            (bt.AddStakeLimit(own, 1, 1, limit_price_rao=10**9 - 1), first, "SlippageTooHigh"),
+            (bt.RemoveStakeLimit(own, 1, 1, limit_price_rao=10**9 + 1), first, "SlippageTooHigh"),
+            (bt.AddStake(make_wallet("nobody").hotkey.ss58_address, 1, 1), first, "HotKeyNotRegisteredInSubNet"),
+        ):
+            assert client.execute(intent, wallet).error.name == name
+        client.execute(bt.AddStake(own, 1, "all"), first).raise_for_failure()
+        assert 0 < chain.subnet.balances[cold] < 10**6
+    with pytest.raises(ValueError, match="balance"):
+        chain.fund(second, -1)

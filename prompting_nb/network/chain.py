@@ -168,6 +168,20 @@ class EmbeddedChain:
                 replace(n, stake=rao) if n.hotkey == address else n for n in neurons
             )
 
+    def fund(
+        self,
+        coldkey: Any,  # a wallet, or an ss58 address
+        amount: float,  # TAO; negative takes them away
+    ) -> None:
+        "Give TAO to a coldkey, which it can stake. Raises `ValueError` below 0."
+        if not isinstance(coldkey, str):
+            coldkey = coldkey.coldkeypub.ss58_address
+        with self.subnet.lock:
+            free = self.subnet.balances[coldkey] + round(amount * RAO_PER_TAO)
+            if free < 0:
+                raise ValueError(f"the balance of {coldkey} would be {free} rao")
+            self.subnet.balances[coldkey] = free
+
     def step(
         self,
         blocks: int = 1,  # how many pass
@@ -332,6 +346,7 @@ class SubnetState:
         self.netuid, self.block_time, self.block = netuid, block_time, block
         self.max_uids, self.tempo = max_uids, tempo
         self.weights_rate_limit, self.rules = weights_rate_limit, rules
+        self.balances: Counter = Counter()  # coldkey -> free TAO, in rao, as of now
         self.epochs: list[int] = []  # blocks at which an epoch ran
         self._clock = block  # the epoch before, or the first block
         self.lock = threading.RLock()  # for reading, changing and putting a row
@@ -641,6 +656,43 @@ _CALLS: dict[str, Callable] = {
     "set_mechanism_weights": _set_weights,
 }
 
+# %% ../../nbs/network/02_chain.ipynb #e007
+_LEAST_STAKE = 2_000_000  # rao that can be staked or unstaked at once, as on the chain
+
+
+def _stake(
+    state,
+    neurons: tuple,
+    uid: int,
+    coldkey: str,
+    rao: int,  # negative: unstake
+    limit: int | None,  # worst price, rao for a token
+) -> Neuron:
+    "Move TAO of a coldkey into the stake of its hotkey, or back."
+    me, free = neurons[uid], state.balances[coldkey]
+    worse = limit is not None and (
+        limit < RAO_PER_TAO if rao > 0 else limit > RAO_PER_TAO
+    )
+    for holds, name, message in (
+        (me.coldkey == coldkey, "NonAssociatedColdKey", f"{coldkey} does not own it"),
+        (abs(rao) >= _LEAST_STAKE, "AmountTooLow", f"{abs(rao)} rao are too few"),
+        (not worse, "SlippageTooHigh", f"the price is {RAO_PER_TAO}, not {limit}"),
+        (rao <= free, "NotEnoughBalanceToStake", f"{coldkey} has {free} rao"),
+        (-rao <= me.stake, "NotEnoughStakeToWithdraw", f"the stake is {me.stake} rao"),
+    ):
+        _require(holds, name, message)
+    state.balances[coldkey] -= rao
+    return replace(me, stake=me.stake + rao)
+
+
+# calls that the coldkey signs: name -> the parameter with the amount, and its sign
+_STAKING = {
+    "add_stake": ("amount_staked", 1),
+    "add_stake_limit": ("amount_staked", 1),
+    "remove_stake": ("amount_unstaked", -1),
+    "remove_stake_limit": ("amount_unstaked", -1),
+}
+
 # %% ../../nbs/network/02_chain.ipynb #c024
 async def _is_signed(call, signer: Any, nonce: int) -> bool:
     "Whether `signer` proves that it holds the key of the address it claims."
@@ -665,10 +717,10 @@ class Extrinsics:
     def check(self, call) -> None:
         "Raise `UnknownCall` for a call that this chain does not have."
         module, function, _ = call
-        if module != "SubtensorModule" or function not in _CALLS:
+        if module != "SubtensorModule" or function not in {**_CALLS, **_STAKING}:
             raise UnknownCall(
                 f"the embedded chain does not know {module}.{function}; "
-                f"it knows {', '.join(_CALLS)}"
+                f"it knows {', '.join([*_CALLS, *_STAKING])}"
             )
 
     def nonce(self, address: str) -> int:
@@ -682,10 +734,12 @@ class Extrinsics:
         _require(signed, "BadProof", f"the signature does not belong to {address}")
         return self._apply(call, address)
 
-    def _apply(self, call, hotkey: str) -> str:
+    def _apply(self, call, address: str) -> str:
         state = self._state
         with state.lock:
             neurons, params = state.neurons, dict(call.params)
+            staking = call.function in _STAKING
+            hotkey = params.pop("hotkey") if staking else address
             uid, netuid = _uid_of(neurons, hotkey), params.pop("netuid")
             wrong = f"there is no subnet {netuid} here, only {state.netuid}"
             _require(netuid == state.netuid, "SubnetNotExists", wrong)
@@ -694,9 +748,14 @@ class Extrinsics:
                     f"hotkey {hotkey} is not registered on the subnet",
                     "HotKeyNotRegisteredInSubNet",
                 )
-            changed = _CALLS[call.function](state, neurons, uid, **params)
+            if staking:
+                name, sign = _STAKING[call.function]
+                rao, limit = sign * params[name], params.get("limit_price")
+                changed = _stake(state, neurons, uid, address, rao, limit)
+            else:
+                changed = _CALLS[call.function](state, neurons, uid, **params)
             state.put([*neurons[:uid], changed, *neurons[uid + 1 :]])
-            self._nonces[hotkey] += 1
+            self._nonces[address] += 1
             self._count += 1
             return f"{state.block}-{self._count}"
 
@@ -784,12 +843,26 @@ class MemorySubstrate:
         name = f"{module}.{storage_function}"
         if name == "Timestamp.Now":
             return round(self._neurons(block_hash)[0] * self.state.block_time * 1000)
+        if name == "System.Account":
+            return self._account(str(netuid), block_hash)
         items = _ITEMS if module == "SubtensorModule" else {}
         read = _known(items, storage_function, name)
         self._spoil()
         if netuid != self.state.netuid:
             return None
         return read(self.state, self._neurons(block_hash)[1], *keys)
+
+    def _account(self, coldkey: str, block_hash: str | None) -> dict:
+        "Return the free balance of a coldkey, which is known as of now only."
+        self._spoil()
+        if self._neurons(block_hash)[0] != self.state.block:
+            raise UnknownCall("the embedded chain knows balances at the newest block")
+        return {"data": {"free": self.state.balances[coldkey]}}
+
+    async def constant(self, module: str, name: str, *_) -> int:
+        if (module, name) != ("Balances", "ExistentialDeposit"):
+            raise UnknownCall(f"the embedded chain has no constant {module}.{name}")
+        return 500  # rao
 
     async def query_map(
         self, module, storage_function, params=None, block_hash=None
@@ -809,6 +882,9 @@ class MemorySubstrate:
         ]
 
     async def runtime_call(self, api, method, params, block_hash=None) -> Any:
+        if (api, method) == ("SwapRuntimeApi", "current_alpha_price"):
+            self._spoil()
+            return RAO_PER_TAO if params == [self.state.netuid] else None
         if (api, method) != ("SubnetInfoRuntimeApi", "get_metagraph"):
             raise UnknownCall(f"the embedded chain does not answer {api}.{method}")
         self._spoil()
@@ -842,7 +918,6 @@ class MemorySubstrate:
     # not needed here
 
     map_has_entries = _refuse("map_has_entries")
-    constant = _refuse("constant")
     decode_scale = _refuse("decode_scale")
     get_block = _refuse("get_block")
     events = _refuse("events")
