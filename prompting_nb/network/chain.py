@@ -17,12 +17,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, AsyncIterator, Callable, Iterable, cast
 
 import bittensor as bt
+import numpy as np
 from bittensor.balance import Balance
 from bittensor.result import ChainError, ExtrinsicResult, RpcConnectionError
 from bittensor.settings import RAO_PER_TAO, U16_MAX
 from bittensor.sp_core import Keypair, verify
 
-from ..show import Bar, html_table, arguments_in_help
+from ..show import Bar, arguments_in_help, html_table
+from .consensus import yuma
 
 # %% ../../nbs/network/02_chain.ipynb #c034
 @arguments_in_help
@@ -43,9 +45,25 @@ class EmbeddedChain:
         max_uids: int = 256,  # places in the subnet
         tempo: int = 360,  # blocks of an epoch
         weights_rate_limit: int = 0,  # blocks from one weight setting to the next
+        max_validators: int = 64,  # permits, for the largest stakes at each epoch
+        activity_cutoff: int = 5000,  # blocks after which unchanged weights stop counting
+        immunity_period: int = 4096,  # blocks in which a newcomer is pruned last
+        min_allowed_weights: int = 1,  # weights that a validator has to set at once
+        max_weight: float = 1.0,  # largest share of one uid in a row of weights
+        weights_version: int = 0,  # least version key of weights; 0 takes any
+        emission: float = 1.0,  # tokens of a block, shared out at each epoch
     ):
+        rules = Rules(
+            max_validators,
+            activity_cutoff,
+            immunity_period,
+            min_allowed_weights,
+            max_weight,
+            weights_version,
+            emission,
+        )
         self.subnet = SubnetState(
-            netuid, block_time, block, max_uids, tempo, weights_rate_limit
+            netuid, block_time, block, max_uids, tempo, weights_rate_limit, rules
         )
         self.substrate = MemorySubstrate(self.subnet)
 
@@ -79,18 +97,19 @@ class EmbeddedChain:
         hotkey: Any,  # a wallet, or an ss58 address
         coldkey: str | None = None,  # by default the wallet's
         stake: float = 0.0,  # in the subnet's token
-        validator_permit: bool = False,  # may set weights for others
+        validator_permit: bool = False,  # may set weights, until the first epoch
     ) -> int:  # the new uid
-        """Give the next free uid to `hotkey`.
+        """Give the next free uid to `hotkey`; a full subnet prunes a neuron for it.
 
-        Raises `ValueError` when it is registered already or the subnet is full.
+        Raises `ValueError` when it is registered already or there are no places at all.
         """
         with self.subnet.lock:
             neurons, full = self.subnet.neurons, self.subnet.max_uids
             if len(neurons) >= full:
-                raise ValueError(
-                    f"the subnet is full ({full} uids); use replace(uid, hotkey)"
-                )
+                if not neurons:
+                    raise ValueError(f"the subnet is full ({full} uids)")
+                uid = _prunable(neurons, self.block, self.subnet.rules.immunity_period)
+                return self.replace(uid, hotkey, coldkey, stake, validator_permit)
             newcomer = self._newcomer(hotkey, coldkey, stake, validator_permit)
             self.subnet.put([*neurons, newcomer])
             return len(neurons)
@@ -115,7 +134,11 @@ class EmbeddedChain:
                 )
             newcomer = self._newcomer(hotkey, coldkey, stake, validator_permit)
             others = [
-                replace(n, weights={u: w for u, w in n.weights.items() if u != uid})
+                replace(
+                    n,
+                    weights={u: w for u, w in n.weights.items() if u != uid},
+                    bonds={u: b for u, b in n.bonds.items() if u != uid},
+                )
                 for n in neurons
             ]
             self.subnet.put([*others[:uid], newcomer, *others[uid + 1 :]])
@@ -146,14 +169,30 @@ class EmbeddedChain:
                 replace(n, stake=rao) if n.hotkey == address else n for n in neurons
             )
 
+    def fund(
+        self,
+        coldkey: Any,  # a wallet, or an ss58 address
+        amount: float,  # TAO; negative takes them away
+    ) -> None:
+        "Give TAO to a coldkey, which it can stake. Raises `ValueError` below 0."
+        if not isinstance(coldkey, str):
+            coldkey = coldkey.coldkeypub.ss58_address
+        with self.subnet.lock:
+            free = self.subnet.balances[coldkey] + round(amount * RAO_PER_TAO)
+            if free < 0:
+                raise ValueError(f"the balance of {coldkey} would be {free} rao")
+            self.subnet.balances[coldkey] = free
+
     def step(
         self,
         blocks: int = 1,  # how many pass
     ) -> int:  # the newest block after that
-        "Let blocks pass."
+        "Let blocks pass; every epoch on the way runs, one each `tempo` blocks."
         with self.subnet.lock:
             for _ in range(blocks):
                 self.subnet.block += 1
+                if self.subnet.due:
+                    self.subnet.run_epoch()
                 self.substrate.announce(self.subnet.block)
             return self.subnet.block
 
@@ -260,6 +299,16 @@ class Neuron:
     last_update: int = 0  # block at which weights were last set
     axon: dict | None = None  # ip (an integer), port, ip_type, protocol, version
     weights: dict = field(default_factory=dict)  # uid -> 1 .. 65535
+    # what the last epoch decided; shares as 0 .. 65535
+    bonds: dict = field(default_factory=dict)  # uid -> 1 .. 65535, of the largest
+    active: bool = True  # weights or registration within the activity cutoff
+    consensus: int = 0
+    incentive: int = 0
+    dividends: int = 0
+    trust: int = 0
+    validator_trust: int = 0
+    pruning_score: int = 0  # of the largest
+    emission: int = 0  # rao of the last epoch
 
 
 def _uid_of(neurons: tuple, hotkey: str) -> int | None:
@@ -267,6 +316,19 @@ def _uid_of(neurons: tuple, hotkey: str) -> int | None:
     return next((uid for uid, n in enumerate(neurons) if n.hotkey == hotkey), None)
 
 # %% ../../nbs/network/02_chain.ipynb #c012
+@dataclass(frozen=True)
+class Rules:
+    "Hyperparameters of a subnet; `EmbeddedChain` says what each of them means."
+
+    max_validators: int = 64
+    activity_cutoff: int = 5000  # blocks
+    immunity_period: int = 4096  # blocks
+    min_allowed_weights: int = 1
+    max_weight: float = 1.0  # share of a row
+    weights_version: int = 0
+    emission: float = 1.0  # tokens of a block
+
+
 class SubnetState:
     "Rules, clock and neurons of one subnet, also as they were at earlier blocks."
 
@@ -280,10 +342,14 @@ class SubnetState:
         max_uids: int = 256,  # places
         tempo: int = 360,  # blocks of an epoch
         weights_rate_limit: int = 0,  # blocks from one weight setting to the next
+        rules: Rules = Rules(),  # the other hyperparameters
     ):
         self.netuid, self.block_time, self.block = netuid, block_time, block
         self.max_uids, self.tempo = max_uids, tempo
-        self.weights_rate_limit = weights_rate_limit
+        self.weights_rate_limit, self.rules = weights_rate_limit, rules
+        self.balances: Counter = Counter()  # coldkey -> free TAO, in rao, as of now
+        self.epochs: list[int] = []  # blocks at which an epoch ran
+        self._clock = block  # the epoch before, or the first block
         self.lock = threading.RLock()  # for reading, changing and putting a row
         # a row for each block at which something changed, oldest first
         self._rows: list[tuple[int, tuple]] = [(block, ())]
@@ -311,6 +377,124 @@ class SubnetState:
             )
         return rows[place][1]
 
+    def last_step(self, block: int) -> int:
+        "Return the block of the newest epoch up to `block`; 0 before the first one."
+        place = bisect_right(self.epochs, block)
+        return self.epochs[place - 1] if place else 0
+
+    @property
+    def due(self) -> bool:
+        "Whether an epoch runs at this block."
+        return self.block - self._clock >= self.tempo
+
+    def run_epoch(self) -> None:
+        "Put the row that an epoch at this block makes of the newest one."
+        with self.lock:
+            last, passed = self.last_step(self.block), self.block - self._clock
+            rao = round(self.rules.emission * RAO_PER_TAO * passed)
+            if self.neurons:
+                self.put(_paid(self.neurons, self.block, last, self.rules, rao))
+            self.epochs.append(self.block)
+            self._clock = self.block
+
+# %% ../../nbs/network/02_chain.ipynb #e002
+def _inputs(
+    neurons: tuple,
+    block: int,  # of this epoch
+    last: int,  # block of the epoch before; 0: this is the first one
+    cutoff: int,  # blocks
+) -> tuple[list[int], dict]:  # uids of the validators; arguments of `yuma`
+    "Mask what does not count: inactive stake, self-weights, outdated weights and bonds."
+    rows = [uid for uid, n in enumerate(neurons) if n.validator_permit]
+    rows = rows or [0]  # nobody may set weights: one row that does not count
+    weights, bonds = np.zeros((2, len(rows), len(neurons)))
+    for row, uid in enumerate(rows):
+        me = neurons[uid]
+        for other, weight in me.weights.items():
+            if other != uid and me.last_update > neurons[other].registered:
+                weights[row, other] = weight
+        for other, bond in me.bonds.items():
+            if neurons[other].registered <= last:
+                bonds[row, other] = bond
+    stake = np.array([float(neurons[uid].stake) for uid in rows])
+    permits = np.array(
+        [
+            neurons[uid].validator_permit and _is_active(neurons[uid], block, cutoff)
+            for uid in rows
+        ]
+    )
+    return rows, dict(weights=weights, stake=stake, bonds=bonds, permits=permits)
+
+
+def _is_active(neuron: Neuron, block: int, cutoff: int) -> bool:
+    return neuron.last_update + cutoff >= block
+
+
+def _u16(shares: np.ndarray) -> list[int]:
+    "Round shares down to 0 .. 65535, as the chain stores them."
+    # the small term keeps a share that is 1 up to floating point at 65535
+    return [int(x) for x in np.floor(shares * U16_MAX + 1e-6)]
+
+
+def _of_largest(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    "Divide values by the largest."
+    top = values.max(axis=axis, keepdims=True, initial=0)
+    return np.divide(values, top, out=np.zeros_like(values), where=top > 0)
+
+
+def _paid(neurons: tuple, block: int, last: int, rules: Rules, rao: int) -> tuple:
+    "Run one epoch; the new row."
+    size = len(neurons)
+    rows, known = _inputs(neurons, block, last, rules.activity_cutoff)
+    epoch = yuma(**known)
+    dividends, trusts = np.zeros((2, size))
+    dividends[rows], trusts[rows] = epoch.dividends, epoch.validator_trust
+    paid = epoch.incentive + dividends
+    stake = np.array([float(n.stake) for n in neurons])
+    if not paid.any():  # nobody set weights that count: validators are paid by stake
+        active = np.zeros(size)
+        active[rows] = known["stake"] * known["permits"]
+        paid = active if active.any() else stake
+    paid = paid / (paid.sum() or 1.0)
+    order = np.argsort(-stake, kind="stable")[: rules.max_validators]
+    permits = {int(uid) for uid in order if stake[uid] > 0}
+    bonds = dict(zip(rows, map(_u16, _of_largest(epoch.bonds, 0))))
+    columns = zip(
+        _u16(epoch.consensus),
+        _u16(epoch.incentive),
+        _u16(dividends),
+        _u16(epoch.trust),
+        _u16(trusts),
+        _u16(_of_largest(paid)),
+    )
+    names = ("consensus", "incentive", "dividends", "trust", "validator_trust")
+    return tuple(
+        replace(
+            n,
+            **dict(zip((*names, "pruning_score"), column)),
+            active=_is_active(n, block, rules.activity_cutoff),
+            validator_permit=uid in permits,
+            emission=int(paid[uid] * rao),
+            bonds={u: b for u, b in enumerate(bonds.get(uid, ())) if b}
+            if uid in permits
+            else {},
+        )
+        for uid, (n, column) in enumerate(zip(neurons, columns))
+    )
+
+
+def _prunable(neurons: tuple, block: int, immunity: int) -> int:
+    "Return the uid that a newcomer takes: the least emission, then the oldest."
+    return min(
+        range(len(neurons)),
+        key=lambda uid: (
+            block - neurons[uid].registered < immunity,  # all immune: one has to go
+            neurons[uid].emission,
+            neurons[uid].registered,
+            uid,
+        ),
+    )
+
 # %% ../../nbs/network/02_chain.ipynb #c015
 def _graph(state: SubnetState, neurons: tuple, block: int) -> dict:
     "Make the record from which the SDK builds its `Metagraph`."
@@ -321,8 +505,8 @@ def _graph(state: SubnetState, neurons: tuple, block: int) -> dict:
         "symbol": "",
         "block": block,
         "tempo": state.tempo,
-        "last_step": 0,
-        "blocks_since_last_step": block,
+        "last_step": state.last_step(block),
+        "blocks_since_last_step": block - state.last_step(block),
         "network_registered_at": 0,
         "owner_hotkey": "",
         "owner_coldkey": "",
@@ -331,7 +515,15 @@ def _graph(state: SubnetState, neurons: tuple, block: int) -> dict:
         "hotkeys": [n.hotkey for n in neurons],
         "coldkeys": [n.coldkey for n in neurons],
         "axons": [n.axon for n in neurons],
-        "active": [True] * len(neurons),
+        "active": [n.active for n in neurons],
+        "rank": [n.incentive for n in neurons],
+        "incentives": [n.incentive for n in neurons],
+        "dividends": [n.dividends for n in neurons],
+        "consensus": [n.consensus for n in neurons],
+        "trust": [n.trust for n in neurons],
+        "validator_trust": [n.validator_trust for n in neurons],
+        "pruning_score": [n.pruning_score for n in neurons],
+        "emission": [n.emission for n in neurons],
         "validator_permit": [n.validator_permit for n in neurons],
         "last_update": [n.last_update for n in neurons],
         "block_at_registration": [n.registered for n in neurons],
@@ -351,8 +543,16 @@ _ITEMS: dict[str, Callable] = {
     "Tempo": lambda state, neurons: state.tempo,
     "WeightsSetRateLimit": lambda state, neurons: state.weights_rate_limit,
     "CommitRevealWeightsEnabled": lambda state, neurons: False,
-    "MinAllowedWeights": lambda state, neurons: 1,
-    "MaxWeightsLimit": lambda state, neurons: U16_MAX,
+    "MinAllowedWeights": lambda state, neurons: state.rules.min_allowed_weights,
+    "MaxWeightsLimit": lambda state, neurons: _limit(state),
+    "WeightsVersionKey": lambda state, neurons: state.rules.weights_version,
+    "ActivityCutoff": lambda state, neurons: state.rules.activity_cutoff,
+    "ImmunityPeriod": lambda state, neurons: state.rules.immunity_period,
+    "MaxAllowedValidators": lambda state, neurons: state.rules.max_validators,
+    "Incentive": lambda state, neurons: [n.incentive for n in neurons],
+    "Dividends": lambda state, neurons: [n.dividends for n in neurons],
+    "Consensus": lambda state, neurons: [n.consensus for n in neurons],
+    "Emission": lambda state, neurons: [n.emission for n in neurons],
     "SubnetEpochConsensus": lambda state, neurons: "Yuma",
 }
 
@@ -365,6 +565,11 @@ _MAPS: dict[str, Callable] = {
     "CommitmentOf": lambda neurons: [],
     "RevealedCommitments": lambda neurons: [],
 }
+
+
+def _limit(state) -> int:
+    "Return the largest share of one uid as the chain stores it."
+    return round(state.rules.max_weight * U16_MAX)
 
 
 def _known(table: dict, name: str, full_name: str) -> Callable:
@@ -394,12 +599,14 @@ def _serve_axon(
 
 
 def _set_weights(
-    state, neurons: tuple, uid: int, dests: list, weights: list, mecid: int = 0, **_
+    state, neurons: tuple, uid: int, dests: list, weights: list, mecid: int = 0, **more
 ) -> Neuron:
     "Carry out `SubtensorModule.set_mechanism_weights`; the largest becomes 65535."
     me, known = neurons[uid], range(len(neurons))
     since = state.block - me.last_update
-    permitted = me.validator_permit or list(dests) == [uid]
+    alone = list(dests) == [uid]  # a weight for oneself needs no permit
+    least, version = state.rules.min_allowed_weights, state.rules.weights_version
+    key = more.get("version_key", 0)
     for holds, name, message in (
         (mecid == 0, "MechanismDoesNotExist", "the subnet has one mechanism, number 0"),
         (
@@ -413,7 +620,26 @@ def _set_weights(
             "UidVecContainInvalidOne",
             f"a uid is not below {len(neurons)}",
         ),
-        (permitted, "NeuronNoValidatorPermit", f"uid {uid} has no validator permit"),
+        (
+            alone or me.validator_permit,
+            "NeuronNoValidatorPermit",
+            f"uid {uid} has no validator permit",
+        ),
+        (
+            key >= version,
+            "IncorrectWeightVersionKey",
+            f"the version key is {key}; the subnet requires {version}",
+        ),
+        (
+            alone or len(dests) >= least,
+            "WeightVecLengthIsLow",
+            f"{len(dests)} weights are fewer than {least}",
+        ),
+        (
+            alone or max(weights, default=0) * U16_MAX <= _limit(state) * sum(weights),
+            "MaxWeightExceeded",
+            f"a uid has more than {state.rules.max_weight} of all weight",
+        ),
         (
             since >= state.weights_rate_limit,
             "SettingWeightsTooFast",
@@ -429,6 +655,43 @@ def _set_weights(
 _CALLS: dict[str, Callable] = {
     "serve_axon": _serve_axon,
     "set_mechanism_weights": _set_weights,
+}
+
+# %% ../../nbs/network/02_chain.ipynb #e007
+_LEAST_STAKE = 2_000_000  # rao that can be staked or unstaked at once, as on the chain
+
+
+def _stake(
+    state,
+    neurons: tuple,
+    uid: int,
+    coldkey: str,
+    rao: int,  # negative: unstake
+    limit: int | None,  # worst price, rao for a token
+) -> Neuron:
+    "Move TAO of a coldkey into the stake of its hotkey, or back."
+    me, free = neurons[uid], state.balances[coldkey]
+    worse = limit is not None and (
+        limit < RAO_PER_TAO if rao > 0 else limit > RAO_PER_TAO
+    )
+    for holds, name, message in (
+        (me.coldkey == coldkey, "NonAssociatedColdKey", f"{coldkey} does not own it"),
+        (abs(rao) >= _LEAST_STAKE, "AmountTooLow", f"{abs(rao)} rao are too few"),
+        (not worse, "SlippageTooHigh", f"the price is {RAO_PER_TAO}, not {limit}"),
+        (rao <= free, "NotEnoughBalanceToStake", f"{coldkey} has {free} rao"),
+        (-rao <= me.stake, "NotEnoughStakeToWithdraw", f"the stake is {me.stake} rao"),
+    ):
+        _require(holds, name, message)
+    state.balances[coldkey] -= rao
+    return replace(me, stake=me.stake + rao)
+
+
+# calls that the coldkey signs: name -> the parameter with the amount, and its sign
+_STAKING = {
+    "add_stake": ("amount_staked", 1),
+    "add_stake_limit": ("amount_staked", 1),
+    "remove_stake": ("amount_unstaked", -1),
+    "remove_stake_limit": ("amount_unstaked", -1),
 }
 
 # %% ../../nbs/network/02_chain.ipynb #c024
@@ -455,10 +718,10 @@ class Extrinsics:
     def check(self, call) -> None:
         "Raise `UnknownCall` for a call that this chain does not have."
         module, function, _ = call
-        if module != "SubtensorModule" or function not in _CALLS:
+        if module != "SubtensorModule" or function not in {**_CALLS, **_STAKING}:
             raise UnknownCall(
                 f"the embedded chain does not know {module}.{function}; "
-                f"it knows {', '.join(_CALLS)}"
+                f"it knows {', '.join([*_CALLS, *_STAKING])}"
             )
 
     def nonce(self, address: str) -> int:
@@ -472,10 +735,12 @@ class Extrinsics:
         _require(signed, "BadProof", f"the signature does not belong to {address}")
         return self._apply(call, address)
 
-    def _apply(self, call, hotkey: str) -> str:
+    def _apply(self, call, address: str) -> str:
         state = self._state
         with state.lock:
             neurons, params = state.neurons, dict(call.params)
+            staking = call.function in _STAKING
+            hotkey = params.pop("hotkey") if staking else address
             uid, netuid = _uid_of(neurons, hotkey), params.pop("netuid")
             wrong = f"there is no subnet {netuid} here, only {state.netuid}"
             _require(netuid == state.netuid, "SubnetNotExists", wrong)
@@ -484,9 +749,14 @@ class Extrinsics:
                     f"hotkey {hotkey} is not registered on the subnet",
                     "HotKeyNotRegisteredInSubNet",
                 )
-            changed = _CALLS[call.function](state, neurons, uid, **params)
+            if staking:
+                name, sign = _STAKING[call.function]
+                rao, limit = sign * params[name], params.get("limit_price")
+                changed = _stake(state, neurons, uid, address, rao, limit)
+            else:
+                changed = _CALLS[call.function](state, neurons, uid, **params)
             state.put([*neurons[:uid], changed, *neurons[uid + 1 :]])
-            self._nonces[hotkey] += 1
+            self._nonces[address] += 1
             self._count += 1
             return f"{state.block}-{self._count}"
 
@@ -574,12 +844,26 @@ class MemorySubstrate:
         name = f"{module}.{storage_function}"
         if name == "Timestamp.Now":
             return round(self._neurons(block_hash)[0] * self.state.block_time * 1000)
+        if name == "System.Account":
+            return self._account(str(netuid), block_hash)
         items = _ITEMS if module == "SubtensorModule" else {}
         read = _known(items, storage_function, name)
         self._spoil()
         if netuid != self.state.netuid:
             return None
         return read(self.state, self._neurons(block_hash)[1], *keys)
+
+    def _account(self, coldkey: str, block_hash: str | None) -> dict:
+        "Return the free balance of a coldkey, which is known as of now only."
+        self._spoil()
+        if self._neurons(block_hash)[0] != self.state.block:
+            raise UnknownCall("the embedded chain knows balances at the newest block")
+        return {"data": {"free": self.state.balances[coldkey]}}
+
+    async def constant(self, module: str, name: str, *_) -> int:
+        if (module, name) != ("Balances", "ExistentialDeposit"):
+            raise UnknownCall(f"the embedded chain has no constant {module}.{name}")
+        return 500  # rao
 
     async def query_map(
         self, module, storage_function, params=None, block_hash=None
@@ -599,6 +883,9 @@ class MemorySubstrate:
         ]
 
     async def runtime_call(self, api, method, params, block_hash=None) -> Any:
+        if (api, method) == ("SwapRuntimeApi", "current_alpha_price"):
+            self._spoil()
+            return RAO_PER_TAO if params == [self.state.netuid] else None
         if (api, method) != ("SubnetInfoRuntimeApi", "get_metagraph"):
             raise UnknownCall(f"the embedded chain does not answer {api}.{method}")
         self._spoil()
@@ -632,7 +919,6 @@ class MemorySubstrate:
     # not needed here
 
     map_has_entries = _refuse("map_has_entries")
-    constant = _refuse("constant")
     decode_scale = _refuse("decode_scale")
     get_block = _refuse("get_block")
     events = _refuse("events")

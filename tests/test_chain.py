@@ -1,0 +1,198 @@
+"""The embedded chain pays: epochs, permits, masks, pruning and the rules for weights."""
+
+import asyncio
+from contextlib import closing
+
+import bittensor as bt
+import numpy as np
+import pytest
+from bittensor._generated import calls
+
+from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.consensus import yuma
+
+TEMPO, U16 = 20, 65535
+
+
+def shares(values, axis=None):
+    total = values.sum(axis, keepdims=True)
+    return np.divide(values, total, out=np.zeros_like(values), where=total > 0)
+
+
+def set_weights(client, wallet, weights, **more):
+    client.execute(bt.SetWeights(netuid=1, weights=weights, **more), wallet).raise_for_failure()
+
+
+def a_subnet(stakes=(500, 300, 200), miners=8, **rules):
+    chain = EmbeddedChain(tempo=TEMPO, **rules)
+    validators = [make_wallet(f"validator {i}") for i in range(len(stakes))]
+    for wallet, stake in zip(validators, stakes):
+        chain.register(wallet, stake=stake, validator_permit=True)
+    for i in range(miners):
+        chain.register(make_wallet(f"miner {i}"))
+    chain.step()  # weights of the block of a registration would not count
+    return chain, validators
+
+
+def test_the_metagraph_equals_the_pure_function_for_twenty_epochs():
+    """8 miners and 3 validators, one of which copies what the chain shows of the other two."""
+    rng = np.random.default_rng(0)
+    chain, validators = a_subnet()
+    stake, quality = np.array([500.0, 300.0, 200.0]), rng.random(8)
+    bonds, given = np.zeros((3, 11)), np.zeros((3, 11))
+    with closing(chain.client()) as client:
+        for epoch in range(20):
+            seen = client.weights.weights(1)
+            rows = [quality + 0.2 * rng.random(8) for _ in range(2)]
+            if epoch:
+                rows.append(sum(stake[v] * np.array([seen[v].get(u, 0) for u in range(3, 11)]) for v in (0, 1)))
+            for v, row in enumerate(rows):
+                set_weights(client, validators[v], {u + 3: float(w) for u, w in enumerate(row)})
+                given[v, 3:] = np.round(row / row.max() * U16)  # weights are 16-bit numbers
+            chain.step(TEMPO)
+            wanted = yuma(given, stake, bonds)
+            graph = client.subnets.metagraph(1)
+            scale = wanted.bonds.max(0, keepdims=True)
+            bonds = np.floor(np.divide(wanted.bonds, scale, out=np.zeros_like(bonds), where=scale > 0) * U16 + 1e-6)
+            for name, values in (
+                ("incentive", wanted.incentive),
+                ("rank", wanted.incentive),
+                ("consensus", wanted.consensus),
+                ("trust", wanted.trust),
+                ("dividends", np.concatenate([wanted.dividends, np.zeros(8)])),
+            ):
+                on_chain = np.array([getattr(n, name) for n in graph])
+                assert (on_chain <= values + 1e-9).all() and (values - on_chain < 1 / U16 + 1e-9).all(), (epoch, name)
+            rao = np.array([n.emission.rao for n in graph])
+            paid = shares(wanted.incentive + np.concatenate([wanted.dividends, np.zeros(8)]))
+            np.testing.assert_allclose(rao, paid * 1e9 * TEMPO, atol=1.01, rtol=0)
+            assert (graph.last_step, graph.blocks_since_last_step) == (chain.block - 1, 1)
+    assert 0 < graph.neuron(2).dividends < graph.neuron(0).dividends
+
+
+def test_step_runs_every_epoch_on_its_way():
+    at_once, _ = a_subnet()
+    one_by_one, _ = a_subnet()
+    at_once.step(5 * TEMPO)
+    for _ in range(5 * TEMPO):
+        one_by_one.step()
+    assert at_once.subnet.epochs == one_by_one.subnet.epochs == [1 + TEMPO * i for i in range(1, 6)]
+    assert at_once.subnet.neurons == one_by_one.subnet.neurons
+
+
+def test_a_metagraph_of_an_earlier_block_shows_the_epoch_before():
+    chain, validators = a_subnet()
+    with closing(chain.client()) as client:
+        set_weights(client, validators[0], {3: 1.0})
+        chain.step(2 * TEMPO)
+        then, now = client.subnets.metagraph(1, block=TEMPO), client.subnets.metagraph(1)
+        assert (then.last_step, then.neuron(3).incentive) == (0, 0.0)
+        assert (now.last_step, now.neuron(3).incentive) == (1 + 2 * TEMPO, 1.0)
+
+
+def test_permits_go_to_the_largest_stakes_at_an_epoch_and_hold_by_hand_until_then():
+    chain, _ = a_subnet(stakes=(100, 300, 0), max_validators=2)
+    chain.set_stake(make_wallet("miner 0"), 200)
+    with closing(chain.client()) as client:
+        assert [n.uid for n in client.subnets.metagraph(1).validators] == [0, 1, 2]
+        chain.step(TEMPO)
+        assert [n.uid for n in client.subnets.metagraph(1).validators] == [1, 3]
+
+
+def test_nobody_is_paid_for_weighing_itself():
+    chain, validators = a_subnet()
+    with closing(chain.client()) as client:
+        set_weights(client, validators[0], {0: 1.0, 4: 1.0})
+        chain.step(TEMPO)
+        assert [round(n.incentive, 4) for n in client.subnets.metagraph(1)][:5] == [0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("cutoff, incentive", [(TEMPO, 1.0), (TEMPO - 2, 0.0)])
+def test_an_inactive_validator_does_not_count(cutoff, incentive):
+    chain, validators = a_subnet(activity_cutoff=cutoff)
+    with closing(chain.client()) as client:
+        set_weights(client, validators[0], {3: 1.0})
+        chain.step(TEMPO)
+        graph = client.subnets.metagraph(1)
+        assert (graph.neuron(3).incentive, graph.neuron(0).active) == (incentive, bool(incentive))
+
+
+def test_weights_from_before_a_registration_do_not_count_for_the_newcomer():
+    chain, validators = a_subnet()
+    with closing(chain.client()) as client:
+        set_weights(client, validators[0], {3: 1.0})
+        chain.subnet.put(
+            type(n)(**{**vars(n), "registered": chain.block}) if uid == 3 else n
+            for uid, n in enumerate(chain.subnet.neurons)
+        )
+        chain.step(TEMPO)
+        assert client.subnets.metagraph(1).neuron(3).incentive == 0
+        set_weights(client, validators[0], {3: 1.0})
+        chain.step(TEMPO)
+        assert client.subnets.metagraph(1).neuron(3).incentive == 1
+
+
+def test_a_full_subnet_prunes_the_least_emission_after_its_immunity():
+    chain, validators = a_subnet(max_uids=11, immunity_period=10)
+    with closing(chain.client()) as client:
+        set_weights(client, validators[0], {uid: 1.0 for uid in range(3, 11) if uid != 7})
+        set_weights(client, validators[1], {4: 1.0})
+        set_weights(client, validators[2], {4: 1.0})
+        chain.step(TEMPO)
+        scores = [n.pruning_score for n in client.subnets.metagraph(1)]
+        assert scores[7] == min(scores) == 0 and max(scores) == 1
+        assert chain.register(make_wallet("newcomer")) == 7
+        assert chain.register(make_wallet("another")) != 7  # immune now
+
+
+def test_the_rules_for_weights_are_kept():
+    chain, validators = a_subnet(min_allowed_weights=2, max_weight=0.6, weights_version=5)
+    with closing(chain.client()) as client:
+        with pytest.raises(bt.ChainError, match="at least 2"):
+            set_weights(client, validators[0], {3: 1.0}, version_key=5)
+        with pytest.raises(bt.ChainError, match="requires 5"):
+            set_weights(client, validators[0], {3: 1.0, 4: 1.0}, version_key=4)
+        set_weights(client, validators[0], {3: 9.0, 4: 1.0}, version_key=5)
+        assert max(chain.weights[0].values()) <= 0.6 + 1e-4  # clipped by the SDK
+    before = chain.weights
+    for weights, name in (({3: 1}, "WeightVecLengthIsLow"), ({3: 9, 4: 1}, "MaxWeightExceeded")):
+        call = calls.SubtensorModule.set_mechanism_weights(  # past the SDK's own checks
+            netuid=1, mecid=0, dests=list(weights), weights=list(weights.values()), version_key=5
+        )
+        refused = asyncio.run(chain.substrate.submit(call, validators[0].hotkey))
+        assert refused.error.name == name and chain.weights == before
+
+
+def test_without_weights_or_permits_emission_follows_the_stake():
+    chain, _ = a_subnet(stakes=(300, 100))
+    with closing(chain.client()) as client:
+        rows = [type(n)(**{**vars(n), "validator_permit": False}) for n in chain.subnet.neurons]
+        chain.subnet.put(rows)
+        chain.step(TEMPO)
+        assert [n.emission.amount for n in client.subnets.metagraph(1)][:3] == [15, 5, 0]
+
+
+def test_stake_is_bought_and_sold_by_the_coldkey():
+    chain, (first, second, _) = a_subnet()
+    chain.fund(first, 50)
+    own, cold = first.hotkey.ss58_address, first.coldkeypub.ss58_address
+    with closing(chain.client()) as client:
+        client.execute(bt.AddStake(own, 1, 30), first).raise_for_failure()
+        client.execute(bt.RemoveStake(own, 1, 10, slippage_protection=False), first).raise_for_failure()
+        client.execute(bt.RemoveStake(own, 1, 10), first).raise_for_failure()
+        assert client.subnets.metagraph(1).neuron(0).total_stake.amount == 510
+        assert chain.subnet.balances[cold] == 40 * 10**9
+        for intent, wallet, name in (
+            (bt.AddStake(own, 1, 41), first, "NotEnoughBalanceToStake"),
+            (bt.RemoveStake(own, 1, 511), first, "NotEnoughStakeToWithdraw"),
+            (bt.RemoveStake(own, 1, 1), second, "NonAssociatedColdKey"),
+            (bt.AddStake(own, 1, 0.001), first, "AmountTooLow"),
+            (bt.AddStakeLimit(own, 1, 1, limit_price_rao=10**9 - 1), first, "SlippageTooHigh"),
+            (bt.RemoveStakeLimit(own, 1, 1, limit_price_rao=10**9 + 1), first, "SlippageTooHigh"),
+            (bt.AddStake(make_wallet("nobody").hotkey.ss58_address, 1, 1), first, "HotKeyNotRegisteredInSubNet"),
+        ):
+            assert client.execute(intent, wallet).error.name == name
+        client.execute(bt.AddStake(own, 1, "all"), first).raise_for_failure()
+        assert 0 < chain.subnet.balances[cold] < 10**6
+    with pytest.raises(ValueError, match="balance"):
+        chain.fund(second, -1)
