@@ -46,7 +46,7 @@ class EmbeddedChain:
         tempo: int = 360,  # blocks of an epoch
         weights_rate_limit: int = 0,  # blocks from one weight setting to the next
         max_validators: int = 64,  # permits, for the largest stakes at each epoch
-        activity_cutoff: int = 5000,  # blocks after which unchanged weights stop counting
+        activity_cutoff: int = 5000,  # blocks until unchanged weights stop counting
         immunity_period: int = 4096,  # blocks in which a newcomer is pruned last
         min_allowed_weights: int = 1,  # weights that a validator has to set at once
         max_weight: float = 1.0,  # largest share of one uid in a row of weights
@@ -404,7 +404,7 @@ def _inputs(
     last: int,  # block of the epoch before; 0: this is the first one
     cutoff: int,  # blocks
 ) -> tuple[list[int], dict]:  # uids of the validators; arguments of `yuma`
-    "Mask what does not count: inactive stake, self-weights, outdated weights and bonds."
+    "Mask inactive stake, self-weights, outdated weights and outdated bonds."
     rows = [uid for uid, n in enumerate(neurons) if n.validator_permit]
     rows = rows or [0]  # nobody may set weights: one row that does not count
     weights, bonds = np.zeros((2, len(rows), len(neurons)))
