@@ -104,7 +104,7 @@ class WorkerMiner(Miner):
         return Config(miner=Config(name=self.worker.name))
 
     def _configure(self, given: Any) -> Config:
-        "Read neither command line nor environment: they are not for one of many miners."
+        "Read no command line and no environment: they are not for one of many miners."
         return merge(
             read_config(self.add_base_args, argv=[], environment=False),
             merge(self.config(), given),

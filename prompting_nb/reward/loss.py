@@ -15,10 +15,10 @@ from ..show import arguments_in_help
 # %% ../../nbs/reward/01_loss.ipynb #l010
 @arguments_in_help
 class PairwiseLoss(torch.nn.Module):
-    r"""Compute the loss of a chosen and a rejected completion for each prompt of a batch.
+    r"""Compute the loss of a chosen and a rejected completion for each prompt.
 
-    $-\operatorname{mean}(\log \sigma(r_{chosen} - r_{rejected}))$: log 2 for a model that
-    prefers nothing, and near 0 for one that is always right by a large margin."""
+    $-\operatorname{mean}(\log \sigma(r_{chosen} - r_{rejected}))$: log 2 for a model
+    that prefers nothing, and near 0 for one that is always right by a large margin."""
 
     def __init__(
         self,

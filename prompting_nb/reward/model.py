@@ -229,7 +229,7 @@ class RewardModel(torch.nn.Module):
         self,
         folder: str | Path | None = None,  # write checkpoint and tokenizer here
     ) -> torch.nn.Module:  # on the CPU; raises `InputError` for what it cannot express
-        "Make transformers' `AutoModelForSequenceClassification` with rewards as logits."
+        "Make transformers' sequence classifier, whose logits are the rewards."
         return to_sequence_classification(self, folder)
 
     def add_lora(

@@ -63,7 +63,7 @@ def _gather(x: torch.Tensor, span: Span) -> torch.Tensor:
 
 
 def _scatter(total: torch.Tensor, span: Span, part: torch.Tensor) -> None:
-    "Add the gradient (heads, keys, size) of the first keys of a span to that of all, (tokens, heads, size)."
+    "Add a span's gradient, (heads, keys, size), to that of all, (tokens, heads, size)."
     shared, part = span.shared.stop - span.shared.start, part.transpose(0, 1)
     if shared:
         total[span.shared] += part[:shared]
@@ -71,7 +71,7 @@ def _scatter(total: torch.Tensor, span: Span, part: torch.Tensor) -> None:
 
 
 class _Attention(torch.autograd.Function):
-    "Attention of all spans of a row; (heads, tokens, size) in, (queries, heads, size) out."
+    "Attend in all spans of a row: (heads, tokens, size) to (queries, heads, size)."
 
     @staticmethod
     def forward(ctx, query, key, value, scale, spans, causal, block, kept):
@@ -95,7 +95,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides its names
+    # the decorator hides the names of the arguments
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         tokens, scale, spans, causal, block, kept = ctx.options
         grad, out, *tensors = (
             *grads,
@@ -146,12 +147,11 @@ def attend(
     value: torch.Tensor,  # (heads, tokens, size)
     scale: float,  # of the products of queries and keys
     spans: list[Span],  # every query is in one of them
-    causal: bool,  # the queries of a span are the last of its keys, and none sees those after it
+    causal: bool,  # a span's queries are its last keys; none sees the keys after it
     block: int = 192,  # queries of long texts that are computed at a time
-    kept: int = 2
-    ** 20,  # queries x keys of a text up to which probabilities are kept for the backward pass
+    kept: int = 1 << 20,  # most queries x keys of a text whose probabilities are kept
 ) -> torch.Tensor:  # (queries, heads, size)
-    "Softmax attention of texts in a row, each to itself and to the beginning that it shares."
+    "Compute softmax attention of texts in a row, each to itself and its shared prefix."
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (
@@ -182,7 +182,7 @@ def _fused(
     scale: float,
     causal: bool,
 ) -> torch.Tensor:
-    "torch's kernel for one text: (heads, n, size) and (heads, m, size) to (heads, n, size)."
+    "Call torch's kernel for one text: (heads, n and m, size) to (heads, n, size)."
     n, m = query.shape[1], key.shape[1]
     seen: Any = (
         torch.ones(n, m, dtype=torch.bool, device=query.device).tril_(m - n)

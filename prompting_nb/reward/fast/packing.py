@@ -106,7 +106,7 @@ def _packed_attention(
     layout: Any = None,
     **kwargs,
 ):
-    "Attention in the form that transformers calls: (1, heads, tokens, size) in, (1, tokens, heads, size) out."
+    "Attend as transformers asks: (1, heads, tokens, size) to (1, tokens, heads, size)."
     repeat = (
         query.shape[1] // key.shape[1]
     )  # heads of a key, in models where several queries share one
@@ -125,7 +125,7 @@ AttentionInterface.register("prompting_nb_packed", _packed_attention)
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c018
 def _last_gpt2(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
-    "GPT-2's block for the last tokens, (1, texts, size), of all tokens, (1, tokens, size)."
+    "Compute GPT-2's block for the last tokens: (1, tokens, size) to (1, texts, size)."
     attention = block.attn
     heads = lambda x: x.unflatten(
         -1, (attention.num_heads, attention.head_dim)
@@ -192,7 +192,9 @@ def _first_bert(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c020
 SHARING = {"gpt2", "llama"}
 PACKING = {*SHARING, "bert"}
-_LAST = {  # model and pooling: the last layer, how to compute what is read of it, and where that is in a layout
+# Model and pooling: the last layer, how to compute the part that is read, and where
+# that part is in a layout.
+_LAST = {
     ("gpt2", "last"): (lambda base: base.h[-1], _last_gpt2, "last"),
     ("llama", "last"): (lambda base: base.layers[-1], _last_llama, "last"),
     ("bert", "pooler"): (lambda base: base.encoder.layer[-1], _first_bert, "first"),
@@ -220,7 +222,7 @@ def can_pack(encoder: RewardModel | TextEncoder) -> bool:
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
 @contextmanager
 def packed(encoder: RewardModel | TextEncoder) -> Iterator[None]:
-    "A model that computes laid out rows: its forward takes `layout` as a further argument."
+    "Make the model compute laid out rows: its forward takes `layout` as well."
     base = (
         encoder.model.get_base_model()
         if hasattr(encoder.model, "get_base_model")
@@ -253,7 +255,7 @@ def packed(encoder: RewardModel | TextEncoder) -> Iterator[None]:
 
 
 def _only(function: Callable, places: str) -> Callable:
-    "A block's forward that computes what is read; the rest of its output is zero, and nobody looks there."
+    "Make a block's forward compute only what is read; the rest of its output is 0."
 
     def forward(block, hidden, *args, layout: Any, position_embeddings=None, **kwargs):
         rotation = (
@@ -305,8 +307,7 @@ def run_layout(
 def divide(
     sizes: list[int],  # of what is to be divided
     parts: int,  # at most so many
-    largest: int
-    | None = None,  # more parts than asked for, in multiples, until none is larger (or is a single one)
+    largest: int | None = None,  # size of a part: more parts (multiples) where exceeded
 ) -> list[list[int]]:  # for each part, which ones it has
     "Divide by size: the largest first, each to the part that has least."
     count = parts
@@ -420,9 +421,9 @@ def features(
     groups: list[list[list[int]]],  # token ids: `groups[prompt][completion]`
     threads: int | None = None,  # `None`: as many as torch uses on a CPU, else 1
     bf16: bool = False,  # matrix products in bfloat16
-    part: int = 1536,  # tokens that a thread computes at a time, more only for a single group that is longer
+    part: int = 1536,  # tokens that a thread computes at a time, or one longer group
 ) -> torch.Tensor:  # (texts, size) float32, differentiable
-    "The vectors of texts, without padding, and with what the texts of a group have in common computed once."
+    "Compute vectors of texts without padding, and the shared prefix of a group once."
     share, device = shares_prefix(encoder), encoder.device
     threads = threads or (torch.get_num_threads() if device.type == "cpu" else 1)
     layouts = [lay_out([rows], share, device="cpu") for rows in groups]
@@ -473,7 +474,7 @@ def score_packed(
     bf16: bool = False,  # compute in bfloat16
     budget: int = 16384,  # tokens of a batch
 ) -> torch.Tensor:  # (n, 1) float32 on the CPU, in the order given
-    "The rewards of completions as `RewardModel.score` gives them, without padding where the model allows it."
+    "Score completions as `RewardModel.score` does, without padding where possible."
     if not can_pack(model) or not completions:
         return model.score(prompts, completions, bf16=bf16)
     batches, tokens, before = [[]], 0, None
