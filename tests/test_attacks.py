@@ -27,7 +27,8 @@ from bittensor import http_auth
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from prompting_nb.baseminer.miner import Miner, NotRegisteredError
+from prompting_nb.baseminer.miner import Miner
+from prompting_nb.baseminer.subnet import NotRegisteredError
 from prompting_nb.config import read_config
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet

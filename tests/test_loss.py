@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prompting_nb.reward.model import PairwiseLoss, RankingLoss
+from prompting_nb.reward.loss import PairwiseLoss, RankingLoss
 
 column = lambda *values: torch.tensor(values)[:, None]
 

@@ -28,7 +28,7 @@ from prompting_nb.baseminer.running import Runner
 from prompting_nb.baseminer.subnet import NotRegisteredError, Subnet
 from prompting_nb.config import Config, InputError, add_argument, make_parser, merge, read_config
 from prompting_nb.network.axon import Axon
-from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.chain import EmbeddedChain, MemorySubstrate, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting, Synapse, Terminal
 
@@ -42,11 +42,11 @@ def no_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest"])
 
 
-class HangingChain(EmbeddedChain):
-    "A chain whose block number takes as long as `answering` is not set, and that counts what it is asked."
+class HangingSubstrate(MemorySubstrate):
+    "Its block number takes as long as `answering` is not set; counts what it is asked."
 
-    def __init__(self, **given):
-        super().__init__(**given)
+    def __init__(self, subnet):
+        super().__init__(subnet)
         self.answering, self.asked, self.calls = threading.Event(), threading.Event(), []
         self.answering.set()
 
@@ -63,6 +63,15 @@ class HangingChain(EmbeddedChain):
     async def submit(self, call, keypair, **more):
         self.calls.append(call.function)
         return await super().submit(call, keypair, **more)
+
+
+class HangingChain(EmbeddedChain):
+    "A chain with such a substrate."
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.substrate = HangingSubstrate(self.subnet)
+        self.answering, self.asked, self.calls = (getattr(self.substrate, n) for n in ("answering", "asked", "calls"))
 
 
 @pytest.fixture
@@ -862,7 +871,7 @@ def test_ctrl_c_ends_a_foreground_run():
         import signal, threading
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         from prompting_nb.baseminer.miners import TemplateMiner
-        from prompting_nb.network.chain import EmbeddedChain, make_wallet
+        from prompting_nb.network.chain import EmbeddedChain, MemorySubstrate, make_wallet
         chain, wallet = EmbeddedChain(), make_wallet("miner")
         chain.register(wallet)
         miner = TemplateMiner(wallet=wallet, subtensor=chain.client())

@@ -20,7 +20,9 @@ from transformers import (AutoModel, BertConfig, GPT2Config, GPTNeoConfig, Llama
 from prompting_nb.reward.batches import Draw, length_batches
 from prompting_nb.reward.evaluation import best_of_k, calibration, evaluate
 from prompting_nb.reward.preferences import Ranking, pairs, split
-from prompting_nb.reward.model import PairwiseLoss, RankingLoss, RewardModel, pack, pad
+from prompting_nb.reward.loss import PairwiseLoss, RankingLoss
+from prompting_nb.reward.model import RewardModel, pack
+from prompting_nb.reward.tokens import pad
 from prompting_nb.reward.tokens import Row, _fit, encode, length_of
 from prompting_nb.reward.training import TrainConfig, train
 

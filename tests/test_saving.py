@@ -14,7 +14,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from prompting_nb.reward.model import RewardModel, pad
+from prompting_nb.reward.model import RewardModel
+from prompting_nb.reward.tokens import pad
 
 DATA = Path(__file__).parent / "data" / "reward"
 FOUND = json.loads((DATA / "scores.json").read_text())

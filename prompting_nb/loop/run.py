@@ -241,14 +241,3 @@ def grade_all(
     if arena.grade is None:
         return judge(prompt, [worker.outcome(prompt) for worker in workers]).tolist()
     return [arena.truth(prompt, worker) or 0.0 for worker in workers]
-
-# %% ../../nbs/loop/00_run.ipynb #r016
-# moved, import them from the modules named here
-from prompting_nb.loop.network import WorkerMiner  # noqa: E402, F401
-from prompting_nb.loop.teach import Assessment, assess, teach  # noqa: E402, F401
-from prompting_nb.validators.judge import Judge  # noqa: E402, F401
-from prompting_nb.validators.validator import (  # noqa: E402, F401
-    GATE,
-    GATES,
-    MovingAverage,
-)

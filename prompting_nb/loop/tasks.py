@@ -26,7 +26,8 @@ from typing import Callable, Optional
 import numpy as np
 
 from ..config import InputError
-from ..reward.preferences import Ranking, clean, read_lines, read_rankings
+from ..reward.preferences import Ranking, clean, read_rankings
+from ..files import read_lines
 
 # %% ../../nbs/loop/01_tasks.ipynb #c041
 @dataclass

@@ -33,11 +33,6 @@ from prompting_nb.encoding import (
 )
 from ..pretrained import load
 from .export import to_sequence_classification
-from prompting_nb.reward.loss import (  # moved, import them from reward.loss
-    PairwiseLoss,  # noqa: F401
-    RankingLoss,  # noqa: F401
-    decided_pairs,  # noqa: F401
-)
 from prompting_nb.reward.saving import (
     add_adapters,
     load_model,
@@ -46,7 +41,6 @@ from prompting_nb.reward.saving import (
     save_model,
 )
 from .tokens import encode, length_limit, pad
-from .tokens import length_of  # noqa: F401  # moved there
 from ..shapes import TensorType, check_shapes
 from ..show import arguments_in_help
 

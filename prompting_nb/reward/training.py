@@ -53,7 +53,9 @@ from prompting_nb.reward.fast.packing import (
     score_packed,
     shares_prefix,
 )
-from .model import RankingLoss, RewardModel, decided_pairs, pad
+from .loss import RankingLoss, decided_pairs
+from .model import RewardModel
+from .tokens import pad
 from .preferences import Ranking, decided, decisions, score_rankings
 from .processes import Processes, whole_weights
 

@@ -19,7 +19,9 @@ from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .attention import Span, attend
-from ..model import RewardModel, TextEncoder, evaluating, length_of
+from ..model import RewardModel, TextEncoder
+from ...encoding import evaluating
+from ..tokens import length_of
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c008
 @dataclass
