@@ -232,6 +232,7 @@ def test_momentum_is_bounded_on_both_sides(value):
     ({"loss": "mae"}, "--gating.loss must be one of mse, listwise, not 'mae'"),
     ({"model_name": " "}, "--gating.model_name must be a text that is not empty, not ' '"),
     ({"cut": -1}, "--gating.cut must be at least 0 or null, not -1"),
+    ({"learning_rate": math.inf}, "--gating.learning_rate must be a number, greater than 0, not inf"),
     ({"frozen": 1}, "--gating.frozen must be true or false, not 1"),
     ({"blacklist.whitelist": "abc"}, "--gating.blacklist.whitelist must be a list, not 'abc'"),
     ({"blacklist.whitelist": [3]}, r"--gating.blacklist.whitelist must be a list, not \[3\]"),
@@ -259,6 +260,13 @@ def test_an_unknown_name_of_ours_is_refused_with_a_known_one(word, reader, secti
     with pytest.raises(InputError, match=f"there is no setting {name}; the nearest is gating[.]") as error:
         READERS[reader](name, 5)
     assert str(error.value).rsplit(" ", 1)[1] in NAMES
+
+
+@pytest.mark.parametrize("word", ["keys", "__dict__", "items"])
+def test_a_name_may_be_that_of_a_method_of_a_namespace(word):
+    "jsonargparse marks such names in a namespace with an invisible letter, which our messages must not have."
+    with pytest.raises(InputError, match=f"^there is no setting gating.{word}; "):
+        read_config(add_args, given=merge({f"gating.{word}": 5}))
 
 
 @pytest.mark.parametrize("reader", READERS.values())

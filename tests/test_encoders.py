@@ -7,11 +7,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings, strategies as st
+from toys import LETTERS, letter_tokenizer, save_model
 
 from prompting_nb.config import InputError
 from prompting_nb.encoding import (PRECISIONS, Encoder, check_encoder, cut, frozen_model, in_batches, in_threads, last_token,
@@ -22,18 +22,9 @@ from prompting_nb.encoding import (PRECISIONS, Encoder, check_encoder, cut, froz
 def folder(tmp_path_factory):
     "A small random BERT with a token for each letter."
     folder = tmp_path_factory.mktemp("bert")
-    letters = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", *"abcdefghijklmnopqrstuvwxyz "]
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(letters)}, unk_token="[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    words.post_processor = tokenizers.processors.TemplateProcessing(
-        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(
-        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=24)).save_pretrained(folder)
+    config = transformers.BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=64, max_position_embeddings=24)
+    save_model(folder, config, letter_tokenizer(bert=True, letters=[*LETTERS, " "]))
     return folder
 
 

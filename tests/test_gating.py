@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings, strategies as st
+from toys import letter_tokenizer, save_model
 
 from prompting_nb.config import Config, InputError
 from prompting_nb.validators.gating import BaseGatingModel, GatingModel, LinearGate, SentenceEmbedGatingModel
@@ -23,7 +23,6 @@ from prompting_nb.validators.rows import RowAdagrad
 
 FAMILIES = ("bert", "gpt2", "gpt_neo", "llama")
 GATES = (GatingModel, SentenceEmbedGatingModel)
-LETTERS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "<eos>", *"abcdefghijklmnopqrstuvwxyz"]
 
 
 def _config(family):
@@ -39,25 +38,12 @@ def _config(family):
     }[family]()
 
 
-def _tokenizer(bert):
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({t: i for i, t in enumerate(LETTERS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    own = dict(eos_token="<eos>")
-    if bert:
-        words.post_processor = tokenizers.processors.TemplateProcessing(
-            "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-        own = dict(cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **own)
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     "Folders of small random models, one of each family."
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
-        torch.manual_seed(0)
-        transformers.AutoModel.from_config(_config(family)).save_pretrained(folder / family)
-        _tokenizer(family == "bert").save_pretrained(folder / family)
+        save_model(folder / family, _config(family), letter_tokenizer(family == "bert"))
     return folder
 
 
@@ -409,7 +395,7 @@ def test_fresh_rows_are_like_initial_rows(tmp_path):
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=768, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     transformers.BertModel(config).save_pretrained(tmp_path)
-    _tokenizer(True).save_pretrained(tmp_path)
+    letter_tokenizer(True).save_pretrained(tmp_path)
     gate = SentenceEmbedGatingModel(subnet(range(64)), model_name=str(tmp_path), num_uids=64)
     first = gate.head.weight.detach().clone()
     gate.resync(subnet(range(64)), subnet(range(64, 128)))

@@ -62,14 +62,10 @@ def test_the_command_knows_every_flag_of_every_miner():
 def make_model(family, folder):
     "A random model of a family with a byte-level tokenizer, which knows every character."
     import transformers as hf
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from toys import byte_tokenizer, save_model
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(["<end>", *letters])}
-    made = Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", bos_token="<end>")
-    size = dict(vocab_size=len(vocabulary), bos_token_id=0, eos_token_id=0, initializer_range=0.5)
+    tokenizer = byte_tokenizer()
+    size = dict(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, initializer_range=0.5)
     configs = {
         "gpt2": lambda: hf.GPT2Config(**size, n_positions=128, n_embd=32, n_layer=2, n_head=2),
         "gpt_neo": lambda: hf.GPTNeoConfig(**size, max_position_embeddings=128, hidden_size=32, num_layers=2, num_heads=2,
@@ -77,10 +73,7 @@ def make_model(family, folder):
         "llama": lambda: hf.LlamaConfig(**size, max_position_embeddings=128, hidden_size=32, num_hidden_layers=2,
                                         num_attention_heads=2, num_key_value_heads=1, intermediate_size=64),
     }
-    hf.set_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(configs[family]())
-    for part in (tokenizer, model):
-        part.save_pretrained(folder)
+    save_model(folder, configs[family](), tokenizer, kind=hf.AutoModelForCausalLM)
 
 
 @pytest.fixture(scope="module")

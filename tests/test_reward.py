@@ -13,9 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (AutoModel, BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, PreTrainedTokenizerFast,
-                          RobertaConfig)
+from toys import save_model, word_tokenizer
+from transformers import BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, RobertaConfig
 
 from prompting_nb.reward.batches import Draw, length_batches
 from prompting_nb.reward.evaluation import best_of_k, calibration, evaluate
@@ -46,13 +45,8 @@ def toys(tmp_path_factory):
     "Folders with tiny random models, by family."
     folders = {}
     for kind, config in CONFIGS.items():
-        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         special = dict(eos_token="[SEP]") if kind in CAUSAL else dict(cls_token="[CLS]", sep_token="[SEP]")
-        torch.manual_seed(1)
-        folders[kind] = str(tmp_path_factory.mktemp(kind))
-        AutoModel.from_config(config).save_pretrained(folders[kind])
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special).save_pretrained(folders[kind])
+        folders[kind] = save_model(tmp_path_factory.mktemp(kind), config, word_tokenizer(WORDS, **special), seed=1)
     return folders
 
 

@@ -7,10 +7,10 @@ __all__ = ['Runner']
 
 # %% ../../nbs/baseminer/06_running.ipynb #m06002
 import logging
-import signal
 import threading
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Optional
+
+from ..files import on_sigterm
 
 # %% ../../nbs/baseminer/06_running.ipynb #m06008
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Runner:
         Raises RuntimeError if a run is under way, and else what ended the run.
         """
         self._begin()
-        with _set_by_sigterm(self.stopping, self.name):
+        with on_sigterm(lambda: _stop_by_signal(self.stopping, self.name)):
             self._work()
 
     def start(self) -> None:
@@ -158,20 +158,8 @@ class Runner:
         return max(self.poll_interval, pause)
 
 # %% ../../nbs/baseminer/06_running.ipynb #m06022
-@contextmanager
-def _set_by_sigterm(stopping: threading.Event, name: str) -> Iterator[None]:
-    "Let SIGTERM set `stopping` inside the block. Only possible in the main thread."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number, frame):
-        _log.warning("%s: SIGTERM, stopping after this block", name)
-        # The interrupted thread may be waiting for this very event and hold its lock.
-        threading.Thread(target=stopping.set).start()
-
-    before = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop_by_signal(stopping: threading.Event, name: str) -> None:
+    "Set `stopping` when SIGTERM has come."
+    _log.warning("%s: SIGTERM, stopping after this block", name)
+    # The interrupted thread may be waiting for this very event and hold its lock.
+    threading.Thread(target=stopping.set).start()

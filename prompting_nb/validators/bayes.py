@@ -190,9 +190,9 @@ class BayesianGatingModel(BaseGatingModel):
     ) -> None:
         """Take over what was saved; it goes to the uids where its hotkeys are now.
 
-        Logs a warning when hotkeys of the metagraph have no saved row. Raises
-        `InputError` that says what differs, or that no hotkey was found; the gate is
-        untouched then.
+        Logs a warning when hotkeys of the metagraph have no saved row.
+        Raises `InputError` that says what differs, or that no hotkey was found; the
+        gate is untouched then.
         """
         saved = load_rows(path, self._identity(), self.hotkeys, self.num_uids)
         self.centres = saved.tensors["centres"].to(self.centres)

@@ -239,9 +239,9 @@ class LinearGate(BaseGatingModel):
     ) -> None:
         """Take over a saved head; its rows go to the uids where their hotkeys are now.
 
-        Logs a warning when hotkeys of the metagraph have no saved row. Raises
-        `InputError` that says what differs, or that no hotkey was found; the gate is
-        untouched then.
+        Logs a warning when hotkeys of the metagraph have no saved row.
+        Raises `InputError` that says what differs, or that no hotkey was found; the
+        gate is untouched then.
         """
         saved = load_rows(path, self._identity(), self.hotkeys, self.num_uids)
         other = saved.about["optimizer"] != type(self.optimizer).__name__
