@@ -443,11 +443,11 @@ def test_search_finds_names_and_words(site, browser, serve):
     first = page.wait_for_selector("#result-0[aria-selected=true]")
     assert first.query_selector("b").inner_text() == "RewardModel.forward"
     page.keyboard.press("Enter")
-    page.wait_for_url("**/reward.html#rewardmodel.forward")
+    page.wait_for_url("**/reward/model.html#rewardmodel.forward")
     page.keyboard.press("/")
     page.keyboard.type("padding")
     page.wait_for_selector("#results li")
-    assert "reward.html" in " ".join(li.get_attribute("data-url") for li in page.query_selector_all("#results li"))
+    assert "reward/model.html" in " ".join(li.get_attribute("data-url") for li in page.query_selector_all("#results li"))
     page.keyboard.type("xyzzy")
     page.wait_for_selector("#results:empty", state="attached")
     assert "Nothing has" in page.inner_text(".hint")
