@@ -11,13 +11,15 @@ import argparse
 import dataclasses
 import difflib
 import math
-import operator
+import os
 import re
 import sys
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, TypeVar, Union, cast
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, TypeVar, Union
 from typing import get_args, get_origin, get_type_hints
 
 import jsonargparse
@@ -35,29 +37,21 @@ class Config(jsonargparse.Namespace):
         return self
 
 # %% ../nbs/00_config.ipynb #c011
-def _is_section(value: Any) -> bool:
-    "Whether a value holds further settings."
-    return isinstance(value, (dict, argparse.Namespace, jsonargparse.Namespace)) or (
-        dataclasses.is_dataclass(value) and not isinstance(value, type)
-    )
-
-
 def _flat(values: Any, prefix: str = "") -> dict:
     "Nested or dotted dicts, namespaces and dataclasses as one dict of dotted names."
-    out = {}
     if isinstance(values, jsonargparse.Namespace):
         values = values.as_dict()
-    for key, value in (values if isinstance(values, dict) else vars(values)).items():
-        if _is_section(value):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
+    elif not isinstance(values, dict):
+        values = vars(values)
+    out = {}
+    for key, value in values.items():
+        section = isinstance(value, _SECTIONS) or dataclasses.is_dataclass(value)
+        leaf = not section or isinstance(value, type)
+        out |= {prefix + key: value} if leaf else _flat(value, f"{prefix}{key}.")
     return out
 
 
-def _parents(keys: Iterable[str]) -> set:
-    "The sections that dotted names lie in: `a.b.c` lies in `a` and `a.b`."
-    return {key[: dot.start()] for key in keys for dot in re.finditer(r"\.", key)}
+_SECTIONS = (dict, argparse.Namespace, jsonargparse.Namespace)
 
 
 def merge(
@@ -65,10 +59,10 @@ def merge(
     given: Any = None,  # the same; its values win. `None`: nothing was given
 ) -> Config:  # a new object; neither argument is changed
     "Override the values of `defaults` with those of `given`."
-    values = {**_flat(defaults), **_flat(given or {})}
-    if both := sorted(_parents(values) & set(values)):
+    merged, values = Config(), _flat(defaults) | _flat(given or {})
+    parents = {key[: dot.start()] for key in values for dot in re.finditer(r"\.", key)}
+    if both := sorted(parents & set(values)):
         raise InputError(f"{both[0]} holds further settings and cannot be a value too")
-    merged = Config()
     for name, value in values.items():
         merged[name] = value
     return merged
@@ -81,12 +75,10 @@ def check_settings(
     settings: Any,  # a dataclass
 ) -> None:  # raises `InputError` that names the field and its bound
     "Check the type and the bounds of each field: for `__post_init__`."
-    kinds = get_type_hints(type(settings))
-    for field in dataclasses.fields(settings):
-        kind, value = kinds[field.name], getattr(settings, field.name)
-        if not dataclasses.is_dataclass(kind):
-            _refuse(field.name, kind, value)
-            object.__setattr__(settings, field.name, _plain(value, kind))
+    for name, field in _fields(type(settings)).items():
+        if "." not in name:
+            value = _checked(name, field._typehint, getattr(settings, name))
+            object.__setattr__(settings, name, value)
 
 
 def settings_of(
@@ -98,18 +90,18 @@ def settings_of(
     "Make the typed, checked settings of a part from a configuration."
     start, fields = f"{prefix}." if prefix else "", _fields(Settings, prefix)
     given = {k: v for k, v in _flat(values).items() if k.startswith(start)}
-    names = [field.name for field in fields]
     if not ignore_unknown:
-        for key in given.keys() - set(names):
-            raise _unknown(key, names)
-    checked = {}
-    for field in fields:
-        if field.name in given:
-            _refuse(field.flag, field.kind, given[field.name])
-            checked[field.name] = _plain(given[field.name], field.kind)
-        elif field.default is dataclasses.MISSING:
-            raise InputError(f"{field.flag} must be given")
-    return _build(Settings, checked, start)
+        for key in given.keys() - fields.keys():
+            raise _unknown(key, fields)
+    sections = _sections(Settings).items()
+    made = {key: settings_of(part, given, start + key, True) for key, part in sections}
+    for name, field in fields.items():
+        key = name[len(start) :]
+        if name in given and "." not in key:
+            made[key] = _checked(_flag(name), field._typehint, given[name])
+        elif field.required and "." not in key:
+            raise InputError(f"{_flag(name)} must be given")
+    return Settings(**made)
 
 # %% ../nbs/00_config.ipynb #s030
 if TYPE_CHECKING:  # what a function with such a setting may rely on
@@ -126,224 +118,169 @@ else:
     )
 
 # %% ../nbs/00_config.ipynb #s011
-_BOUNDS = {
-    operator.gt: "greater than",
-    operator.ge: "at least",
-    operator.lt: "less than",
-    operator.le: "at most",
-}
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    bool: "true or false",
-    list: "a list",
-    type(None): "null",
-}
-
-
-def _base(kind: Any) -> Any:
-    "The plain type of a setting: `int` of a bounded number, `list` of a list."
-    if get_origin(kind) is Literal:
-        return type(get_args(kind)[0])
-    kinds = [k for k in get_args(kind) if k is not type(None)]
-    if _is_union(kind):
-        return _base(kinds[0]) if len(kinds) == 1 else Any
-    return getattr(kind, "_type", get_origin(kind) or kind)
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) is Union or type(kind).__name__ == "UnionType"
-
-
-def _bounds(kind: Any) -> str:
-    "The bounds of a number in words; empty where there are none."
-    words = []
-    for compare, bound in getattr(kind, "_restrictions", []):
-        if kind._type is int and compare is operator.gt:
-            compare, bound = operator.ge, bound + 1
-        words.append(f"{_BOUNDS[compare]} {bound:g}")
-    return " and ".join(words)
-
-
-def _expected(kind: Any, value: Any) -> str:
-    "What a setting of this type must be, in words; bounds alone for a number."
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if _is_union(kind):
-        return " or ".join(_expected(part, value) for part in get_args(kind))
-    base, bounds = _base(kind), _bounds(kind)
-    if bounds:
-        return bounds if _is_number(value, base) else f"{_NAMES[base]}, {bounds}"
-    if hasattr(kind, "_regex"):
-        return (
-            "a text that is not empty"
-            if kind.__name__ == "NotEmptyStr"
-            else (f"a text that matches {kind._regex.pattern}")
-        )
-    return _NAMES.get(base, getattr(base, "__name__", str(base)))
-
-
-def _is_number(value: Any, base: type) -> bool:
-    kind = Integral if base is int else Real
-    whole = isinstance(value, kind) and not isinstance(value, bool)
-    return whole and math.isfinite(value)
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    "Whether a value is of the type of a setting and within its bounds."
-    if kind is Any or isinstance(kind, str):
-        return True
-    if get_origin(kind) is Literal:
-        return any(value == x and type(value) is type(x) for x in get_args(kind))
-    if _is_union(kind):
-        return any(_fits(part, value) for part in get_args(kind))
-    base = _base(kind)
-    if base in (int, float):
-        limits = getattr(kind, "_restrictions", [])
-        return _is_number(value, base) and all(op(value, to) for op, to in limits)
-    if hasattr(kind, "_regex"):
-        return isinstance(value, str) and kind._regex.match(value) is not None
-    if base in (list, tuple):
-        (part, *_) = get_args(kind) or (Any,)
-        return isinstance(value, base) and all(_fits(part, item) for item in value)
-    return not isinstance(base, type) or isinstance(value, base)
-
-
-def _plain(value: Any, kind: Any = Any) -> Any:
-    "A number as plain `int` or `float`, which jsonargparse's and numpy's are not."
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return list(value) if isinstance(value, list) else value
-    if _base(kind) is float or not isinstance(value, Integral):
-        return float(value)
-    return int(value)
-
-# %% ../nbs/00_config.ipynb #s015
-@dataclasses.dataclass
-class _Field:
-    "One setting: its flag and what is known about it."
-
-    name: str  # dotted: gating.num_uids
-    kind: Any  # its type
-    default: Any  # `dataclasses.MISSING` where a value must be given
-    help: str
-    group: str  # first line of the docstring of its dataclass
-
-    @property
-    def flag(self) -> str:
-        "`--gating.num_uids`; a name without a dot takes dashes: `--top-k`."
-        name = self.name if "." in self.name else self.name.replace("_", "-")
-        return f"--{name}"
-
-
-def _help(Settings: type) -> dict:
-    "The help of each field, from the docstring of the class and of its bases."
-    from docstring_parser import parse_from_object  # not needed to import a part
-
-    classes = [c for c in reversed(Settings.__mro__) if dataclasses.is_dataclass(c)]
-    params = [param for c in classes for param in parse_from_object(c).params]
-    return {p.arg_name: " ".join((p.description or "").split()) for p in params}
+_NAMES = {int: "a whole number", float: "a number", str: "a text"}
+_NAMES |= {bool: "true or false", list: "a list", NoneType: "null"}
+_NAMES |= {NotEmptyStr: "a text that is not empty"}
+_BOUNDS = {">=": "at least ", "<=": "at most ", ">": "greater than ", "<": "less than "}
+jsonargparse.set_loader("as_is", lambda text: text)  # else "null" would become None
 
 
 @cache
-def _fields(Settings: type, prefix: str = "") -> tuple[_Field, ...]:
-    "The settings of a dataclass and of the sections in it."
-    found, kinds, texts = [], get_type_hints(Settings), _help(Settings)
-    start = f"{prefix}." if prefix else ""
-    title = (Settings.__doc__ or Settings.__name__).strip().splitlines()[0].rstrip(".")
-    for field in dataclasses.fields(cast(Any, Settings)):
-        name, kind = f"{start}{field.name}", kinds[field.name]
-        if dataclasses.is_dataclass(kind):
-            found += _fields(kind, name)
-            continue
-        make = field.default_factory
-        default = field.default if make is dataclasses.MISSING else make()
-        found.append(_Field(name, kind, default, texts.get(field.name, ""), title))
-    return tuple(found)
+def _reader(kind: Any) -> jsonargparse.ArgumentParser:
+    "A parser of one value of a type."
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, parser_mode="as_is")
+    parser.add_argument("--value", type=kind)
+    return parser
+
+
+def _read(kind: Any, value: Any) -> Any:
+    "A value as its type has it. Raises `argparse.ArgumentError` where it does not fit."
+    if kind is Any or value is None and kind is NoneType:
+        return value
+    # the types of a union one by one, or jsonargparse reads the text "null" as None
+    for part in _parts(kind):
+        with suppress(argparse.ArgumentError):
+            return _read(part, value)
+    found = _plain(_reader(kind).parse_object({"value": value}, defaults=False).value)
+    # it would also take None for any type, inf, "7" and 7.0 as 7, and True as 1
+    accepted = (int, float) if type(value) is int else type(value)
+    same = value is not None and isinstance(found, accepted)
+    if get_origin(kind) is Literal:
+        same = type(value) in map(type, get_args(kind))
+    if not same or found != value or found in (math.inf, -math.inf):
+        raise argparse.ArgumentError(None, "it was read as another value")
+    return found if isinstance(found, float) else value
+
+
+def _checked(flag: str, kind: Any, value: Any) -> Any:
+    "A value as its type has it, or an `InputError` that names flag, bound and value."
+    plain = _plain(value)
+    try:
+        return _read(kind, plain)
+    except (argparse.ArgumentError, OverflowError):
+        text = f"{flag} must be {_words(kind, plain)}, not {value!r}"
+        raise InputError(text) from None
+
+
+def _plain(value: Any) -> Any:
+    "A number as plain `int` or `float`, which jsonargparse's and numpy's are not."
+    if isinstance(value, (str, list)):
+        return str.__str__(value) if isinstance(value, str) else list(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _parts(kind: Any) -> tuple:
+    "The types that a union is made of; of another type none."
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+
+
+def _base(kind: Any) -> Any:
+    "The plain type: `int` of a bounded number, `str` of `Literal['a']`."
+    if get_origin(kind) is Literal:
+        return type(get_args(kind)[0])
+    return getattr(kind, "_type", get_origin(kind) or kind)
+
+
+def _words(kind: Any, value: Any) -> str:
+    "What a setting of this type must be; bounds alone where the value is a number."
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if parts := _parts(kind):
+        return " or ".join(_words(part, value) for part in parts)
+    base, bounds = _base(kind), getattr(kind, "_expression", "")  # v>=0 and v<1
+    if base is int:
+        bounds = re.sub(r">(\d+)", lambda found: f">={int(found[1]) + 1}", bounds)
+    for sign, words in _BOUNDS.items():
+        bounds = bounds.replace(f"v{sign}", words)
+    name = _NAMES.get(kind) or _NAMES.get(base, getattr(base, "__name__", str(base)))
+    if not bounds or kind in _NAMES:
+        return name
+    number = type(value) in (int, float) and type(value) in (int, base)
+    return bounds if number and abs(value) < math.inf else f"{name}, {bounds}"
+
+# %% ../nbs/00_config.ipynb #s015
+def _flag(name: str) -> str:
+    "`--gating.num_uids`; a name without a dot takes dashes: `--top-k`."
+    return "--" + (name if "." in name else name.replace("_", "-"))
+
+
+def _sections(Settings: type) -> dict[str, Any]:
+    "The fields of a dataclass that are dataclasses."
+    kinds = get_type_hints(Settings)
+    return {k: v for k, v in kinds.items() if dataclasses.is_dataclass(v)}
+
+
+@cache
+def _fields(Settings: Any, prefix: str = "") -> dict[str, Any]:
+    "What jsonargparse makes of a dataclass and the sections in it: name to argument."
+    parser, sections = jsonargparse.ArgumentParser(), _sections(Settings)
+    # with the sections left out, since it would add a flag for each of them too
+    parser.add_class_arguments(Settings, prefix or None, skip=set(sections))
+    own, found = {action.dest: action for action in parser._actions}, {}
+    for field in dataclasses.fields(Settings):
+        name = f"{prefix}.{field.name}" if prefix else field.name
+        section = sections.get(field.name)
+        found |= _fields(section, name) if section else {name: own[name]}
+    return found
 
 # %% ../nbs/00_config.ipynb #s018b
-def _refuse(flag: str, kind: Any, value: Any) -> None:
-    "Raise `InputError` for a value that does not fit its type."
-    if not _fits(kind, value):
-        raise InputError(f"{flag} must be {_expected(kind, value)}, not {value!r}")
-
-
-def _unknown(key: str, known: Iterable[str]) -> InputError:
+def _unknown(key: str, known: Iterable[str], what: str = "setting") -> InputError:
     "The error for a setting that does not exist, with the nearest one that does."
     near = difflib.get_close_matches(key, sorted(known), 1, 0)
-    return InputError(
-        f"there is no setting {key}" + (f"; the nearest is {near[0]}" if near else "")
-    )
-
-
-def _build(Settings: Any, values: dict, start: str) -> Any:
-    "The dataclass and its sections from checked values."
-    kinds, made = get_type_hints(Settings), {}
-    for field in dataclasses.fields(Settings):
-        kind, name = kinds[field.name], f"{start}{field.name}"
-        if dataclasses.is_dataclass(kind):
-            made[field.name] = _build(kind, values, f"{name}.")
-        elif name in values:
-            made[field.name] = values[name]
-    return Settings(**made)
+    hint = f"; the nearest is {near[0]}" if near else ""
+    return InputError(f"there is no {what} {key}{hint}")
 
 # %% ../nbs/00_config.ipynb #c016
-def _known(parser) -> set:
-    "The option strings that a parser (argparse's or jsonargparse's) answers to."
-    return set(parser._option_string_actions)
-
-
 def add_argument(
     parser,  # an `argparse.ArgumentParser`, or jsonargparse's
     name: str,  # the flag, dotted: `--gating.num_uids`
     **kwargs,  # as for `parser.add_argument`
 ) -> None:
     "Add an argument unless the parser has it already."
-    if name not in _known(parser):
+    if name not in parser._option_string_actions:
         parser.add_argument(name, **kwargs)
 
 
 class _Checked(argparse.Action):
-    "Stores a value of plain argparse, whose parser knows no bounds, when it fits."
+    "Checks a value for plain argparse, which knows no bounds, and stores it."
 
     kind: Any = Any
 
     def __call__(self, parser, namespace, values, option_string=None):
-        for value in values if isinstance(values, list) else [values]:
-            kind = str if isinstance(values, list) else self.kind
-            if not _fits(kind, value):
-                text = f"must be {_expected(kind, value)}, not {value!r}"
-                raise argparse.ArgumentError(self, text)
-        setattr(namespace, self.dest, values)
+        flag = option_string or self.option_strings[0]
+        try:
+            setattr(namespace, self.dest, _checked(flag, self.kind, values))
+        except InputError as error:
+            raise argparse.ArgumentError(None, str(error)) from None
 
 
-def _truth(text: str) -> bool:
-    "Read `true` or `false` for argparse."
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
-    return text.lower() == "true"
+def _truth(text: str) -> Any:
+    "Read `true` or `false` for argparse; another text is refused as it is."
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _how(field: _Field, typed: bool) -> dict:
+def _how(field: Any, typed: bool) -> dict:
     "The keywords of `add_argument` for a setting; `typed` for jsonargparse."
-    missing = field.default is dataclasses.MISSING
-    how: dict = dict(required=True) if missing else dict(default=field.default)
-    base = _base(field.kind)
+    kind, default, missing = field._typehint, field.default, field.required
+    how: dict = dict(required=True) if missing else dict(default=default)
+    how["help"] = field.help or ""
+    base = [part for part in _parts(kind) or (kind,) if part is not NoneType]
+    base = _base(base[0]) if len(base) == 1 and base != [Any] else str
     if base is list:
-        return dict(nargs="*", type=str, help=field.help, **how)
-    if typed:
-        # a bare flag switches on
-        switch = dict(nargs="?", const=True) if field.default is False else {}
-        return dict(type=field.kind, help=field.help, **switch, **how)
-    shown = missing or field.default in ("", None, False)
-    how["help"] = field.help + ("" if shown else " (default: %(default)s)")
-    if field.default is False:
-        return dict(action="store_true", help=field.help)
-    if get_origin(field.kind) is Literal:
-        return dict(choices=get_args(field.kind), type=base, **how)
-    kind = {bool: _truth, Any: str}.get(base, base)
-    action = type("Checked", (_Checked,), {"kind": field.kind})
-    return dict(action=action, type=kind, **how)
+        return how | dict(nargs="*", type=str)
+    if typed:  # a bare flag switches on
+        switch = dict(nargs="?", const=True) if default is False else {}
+        return how | switch | dict(type=kind)
+    if default is False:
+        return how | dict(action="store_true")
+    if not missing and default not in ("", None):
+        how["help"] += " (default: %(default)s)"
+    if get_origin(kind) is Literal:
+        return how | dict(type=base, choices=get_args(kind))
+    action = type("Checked", (_Checked,), {"kind": kind})
+    return how | dict(type=_truth if base is bool else base, action=action)
 
 
 def add_settings(
@@ -352,26 +289,20 @@ def add_settings(
     prefix: str = "",  # before the names: `gating` makes `--gating.num_uids`
 ) -> None:
     "Add a flag for each setting that the parser lacks, in a group for each dataclass."
-    typed = hasattr(parser, "add_class_arguments")  # jsonargparse
-    groups = {}
-    for field in _fields(Settings, prefix):
-        if field.flag in _known(parser):
+    typed, groups = hasattr(parser, "add_class_arguments"), {}  # jsonargparse has it
+    for name, field in _fields(Settings, prefix).items():
+        flag, into, title = _flag(name), parser, field.container.title
+        if flag in parser._option_string_actions:
             continue
-        into = parser
         if isinstance(parser, argparse.ArgumentParser):  # a group holds no groups
-            if field.group not in groups:
-                groups[field.group] = parser.add_argument_group(field.group)
-            into = groups[field.group]
-        into.add_argument(field.flag, **_how(field, typed))
-        if action := parser._option_string_actions.get(field.flag):
-            vars(action)["is_setting"] = True  # its section holds no other names
+            into = groups.get(title) or parser.add_argument_group(title)
+            groups[title] = into
+        action: Any = into.add_argument(flag, **_how(field, typed))
+        action.is_setting = True  # its section holds no other names
 
 # %% ../nbs/00_config.ipynb #c019
-def _in_notebook() -> bool:
-    "Whether this code runs inside a Jupyter kernel (then `sys.argv` is the kernel's)."
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and hasattr(shell, "kernel")
+# the value that was written, at the end of jsonargparse's messages
+_WRITTEN = r"(?:value|base 10|float): '?(.*?)'?$|: (\S*) does not "
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -381,35 +312,44 @@ class _Parser(jsonargparse.ArgumentParser):
         "Name flag and bound of a wrong value, and the flag nearest to an unknown one."
         super().error(self._in_words(message), ex)
 
+    def parse_args(self, *args, **kwargs):
+        "Read the arguments; in a command of ours no variable may have a wrong name."
+        if self.default_env and self.is_command:
+            self._check_variables()
+        return super().parse_args(*args, **kwargs)
+
+    is_command = False
+
+    def _check_variables(self) -> None:
+        "Refuse unknown variables of a section of this parser; warn of all others."
+        dests, start = {action.dest for action in self._actions}, f"{self.env_prefix}_"
+        known = {start + dest.replace(".", "__").upper() for dest in dests - {"help"}}
+        parts = {dest.split(".")[0].upper() for dest in dests if "." in dest}
+        for name in sorted(os.environ):
+            if name.startswith(start) and name not in known:
+                wrong = _unknown(name, known, "environment variable")
+                if name[len(start) :].upper().startswith(tuple(f"{p}_" for p in parts)):
+                    self.error(str(wrong))
+                print(f"{self.prog}: warning: {wrong}; it is ignored", file=sys.stderr)
+
     def _in_words(self, message: str) -> str:
-        if found := re.match(r"Parser key \"([\w.]+)\"", message):
-            flags = [action for action in self._actions if action.dest == found[1]]
-            kind = getattr(flags[0], "_typehint", None) if flags else None
-            if kind is not None:
-                flag = next(s for s in flags[0].option_strings if s.startswith("--"))
-                return f"{flag} must be {_written(kind, message)}"
+        fields = {action.dest: action for action in self._actions}
+        found = re.match(r'Parser key "([\w.]+)"', message)
+        if found and (kind := getattr(fields.get(found[1]), "_typehint", None)):
+            flag = _flag(found[1])
+            written = re.search(_WRITTEN, message)
+            if not written:
+                return f"{flag} must be {_words(kind, None)}"
+            value = written[1] or written[2] or ""
+            with suppress(ValueError):
+                value = float(value) if "." in value else int(value)
+            return f"{flag} must be {_words(kind, value)}, not {value!r}"
         if found := re.match(r"unrecognized arguments: --([\w.-]+)", message):
-            known = {flag.lstrip("-") for flag in _known(self)}
+            known = {flag.lstrip("-") for flag in self._option_string_actions}
             return str(_unknown(found[1], known))
         if found := re.match(r".*[Oo]ption '([\w.]+)' is not accepted", message, re.S):
-            return str(_unknown(found[1], {action.dest for action in self._actions}))
+            return str(_unknown(found[1], fields))
         return " ".join(message.split())
-
-
-def _written(kind: Any, message: str) -> str:
-    "What was expected, and the value that was written, from jsonargparse's message."
-    found = re.search(
-        r"Got value: (.*)|: (\S+) does not conform|base 10: '(.*)'|to float: '(.*)'",
-        message,
-    )
-    if not found:
-        return _expected(kind, None)
-    text = next(group for group in found.groups() if group is not None)
-    try:
-        value = float(text) if "." in text else int(text)
-    except ValueError:
-        value = text
-    return f"{_expected(kind, value)}, not {value!r}"
 
 
 def make_parser(
@@ -417,13 +357,13 @@ def make_parser(
     environment: bool = True,  # whether `PROMPTING_NB_...` in the environment counts
     **kwargs,  # for `jsonargparse.ArgumentParser`: prog, description ...
 ) -> jsonargparse.ArgumentParser:
-    "Make a parser with the arguments of every given part. It refuses unknown flags."
-    parser = _Parser(
-        default_env=environment,
-        env_prefix="PROMPTING_NB",
-        allow_abbrev=False,
-        **kwargs,
-    )
+    """Make a parser with the arguments of every given part. It refuses unknown flags.
+
+    With `prog` it is that of a command, which refuses unknown variables as well.
+    """
+    own: dict = dict(env_prefix="PROMPTING_NB", allow_abbrev=False)
+    parser = _Parser(default_env=environment, **own, **kwargs)
+    parser.is_command = "prog" in kwargs
     for add in add_args:
         add(parser)
     return parser
@@ -446,16 +386,15 @@ class _Keep(argparse.Action):
 
 def _split(parser, argv: list) -> tuple[list, list]:
     "The part of `argv` that the parser understands, and the names of other flags."
-    if "--" in argv:
-        argv = argv[: argv.index("--")]  # the rest are not flags
+    # jsonargparse has no `parse_known_args`
     splitter = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False
     )
     for action in parser._actions:
-        names = [name for name in action.option_strings if name not in ("-h", "--help")]
-        if names:
+        if names := set(action.option_strings) - {"-h", "--help"}:
             nargs = action.nargs
             splitter.add_argument(*names, action=_Keep, nargs=nargs, dest="kept")
+    argv = argv[: argv.index("--")] if "--" in argv else argv  # the rest are no flags
     found, rest = splitter.parse_known_args(argv, argparse.Namespace(kept=[]))
     flags = (re.fullmatch(r"--(\w+\.[\w.-]+)(=.*)?", arg, re.S) for arg in rest)
     return found.kept, [flag[1] for flag in flags if flag]
@@ -469,6 +408,12 @@ def _refuse_unknown(keys: Iterable[str], parser) -> None:
     for key in keys:
         if key.split(".")[0] in sections and key not in known:
             raise _unknown(key, known)
+
+
+def _in_notebook() -> bool:
+    "Whether this code runs inside a Jupyter kernel (then `sys.argv` is the kernel's)."
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 # Within a call of `defaults`: whether the outer `read_config` has `given`.
@@ -493,10 +438,8 @@ def read_config(
             defaults = defaults()
         finally:
             _outer.reset(before)
-    defaults = _flat(defaults or {})
-    parser = make_parser(
-        *add_args, environment=environment and not alone, exit_on_error=False
-    )
+    defaults, environment = _flat(defaults or {}), environment and not alone
+    parser = make_parser(*add_args, environment=environment, exit_on_error=False)
     for key in defaults:  # settings that a subclass returns from `config()` only
         if key.split(".")[0] in _OURS and "." in key:
             add_argument(parser, f"--{key}", type=Any)
@@ -509,6 +452,5 @@ def read_config(
         parsed = _flat(parser.parse_args(ours))
     except (jsonargparse.ArgumentError, argparse.ArgumentError) as error:
         raise InputError(" ".join(str(error).split())) from None
-    parsed = {name: _plain(value) for name, value in parsed.items()}
     _refuse_unknown(_flat(given or {}), parser)
-    return merge({**defaults, **parsed}, given)
+    return merge(defaults | {k: _plain(v) for k, v in parsed.items()}, given)

@@ -405,3 +405,24 @@ def test_our_own_commands_refuse_every_unknown_flag():
 def test_settings_need_no_torch(tmp_path):
     script = "import sys, prompting_nb.config\nassert not {'torch', 'bittensor', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=dict(os.environ))
+
+
+def test_a_command_says_which_variable_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.setenv("PROMPTING_NB_STEP", "7")  # of no section: perhaps of another command
+    monkeypatch.setenv("PROMPTING_NB_GATING__MOMENTUM", "0.5")
+    monkeypatch.setenv("OTHERS_GATING__MOMENTUMM", "0.5")
+    command = make_parser(add_args, prog="command", exit_on_error=False)
+    command.add_argument("--steps", type=int, default=1)
+    assert command.parse_args([]).gating.momentum == 0.5
+    said = "there is no environment variable PROMPTING_NB_STEP; the nearest is PROMPTING_NB_STEPS; it is ignored"
+    assert capsys.readouterr().err == f"command: warning: {said}\n"
+
+
+@pytest.mark.parametrize("name", ["GATING__NUM_UIDZ", "GATING_NUM_UIDS", "gating__num_uids", "GATING__BLACKLIST__QUOTAA"])
+def test_a_command_refuses_an_unknown_variable_of_its_sections(monkeypatch, name):
+    monkeypatch.setenv(f"PROMPTING_NB_{name}", "7")
+    near = "there is no environment variable PROMPTING_NB_.*; the nearest is PROMPTING_NB_GATING__"
+    with pytest.raises(argparse.ArgumentError, match=near):
+        make_parser(add_args, prog="command", exit_on_error=False).parse_args([])
+    assert read_config(add_args, argv=[]).gating.num_uids == 4096  # in a script it may be somebody else's
+    assert make_parser(add_args, environment=False, prog="command").parse_args([]).gating.num_uids == 4096
