@@ -15,11 +15,12 @@ import torch
 import transformers
 
 from prompting_nb.baseminer.running import Runner
+from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
 from prompting_nb.loop.command import loop_parser, run_loop
-from prompting_nb.loop.network import Network
+from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.run import Loop
 from prompting_nb.loop.tasks import Worker, built_in
 from prompting_nb.encoding import Encoder
@@ -234,6 +235,18 @@ def test_miners_of_the_network_do_not_read_the_environment(monkeypatch):
         for _ in range(3):
             answers = dendrite.query(neurons, Prompting.ask("hello"), timeout=10)
             assert [answer.completion for answer in answers] == ["yes", "yes"]
+
+
+def test_a_worker_s_miner_reads_nothing_of_the_process_it_is_in(monkeypatch):
+    "Neither its command line, where names of ours may be another program's, nor its environment."
+    monkeypatch.setattr(sys, "argv", ["pytest", "--miner.name", "theirs", "--miner.unknown", "3"])
+    monkeypatch.setenv("PROMPTING_NB_MINER__RETRIES", "77")
+    worker = Worker("good", lambda prompt: "yes")
+    chain, wallet = EmbeddedChain(), make_wallet("worker")
+    chain.register(wallet)
+    with chain.client() as client:
+        miner = WorkerMiner(worker, wallet=wallet, subtensor=client)
+    assert (miner.settings.miner.name, miner.settings.miner.retries) == ("good", 10)
 
 
 def test_a_chain_that_refuses_weights_does_not_waste_the_run(monkeypatch):

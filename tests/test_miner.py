@@ -3,6 +3,7 @@
 import abc
 import argparse
 import asyncio
+import dataclasses
 import inspect
 import signal
 import socket
@@ -26,7 +27,9 @@ from prompting_nb.baseminer.miners import MINERS
 from prompting_nb.baseminer.priority import StakePriority
 from prompting_nb.baseminer.running import Runner
 from prompting_nb.baseminer.subnet import NotRegisteredError, Subnet
-from prompting_nb.config import Config, InputError, add_argument, make_parser, merge, read_config
+from prompting_nb.config import (
+    Config, InputError, PositiveInt, add_argument, make_parser, merge, read_config,
+)
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, MemorySubstrate, make_wallet
 from prompting_nb.network.dendrite import Dendrite
@@ -244,6 +247,73 @@ def test_settings_of_a_subclass_are_known(client, monkeypatch):
     assert (mine.mood, mine.colour) == ("gay", "blue")
     monkeypatch.setattr(sys, "argv", ["prog", "--miner.mood", "grim", "--miner.retries", "2", "--miner.colour", "grey"])
     assert (mine := Own(**here).config.miner).mood == "grim" and (mine.colour, mine.retries) == ("grey", 2)
+
+
+@dataclasses.dataclass
+class EarSettings:
+    """How it listens.
+
+    Args:
+        volume: How loud.
+    """
+
+    volume: PositiveInt = 3
+
+
+class Ear(Miner):
+    "Declares a dataclass, and is done."
+
+    Settings = EarSettings
+
+    def prompt(self, synapse):
+        synapse.completion = "!" * self.own_settings.volume
+        return synapse
+
+
+def test_a_dataclass_is_all_that_a_miner_declares(client, monkeypatch):
+    assert Miner.__abstractmethods__ == {"config", "add_args", "prompt"} and Ear.__abstractmethods__ == frozenset()
+    parser = argparse.ArgumentParser()
+    Ear.add_args(parser)
+    flag = parser._option_string_actions["--ear.volume"]
+    assert (flag.type, flag.default, flag.help) == (int, 3, "How loud. (default: %(default)s)")
+    here = dict(wallet=MINER, subtensor=client)
+    miner = Ear({"ear": {"volume": 5}, "miner.name": "ear"}, **here)
+    assert miner.own_settings == EarSettings(5) and miner.config.ear.volume == miner.config().ear.volume == 5
+    assert miner._prompt(Prompting.ask("x")).completion == "!!!!!" and miner.settings.miner.name == "ear"
+    monkeypatch.setattr(sys, "argv", ["prog", "--ear.volume", "7", "--other"])
+    assert Ear(**here).own_settings.volume == 7 and Ear({}, **here).own_settings.volume == 3
+    for config, words in (({"ear.volume": 0}, "--ear.volume must be at least 1"), ({"ear.volum": 2}, "nearest is ear.volume")):
+        with pytest.raises(InputError, match=words):
+            Ear(config, **here)
+    with pytest.raises(InputError, match="--ear.volume must be at least 1"):
+        Ear.check_config(merge({"ear.volume": 0}))
+    assert Echo(FAST, **here).own_settings is None
+
+
+def test_a_miner_with_a_dataclass_can_have_more(client):
+    class Loud(Ear):
+        section = "loud"
+
+        def config(self):
+            return merge(read_config(self.add_args), {"miner.name": "loud"})
+
+    class Deaf(Ear):
+        @dataclasses.dataclass
+        class Settings(EarSettings):
+            "Hears nothing."
+
+            closed: bool = True
+
+        @classmethod
+        def add_args(cls, parser):
+            super().add_args(parser)
+            add_argument(parser, "--deaf.reason", default="noise")
+
+    here = dict(wallet=MINER, subtensor=client)
+    loud = Loud({"loud.volume": 4}, **here)
+    assert (loud.own_settings.volume, loud.settings.miner.name, loud.section, Ear.section) == (4, "loud", "loud", "ear")
+    deaf = Deaf({"deaf.volume": 2}, **here)
+    assert (deaf.own_settings.volume, deaf.own_settings.closed, deaf.config.deaf.reason) == (2, True, "noise")
 
 
 def test_settings_are_typed(client):

@@ -35,6 +35,16 @@ class Mine(Miner):
     async def prompt(self, synapse: Prompting) -> Prompting:
         synapse.completion = 42  # WRONG
         return synapse
+
+
+class Declared(Miner):
+    Settings = dict
+
+    def prompt(self, synapse: Prompting) -> Prompting:
+        return synapse
+
+
+Declared({})  # `Settings` stands for `config` and `add_args`
 '''
 
 

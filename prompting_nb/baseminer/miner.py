@@ -9,7 +9,8 @@ __all__ = ['Miner', 'stop_all']
 import abc
 import argparse
 import time
-from typing import Any, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Optional
+from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, ClassVar
+from typing import Iterable, Iterator, Optional
 
 from typing_extensions import Self
 
@@ -30,14 +31,17 @@ from ..show import Bar, html_table, arguments_in_help
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
 @arguments_in_help
 class Miner(abc.ABC):
-    """The base class of all miners: implement `prompt`, `config` and `add_args`.
+    """The base class of all miners: implement `prompt`, and say what can be set.
 
-    `blacklist`, `priority` and `weights` may be overridden. Raises `NotRegisteredError`
-    when the wallet's hotkey has no uid, and `InputError` for a wrong setting.
+    That is a dataclass, `Settings`; or the methods `config` and `add_args`. A subclass
+    may override `blacklist`, `priority` and `weights`. Raises `NotRegisteredError` when
+    the wallet's hotkey has no uid, and `InputError` for a wrong setting.
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)  # seconds
     longest_pause: float = 300.0  # seconds between two attempts to reach the chain
+    Settings: ClassVar[Any] = None  # dataclass of what can be set on this kind of miner
+    section: ClassVar[str] = ""  # of these settings; "": named after the dataclass
 
     def __init__(
         self,
@@ -46,9 +50,12 @@ class Miner(abc.ABC):
         wallet: Any = None,  # signs for the miner. None: from disk, by `--wallet.*`
         subtensor: Any = None,  # `bittensor.SyncClient`. None: by `--subtensor.network`
     ):
-        full = self._configure(config)
+        parts = self.add_args, self.add_base_args
+        full = read_config(*parts, defaults=self.config, given=config)
+        self.check_config(full)
         vars(self)["config"] = full  # hides the method; calling it returns itself
         self.settings = settings = settings_of(MinerSettings, full, ignore_unknown=True)
+        self.own_settings: Any = self._own_settings(full)
         loop, on_disk = settings.miner, wallet is None
         if wallet is None:
             disk = settings.wallet
@@ -76,21 +83,44 @@ class Miner(abc.ABC):
 
     # Settings
 
-    @abc.abstractmethod
-    def config(self) -> Config:
-        """Return the settings of this kind, usually `read_config(self.add_args)`.
+    if TYPE_CHECKING:  # where `Settings` stands for them they need not be written
 
-        They win over the declared defaults of all miners. After construction
-        `miner.config` is the full configuration, and `miner.config()` returns it.
-        """
+        def config(self) -> Config: ...
 
-    @classmethod
-    @abc.abstractmethod
-    def add_args(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the flags of this kind of miner to a parser.
+        @classmethod
+        def add_args(cls, parser: argparse.ArgumentParser) -> None: ...
 
-        Those of all miners, from `add_base_args`, need not be repeated.
-        """
+    else:
+
+        @abc.abstractmethod
+        def config(self) -> Config:
+            """Return the settings of this kind, usually `read_config(self.add_args)`.
+
+            They win over the declared defaults of all miners. After construction
+            `miner.config` is the full configuration, and `miner.config()` returns it.
+            A class with `Settings` need not write it.
+            """
+
+        @classmethod
+        @abc.abstractmethod
+        def add_args(cls, parser: argparse.ArgumentParser) -> None:
+            """Add the flags of this kind of miner to a parser.
+
+            Those of all miners, from `add_base_args`, need not be repeated. A class
+            with `Settings` need not write it: each field makes a flag.
+            """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.Settings is None:
+            return
+        if "Settings" in vars(cls) and "section" not in vars(cls):
+            name = cls.Settings.__name__.removesuffix("Settings")
+            cls.section = (name or cls.__name__.removesuffix("Miner")).lower()
+        ready = {"config": _read_own, "add_args": classmethod(_add_own)}
+        for name, method in ready.items():
+            if getattr(getattr(cls, name), "__isabstractmethod__", False):
+                setattr(cls, name, method)
 
     @staticmethod
     def add_base_args(
@@ -103,13 +133,14 @@ class Miner(abc.ABC):
     def check_config(cls, config: Config) -> None:
         "Raise `InputError`, a ValueError that names the flag, for a wrong setting."
         settings_of(MinerSettings, config, ignore_unknown=True)
+        cls._own_settings(config)
 
-    def _configure(self, given: Any) -> Config:
-        "Read the configuration, each source stronger than the one before it."
-        parts = self.add_args, self.add_base_args
-        config = read_config(*parts, defaults=self.config, given=given)
-        self.check_config(config)
-        return config
+    @classmethod
+    def _own_settings(cls, config: Config) -> Any:
+        if cls.Settings is None:
+            return None
+        more = cls.add_args.__func__ is not _add_own  # flags of another kind
+        return settings_of(cls.Settings, config, cls.section, ignore_unknown=more)
 
     # Answering
 
@@ -346,6 +377,16 @@ def _once(settings: Any, block: Callable[[], int]) -> Once:
     span = settings.prompt_cache_block_span
     cache = PromptCache(span) if settings.use_prompt_cache else None
     return Once(cache, block, settings.prompt_cache_per_caller)
+
+# %% ../../nbs/baseminer/00_miner.ipynb #m00s37
+def _add_own(cls: type[Miner], parser: argparse.ArgumentParser) -> None:
+    "Add the flags of this kind of miner, one for each field of `Settings`."
+    add_settings(parser, cls.Settings, cls.section)
+
+
+def _read_own(self: Miner) -> Config:
+    "Return the settings of this kind."
+    return read_config(self.add_args)
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00031
 def stop_all(

@@ -23,8 +23,8 @@ import numpy as np
 
 from .batching import Batcher
 from .miner import Miner
-from ..config import Config, InputError, NonNegativeFloat, PositiveInt
-from ..config import add_settings, check_settings, read_config, settings_of
+from ..config import InputError, NonNegativeFloat, PositiveInt
+from ..config import check_settings
 from ..files import read_texts
 from ..pretrained import MINILM, load
 from ..protocol import Prompting
@@ -46,18 +46,11 @@ class TemplateSettings:
 class TemplateMiner(Miner):
     "Answers every prompt with the same text."
 
-    @classmethod
-    def add_args(cls, parser) -> None:
-        "Add `--template.completion`."
-        add_settings(parser, TemplateSettings, "template")
-
-    def config(self) -> Config:
-        "Return the settings of this miner."
-        return read_config(self.add_args)
+    Settings = TemplateSettings
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "Return the same text for everybody."
-        synapse.completion = self.config().template.completion
+        synapse.completion = self.own_settings.completion
         return synapse
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01019
@@ -77,6 +70,8 @@ class ReplaySettings:
 class ReplayMiner(Miner):
     "Answers with the recorded completion of a prompt."
 
+    Settings = ReplaySettings
+
     def __init__(
         self,
         config: Any = None,  # these four as for `Miner`
@@ -86,21 +81,12 @@ class ReplayMiner(Miner):
         recordings: Optional[Mapping[str, str]] = None,  # None: from `--replay.file`
     ):
         super().__init__(config, axon, wallet, subtensor)
-        file = self.config().replay.file
+        file = self.own_settings.file
         if recordings is None and not file:
             missing = "give a file of recorded completions with --replay.file"
             raise InputError(f"there is nothing to replay: {missing}")
         read = lambda: {p: c for p, c in read_texts(file, "prompt", "completion")}
         self.recordings = dict(read() if recordings is None else recordings)
-
-    @classmethod
-    def add_args(cls, parser) -> None:
-        "Add `--replay.file`."
-        add_settings(parser, ReplaySettings, "replay")
-
-    def config(self) -> Config:
-        "Return the settings of this miner."
-        return read_config(self.add_args)
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "Look up the newest message of the user; LookupError when it was not recorded."
@@ -128,6 +114,8 @@ class RetrievalSettings:
 class RetrievalMiner(Miner):
     "Answers with the nearest entry of a collection."
 
+    Settings = RetrievalSettings
+
     def __init__(
         self,
         config: Any = None,  # these four as for `Miner`
@@ -138,22 +126,13 @@ class RetrievalMiner(Miner):
         encode: Optional[Callable] = None,  # texts -> (n, width); None: by the settings
     ):
         super().__init__(config, axon, wallet, subtensor)
-        settings = settings_of(RetrievalSettings, self.config(), "retrieval")
+        settings: RetrievalSettings = self.own_settings
         if corpus is None and not settings.corpus:
             missing = "give a file of texts with answers with --retrieval.corpus"
             raise InputError(f"there is nothing to retrieve: {missing}")
         if corpus is None:
             corpus = ((t, a) for t, a in read_texts(settings.corpus, "text", "answer"))
         self.index = Index(corpus, encode or sentence_encoder(settings.encoder))
-
-    @classmethod
-    def add_args(cls, parser) -> None:
-        "Add `--retrieval.corpus` and `--retrieval.encoder`."
-        add_settings(parser, RetrievalSettings, "retrieval")
-
-    def config(self) -> Config:
-        "Return the settings of this miner."
-        return read_config(self.add_args)
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "Return the answer of the nearest text."
@@ -232,6 +211,8 @@ class TransformersSettings:
 class TransformersMiner(Miner):
     "Answers with a causal language model, several requests in a batch."
 
+    Settings = TransformersSettings
+
     def __init__(
         self,
         config: Any = None,  # these four as for `Miner`
@@ -240,23 +221,7 @@ class TransformersMiner(Miner):
         subtensor: Any = None,
     ):
         super().__init__(config, axon, wallet, subtensor)
-        own = settings_of(TransformersSettings, self.config(), "transformers")
-        self.language_model = LanguageModel(own)
-
-    @classmethod
-    def add_args(cls, parser) -> None:
-        "Add `--transformers.model_name` and four more."
-        add_settings(parser, TransformersSettings, "transformers")
-
-    @classmethod
-    def check_config(cls, config: Config) -> None:
-        "Raise `InputError` for a setting that makes no sense."
-        super().check_config(config)
-        settings_of(TransformersSettings, config, "transformers")
-
-    def config(self) -> Config:
-        "Return the settings of this miner."
-        return read_config(self.add_args)
+        self.language_model = LanguageModel(self.own_settings)
 
     async def prompt(self, synapse: Prompting) -> AsyncIterator[str]:
         "Yield what the model writes after the conversation, as it is written."
@@ -442,6 +407,8 @@ class OpenAISettings:
 class OpenAICompatibleMiner(Miner):
     "Answers with a model behind a server with OpenAI's API: vLLM, Ollama, OpenAI ..."
 
+    Settings = OpenAISettings
+
     def __init__(
         self,
         config: Any = None,  # these four as for `Miner`
@@ -450,23 +417,7 @@ class OpenAICompatibleMiner(Miner):
         subtensor: Any = None,
     ):
         super().__init__(config, axon, wallet, subtensor)
-        own = settings_of(OpenAISettings, self.config(), "openai")
-        self.chat = ChatClient(own)
-
-    @classmethod
-    def add_args(cls, parser) -> None:
-        "Add `--openai.base_url` and four more."
-        add_settings(parser, OpenAISettings, "openai")
-
-    @classmethod
-    def check_config(cls, config: Config) -> None:
-        "Raise `InputError` for a setting that makes no sense."
-        super().check_config(config)
-        settings_of(OpenAISettings, config, "openai")
-
-    def config(self) -> Config:
-        "Return the settings of this miner."
-        return read_config(self.add_args)
+        self.chat = ChatClient(self.own_settings)
 
     async def prompt(self, synapse: Prompting) -> AsyncIterator[str]:
         "Yield what the model says, as it says it. Raises `UpstreamError`."

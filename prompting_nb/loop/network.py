@@ -7,7 +7,7 @@ __all__ = ['Network', 'WorkerMiner']
 
 # %% ../../nbs/loop/02_network.ipynb #n003
 import threading
-from typing import Callable, Iterable
+from typing import Any, Callable, Iterable
 
 from ..baseminer.miner import Miner, stop_all
 from ..config import Config
@@ -90,10 +90,11 @@ class WorkerMiner(Miner):
     def __init__(
         self,
         worker: Worker,
-        **kwargs,  # as for `Miner`; with a `config` it reads no command line
+        config: Any = None,  # as for `Miner`, but None reads no command line
+        **kwargs,  # axon, wallet and subtensor, as for `Miner`
     ):
         self.worker, self._hurry = worker, threading.Event()
-        super().__init__(**kwargs)
+        super().__init__({} if config is None else config, **kwargs)
 
     @classmethod
     def add_args(cls, parser) -> None:
