@@ -120,13 +120,15 @@ async def find_addresses(
     host: str,  # of `split_address`
     port: int,
     allow_private: bool = False,  # also those that are not on the open internet
+    timeout: float | None = None,  # seconds for the look-up; then `TimeoutError`
 ) -> list[str]:  # raises `ValueError` for a refused host, `OSError` for an unknown one
     "Return the addresses of a host that may be connected to."
     try:
         addresses = [str(ipaddress.ip_address(host))]
     except ValueError:
         look = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        found = await asyncio.get_running_loop().run_in_executor(None, look)
+        looking = asyncio.get_running_loop().run_in_executor(None, look)
+        found = await asyncio.wait_for(looking, timeout)
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in () if allow_private else addresses:
         if kind := not_public(address.partition("%")[0]):
