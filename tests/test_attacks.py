@@ -404,7 +404,7 @@ def test_second_request_that_does_not_go_on():
 
 HALF = b"POST / HTTP/1.1\r\ncontent-length: 9000\r\n\r\n" + b"x" * 4000
 NEXT = {  # what a caller does that has not read its answer, and what is too much then; the reason counted
-    "silent": (b"", Limits(idle_timeout=0.2), []),
+    "silent": (b"", Limits(write_timeout=0.2), ["unread"]),
     "oldest connection": (b"GET / HTTP/1.1\r\nx: ", Limits(max_connections=1), ["connections"]),
     "oldest body": (HALF, Limits(max_waiting=6000), ["memory"]),
     "endless body": (HALF, Limits(max_message=2000), ["message"]),
@@ -428,9 +428,8 @@ def test_caller_that_does_not_read(then):
         pass
 
     refused, answered, sock = [], threading.Event(), listen("127.0.0.1", 0)
-    limits.refused = refused.append
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    server = Server(long_answer, sock, limits).start()
+    server = Server(long_answer, sock, limits, refused.append).start()
     try:
         with socket.socket() as line, socket.socket() as other:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -439,7 +438,7 @@ def test_caller_that_does_not_read(then):
             assert answered.wait(SECONDS)
             line.sendall(more)
             if then.startswith("oldest"):
-                until(lambda: limits.waiting or limits.size)  # the beginning has arrived
+                until(lambda: server.crowd.size)  # the beginning has arrived
                 other.connect(sock.getsockname())
                 other.sendall(HALF)
             until(lambda: refused == why)
@@ -458,7 +457,7 @@ def test_many_bodies_that_are_not_completed():
             with suppress(ConnectionError):
                 line.sendall(request(BODY + b" " * 200_000)[:100_000])
             assert status(axon) == 200
-            assert limits.size <= 1_000_000
+            assert axon._server.crowd.size <= 1_000_000
         assert sum(read_or_none(line) for line in lines) >= 30  # those that began first were sent away
         for line in lines:
             line.close()

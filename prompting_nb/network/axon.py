@@ -117,7 +117,7 @@ class Axon:
             waiting=lambda: self._admission.queue.waiting,
             running=lambda: self._admission.queue.running,
         )
-        self._limits.refused = lambda kind: self.metrics.connections.labels(kind).inc()
+        self._refused = lambda kind: self.metrics.connections.labels(kind).inc()
 
     def attach(
         self,
@@ -183,7 +183,9 @@ class Axon:
                     raise
                 self.host, self.port = sock.getsockname()[:2]
                 application = self._assemble(self._attached)
-                self._server = Server(application, sock, self._limits).start()
+                refused = self._refused
+                server = Server(application, sock, self._limits, refused)
+                self._server = server.start()
         return self
 
     def _open_nonces(self) -> MemoryNonces | FileNonces:
