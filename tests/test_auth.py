@@ -1,6 +1,9 @@
 """Authentication: what a request must prove, how long its nonce is known, and which answers count as the miner's."""
 
+import asyncio
 import logging
+import os
+import shutil
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +15,8 @@ from bittensor import http_auth
 from prompting_nb.network import auth
 from prompting_nb.network.auth import (
     SIGNATURE,
+    Spans,
+    FORGOTTEN,
     FileNonces,
     Gatekeeper,
     MemoryNonces,
@@ -28,6 +33,9 @@ ME, CALLER = MINER.hotkey.ss58_address, VALIDATOR.hotkey.ss58_address
 SECOND = 10**9
 START = 1_700_000_000 * SECOND
 EARLY = "StaleRequest: signed before this miner began to remember what it accepted"
+OLD = "StaleRequest: nonce is older than the 10s freshness window"
+GONE = f"StaleRequest: {FORGOTTEN}"
+HOUR = 3600 * SECOND
 BODY = b'{"roles": ["user"], "messages": ["hello"]}'
 
 
@@ -77,10 +85,10 @@ def test_a_nonce_is_known_as_long_as_it_is_fresh(nonces, clock):
     clock.now += 10 * SECOND
     assert not nonces.check_and_store("a", START)  # ten seconds old, still fresh, still known
     clock.now += SECOND
-    assert refused(nonces.check_and_store, "a", START).reason == EARLY
+    assert refused(nonces.check_and_store, "a", START).reason == OLD
     clock.now -= 60 * SECOND  # somebody sets the clock back
-    assert refused(nonces.check_and_store, "a", START).reason == EARLY
-    assert nonces.floor == START + SECOND
+    assert refused(nonces.check_and_store, "a", START).reason == GONE
+    assert nonces.floor <= START
 
 
 def test_nonces_that_are_no_longer_fresh_are_dropped(nonces, clock):
@@ -114,25 +122,14 @@ def test_files_are_shared_and_outlive_their_process(tmp_path, clock):
     other.close(), again.close()
 
 
-def test_another_process_may_raise_the_floor(tmp_path, clock):
+def test_what_another_process_drops_stays_refused(tmp_path, clock):
     one = FileNonces(tmp_path / "nonces", clock)
     assert one.check_and_store("a", START)
-    ahead = FileNonces(tmp_path / "nonces", Clock(START + 30 * SECOND))
-    assert ahead.floor == START + 20 * SECOND and len(ahead) == 0
-    clock.now += SECOND  # the floor is read again once a second
-    assert refused(one.check_and_store, "a", START + 20 * SECOND - 1).reason == EARLY
-    assert one.check_and_store("a", START + 20 * SECOND)
+    ahead = FileNonces(tmp_path / "nonces", Clock(START + 30 * SECOND))  # its clock is wrong
+    assert len(ahead) == 0
+    assert refused(one.check_and_store, "a", START).reason == GONE
+    assert one.check_and_store("a", START + 2 * SECOND)
     one.close(), ahead.close()
-
-
-def test_the_floor_is_read_once_a_second_and_no_oftener(tmp_path, clock):
-    one = FileNonces(tmp_path / "nonces", clock)
-    FileNonces(tmp_path / "nonces", Clock(START + 30 * SECOND)).close()
-    clock.now += SECOND - 1
-    assert one.check_and_store("a", START) and one.floor == START
-    clock.now += 1
-    assert refused(one.check_and_store, "a", START + 1).kind == "StaleRequest"
-    one.close()
 
 
 def test_a_damaged_file_is_replaced_and_what_it_could_hold_is_refused(tmp_path, clock, caplog):
@@ -146,8 +143,241 @@ def test_a_damaged_file_is_replaced_and_what_it_could_hold_is_refused(tmp_path, 
     assert store.check_and_store("a", START + 2 * SECOND)
     record, = caplog.records
     assert record.levelno == logging.ERROR
-    assert record.getMessage() == f"{path} is damaged (file is not a database) and replaced"
+    assert record.getMessage() == f"{path} is damaged (file is not a database) and set aside as {path}.damaged"
+    assert Path(f"{path}.damaged").read_bytes() == b"x" * 5000
     store.close()
+
+
+def spoil_page(path):
+    with open(path, "r+b") as file:
+        for page in range(1, os.path.getsize(path) // 4096):
+            file.seek(page * 4096)
+            file.write(b"\xff" * 64)
+
+
+def in_sql(text):
+    def spoil(path):
+        with sqlite3.connect(path) as db:
+            db.executescript(text)
+        db.close()
+
+    return spoil
+
+
+DAMAGE = {
+    "pages": spoil_page, "cut off": lambda path: os.truncate(path, os.path.getsize(path) // 2),
+    "no columns": in_sql("DROP TABLE nonces; CREATE TABLE nonces (other TEXT)"),
+    "a view": in_sql("DROP TABLE floor; CREATE VIEW floor AS SELECT 1 AS one, 'x' AS nonce"),
+    "text for a number": in_sql("UPDATE floor SET nonce = 'never'"),
+    "nothing for a number": in_sql("UPDATE floor SET nonce = NULL"),
+    "nonces of text": in_sql("INSERT INTO nonces VALUES ('x', 'a')"),
+    "an index": in_sql("DROP TABLE floor; CREATE INDEX floor ON nonces (hotkey)"),
+    "schema": in_sql("PRAGMA writable_schema = on; UPDATE sqlite_master SET sql = 'CREATE TABLE x' WHERE name = 'nonces'"),
+}  # fmt: skip
+
+
+def filled(path, clock):
+    with FileNonces(path, clock)._file.db as db:
+        db.executemany("INSERT INTO nonces VALUES (?, ?)", [(START + i, "5" * 48) for i in range(1000)])
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_file_that_is_damaged_inside_is_set_aside_at_the_start(what, tmp_path, clock, caplog):
+    path = tmp_path / "nonces"
+    filled(path, clock)
+    DAMAGE[what](path)
+    for _ in range(2):  # the second start finds a sound file
+        store = FileNonces(path, clock)
+        assert refused(store.check_and_store, "5" * 48, START + 1).reason == EARLY
+        clock.now += 2 * SECOND
+        assert store.check_and_store("a", clock.now)
+        store.close()
+    record, = caplog.records
+    assert "is damaged" in record.getMessage() and Path(f"{path}.damaged").exists()
+
+
+def test_a_file_that_is_damaged_while_it_is_used_is_set_aside(tmp_path, clock, caplog):
+    path = tmp_path / "nonces"
+    filled(path, clock)
+    store = FileNonces(path, clock)
+    spoil_page(path)
+    store._file.db.execute("PRAGMA cache_size = 0"), store._file.db.execute("PRAGMA shrink_memory")
+    outcome = refused(store.check_and_store, "b", START + 500)
+    assert outcome.reason == EARLY
+    clock.now += 2 * SECOND
+    assert store.check_and_store("b", clock.now) and "set aside" in caplog.text
+    store.close()
+
+
+@pytest.mark.parametrize("what", ["file", "log", "both", "folder", "replaced"])
+def test_a_file_that_is_deleted_in_use_is_made_anew_with_what_it_held(what, tmp_path, clock, caplog):
+    path = tmp_path / "state" / "nonces"
+    one, other = FileNonces(path, clock), FileNonces(path, clock)
+    assert one.check_and_store("a", START) and other.check_and_store("b", START)
+    if what == "folder":
+        shutil.rmtree(path.parent)
+    if what in ("file", "both"):
+        path.unlink()
+    if what in ("log", "both"):
+        Path(f"{path}-wal").unlink()
+    if what == "replaced":  # by an older copy
+        older = FileNonces(tmp_path / "older", clock)
+        older.close()
+        os.replace(tmp_path / "older", path)
+        for end in ("-wal", "-shm"):
+            Path(f"{path}{end}").unlink(missing_ok=True)
+    stores = [one, other, FileNonces(path, clock)] if what in ("file", "folder") else [one, other]
+    for store in stores:
+        assert [store.check_and_store(who, START) for who in "ab"] == [False, False]
+    assert one.check_and_store("c", START) and not other.check_and_store("c", START)
+    for store in stores:
+        store.close()
+    again = FileNonces(path, clock)
+    assert [again.check_and_store(who, START) for who in "abcd"] == [False, False, False, True]
+    assert again.floor == START and "was deleted or replaced while in use; it is made anew" in caplog.text
+    again.close()
+
+
+def test_what_was_just_written_into_a_lost_file_is_written_again(tmp_path, clock):
+    path = tmp_path / "nonces"
+    store = FileNonces(path, clock)
+    add, store._file.add = store._file.add, lambda nonces, now: (add(nonces, now), path.unlink())[0]
+    assert store.check_and_store("a", START) and not store.check_and_store("a", START)
+    store.close()
+
+
+def test_a_locked_file_does_not_hold_up_the_loop(tmp_path, clock, caplog):
+    store = FileNonces(tmp_path / "nonces", clock)
+    other = sqlite3.connect(tmp_path / "nonces", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+
+    async def asked():
+        turns, waiting = 0, [asyncio.ensure_future(store.accept("a", START + i)) for i in range(5)]
+        while not all(task.done() for task in waiting):
+            await asyncio.sleep(0.01)
+            turns += 1
+        return turns, [task.exception() for task in waiting]
+
+    turns, errors = asyncio.run(asked())
+    assert turns > 20 and {(error.status, error.kind) for error in errors} == {(503, "nonces")}
+    other.execute("ROLLBACK")
+    assert [asyncio.run(store.accept("a", START)) for _ in range(2)] == [True, False]
+    other.close(), store.close()
+    assert refused(lambda: asyncio.run(store.accept("a", START + 1))).kind == "stopping"
+
+
+def test_many_that_come_at_once_are_written_together(tmp_path, clock):
+    store = FileNonces(tmp_path / "nonces", clock)
+    batches, add = [], store._file.add
+
+    def noting(nonces, now):
+        batches.append(len(nonces))
+        return add(nonces, now)
+
+    store._file.add = noting
+
+    async def asked():
+        return await asyncio.gather(*(store.accept("a", START + i // 4) for i in range(400)))
+
+    assert sum(asyncio.run(asked())) == 100 and sum(batches) == 400 and len(batches) < 200
+    store.close()
+
+
+# Clocks that are wrong ------------------------------------------------------------------------------------------------
+
+
+def reopen(nonces, clock):
+    "The store after a restart; in memory it knows nothing any more."
+    if isinstance(nonces, MemoryNonces):
+        return nonces
+    nonces.close()
+    return FileNonces(nonces.path, clock)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_clock_that_was_ahead_locks_nobody_out_and_replays_stay_refused(nonces, clock, restart, caplog):
+    assert nonces.check_and_store("a", START)
+    clock.now += 2 * HOUR
+    wrong = [clock.now + n * SECOND for n in (0, 1, 2)]
+    assert all(nonces.check_and_store("a", nonce) for nonce in wrong)
+    clock.now += 60 * SECOND
+    assert nonces.check_and_store("a", clock.now)
+    wrong.append(clock.now)
+    clock.now = START + 5 * SECOND
+    if restart:
+        nonces = reopen(nonces, clock)
+    assert nonces.check_and_store("a", clock.now)  # served at once
+    assert refused(nonces.check_and_store, "a", START).reason == GONE  # dropped when the clock was ahead
+    assert nonces.check_and_store("a", START + SECOND)
+    warnings = [r.getMessage() for r in caplog.records if "has gone back by at least 72" in r.getMessage()]
+    assert len(warnings) == 1 and "those that were accepted until now stay refused" in warnings[0]
+    for nonce in wrong:  # the time comes at which they would be fresh
+        clock.now = nonce
+        try:
+            assert not nonces.check_and_store("a", nonce)
+        except Refusal as refusal:
+            assert refusal.reason == GONE
+    clock.now = wrong[2] + 30 * SECOND  # nothing was accepted then
+    assert nonces.check_and_store("a", clock.now)
+    nonces.close()
+
+
+def test_a_store_that_was_made_when_the_clock_was_ahead_serves_at_once(tmp_path, clock):
+    clock.now += 2 * HOUR
+    for nonces in (MemoryNonces(clock), FileNonces(tmp_path / "nonces", clock)):
+        clock.now = START + 2 * HOUR
+        assert nonces.check_and_store("a", clock.now)
+        clock.now = START
+        nonces = reopen(nonces, clock)
+        assert nonces.check_and_store("a", START) and nonces.floor == START
+        clock.now += 2 * HOUR
+        for nonce in (clock.now, clock.now - SECOND):  # from before it was made
+            assert refused(nonces.check_and_store, "b", nonce).reason == GONE
+        assert nonces.check_and_store("b", clock.now + SECOND)
+        nonces.close()
+
+
+def test_a_file_of_the_released_format_with_a_floor_ahead_is_opened(tmp_path, clock):
+    path = tmp_path / "nonces"
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE nonces (nonce INTEGER, hotkey TEXT, PRIMARY KEY (nonce, hotkey)) WITHOUT ROWID")
+        db.execute("CREATE TABLE floor (one INTEGER PRIMARY KEY CHECK (one = 1), nonce INTEGER)")
+        db.execute("INSERT INTO floor VALUES (1, ?)", (START + 2 * HOUR,))
+        db.execute("INSERT INTO nonces VALUES (?, 'a')", (START + 2 * HOUR + SECOND,))
+    db.close()
+    store = FileNonces(path, clock)
+    assert store.check_and_store("a", START)
+    clock.now += 2 * HOUR + SECOND
+    assert not store.check_and_store("a", clock.now)
+    store.close()
+
+
+def test_a_request_from_ahead_waits_for_its_time_and_is_refused_after_a_restart():
+    gate, nonce = Gatekeeper(ME), time.time_ns() + SECOND // 4
+    caller = gate.check(raw(signed(nonce)), BODY, "POST", "/Prompting")
+    asyncio.run(gate.accept(caller))
+    assert time.time_ns() >= nonce
+    reborn = Gatekeeper(ME)
+    again = reborn.check(raw(signed(nonce)), BODY, "POST", "/Prompting")
+    assert refused(lambda: asyncio.run(reborn.accept(again))).reason == EARLY
+    nonce = time.time_ns() + SECOND // 4
+    reborn.verify(raw(signed(nonce)), BODY, "POST", "/Prompting")
+    assert time.time_ns() >= nonce
+
+
+def test_spans_are_few_and_cover_what_was_added():
+    spans = Spans([(50 * SECOND, 51 * SECOND), (0, SECOND)], limit=3)
+    assert list(spans) == [(0, SECOND), (50 * SECOND, 51 * SECOND)] and spans.last == 51 * SECOND
+    spans.add(2 * SECOND, 3 * SECOND)  # a second apart is close together
+    assert list(spans) == [(0, 3 * SECOND), (50 * SECOND, 51 * SECOND)]
+    spans.add(20 * SECOND, 20 * SECOND), spans.add(24 * SECOND, 24 * SECOND)  # one too many
+    assert list(spans) == [(0, 3 * SECOND), (20 * SECOND, 24 * SECOND), (50 * SECOND, 51 * SECOND)]
+    spans.add(2 * SECOND, 60 * SECOND)
+    assert list(spans) == [(0, 60 * SECOND)]
+    inside = [0 in spans, 60 * SECOND in spans, 60 * SECOND + 1 in spans, -1 in spans, 1 in Spans()]
+    assert inside == [True, True, False, False, False] and Spans().last == 0
 
 
 def test_a_file_that_cannot_be_opened_is_an_error_and_stays(tmp_path, clock):
@@ -160,7 +390,7 @@ def test_a_file_that_cannot_be_opened_is_an_error_and_stays(tmp_path, clock):
 
 def test_what_cannot_be_stored_is_not_accepted(tmp_path, clock, caplog):
     store = FileNonces(tmp_path / "nonces", clock)
-    store._db.execute("PRAGMA query_only = on")  # as good as a full disk
+    store._file.db.execute("PRAGMA query_only = on")  # as good as a full disk
     refusal = refused(store.check_and_store, "a", START)
     assert (refusal.status, refusal.kind) == (503, "nonces")
     assert refusal.reason == "this miner cannot write down what it accepts"

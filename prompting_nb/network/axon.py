@@ -36,10 +36,10 @@ from prompting_nb.network.auth import (
     sign_answer,
 )
 from prompting_nb.network.legacy import (
+    check_legacy,
     is_legacy,
     legacy_answer_headers,
     read_legacy,
-    verify_legacy,
     write_legacy,
 )
 from .metrics import Metrics
@@ -699,7 +699,8 @@ class _Btauth:
         if query := scope["query_string"].decode("latin-1"):
             path = f"{path}?{query}"
         request.signed = body
-        return self._gate.verify(scope["headers"], body, scope["method"], path)
+        check, headers = self._gate.check, scope["headers"]
+        return await self._gate.accept(check(headers, body, scope["method"], path))
 
     async def parse(self, request: _Exchange) -> Prompting:
         "Parse the prompt in the body; `ValueError` if there is none."
@@ -755,8 +756,8 @@ class _Legacy:
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers a hash of the body's content."
-        caller, request.signed = verify_legacy(self._gate, request.scope["headers"])
-        return caller
+        caller, request.signed = check_legacy(self._gate, request.scope["headers"])
+        return await self._gate.accept(caller)
 
     async def parse(self, request: _Exchange) -> Prompting:
         "Read the body and parse the prompt; `Refusal` 401 if the hash is another."
