@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BayesianSettings', 'Posterior', 'BayesianGatingModel', 'topic_centres', 'topic_shares', 'Prior', 'posterior',
            'observe', 'neutral_prior', 'Log', 'sums', 'learn_prior', 'Beliefs', 'next_review', 'Question', 'Memory',
-           'scored_uids']
+           'question_key', 'scored_uids']
 
 # %% ../../nbs/validators/01_bayes.ipynb #c002
+import json
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -24,6 +25,7 @@ from .gating import BaseGatingModel, GatingSettings, embed
 from .gating import finite_rewards
 from .rows import compare_metagraphs, load_rows, move_rows
 from .rows import origin_of, save_rows, score
+from .warm import Judged
 from ..show import arguments_in_help
 
 # %% ../../nbs/validators/01_bayes.ipynb #c038
@@ -94,11 +96,19 @@ class BayesianGatingModel(BaseGatingModel):
         message: str,  # text message to be encoded
     ) -> Posterior:  # raises TypeError for no str, ValueError for an empty one
         "Compute the expected reward of every uid and its standard deviation."
-        x = embed(self.encoder, message).to(self.centres)
+        found = self.believe(embed(self.encoder, message))
+        self._latest = message, found.mean.detach(), found.sd
+        return found
+
+    def believe(
+        self,
+        x: TensorType["hidden"],  # embedding of a message, as `encoder(message)`
+    ) -> Posterior:
+        "Compute the expected reward of every uid and its standard deviation."
+        x = x.to(self.centres)
         phi = self.features(x)
         mean = score(phi, self.head.weight, origin=(self.head, x))
         sd = ((self.beliefs.covariances @ phi) @ phi).clamp(min=0).sqrt()
-        self._latest = message, mean.detach(), sd
         return Posterior(mean, sd)
 
     @check_shapes
@@ -152,6 +162,21 @@ class BayesianGatingModel(BaseGatingModel):
             self.reflect()
 
     @torch.no_grad()
+    def learn_judged(
+        self,
+        answers: list[Judged],
+    ) -> int:  # prompts that are forgotten again for lack of room
+        "Put judged answers into the memory, and review all."
+        xs = [embed(self.encoder, prompt).to(self.centres) for prompt, _, _ in answers]
+        there = {*self.memory.questions, *map(question_key, xs)}
+        for x, (_, uids, grades) in zip(xs, answers):
+            self.memory.add(x, uids.to(x.device), grades.to(x))
+            self.seen += 1
+        if answers:
+            self.reflect()
+        return len(there) - len(self.memory)
+
+    @torch.no_grad()
     def reflect(self) -> None:
         "Compute topics, prior and posteriors anew from everything remembered."
         self.review = next_review(self.seen, self.memory.size)
@@ -181,6 +206,7 @@ class BayesianGatingModel(BaseGatingModel):
         tensors = {"centres": self.centres} | self.beliefs.tensors()
         tensors |= self.memory.tensors()
         counts = {"seen": str(self.seen), "review": str(self.review)}
+        counts["known"] = json.dumps(self.known)
         save_rows(path, tensors, self._identity(), self.hotkeys, **counts)
 
     @torch.no_grad()
@@ -199,6 +225,7 @@ class BayesianGatingModel(BaseGatingModel):
         self.beliefs.set_tensors(saved.tensors)
         self.memory.set_tensors(saved.tensors, like=self.centres)
         self.seen, self.review = int(saved.about["seen"]), int(saved.about["review"])
+        self.known = Counter(json.loads(saved.about.get("known", "{}")))
         self._follow(saved.sources)
 
     def _follow(self, sources: torch.Tensor) -> None:
@@ -494,7 +521,7 @@ class Memory:
         uids: TensorType["k"],
     ) -> torch.Tensor:  # (k,), nan where there is none
         "Look up the rewards that uids had when the question was last asked."
-        if (key := _key(x)) not in self.questions:
+        if (key := question_key(x)) not in self.questions:
             return torch.full(uids.shape, torch.nan, device=uids.device)
         _, asked, rewards = self.questions[key]
         same = uids[:, None] == asked
@@ -507,11 +534,11 @@ class Memory:
         rewards: TensorType["k"],
     ) -> None:
         "Keep answers, with earlier ones of uids that were not asked now."
-        if earlier := self.questions.pop(_key(x), None):
+        if earlier := self.questions.pop(question_key(x), None):
             others = ~torch.isin(earlier.uids, uids)
             uids = torch.cat([earlier.uids[others], uids])
             rewards = torch.cat([earlier.rewards[others], rewards])
-        self.questions[_key(x)] = Question(x, uids, rewards)
+        self.questions[question_key(x)] = Question(x, uids, rewards)
         if len(self) > self.size:
             self.questions.popitem(last=False)  # the oldest
 
@@ -569,10 +596,10 @@ class Memory:
             uids = tensors["log_uids"].to(like.device).split(sizes)
             rewards = tensors["log_rewards"].to(like).split(sizes)
             for question in map(Question, tensors["log_x"].to(like), uids, rewards):
-                self.questions[_key(question.x)] = question
+                self.questions[question_key(question.x)] = question
 
 
-def _key(x: torch.Tensor) -> bytes:
+def question_key(x: torch.Tensor) -> bytes:
     "The bytes of an embedding, by which a question is recognized."
     return x.cpu().numpy().tobytes()
 

@@ -8,11 +8,13 @@ __all__ = ['LOSSES', 'OPTIMIZERS', 'GatingSettings', 'BaseGatingModel', 'LinearG
 
 # %% ../../nbs/validators/00_gating.ipynb #c002
 import argparse
+import json
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Callable, Iterable, Literal, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from .rows import RowAdagrad, check_capacity, uid_hotkeys
 from .rows import compare_metagraphs, initial_rows, move_rows
 from .rows import head_tensors, load_rows, row_tensors, save_rows
 from .rows import score, set_head_tensors
+from .warm import Judged, Known, judged_answers
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class BaseGatingModel(torch.nn.Module, ABC):
     settings: Any  # an object of `Settings`
     num_uids: int
     hotkeys: dict[int, str]  # of the uids
+    known: Counter  # hotkey -> judged answers that `learn_from` has learned from
     # the message scored last; scores and standard deviations (or None) of all uids
     _latest: tuple | None = None
 
@@ -115,6 +119,7 @@ class BaseGatingModel(torch.nn.Module, ABC):
         # On an instance, `config` is its own configuration; calling that returns it.
         vars(self)["config"] = found
         self.num_uids, self.hotkeys = self.settings.num_uids, hotkeys
+        self.known = Counter()
 
     @classmethod
     def _settings_in(cls, config: Any, arguments: Any = None) -> tuple:
@@ -132,6 +137,33 @@ class BaseGatingModel(torch.nn.Module, ABC):
         self, scores: TensorType["metagraph.n"], rewards: TensorType["metagraph.n"]
     ) -> TensorType[()]:
         "Learn from the rewards of uids that were asked."
+
+    def learn_from(
+        self,
+        rankings: Iterable[Any],  # judged; each has `prompt`, `scores` and `names`
+        hotkeys: Mapping[str, str] | None = None,  # name -> hotkey; `None`: the same
+    ) -> Known:  # raises `InputError`, before any change, for an empty prompt
+        "Learn from judged rankings; the hotkeys in them are no newcomers any more."
+        answers, known = judged_answers(rankings, hotkeys, self.hotkeys)
+        known.forgotten = self.learn_judged(answers)
+        self.known.update(known.hotkeys)
+        level = logging.WARNING if known.outside else logging.INFO
+        _log.log(
+            level, "learned from %s; %d grades outside 0 to 1", known, known.outside
+        )
+        return known
+
+    def learn_judged(
+        self,
+        answers: list[Judged],
+    ) -> int:  # prompts that are forgotten again for lack of room
+        "Learn from judged answers, prompt by prompt."
+        for prompt, _, _ in answers:
+            self(prompt)  # raises for what cannot be encoded
+        for prompt, uids, grades in answers:
+            scores = self(prompt)
+            self.backward(scores[uids.to(scores.device)], grades)
+        return 0
 
     @abstractmethod
     def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
@@ -231,7 +263,9 @@ class LinearGate(BaseGatingModel):
         "Write the head, the state of its optimizer and the hotkeys of the rows."
         tensors = head_tensors(self.head, self.optimizer)
         optimizer = type(self.optimizer).__name__
-        save_rows(path, tensors, self._identity(), self.hotkeys, optimizer=optimizer)
+        known = json.dumps(self.known)
+        about = dict(optimizer=optimizer, known=known)
+        save_rows(path, tensors, self._identity(), self.hotkeys, **about)
 
     def load(
         self,
@@ -246,6 +280,7 @@ class LinearGate(BaseGatingModel):
         saved = load_rows(path, self._identity(), self.hotkeys, self.num_uids)
         other = saved.about["optimizer"] != type(self.optimizer).__name__
         set_head_tensors(self.head, self.optimizer, saved.tensors, blank=other)
+        self.known = Counter(json.loads(saved.about.get("known", "{}")))
         self._follow(saved.sources)
 
     def _follow(self, sources: torch.Tensor) -> torch.Tensor:

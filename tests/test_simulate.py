@@ -1,0 +1,214 @@
+"""The simulator: the same anywhere, true to its events, and a yardstick for estimates from logs."""
+
+import joblib
+import numpy as np
+import pytest
+import torch
+
+from prompting_nb.config import InputError
+from prompting_nb.reward.preferences import Ranking
+from prompting_nb.validators.replay import ask_always, ask_anyone, estimate
+from prompting_nb.validators.selection import Selection, select
+from prompting_nb.validators.simulate import (
+    Always, Copies, Delay, Drift, Favourites, GatePolicy, Lazy, Noise, Replace, Subnet, made_up, run_policy, simulate)
+
+
+class Recorder:
+    "Asks at random and writes down what it is told."
+
+    def __init__(self, subnet, seed=0):
+        self.dice, self.told, self.moves, self.uids = torch.Generator().manual_seed(seed), [], [], subnet.uids
+
+    def choose(self, prompt, k, available):
+        return select(torch.zeros(self.uids), k, epsilon=1.0, generator=self.dice)
+
+    def learn(self, prompt, uids, rewards):
+        self.told += [(prompt, uid, reward) for uid, reward in zip(uids.tolist(), rewards.tolist())]
+
+    def resync(self, before, now):
+        self.moves.append((before.hotkeys, now.hotkeys))
+
+
+def subnets(seed):
+    return made_up(uids=12, topics=3, prompts=60, seed=seed)
+
+
+def flat(uids=4, prompts=40, spare=0):
+    "Everybody is worth the same at any prompt; column i is worth i / 10."
+    return Subnet(np.tile(np.arange(uids + spare) / 10, (prompts, 1)), uids=uids)
+
+
+@pytest.mark.slow
+def test_tables_are_equal_from_one_process_and_from_loky():
+    given = dict(seeds=[3, 5], steps=40, events=[Replace(0.25), Noise()])
+    policies = {"gate": GatePolicy, "at random": Recorder}
+    alone = simulate(subnets, policies, **given)
+    with joblib.parallel_config(backend="loky", n_jobs=2):
+        spread = simulate(subnets, policies, **given)
+    for name in policies:
+        for one, other in zip(alone.runs[name], spread.runs[name]):
+            for field in ("uids", "propensities", "told", "scores", "grades", "rewards"):
+                assert np.array_equal(getattr(one, field), getattr(other, field)), (name, field)
+    assert str(alone) == str(spread) and alone.table() == spread.table()
+
+
+def test_a_seed_alone_gives_what_it_gave_among_others():
+    both = simulate(subnets, {"gate": GatePolicy}, [1, 2], steps=30, events=[Drift(), Lazy()])
+    alone = simulate(subnets, {"gate": GatePolicy}, [2], steps=30, events=[Drift(), Lazy()])
+    assert both.values("gate")[1] == alone.values("gate")[0]
+
+
+def test_policies_meet_the_same_prompts_noise_and_events():
+    events = [Replace([1, 2], 0.3), Drift(), Lazy(0.5, 0.2), Noise(freedom=2)]
+    made = simulate(subnets, {"a": Recorder, "b": lambda subnet, seed: Always([0, 1, 2])}, 2, steps=50, events=events)
+    for one, other in zip(*made.runs.values()):
+        assert one.prompts == other.prompts
+        assert np.array_equal(one.grades, other.grades)
+        same = np.isclose(one.rewards, other.rewards)
+        assert same.all()
+
+
+def test_newcomers_are_told_of_and_silent_change_is_not():
+    for silent in (False, True):
+        policy = Recorder(flat())
+        run = run_policy(flat(spare=1), policy, k=2, events=[Replace([2], 10, silent=silent)])
+        assert run.grades[9].tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
+        assert run.grades[10].tolist() == pytest.approx([0, 0.1, 0.4, 0.3])
+        assert len(policy.moves) == (0 if silent else 1)
+        if not silent:
+            before, now = policy.moves[0]
+            assert [a == b for a, b in zip(before, now)] == [True, True, False, True]
+
+
+def test_the_most_asked_uid_is_the_one_that_this_policy_asked_most():
+    run = run_policy(flat(spare=1), Always([1]), k=1, events=[Replace("most asked", 0.5)])
+    assert run.grades[-1].tolist() == pytest.approx([0, 0.4, 0.2, 0.3])
+
+
+def test_hotkeys_stay_different_when_columns_come_again():
+    policy = Recorder(flat())
+    run_policy(flat(), policy, k=2, events=[Replace(4, step) for step in range(5, 20)])
+    assert len(policy.moves) == 15 and all(len(set(now)) == 4 for _, now in policy.moves)
+    assert all(not set(before) & set(now) for before, now in policy.moves)
+
+
+def test_drift_keeps_the_spread_of_skills():
+    runs = simulate(lambda seed: made_up(uids=64, topics=4, seed=seed), {"any": lambda *_: Always([0])}, 4, k=1, steps=400,
+                    events=[Drift(rho=0.98)]).runs["any"]
+    early, late = (np.mean([run.grades[part].std(1).mean() for run in runs]) for part in (slice(0, 20), slice(300, 400)))
+    assert late == pytest.approx(early, rel=0.1)
+    first = runs[0].grades[[0, -1]]
+    assert abs(np.corrcoef(first)[0, 1]) < 0.5, "after 400 steps little is left of the first skills"
+
+
+def test_lazy_miners_care_about_some_prompts():
+    run = run_policy(flat(prompts=2000), Always([0]), k=1, events=[Lazy([3], 0.5, share=0.25)])
+    assert (run.grades[:1000, 3] > 0).all() and (run.grades[1000:, 3] > 0).mean() == pytest.approx(0.25, abs=0.05)
+    assert (run.grades[:, 2] > 0).all()
+
+
+def test_copies_give_the_answer_of_one():
+    run = run_policy(flat(), Always([1, 2, 3]), k=3, events=[Copies([1, 3], 20)])
+    assert run.distinct.tolist() == [3] * 20 + [2] * 20
+    assert run.grades[30].tolist() == pytest.approx([0, 0.1, 0.2, 0.1])
+
+
+def test_noise_has_its_spread_tails_and_outliers():
+    subnet = Subnet(np.full((4000, 1), 0.5))
+    told = lambda **noise: run_policy(subnet, Always([0]), k=1, events=[Noise(cut=False, **noise)]).told[:, 0] - 0.5
+    assert told(sd=0.1).std() == pytest.approx(0.1, rel=0.1)
+    assert np.abs(told(sd=0.1, freedom=2)).max() > 10 * np.abs(told(sd=0.1)).max() / 5
+    assert (told(sd=0.0, outliers=0.15) != 0).mean() == pytest.approx(0.15, abs=0.03)
+    cut = run_policy(subnet, Always([0]), k=1, events=[Noise(5.0)])
+    assert cut.told.min() == 0 and cut.told.max() == 1 and (cut.grades == 0.5).all()
+
+
+def test_late_rewards_come_in_any_order_and_lost_ones_never():
+    subnet = Subnet(np.random.default_rng(0).random((60, 5)))
+    policy = Recorder(subnet)
+    run = run_policy(subnet, policy, k=3, events=[Delay(most=10, lost=0.3)])
+    came = [(prompt, uid, told) for prompt, uids, row in zip(run.prompts, run.uids, run.told)
+            for uid, told in zip(uids, row) if np.isfinite(told)]
+    assert sorted((p, u) for p, u, _ in policy.told) == sorted((p, u) for p, u, _ in came)
+    worth = {(p, u): told for p, u, told in came}
+    assert all(reward == pytest.approx(worth[p, u], abs=1e-6) for p, u, reward in policy.told)
+    assert 0.6 < len(came) / run.uids.size < 0.75 and any(None in event.rewards for event in run.events())
+    order = [run.prompts.index(prompt) for prompt, _, _ in policy.told]
+    assert order != sorted(order)
+
+
+def test_rewards_of_those_that_left_are_not_learned_by_who_came():
+    policy = Recorder(flat())
+    run_policy(flat(spare=4), policy, k=4, steps=12, events=[Replace([0, 1, 2, 3], 6), _late])
+    came = [round(reward, 5) for _, _, reward in policy.told]
+    assert sorted(came) == sorted([0, 0.1, 0.2, 0.3] * 3 + [0.4, 0.5, 0.6, 0.7] * 3), "those of steps 3 to 5 have left"
+
+
+def _late(now):
+    now.wait = lambda k, draw: np.full(k, 3.0)
+
+
+def test_favourites_follow_their_hotkeys():
+    known = [Ranking("before", ["x", "y"], [0.9, 0.2], ["miner 3", "miner 1"])]
+    subnet = Subnet(flat(spare=1).grades, uids=4, known=known)
+    policy = Favourites(subnet)
+    assert policy.choose("", 2, range(4)).uids.tolist() == [3, 1]
+    run_policy(subnet, policy, k=2, events=[Replace([3], 5)])
+    assert policy.choose("", 1, range(4)).uids.tolist() == [1]
+
+
+def test_a_warm_gate_begins_with_the_best():
+    draw = np.random.default_rng(1)
+    x = np.eye(384)[:80]
+    grades = np.clip(np.arange(8) / 8 + 0.05 * draw.standard_normal((80, 8)), 0, 1)
+    names = [f"miner {i}" for i in range(8)]
+    known = [Ranking(f"known {i}", [str(j) for j in range(8)], grades[i].tolist(), names) for i in range(40)]
+    subnet = Subnet(grades[40:], embeddings=x[40:], known=known, known_embeddings=x[:40])
+    warm = run_policy(subnet, GatePolicy(subnet, warm=True), k=2)
+    cold = run_policy(subnet, GatePolicy(subnet), k=2)
+    assert set(warm.uids[0]) == {6, 7} and len(set(cold.uids[:4].ravel())) > 5, "a cold gate asks newcomers first"
+    assert warm.got()[:10].mean() > cold.got()[:10].mean() + 0.1
+
+
+def test_replay_is_right_about_simulated_logs():
+    "Intervals from the log of one policy hold the truth about others, which the simulator knows."
+    held, off = [], []
+    for seed in range(12):
+        subnet = subnets(seed)
+        run = run_policy(subnet, _Explorer(subnet, seed), k=3, steps=250, seed=seed, events=[Noise(0.1)])
+        for rule in (ask_always([0, 1, 2]), ask_anyone(3)):
+            found, truth = estimate(run.events(), rule), run.truth(rule)
+            held.append(found.dr_interval[0] <= truth <= found.dr_interval[1])
+            off.append(found.dr - truth)
+    assert np.mean(held) > 0.85 and abs(np.mean(off)) < 0.02
+
+
+class _Explorer(Recorder):
+    "Prefers the first uids, by scores that go into the log."
+
+    def choose(self, prompt, k, available):
+        self.scores = torch.linspace(0.6, 0.4, self.uids)
+        return select(self.scores, k, epsilon=0.4, generator=self.dice)
+
+
+def test_a_policy_that_misbehaves_is_named():
+    class Twice(Recorder):
+        def choose(self, prompt, k, available):
+            return Selection(torch.tensor([1, 1]), torch.ones(2))
+
+    with pytest.raises(InputError, match="2 different uids"):
+        run_policy(flat(), Twice(flat()), k=2)
+    with pytest.raises(InputError, match="policy and a seed"):
+        simulate(flat(), {}, 1)
+    with pytest.raises(InputError, match="k = 5"):
+        run_policy(flat(), Always([0]), k=5)
+
+
+def test_figures_name_the_worst_seed():
+    results = simulate(subnets, {"a": lambda *_: Always([0, 1, 2]), "b": lambda *_: Always([3, 4, 5])}, [4, 7, 9], steps=20)
+    figure = results.figure("a", "gate")
+    assert figure.worst == min(figure.values) and figure.worst_seed == [4, 7, 9][np.argmin(figure.values)]
+    assert figure.low < figure.mean < figure.high and figure.high - figure.mean == pytest.approx(4.3027 * figure.sd / 3**0.5, rel=1e-3)
+    difference = results.figure("a", "gate", minus="b")
+    assert difference.mean == pytest.approx(figure.mean - results.figure("b", "gate").mean)
+    assert str(results).splitlines()[0].startswith("policy") and "seed" in results._repr_html_()
