@@ -70,9 +70,10 @@ def make_pairs(count, seed):
 def make_models(folder):
     "A sequence classifier of each kind with random weights, and its tokenizer."
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedTokenizerFast
+    from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config
     from transformers.utils import logging
+
+    from prompting_nb.pretrained import word_tokenizer
 
     logging.disable_progress_bar()
     configs = {
@@ -81,13 +82,11 @@ def make_models(folder):
                            max_position_embeddings=LONGEST)}
     for kind, config in configs.items():
         vocabulary = SPECIAL + [f"w{i}" for i in range(config.vocab_size - len(SPECIAL))]
-        words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         special = {"gpt2": {"eos_token": "[EOS]"}, "bert": {"cls_token": "[CLS]", "sep_token": "[SEP]"}}[kind]
         torch.manual_seed(0)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(Path(folder, kind))
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_max_length=LONGEST,
-                                **special).save_pretrained(Path(folder, kind))
+        tokenizer = word_tokenizer(vocabulary, pad_token="[PAD]", model_max_length=LONGEST, **special)
+        tokenizer.save_pretrained(Path(folder, kind))
 
 
 # Workers: they read jobs as lines of JSON, and answer with one line each

@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import save_model, word_tokenizer
+from toys import save_model
 from transformers import BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, RobertaConfig
 
+from prompting_nb.pretrained import word_tokenizer
 from prompting_nb.reward.batches import Draw, length_batches
 from prompting_nb.reward.evaluation import best_of_k, calibration, evaluate
 from prompting_nb.reward.preferences import Ranking, pairs, split

@@ -1,28 +1,15 @@
 """Tiny tokenizers and random transformers, which several files of tests save and load."""
 
 from pathlib import Path
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable
 
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from prompting_nb.pretrained import word_tokenizer
 
 LETTERS = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "<eos>", *"abcdefghijklmnopqrstuvwxyz"]
-
-
-def word_tokenizer(words: Iterable[str], split: Any = None, template: Optional[str] = None, **special: str):
-    """A tokenizer with a token for each word, and `[UNK]` for the rest.
-
-    `split` is how a text is cut, by default at spaces; `template`, as "[CLS] $A [SEP]", is what is put around it;
-    `special` names special tokens: `eos_token="<eos>"`.
-    """
-    vocabulary = {word: i for i, word in enumerate(words)}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = split or pre_tokenizers.WhitespaceSplit()
-    if template:
-        around = [(token, vocabulary[token]) for token in template.split() if token != "$A"]
-        made.post_processor = processors.TemplateProcessing(template, special_tokens=around)
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", **special)
 
 
 def letter_tokenizer(bert: bool = False, letters: Iterable[str] = LETTERS):
