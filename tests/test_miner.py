@@ -131,7 +131,7 @@ def header(wallet):
 
 
 def ask(miner, wallet=VALIDATOR, text="Hello"):
-    with Dendrite(wallet) as dendrite:
+    with Dendrite(wallet, allow_private=True) as dendrite:
         return dendrite.query([miner.axon], Prompting.ask(text))[0]
 
 

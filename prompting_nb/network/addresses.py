@@ -49,9 +49,9 @@ def written_alike(
         return hotkey
 
 # %% ../../nbs/network/11_addresses.ipynb #k011
+_IPV6 = r"[0-9a-f:.]*:[0-9a-f:.]*"
 _ADDRESS = re.compile(
-    r"(?:\[([0-9a-f:.]+)\]|([0-9a-f:.]*:[0-9a-f:.]*)|([-\w.]+)):0*(\d{1,5})",
-    re.A | re.I,
+    rf"(?:\[({_IPV6})\]|({_IPV6})|([-\w.]+)):0*(\d{{1,5}})", re.A | re.I
 )
 _NUMBER = re.compile(r"(?:.*\.)?(?:\d+|0x[0-9a-f]*)\.?", re.A | re.I)
 

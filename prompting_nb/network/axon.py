@@ -36,6 +36,7 @@ from prompting_nb.network.auth import (
     Gatekeeper,
     MemoryNonces,
     Refusal,
+    claimed_hotkey,
     sign_answer,
 )
 from prompting_nb.network.legacy import (
@@ -816,7 +817,7 @@ class _Btauth:
         return sign_answer(
             self._signer,
             answer,
-            caller=caller.hotkey or "",
+            caller=claimed_hotkey(request.scope["headers"]),
             path=self._kind.path,
             nonce=caller.nonce or 0,
         )

@@ -282,7 +282,8 @@ class Question:
             status, message = 422, "the answer is not valid HTTP"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             status = 503
-            message = f"{where.address} cannot be reached: {_cause(error)}"
+            shown = " ".join(f"{where.address:.100}".split())
+            message = f"{shown} cannot be reached: {_cause(error)}"
         except Exception as error:
             logging.getLogger(__name__).exception("asking %s failed", where.address)
             status, message = 500, f"the request failed here: {type(error).__name__}"
@@ -397,7 +398,7 @@ def read_target(target: Any) -> Target:
             return Target(None, address, False, f"{lacks}: {_WANTED}")
     except Exception as error:  # of a property
         unreadable = f"the target cannot be read: {type(error).__name__}: {error}"
-        return Target(None, None, False, unreadable[:200])
+        return Target(None, None, False, " ".join(unreadable.split())[:200])
     return Target(hotkey, address, ours)
 
 
