@@ -8,9 +8,9 @@ __all__ = ['Judge', 'reward_with', 'CrossEncoderScorer']
 # %% ../../nbs/validators/05_judge.ipynb #j003
 import inspect
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -54,13 +54,31 @@ class Judge:
             np.asarray(p).tolist() for p in (curve.X_thresholds_, curve.y_thresholds_)
         )
         judge = cls(model, x, y, ties, correct=correct)
-        rewards = [judge.expected(row).tolist() for row in scores]
-        who = list(names) if names is not None else [None] * len(rewards)
-        judge.offsets = Offsets(errors_of(rewards, grades, who))
-        by_who = agreement(by_author(grades, who), grades)
-        reach = float(given.min()), float(given.max())
-        judge.watch = Watch(*reach, agreement(rewards, grades), by_who)
+        judge.watch = Watch(float(given.min()), float(given.max()))
+        if names is not None:
+            judge.know(scores, grades, names)
         return judge
+
+    def know(
+        self,
+        scores: Sequence[Sequence[float]],  # as for `fitted`
+        grades: Sequence[Sequence[float]],
+        names: Sequence,  # who gave them, a list or `None` a prompt
+    ) -> None:
+        "Learn whom the judge flatters, from answers that it was not trained on."
+        rewards = [self.expected(row).tolist() for row in scores]
+        for name, errors in errors_of(rewards, grades, names).items():
+            for error in errors:
+                self.offsets.add(name, error)
+        self.watch.by_text = agreement(rewards, grades)
+        self.watch.by_who = agreement(by_author(grades, names), grades)
+
+    def named(
+        self,
+        hotkeys: Mapping[str, str],  # name -> hotkey
+    ) -> "Judge":
+        "Return the same judge with offsets by hotkey; watch and model are shared."
+        return replace(self, offsets=self.offsets.renamed(hotkeys))
 
     def expected(
         self,
