@@ -322,3 +322,55 @@ def test_a_runner_runs_a_validator_one_step_a_block_and_weights_each_epoch():
         assert at_epoch == [(5, []), (10, [2])]
         assert [event.prompt for event in events] == [f"prompt {n}" for n in range(1, 11)]
         assert abs(sum(network.chain.weights[0].values()) - 1) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_says_what_it_knew_before(tmp_path, reward, recordings):
+    "Warm gate and corrected judge by default; each can be switched off, and the trivial rival is always there."
+    shown = {}
+    for name, flags in {"all": (), "none": ("--judge.correct", "false", "--gating.warm", "false")}.items():
+        out = tmp_path / name
+        done = run("--reward", reward, "--prompts", recordings, "--steps", 9, "--top-k", 2, "--out", out, *flags)
+        assert done.returncode == 0, done.stderr
+        events, summary = results(out)
+        shown[name] = events, summary, (out / "report.html").read_text(), done.stdout
+        assert {row["hotkey"] for row in summary["judge_offsets"]} <= {f"model-{m}" for m in range(5)}
+        assert 0 <= summary["favourites"] <= summary["oracle"] + 1e-4 and "the best of the judged rankings" in done.stdout
+        assert json.loads((out / "judge.json").read_text())["correct"] is (name == "all")
+    events, summary, page, told = shown["all"]
+    assert summary["warm"] and summary["judge_corrected"] and summary["known_rankings"] == 21
+    assert "the gate learned from 21 rankings with 105 answers of 5 hotkeys" in page
+    assert "the gate learned from 21 rankings" in " ".join(told.split())
+    assert any(any(event["offsets"]) for event in events)
+    assert set(events[0]["hotkeys"]) & set(_hotkeys(events, "model-4", summary)), "the best one is asked at once"
+    events, summary, page, told = shown["none"]
+    assert not summary["warm"] and not summary["judge_corrected"] and summary["known_rankings"] == 0
+    assert "knew nothing of the miners" in page and "not corrected for who answered" in page
+    assert not any(any(event["offsets"]) for event in events)
+
+
+def _hotkeys(events, name, summary):
+    "The hotkeys that held the uids of a miner."
+    uids = {row["uid"] for row in summary["miners"] if row["name"] == name}
+    return {key for event in events for uid, key in zip(event["uids"], event["hotkeys"]) if uid in uids}
+
+
+def test_everybody_gets_the_credit_for_an_answer_that_several_give():
+    arena = built_in(Encoder(MINILM), steps=6, train=24, test=12)
+    assert len(arena.known) == 36 and all(len(row.names) == len(arena.workers) for row in arena.known)
+    assert any(len(set(row.completions)) < len(row.completions) for row in arena.known)
+    late = [(row, i) for row in arena.known for i, name in enumerate(row.names) if name == "slow" and not row.completions[i]]
+    assert late and all(row.scores[i] == 0 for row, i in late)
+
+
+def test_judge_and_gate_of_a_loop_know_hotkeys_by_the_names_of_their_workers():
+    arena = built_in(Encoder(MINILM), steps=8, train=24, test=12)
+    judge = Judge(Omniscient(arena))
+    judge.offsets.add("lazy", -0.3), judge.offsets.add("calendar", 0.3)
+    loop = Loop(arena, judge, Policy(k=3, timeout=20.0), warm=True)
+    trace = loop.run(progress=False)
+    hotkey = {holder.name: holder.hotkey for holder in trace.holders}
+    assert loop.validator.judge.offset(hotkey["lazy"]) == judge.offset("lazy") < 0
+    assert trace.known.hotkeys == {hotkey[worker.name]: 36 for worker in arena.workers}
+    assert loop.validator.gate.known == trace.known.hotkeys
+    assert len(trace.favourites(arena.known)) == 8

@@ -21,6 +21,7 @@ from .tasks import Arena, Worker
 from ..validators.event import Event
 from ..validators.simulate import Standing, alternatives, compare
 from ..validators.validator import Policy, Validator, default_gate
+from ..validators.warm import Known, track_records
 from ..show import arguments_in_help
 
 # %% ../../nbs/loop/00_run.ipynb #c049
@@ -39,11 +40,12 @@ class Loop:
         gate: Callable = default_gate,  # (metagraph, seed) -> gating model
         seed: int = 0,  # of wallets, gate and choices
         on_event: Callable = lambda event: None,  # called with each `Event`
+        warm: bool = False,  # whether the gate learns from the arena's `known` first
     ):  # raises `InputError` when there are fewer workers than uids to ask
         self.arena, self.judge, self.seed = arena, judge, seed
         self.policy = policy or Policy()
         self.policy.check(len(arena.workers))
-        self.make_gate, self.on_event = gate, on_event
+        self.make_gate, self.on_event, self.warm = gate, on_event, warm
         self.trace = Trace(self.policy.k)
         self.network: Optional[Network] = None  # both are made by `run`
         self.validator: Optional[Validator] = None
@@ -64,13 +66,22 @@ class Loop:
                 trace.holders.append(Holder(uid, miner.worker.name, miner.hotkey))
             metagraph = network.client.subnets.metagraph(network.netuid)
             gate = self.make_gate(metagraph, self.seed)
-            parts = (network.wallet, network.client, self.judge, gate, self.policy)
+            judge = self._informed(gate)
+            parts = (network.wallet, network.client, judge, gate, self.policy)
             here = (network.netuid, self.seed)
             with Validator(*parts, *here, allow_private=True) as validator:
                 self.validator = validator
                 self._ask_all(network, validator, progress)
                 self._set_weights(network, validator)
         return trace
+
+    def _informed(self, gate: Any) -> Callable:
+        "Tell the gate what is known of the miners, and the judge who they are."
+        hotkeys = {holder.name: holder.hotkey for holder in self.trace.holders}
+        if self.warm:
+            self.trace.known = gate.learn_from(self.arena.known, hotkeys)
+        named = getattr(self.judge, "named", None)
+        return named(hotkeys) if named else self.judge
 
     def _ask_all(self, network: Network, validator: Validator, progress: bool) -> None:
         "Take a step for each prompt; half-way a uid changes hands."
@@ -129,6 +140,7 @@ class Trace:
     overdue: int = 0  # answers that came too late because the machine was busy
     weights: dict[int, float] = field(default_factory=dict)  # as read from the chain
     complaint: Optional[str] = None  # of a chain that refused the weights
+    known: Optional[Known] = None  # what the gate learned of before the first step
 
     def add(
         self,
@@ -180,6 +192,25 @@ class Trace:
         "Compare the gate with other ways to choose, over the last part of the run."
         last = self.last(share)
         return compare(self.truth[-last:], self.got()[-last:], self.k)
+
+    def favourites(
+        self,
+        rankings: Iterable[Any],  # judged before the run, with names of workers
+    ) -> Optional[np.ndarray]:  # (steps,) mean grades; `None` where nobody is known
+        "Compute what asking the best of earlier rankings would have earned."
+        means = {one.name: one.mean for one in track_records(rankings)}
+        names = {}  # uid -> the worker that held it first, the one that holds it now
+        for holder in self.holders:
+            names.setdefault(holder.uid, []).append(means.get(holder.name, 0.0))
+        if not means or not self.events:
+            return None
+        moved_at = len(self.events) if self.moved_at is None else self.moved_at
+        earned = []
+        for step, grades in enumerate(self.truth):
+            worth = [names[uid][-1 if step >= moved_at else 0] for uid in sorted(names)]
+            best = np.argsort(-np.array(worth), kind="stable")[: self.k]
+            earned.append(float(np.mean(np.asarray(grades)[best])))
+        return np.array(earned)
 
     def curves(
         self,

@@ -44,6 +44,8 @@ class Arena:
     grade: Optional[Callable[[str, str], float]] = field(repr=False, default=None)
     graded_by: str = "a program"  # for captions
     kinds: dict[str, str] = field(repr=False, default_factory=dict)  # by prompt
+    # judged before the loop: what every worker gave, 0 for no answer; names are theirs
+    known: list[Ranking] = field(repr=False, default_factory=list)
 
     def __str__(self) -> str:
         return (
@@ -76,9 +78,13 @@ def built_in(
     tasks = make_tasks(steps, seed=seed)
     by_prompt = {task.prompt: task for task in tasks}
 
+    known: list[Ranking] = []
+
     def ranked(n: int, seed: int, held_out: bool) -> list[Ranking]:
         made = make_tasks(n, seed, held_out=held_out)
-        return _rank([task for task in made if task.prompt not in by_prompt], workers)
+        others = [task for task in made if task.prompt not in by_prompt]
+        known.extend(_everybody(task, workers) for task in others)
+        return _rank(others, workers)
 
     return Arena(
         "built-in tasks",
@@ -89,6 +95,7 @@ def built_in(
         test=ranked(test, seed + 2000, held_out=True),
         grade=lambda prompt, completion: grade(by_prompt[prompt], completion),
         kinds={task.prompt: task.kind for task in tasks},
+        known=known,
     )
 
 
@@ -101,6 +108,14 @@ def _rank(tasks: list["Task"], workers: list["Worker"]) -> list[Ranking]:
         grades = [grade(task, c) for c in names]
         rankings.append(Ranking(task.prompt, [*names], grades, [*names.values()]))
     return [r for r in rankings if len(set(r.scores)) > 1]
+
+
+def _everybody(task: "Task", workers: list["Worker"]) -> Ranking:
+    "Grade what each worker answers to a task, by name; no answer in time is worth 0."
+    given = [worker.outcome(task.prompt) for worker in workers]
+    grades = [grade(task, completion) for completion in given]
+    names = [worker.name for worker in workers]
+    return Ranking(task.prompt, [text or "" for text in given], grades, names)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c005
 @dataclass(frozen=True)
@@ -597,6 +612,7 @@ def recorded(
         )
     means, grades = _mean_scores(train), _mean_grades(loop)
     words = {model: {} for model in means}
+    known = [_of_models(ranking, means) for ranking in rankings[steps:]]
     for r in loop:
         names = r.names or []
         for model in set(means) & set(names):
@@ -611,7 +627,18 @@ def recorded(
         grade=lambda prompt, completion: grades[prompt, completion],
         graded_by="the recorded judge",
         kinds={r.prompt: r.source or "" for r in loop},
+        known=known,
     )
+
+
+def _of_models(ranking: Ranking, models: dict) -> Ranking:
+    "Keep what some models gave, repeated answers too; an empty one is worth 0."
+    rows = zip(ranking.names or [], ranking.completions, ranking.scores)
+    kept = [(n, c, s if c.strip() else 0.0) for n, c, s in rows if n in models]
+    names, texts, scores = (
+        (list(column) for column in zip(*kept)) if kept else ([], [], [])
+    )
+    return Ranking(ranking.prompt, texts, scores, names, ranking.source)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c054
 def ungraded(

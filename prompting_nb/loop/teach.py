@@ -45,6 +45,7 @@ def assess(
     model: Any,  # as for `Judge`; its `score` takes `progress` as well
     arena: Arena,
     progress: bool = True,  # show progress bars
+    correct: bool = True,  # whether the judge corrects rewards for who answered
 ) -> tuple["Assessment", Judge]:  # the judge is calibrated on the same rankings
     "Test a reward model on the held-out rankings of an arena, and make it a judge."
     score = lambda *texts: model.score(*texts, progress=progress)
@@ -53,7 +54,9 @@ def assess(
     cosine = zero_shot_cosine(TextEncoder(MINILM, frozen=True, max_length=256))
     rules = (cosine, longer_wins)
     accuracies = [evaluate(rule, arena.test).accuracy for rule in rules]
-    judge = Judge.fitted(model, scores, [ranking.scores for ranking in arena.test])
+    grades = [ranking.scores for ranking in arena.test]
+    judge = Judge.fitted(model, scores, grades, correct=correct)
+    judge.know(*_by_author(arena, scores))
     return Assessment(evaluate_scores(scores, arena.test), *accuracies), judge
 
 
@@ -64,3 +67,20 @@ class Assessment:
     learned: RewardEvaluation  # of the reward model
     cosine: float  # pairwise accuracy of the cosine between prompt and answer
     longer: float  # pairwise accuracy of the rule that the longer answer wins
+
+# %% ../../nbs/loop/07_teach.ipynb #t011
+def _by_author(arena: Arena, scores: list[list[float]]) -> tuple:
+    "Collect scores and grades of all answers to the test prompts, and who gave them."
+    known = {ranking.prompt: ranking for ranking in arena.known}
+    rows = []
+    for ranking, own in zip(arena.test, scores):
+        of_text = dict(zip(map(str.strip, ranking.completions), own))
+        full = known.get(ranking.prompt, ranking)
+        answers = zip(full.completions, full.scores, full.names or [])
+        found = [
+            (of_text[text.strip()], grade, name)
+            for text, grade, name in answers
+            if text.strip() in of_text  # repeated ones too
+        ]
+        rows.append([list(column) for column in zip(*found)] or [[], [], []])
+    return tuple(map(list, zip(*rows))) or ([], [], [])

@@ -27,6 +27,7 @@ from ..pretrained import MINILM
 from ..protocol import Prompting
 from .bayes import BayesianGatingModel
 from .event import Event
+from .judge import reward_with
 from prompting_nb.validators.gating import (
     BaseGatingModel,
     GatingModel,
@@ -106,7 +107,13 @@ class Validator:
         "Ask the miners of a round and reward their answers; several threads may."
         request, timeout = Prompting.ask(round.prompt), self.policy.timeout
         round.answers = self.dendrite.query(round.neurons, request, timeout)
-        round.rewards = _five_digits(self.judge(round.prompt, round.completions))
+        hotkeys = [neuron.hotkey for neuron in round.neurons]
+        rewards = reward_with(self.judge, round.prompt, round.completions, hotkeys)
+        round.rewards = _five_digits(rewards)
+        if offset := getattr(self.judge, "offset", None):
+            offsets = map(offset, hotkeys)
+            given = zip(round.completions, offsets)
+            round.offsets = _five_digits(o if text else 0.0 for text, o in given)
 
     def learn(
         self,
@@ -128,6 +135,7 @@ class Validator:
             hotkeys=hotkeys,
             propensities=round.propensities,
             rewards=round.rewards,
+            offsets=round.offsets,
             scores=_five_digits(round.scores.detach()[: len(self.metagraph)]),
             available=round.available,
             loss=loss,
@@ -157,7 +165,8 @@ class Validator:
             earned = torch.tensor([rewards[i] for i in kept], dtype=torch.float32)
             loss = self.gate.backward(known[at], earned)
         for hotkey, reward in zip(hotkeys, rewards):
-            self.averages.update(hotkey, reward)
+            # corrected rewards may leave [0, 1]; shares of weight must not be negative
+            self.averages.update(hotkey, min(max(reward, 0.0), 1.0))
         self.steps += 1
         return float(loss)
 
@@ -174,8 +183,13 @@ class Validator:
     ) -> Selection:  # uids and propensities (k,); raises `InputError` for too few uids
         "Choose the uids to ask."
         asked, hotkeys = self.averages.counts, self.metagraph.hotkeys
-        serving = self.serving()
-        new = [u for u in serving if asked[hotkeys[u]] < self.policy.welcome]
+        known = getattr(self.gate, "known", {})  # before the first question
+        serving, least = self.serving(), self.policy.welcome
+        new = [
+            u
+            for u in serving
+            if asked[hotkeys[u]] < least and not known.get(hotkeys[u])
+        ]
         policy = replace(self.policy, k=k) if k else self.policy
         return policy.choose(scores, sd, serving, new, self.steps, self.generator)
 
@@ -232,6 +246,7 @@ class Round:
     available: list[int]  # uids that could have been asked
     answers: list[Prompting] = field(default_factory=list)  # one for each uid
     rewards: list = field(default_factory=list)  # five significant digits
+    offsets: Optional[list] = None  # that the judge added to them
 
     @property
     def completions(self) -> list[Optional[str]]:  # `None` where a miner failed

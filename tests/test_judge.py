@@ -1,0 +1,208 @@
+"""The judge: whom it flatters, ties, what it is told of itself, and judges of other libraries."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from sklearn.isotonic import IsotonicRegression
+
+from prompting_nb.config import InputError
+from prompting_nb.loop.network import Network
+from prompting_nb.loop.tasks import Worker
+from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with
+from prompting_nb.validators.offsets import Offsets, drift
+from prompting_nb.validators.validator import Policy, Validator
+from prompting_nb.validators.watch import Watch, agreement, by_author
+from toys import letter_tokenizer, save_model
+
+
+class Numbers:
+    "Scores a completion by the number before its first space."
+
+    def score(self, prompts, completions):
+        return torch.tensor([[float(text.split()[0])] for text in completions])
+
+
+def graded(prompts=66, people=5, seed=0, flattery=0.2):
+    "Scores, grades and names: the scorer errs by author as much as by text."
+    draw = np.random.default_rng(seed)
+    bias = flattery * draw.standard_normal(people)
+    grades = draw.random((prompts, people))
+    scores = grades - bias + 0.1 * draw.standard_normal(grades.shape)
+    return scores, grades, [[f"5Hotkey{i}" for i in range(people)]] * prompts
+
+
+def test_offsets_are_what_the_formula_says():
+    draw = np.random.default_rng(3)
+    errors = {f"5{i}": (draw.standard_normal() + draw.standard_normal(n)) / 5 for i, n in enumerate((66, 66, 12, 3, 2))}
+    b = np.array([d.mean() for d in errors.values()])
+    v = np.array([d.var(ddof=1) / len(d) for d in errors.values()])
+    tau2 = max(b.var(ddof=1) - v.mean(), 1e-4)
+    found = Offsets(errors)
+    for hotkey, wanted in zip(errors, b * tau2 / (tau2 + v)):
+        assert found[hotkey] == pytest.approx(wanted, abs=1e-12)
+    assert found["5Stranger"] == 0 and [row.hotkey for row in found.table()][0] == min(errors, key=found.__getitem__)
+
+
+def test_equal_means_are_shrunk_to_almost_nothing():
+    sizes = []
+    for seed in range(10):
+        draw = np.random.default_rng(seed)
+        rows = Offsets({f"5{i}": 0.5 * draw.standard_normal(10) for i in range(20)}).table()
+        sizes.append([np.mean([abs(row.value) for row in rows]), np.mean([abs(row.mean) for row in rows])])
+    shrunk, means = np.mean(sizes, axis=0)
+    assert shrunk < 0.4 * means
+
+
+def test_intervals_hold_the_true_offsets():
+    held = []
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        truth = 0.15 * draw.standard_normal(16)
+        found = Offsets({f"5{i}": t + 0.3 * draw.standard_normal(20) for i, t in enumerate(truth)})
+        rows = found.by_hotkey()
+        held += [rows[f"5{i}"].low <= t <= rows[f"5{i}"].high for i, t in enumerate(truth)]
+    assert 0.9 < np.mean(held) < 0.99
+
+
+def test_correction_brings_rewards_closer_to_grades_that_were_not_used():
+    scores, grades, names = graded(200)
+    fair = Judge.fitted(Numbers(), scores[:66], grades[:66], names[:66])
+    error = {True: [], False: []}
+    for fair.correct in error:
+        for row, right, who in zip(scores[66:], grades[66:], names[66:]):
+            error[fair.correct].append(fair("", [f"{s} x" for s in row], who).numpy() - right)
+    assert np.square(error[True]).mean() < 0.8 * np.square(error[False]).mean()
+
+
+def test_corrected_rewards_are_not_cut_and_missing_answers_stay_zero():
+    judge = Judge(Numbers(), offsets=Offsets({"5Up": [0.5] * 9, "5Down": [-0.5] * 9}))
+    rewards = judge("", ["0.9 x", "0.1 x", None, ""], ["5Up", "5Down", "5Up", "5Down"]).tolist()
+    assert rewards == pytest.approx([1.4, -0.4, 0, 0], abs=0.01)
+
+
+def test_the_raw_score_breaks_ties_of_the_curve_and_nothing_else():
+    scores, grades, _ = graded()
+    judge = Judge.fitted(Numbers(), scores, grades)
+    flat = IsotonicRegression(out_of_bounds="clip").fit(scores.ravel(), grades.ravel())
+    x = np.linspace(scores.min() - 1, scores.max() + 1, 500)
+    assert (np.diff(flat.predict(x)) == 0).any() and (np.diff(judge.expected(x)) > 0).all()
+    assert np.abs(judge.expected(x) - flat.predict(x)).max() <= 1e-3
+    assert judge.expected(x).min() >= 0 and judge.expected(x).max() <= 1
+    texts = [f"{value} x" for value in x]
+    assert (judge("", texts).diff() >= 0).all()
+    new, worth, _ = graded(seed=1)
+    assert agreement([judge.expected(row) for row in new], worth) > agreement([flat.predict(row) for row in new], worth)
+
+
+def test_a_saved_judge_is_the_same(tmp_path):
+    scores, grades, names = graded()
+    judge = Judge.fitted(Numbers(), scores, grades, names, correct=False)
+    judge.save(tmp_path / "judge.json")
+    again = Judge.load(tmp_path / "judge.json", Numbers())
+    assert again.offsets.errors == judge.offsets.errors and again.watch == judge.watch and not again.correct
+    texts, who = ["0.1 x", "0.7 y"], ["5Hotkey1", "5Hotkey2"]
+    for judge.correct in (True, False):
+        again.correct = judge.correct
+        assert again("", texts, who).tolist() == judge("", texts, who).tolist()
+
+
+_CURVE = '{"scores": [0, 1], "grades": [0, 1], "correct": true, "watch": {}, '
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", _CURVE + '"ties": 5, "errors": {}}', _CURVE + '"ties": null, "errors": {"5A": ["x"]}}'])
+def test_a_file_that_holds_no_judge_is_named(tmp_path, text):
+    (tmp_path / "judge.json").write_text(text)
+    with pytest.raises(InputError, match="judge.json holds no judge"):
+        Judge.load(tmp_path / "judge.json", Numbers())
+
+
+def test_the_watch_sees_that_the_author_says_as_much_as_the_text():
+    scores, grades, names = graded(flattery=0.05)
+    assert Judge.fitted(Numbers(), scores, grades, names).findings() == []
+    draw = np.random.default_rng(1)
+    worth = np.clip(np.linspace(0.1, 0.9, 5) + 0.05 * draw.standard_normal((66, 5)), 0, 1)
+    (finding,) = Judge.fitted(Numbers(), worth + 0.3 * draw.standard_normal(worth.shape), worth, names).findings()
+    assert "who answered predicts" in finding
+    predicted = by_author(worth, names)
+    others = np.delete(worth, 7, axis=0).mean(0)
+    assert predicted[7] == pytest.approx(others.tolist()), "the prompt itself is left out"
+
+
+def test_the_watch_logs_once_that_scores_leave_the_range(caplog):
+    scores, grades, names = graded()
+    judge = Judge.fitted(Numbers(), scores, grades)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(20):
+            judge("", ["0.5 x", "0.4 x"])
+        assert not caplog.records and judge.findings() == []
+        for _ in range(20):
+            judge("", ["99 x", "-50 x", "0.5 x"])
+    assert len(caplog.records) == 1 and "outside the range" in caplog.text
+    (finding,) = judge.findings()
+    assert "40 of 100 raw scores" in finding and "(20 below, 20 above)" in finding
+
+
+def test_the_watch_sees_an_offset_that_drifts():
+    draw = np.random.default_rng(2)
+    steady, moved = 0.2 * draw.standard_normal(60), 0.2 * draw.standard_normal(60)
+    moved[-12:] -= 0.5
+    judge = Judge(Numbers(), offsets=Offsets({"5Steady": steady, "5Moved": moved}))
+    (finding,) = judge.findings()
+    assert "5Moved" in finding and abs(drift(steady)) < 4
+    judge.correct = False
+    assert judge.findings() == []
+
+
+def test_a_validator_tells_its_judge_who_answered():
+    "Rewards, averages and events are corrected; no share of weight is negative."
+    workers = [Worker("good", lambda prompt: "0.8 x"), Worker("bad", lambda prompt: "0.1 x")]
+    with Network(workers, seed=5) as network:
+        keys = {miner.worker.name: miner.hotkey for miner in network.miners.values()}
+        uids = {miner.worker.name: uid for uid, miner in network.miners.items()}
+        judge = Judge(Numbers(), offsets=Offsets({"good": [0.1] * 30, "bad": [-0.4] * 30}).renamed(keys))
+        with Validator(network.wallet, network.client, judge, policy=Policy(k=2, timeout=20.0)) as validator:
+            event = validator.step("any prompt")
+            shares = validator.set_weights()
+    at = {uid: i for i, uid in enumerate(event.uids)}
+    good, bad = at[uids["good"]], at[uids["bad"]]
+    assert event.rewards[good] == pytest.approx(0.9, abs=0.01) and event.rewards[bad] == pytest.approx(-0.3, abs=0.01)
+    assert event.offsets[good] == pytest.approx(0.1, abs=0.01) and event.offsets[bad] == pytest.approx(-0.4, abs=0.01)
+    assert shares == {uids["good"]: 1.0}, "the other one's average is 0, not negative"
+    assert '"offsets": [' in event.to_json()
+
+
+def test_a_judge_gets_hotkeys_only_if_it_wants_them():
+    plain = lambda prompt, completions: torch.zeros(len(completions))
+    assert reward_with(plain, "", ["a"], ["5A"]).tolist() == [0]
+    wants = lambda prompt, completions, hotkeys: torch.tensor([float(len(key)) for key in hotkeys])
+    assert reward_with(wants, "", ["a", "b"], ["5A", "5Long"]).tolist() == [2, 5]
+
+
+def test_a_cross_encoder_is_a_judge(tmp_path):
+    config = hf.BertConfig(vocab_size=31, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1)
+    folder = save_model(tmp_path / "cross", config, letter_tokenizer(bert=True), kind=hf.AutoModelForSequenceClassification)
+    scorer = CrossEncoderScorer(folder)
+    texts = ["abc", "xyz abc", "q"]
+    found = scorer.score("what", texts)
+    right = torch.as_tensor(scorer.model.predict([("what", text) for text in texts]))
+    assert found.shape == (3, 1) and found.dtype == torch.float32 and torch.allclose(found[:, 0], right, atol=1e-6)
+    assert torch.allclose(scorer.score(["what"] * 3, texts), found)
+    judge = Judge.fitted(scorer, [found[:, 0].tolist()] * 2, [[0.1, 0.5, 0.9]] * 2, [["5A", "5B", "5C"]] * 2)
+    assert judge("what", texts, ["5A", "5B", "5C"]).shape == (3,)
+    many = hf.BertConfig(**{**config.to_dict(), "num_labels": 3, "id2label": None, "label2id": None})
+    other = save_model(tmp_path / "three", many, letter_tokenizer(bert=True), kind=hf.AutoModelForSequenceClassification)
+    with pytest.raises(InputError, match="3 labels"):
+        CrossEncoderScorer(other)
+    with pytest.raises(InputError, match="no cross-encoder"):
+        CrossEncoderScorer(str(tmp_path / "nothing"))
+
+
+def test_a_score_that_is_not_finite_is_named():
+    with pytest.raises(InputError, match="'nan x' is not finite"):
+        Judge(Numbers())("", ["0.5 x", "nan x"])
+    with pytest.raises(InputError, match="finite"):
+        Offsets({"5A": [float("inf")]})
+    assert Watch().findings() == []
