@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check test-legacy mutants bench-reward bench-gating bench-miner lab docs preview refresh screenshots prepare readme clean
+.PHONY: help demo test test-fast test-long check test-legacy mutants bench-reward bench-gating bench-miner lab docs preview refresh screenshots prepare readme clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -28,7 +28,10 @@ test: $(VENV)/.dev  ## install everything, run every notebook and every test (K=
 
 test-fast: $(VENV)/.dev  ## the quick tests alone (K=miner picks those with a word in their name)
 	@echo "leaves out the notebooks, the documentation in a browser, and tests that are marked slow: make test runs them"
-	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not notebook and not slow and not site" $(PICKED)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not notebook and not slow and not site and not long" $(PICKED)
+
+test-long: $(VENV)/.dev  ## the long forms: many fuzz inputs, killed processes, subnets for minutes (K=chain picks some)
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m long $(PICKED)
 
 check: $(VENV)/.dev  ## style, formatting, types, notebooks in sync with the package, who imports whom (under a minute)
 	$(BIN)/ruff check

@@ -95,7 +95,8 @@ def make(*arguments: str) -> str:
 def test_the_fast_tests_say_what_they_leave_out_and_can_be_picked():
     said = make("test-fast", "K=miner or gate")
     assert '-k "miner or gate"' in said and "leaves out" in said
-    assert '-m "not notebook and not slow and not site"' in said
+    assert '-m "not notebook and not slow and not site and not long"' in said
+    assert "-m long" in make("test-long", "K=chain") and '-k "chain"' in make("test-long", "K=chain")
     assert " -k " not in make("test-fast") and '-k "gating"' in make("test", "K=gating")
 
 
