@@ -27,6 +27,11 @@ def _later(module: str, name: str) -> Callable:
 
 
 COMMANDS = {  # name: parser, function that takes what it parsed, and one line of help
+    "chain": (
+        _later("network.command", "chain_parser"),
+        _later("network.command", "run_chain"),
+        "serve a chain on this machine that is kept on disk",
+    ),
     "loop": (
         _later("loop.command", "loop_parser"),
         _later("loop.command", "run_loop"),

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "validators": {"root", "network", "baseminer.running", "baseminer.subnet"},
     "loop": {"root", "reward", "network", "baseminer", "validators"},
 }
-CLI = {"reward.command", "baseminer.command", "loop.command"}  # the command line joins the wings' commands, and only those
+CLI = {"reward.command", "network.command", "baseminer.command", "loop.command"}  # the command line joins the commands, no more
 FOREIGN = {"reward": {"bittensor", "aiohttp", "starlette", "uvicorn", "httpx"}, "network": {"torch", "transformers"}}
 TORCH_IN_MINERS = {"baseminer.miners", "baseminer.batching"}  # only miners that use a model need torch
 

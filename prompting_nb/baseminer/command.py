@@ -28,9 +28,9 @@ from ..protocol import Prompting
 EMBEDDED = "embedded"  # the network that is a chain in memory
 _ABOUT = """Run a miner until Ctrl-C or SIGTERM. Without further flags it runs on a
 chain in memory, which needs no wallet and no network; --subtensor.network finney (or
-test, local, ws://...) is a real chain, where the hotkey of --wallet.name and
---wallet.hotkey must be registered and others must be able to reach --axon.host and
---axon.port."""
+test, local, ws://...) is a real chain, and embedded://HOST:PORT one of this machine
+that prompting-nb chain serves. There the hotkey of --wallet.name and --wallet.hotkey
+must be registered and others must be able to reach --axon.host and --axon.port."""
 _EXAMPLES = """examples: prompting-nb miner --ask "What is 6 times 7?"  |  prompting-nb
 miner --miner.kind openai --openai.base_url http://127.0.0.1:11434/v1 --openai.model
 llama3.2  |  prompting-nb miner --config my-miner.yaml --subtensor.network finney

@@ -117,7 +117,8 @@ class SubtensorSettings:
     """The chain.
 
     Args:
-        network: Chain to follow: finney, test, local or a ws:// address.
+        network: Chain to follow: finney, test, local, a ws:// address, or the
+            embedded://HOST:PORT that prompting-nb chain says.
     """
 
     network: str = "finney"

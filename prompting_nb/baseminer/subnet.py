@@ -71,10 +71,12 @@ class Subnet:
         me = self.callers.get(self.hotkey)
         self.uid = me and me.uid
         if me is None:
+            served = network.startswith("embedded://")
+            local = " (prompting-nb chain --register)" if served else ""
             raise NotRegisteredError(
                 f"hotkey {self.hotkey} is not registered on subnet {self.netuid} of "
-                f"{network}: register it, or choose another with --wallet.name and "
-                "--wallet.hotkey"
+                f"{network}: register it{local}, or choose another with --wallet.name "
+                "and --wallet.hotkey"
             )
 
     def caller(
@@ -134,9 +136,16 @@ def open_wallet(
 
 
 def open_client(
-    network: str,  # finney, test, local or a ws:// address
-) -> Any:
+    network: str,  # finney, test, local, ws://... or embedded://HOST:PORT
+) -> Any:  # raises `InputError` for another network
     "Make a `bittensor.SyncClient`."
     import bittensor
 
-    return bittensor.SyncClient(network)
+    if network.startswith("embedded://"):  # `prompting-nb chain` serves it
+        from prompting_nb.network.remote import open_remote
+
+        return open_remote(network)
+    try:
+        return bittensor.SyncClient(network)
+    except ValueError as error:
+        raise InputError(f"{error} Or embedded://HOST:PORT.") from error

@@ -73,5 +73,7 @@ def _newcomer(
 ) -> Neuron:
     if (taken := uid_of(state.neurons, hotkey)) is not None:
         raise ValueError(f"hotkey {hotkey} is registered already, as uid {taken}")
+    if not 0 <= stake < 1e9:
+        raise ValueError(f"a stake must be from 0 to 1e9 tokens, not {stake}")
     rao = round(stake * RAO_PER_TAO)
     return Neuron(hotkey, coldkey, rao, permit, state.block, state.block)

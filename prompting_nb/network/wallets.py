@@ -8,6 +8,7 @@ __all__ = ['make_wallet', 'EmbeddedWallet', 'local_wallet']
 # %% ../../nbs/network/11_wallets.ipynb #aac003
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,10 @@ def local_wallet(
 ) -> bt.Wallet:  # raises `InputError` for a name that is no name of a file
     "Open a wallet of a local subnet, and make the keys that it lacks."
     for part in (name, hotkey):
-        if not part or part.startswith(".") or {"/", "\\", "\0"} & set(part):
-            raise InputError(f"{part!r} cannot name a wallet: leave out /, \\ and dots")
+        if not re.fullmatch(r"\w[\w.-]*", part, re.ASCII):
+            raise InputError(
+                f"{part!r} cannot name a wallet: use letters, digits, -, _ and dots"
+            )
     path = Path(folder).expanduser() / name
     path.mkdir(parents=True, exist_ok=True)
     for place in (path.parent, path):
