@@ -47,6 +47,11 @@ COMMANDS = {  # name: parser, function that takes what it parsed, and one line o
         _later("reward.command", "run_reward"),
         "train, evaluate and use a reward model",
     ),
+    "validator": (
+        _later("loop.validator", "validator_parser"),
+        _later("loop.validator", "run_validator"),
+        "run a validator as a service, which goes on after a stop",
+    ),
 }
 _HELP = "\n".join(
     [
@@ -55,7 +60,7 @@ _HELP = "\n".join(
         "The loop behind a decentralised network of language models.",
         "",
         "commands:",
-        *(f"  {name:8} {what}" for name, (_, _, what) in COMMANDS.items()),
+        *(f"  {name:10} {what}" for name, (_, _, what) in COMMANDS.items()),
         "",
         "`prompting-nb COMMAND --help` lists the flags of a command.",
     ]
