@@ -23,7 +23,7 @@ from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.chain_server import ChainServer, read_token
 from prompting_nb.network.remote import RemoteChain, RemoteSubstrate, open_remote
 from prompting_nb.network.signing import STALE, sign_call
-from prompting_nb.network.store import open_chain
+from prompting_nb.network.chain_store import open_chain
 from prompting_nb.network.wallets import local_wallet
 
 SECONDS = 60.0

@@ -146,7 +146,7 @@ def run_chain(
     say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "Run the command `prompting-nb chain`."
-    from prompting_nb.network.store import open_chain
+    from prompting_nb.network.chain_store import open_chain
 
     run = settings_of(ChainSettings, settings, ignore_unknown=True)
     line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
