@@ -396,7 +396,7 @@ EFFECTS = {  # flag: (what is written, what else is written in both cases, what 
     "--miner.retries": (["1"], [], outlasts_failures),
     "--miner.no_set_weights": ([], [], after_blocks(lambda m, c: "set_mechanism_weights" in c.calls, 100)),
     "--miner.blacklist.whitelist": ([STRANGER.hotkey.ss58_address], [], refused(STRANGER)),
-    "--miner.blacklist.blacklist": ([VALIDATOR.hotkey.ss58_address, "another"], [], refused(VALIDATOR)),
+    "--miner.blacklist.blacklist": ([VALIDATOR.hotkey.ss58_address, SMALL.hotkey.ss58_address], [], refused(VALIDATOR)),
     "--miner.blacklist.allow_non_registered": ([], [], refused(STRANGER)),
     "--miner.blacklist.force_validator_permit": ([], [], refused(SMALL)),
     "--miner.blacklist.minimum_stake_requirement": (["1000"], [], refused(SMALL)),

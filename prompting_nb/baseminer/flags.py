@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from .blacklist import read_hotkeys
 from ..config import InputError, NonNegativeFloat, NonNegativeInt
 from ..config import PositiveFloat, PositiveInt, check_settings
 
@@ -90,7 +91,11 @@ class BlacklistSettings:
     prompt_cache_block_span: NonNegativeInt = 7200
     prompt_cache_per_caller: bool = False
 
-    __post_init__ = check_settings
+    def __post_init__(self):
+        check_settings(self)
+        for name in ("whitelist", "blacklist"):
+            hotkeys = read_hotkeys(getattr(self, name), f"--miner.blacklist.{name}")
+            setattr(self, name, hotkeys)
 
 
 @dataclass
