@@ -45,7 +45,7 @@ test-legacy: $(VENV)/.library $(LEGACY)/.stock  ## let a stock Dendrite of bitte
 mutants: $(VENV)/.dev  ## change one module in many small ways and list the changes that no test notices (MODULE=network.auth)
 	$(BIN)/python -m tools.mutants $(MODULE) $(ARGS)
 
-bench-miner: $(VENV)/.library $(LEGACY)/.stock  ## measure the miner beside Starlette and bittensor 10.5.0 (JSON=FILE keeps the figures)
+bench-miner: $(VENV)/.dev $(LEGACY)/.stock  ## measure the miner beside Starlette and bittensor 10.5.0 (JSON=FILE keeps the figures)
 	$(BIN)/python bench/miner.py $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-reward: $(VENV)/.dev $(PEERS)/.trl  ## measure the reward model beside TRL, the reference and a pipeline (JSON=FILE keeps the figures)

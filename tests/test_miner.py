@@ -520,7 +520,7 @@ def test_a_cached_prompt_does_not_reach_prompt(make):
     assert make().cache is None  # off by default
 
 
-def test_a_prompt_that_failed_may_be_repeated(make):
+def test_a_prompt_that_failed_may_be_repeated(make, caplog):
     class Shaky(Echo):
         def prompt(self, synapse):
             super().prompt(synapse)
@@ -531,7 +531,8 @@ def test_a_prompt_that_failed_may_be_repeated(make):
     with make(Shaky, {"miner.blacklist.use_prompt_cache": True}) as miner:
         first, second, third = ask(miner), ask(miner), ask(miner)
     assert (first.completion, second.completion, third.completion) == (None, "Hello", None)
-    assert "too large" in first.dendrite.status_message
+    word = first.dendrite.status_message.split("error ")[1].split()[0]  # the caller gets a word, the log the text
+    assert word in caplog.text and "too large" in caplog.text and "too large" not in first.dendrite.status_message
 
 
 @pytest.mark.parametrize("overridden", ["prompt", "_prompt", "blacklist", "priority"])

@@ -1,6 +1,7 @@
 """What the network pages promise and cannot show in prose: hostile bytes, order under load, shutdown, leaks."""
 
 import asyncio
+import dataclasses
 import gc
 import gzip
 import http.client
@@ -26,6 +27,7 @@ from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.network.queue import WorkQueue
+from prompting_nb.network.server import Limits
 from prompting_nb.protocol import Prompting, write_body
 
 MINER, VALIDATOR, STRANGER = (make_wallet(name) for name in ("miner", "validator", "stranger"))
@@ -358,13 +360,25 @@ def nonsense_axon():
         assert ask(axon)[0] == 200
 
 
+def test_limits_are_shared_by_servers_that_share_nothing_else():
+    told = []
+    limits = Limits(head_timeout=0.2, refused=told.append)
+    with Axon(MINER, limits=limits).attach(echo) as one, Axon(MINER, limits=limits).attach(echo) as two:
+        assert raw(one, b"GET / HTTP/1.1\r\nx: ") == 408
+        refused = [a.metrics.registry.get_sample_value("axon_connections_refused_total", {"reason": "slow"})
+                   for a in (one, two)]  # fmt: skip
+        assert (refused, told) == ([1, None], ["slow"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        limits.refused = None
+
+
 # The axon: work -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("forward, reason", [
     (lambda s: None, "returned NoneType"), (lambda s: s, "left the completion empty"),
-    (lambda s: "text", "returned str"), (lambda s: 1 / 0, "ZeroDivisionError"),
-    (lambda s: sys.exit(3), "SystemExit"), (lambda s: next(iter(())), "StopIteration"),
+    (lambda s: "text", "returned str"), (lambda s: 1 / 0, "the miner failed (error "),
+    (lambda s: sys.exit(3), "the miner failed"), (lambda s: next(iter(())), "the miner failed"),
 ])  # fmt: skip
 def test_a_handler_that_fails_costs_its_caller_only(forward, reason, caplog):
     with Axon(MINER).attach(forward) as axon:

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Callable, Iterable, Protocol
 
@@ -184,7 +185,7 @@ SIGNATURE = "x-prompting-signature"  # header of an answer: scheme and signature
 
 def sign_answer(
     signer: Any,  # key of the miner's hotkey
-    answer: bytes,  # the body; of a stream the whole completion in UTF-8
+    answer: Any,  # the body; of a stream the sha256 object of the completion in UTF-8
     *,
     caller: str,  # hotkey that asked
     path: str,  # that was asked
@@ -216,18 +217,23 @@ def answer_fits(
 
 
 def _answer_payload(
-    scheme: str, miner: str, caller: str, path: str, nonce: int, answer: bytes
+    scheme: str, miner: str, caller: str, path: str, nonce: int, answer: Any
 ) -> bytes:
     "Build the bytes that an answer's signature is made over."
-    return http_auth.build_payload(
+    known = isinstance(answer, bytes)
+    payload = http_auth.build_payload(
         scheme=scheme,
         method="ANSWER",
         path=path,
-        body=answer,
+        body=answer if known else b"",
         nonce_ns=nonce,
         sender_ss58=miner,
         receiver_ss58=caller,
     )
+    return payload if known else payload.replace(_NOTHING, answer.hexdigest().encode())
+
+
+_NOTHING = sha256(b"").hexdigest().encode()
 
 
 @lru_cache(16)

@@ -7,17 +7,20 @@ __all__ = ['Axon']
 
 # %% ../../nbs/network/00_axon.ipynb #c002
 import asyncio
+import hashlib
 import ipaddress
 import json
 import logging
 import math
+import secrets
 import threading
 import time
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, AsyncGenerator, AsyncIterator, Callable, NamedTuple
+from typing import Any, AsyncGenerator, AsyncIterator, Callable
+from typing import Iterable, NamedTuple
 
 import bittensor as bt
 from starlette.applications import Starlette
@@ -44,6 +47,7 @@ from prompting_nb.network.legacy import (
     write_legacy,
 )
 from .metrics import Metrics
+from .proxies import Proxies, has_token
 from prompting_nb.network.queue import (
     QueueFull,
     Slot,
@@ -93,6 +97,9 @@ class Axon:
         nonces: str | Path | None = None,  # file of accepted nonces; None: in memory
         legacy: bool = True,  # whether to answer bittensor 7 to 10.5 as well
         public_status: bool = False,  # /health, /ready and /metrics for other machines
+        status_token: str | None = None,  # with which those are answered, and only so
+        trusted_proxies: Iterable[str] = (),  # believed when they say who calls
+        max_answer: int = 16_000_000,  # characters put together from pieces
         limits: Limits | None = None,  # on connections, before the caller is known
         clock: Callable[[], int] = time.time_ns,  # for the freshness of nonces
     ):
@@ -102,7 +109,9 @@ class Axon:
         self.max_queue, self.workers, self.ageing = max_queue, workers, ageing
         self.max_body, self.body_timeout = max_body, body_timeout
         self.max_timeout, self.drain = max_timeout, drain
-        self.nonces, self.legacy, self.public_status = nonces, legacy, public_status
+        self.nonces, self.legacy = nonces, legacy
+        self.public_status, self._status_token = public_status, status_token
+        self.proxies, self.max_answer = Proxies(trusted_proxies), max_answer
         self._limits = limits or Limits(
             max_message=4 * max_body + 65_536, max_connections=min(4096, open_files())
         )
@@ -117,8 +126,9 @@ class Axon:
         self.metrics = Metrics(
             waiting=lambda: self._admission.queue.waiting,
             running=lambda: self._admission.queue.running,
+            stuck=lambda: self._admission.queue.stuck,
         )
-        self._limits.refused = lambda kind: self.metrics.connections.labels(kind).inc()
+        self._refused = lambda kind: self.metrics.connections.labels(kind).inc()
 
     def attach(
         self,
@@ -152,7 +162,8 @@ class Axon:
         for kind in (Prompting, StreamPrompting):
             btauth = _Btauth(kind, self._gate, self._signer, bounds)
             older = _Legacy(kind, self._gate, self._signer, bounds)
-            worker = _Worker(kind, attached.forward, queue, self._threads)
+            most = self.max_answer
+            worker = _Worker(kind, attached.forward, queue, self._threads, most)
             endpoints[kind.path] = _Endpoint(
                 btauth,
                 older if self.legacy else None,
@@ -162,8 +173,10 @@ class Axon:
                 worker,
                 {"hotkey": self.hotkey, "ip": self.host, "port": self.port},
                 self.metrics,
+                self.proxies,
             )
-        status = _Status(self.health, queue, self.metrics, self.public_status)
+        guard = _StatusGuard(self.public_status, self._status_token, self.proxies)
+        status = _Status(self.health, queue, self.metrics, guard)
         self._application = _Application(endpoints, status)
         return self._application
 
@@ -184,7 +197,9 @@ class Axon:
                     raise
                 self.host, self.port = sock.getsockname()[:2]
                 application = self._assemble(self._attached)
-                self._server = Server(application, sock, self._limits).start()
+                refused = self._refused
+                server = Server(application, sock, self._limits, refused)
+                self._server = server.start()
         return self
 
     def _open_nonces(self) -> MemoryNonces | FileNonces:
@@ -234,13 +249,17 @@ class Axon:
         return f"{host}:{self.port}"
 
     def health(self) -> dict:
-        "Report `status`, `hotkey` and the numbers of requests `waiting` and `running`."
+        """Report `status`, `hotkey` and how many requests are `waiting` and `running`.
+
+        `stuck` of the latter are worked on although their time is up.
+        """
         state = "stopping" if self._admission.stopping else "ok"
         return {
             "status": state if self.is_running else "stopped",
             "hotkey": self.hotkey,
             "waiting": self._admission.queue.waiting,
             "running": self._admission.queue.running,
+            "stuck": self._admission.queue.stuck,
         }
 
     def serve(
@@ -307,10 +326,11 @@ class _Endpoint:
         worker: "_Worker",
         here: dict,  # fields of the miner's `Terminal`
         metrics: Metrics,
+        proxies: Proxies,
     ):
         self._btauth, self._older, self._bounds = btauth, older, bounds
         self._attached, self._admission, self._worker = attached, admission, worker
-        self._here, self._metrics = here, metrics
+        self._here, self._metrics, self._proxies = here, metrics, proxies
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         "Answer one request, and count it."
@@ -337,6 +357,7 @@ class _Endpoint:
         try:
             caller = await self._identify(request)
             await _permit(self._attached.blacklist, caller)
+            request.permit()
             priority = await _priority(self._attached.priority, caller)
             self._admission.admit(deadline, priority)
             synapse = await self._parse(request, caller)
@@ -353,7 +374,7 @@ class _Endpoint:
         "Verify the caller; a synapse without messages."
         _check_announced(request.scope["headers"], self._bounds)
         request.caller = caller = await request.wire.identify(request)
-        caller.ip, caller.port = request.scope.get("client") or (None, None)
+        caller.ip, caller.port = self._proxies.client(request.scope) or (None, None)
         return Synapse(dendrite=caller, axon=Terminal(**self._here))
 
     async def _parse(self, request: "_Exchange", caller: Synapse) -> Prompting:
@@ -533,9 +554,11 @@ class _Worker:
         forward: Callable,  # the handler
         queue: WorkQueue,
         threads: Threads,
+        max_answer: int,  # characters put together from pieces
     ):
         self._kind, self._forward = kind, forward
         self._queue, self._threads = queue, threads
+        self._max_answer = max_answer
 
     async def answer(
         self, request: "_Exchange", synapse: Prompting, priority: float
@@ -546,37 +569,77 @@ class _Worker:
         if left <= 0:
             raise late
         request.deadline.start(left, late, listen=True)
+        until = self._queue.clock() + left
         try:
             slot = await self._queue.slot(priority)
         except QueueFull as full:
             reason = f"the queue is full: {full}"
             raise Refusal(503, reason, "displaced", _AGAIN) from None
+        held = _Held(slot, self._queue, until)
         try:
-            await self._handle(request, synapse, slot)
+            await self._handle(request, synapse, held)
         except (Refusal, asyncio.CancelledError):
             raise
         except Exception as error:
-            _log.error("the forward function failed", exc_info=error)
-            reason = f"{type(error).__name__}: {error}"[:300]
-            raise Refusal(500, reason, "handler") from None
+            raise _failure(error) from None
         finally:
-            slot.release()
+            held.release()
 
     async def _handle(
-        self, request: "_Exchange", synapse: Prompting, slot: Slot
+        self, request: "_Exchange", synapse: Prompting, held: "_Held"
     ) -> None:
         "Call the handler and send what it makes, whole or in pieces."
-        result = await work(self._forward, synapse, slot, self._threads)
-        if self._kind is StreamPrompting:
-            pieces = result if is_stream(result) else _one_piece(_finished(result))
-            async with aclosing(pieces) as stream:
-                return await request.stream(stream)
-        if is_stream(result):
+        result = await work(self._forward, synapse, held.slot, self._threads)
+        if not is_stream(result):
+            result = _finished(result)
+        elif self._kind is StreamPrompting:
             async with aclosing(result) as stream:
-                synapse.completion = "".join([piece async for piece in stream])
+                return await request.stream(stream, held.release)
+        else:
+            async with aclosing(result) as stream:
+                synapse.completion = await self._joined(stream)
             result = synapse
+        held.release()  # whoever is slow to take an answer keeps nobody from work
         request.deadline.stop()
-        await request.answer(_finished(result))
+        if self._kind is StreamPrompting:
+            return await request.stream(_one_piece(result), held.release)
+        await request.answer(result)
+
+    async def _joined(self, stream: AsyncIterator[str]) -> str:
+        "Put a completion together; `Refusal` 500 when it is too long for that."
+        pieces, size = [], 0
+        async for piece in stream:
+            pieces.append(piece)
+            size += len(piece)
+            if size > self._max_answer:
+                _log.error("an answer has more than %d characters", self._max_answer)
+                reason = f"the answer is longer than {self._max_answer} characters"
+                raise Refusal(500, f"{reason}; ask for a stream", "handler")
+        return "".join(pieces)
+
+
+class _Held:
+    "A request's hold on a slot, which is given back once."
+
+    __slots__ = ("slot", "_queue", "_until", "_released")
+
+    def __init__(self, slot: Slot, queue: WorkQueue, until: float):
+        self.slot, self._queue, self._until = slot, queue, until
+        self._released = False
+
+    def release(self) -> None:
+        "Give the slot back; work that goes on nevertheless is noted in the queue."
+        if not self._released:
+            self._released = True
+            self.slot.release()
+            self._queue.outlive(self.slot, self._until)
+
+
+def _failure(error: Exception) -> Refusal:
+    "Log an error of the handler, and tell the caller where to find it in the log."
+    word = secrets.token_hex(4)
+    _log.error("error %s: the forward function failed", word, exc_info=error)
+    return Refusal(500, f"the miner failed (error {word} in its log)", "handler")
 
 
 def _finished(result: Any) -> Prompting:
@@ -595,6 +658,7 @@ async def _one_piece(synapse: Prompting) -> AsyncGenerator[str, None]:
 
 # %% ../../nbs/network/00_axon.ipynb #c009
 _JSON = (b"content-type", b"application/json")
+_SLICE = 65_536  # characters: longer pieces are cut
 
 
 class _Exchange:
@@ -640,21 +704,38 @@ class _Exchange:
         finally:
             self.deadline.stop()
 
+    def permit(self) -> None:
+        "Tell the server that the caller may ask, so that it keeps the connection."
+        extensions = self.scope.get("extensions") or {}
+        if (permit := extensions.get("connection.permit")) is not None:
+            permit()
+
     async def answer(self, synapse: Prompting) -> None:
         "Send a completion in one piece."
         body, headers = self.wire.answer(self, synapse)
         await self._whole(200, body, headers)
 
-    async def stream(self, pieces: AsyncIterator[str]) -> None:
+    async def stream(
+        self,
+        pieces: AsyncIterator[str],
+        made: Callable[[], None],  # called when all of them are made
+    ) -> None:
         "Send a completion piece by piece."
-        wire, said = self.wire, await anext(pieces, "")
+        wire, first = self.wire, await anext(pieces, "")
+        said = hashlib.sha256()  # what was said is not kept
         # the head waits for the first piece: what fails before it still has a status
         await self._head(200, (wire.stream_type, *wire.stream_headers(self)))
-        await self._body(wire.piece(said), more=True)
+        await self._piece(first, said)
         async for piece in pieces:
-            said += piece
-            await self._body(wire.piece(piece), more=True)
+            await self._piece(piece, said)
+        made()
         await self._body(wire.end(self, said))
+
+    async def _piece(self, text: str, said: Any) -> None:
+        for start in range(0, len(text) or 1, _SLICE):
+            part = text[start : start + _SLICE]
+            said.update(part.encode())
+            await self._body(self.wire.piece(part), more=True)
 
     async def refuse(self, refusal: Refusal) -> None:
         "Send an error; in a stream that has begun, as its last line."
@@ -722,16 +803,16 @@ class _Btauth:
         "A piece of a stream: a line of JSON."
         return write_event(StreamEvent(piece=text)) if text else b""
 
-    def end(self, request: _Exchange, said: str) -> bytes:
+    def end(self, request: _Exchange, said: Any) -> bytes:
         "The last line of a stream: a signature over the whole completion."
-        signature = self._sign(request, said.encode())
+        signature = self._sign(request, said)
         return write_event(StreamEvent(done=True, signature=signature))
 
     def broken(self, refusal: Refusal) -> bytes:
         "The last line of a stream that failed."
         return write_event(StreamEvent(done=True, error=refusal.reason))
 
-    def _sign(self, request: _Exchange, answer: bytes) -> str:
+    def _sign(self, request: _Exchange, answer: Any) -> str:
         caller = request.caller
         return sign_answer(
             self._signer,
@@ -782,7 +863,7 @@ class _Legacy:
         "A piece of a stream: plain text."
         return text.encode()
 
-    def end(self, request: _Exchange, said: str) -> bytes:
+    def end(self, request: _Exchange, said: Any) -> bytes:
         "The end of a stream."
         return b""
 
@@ -808,6 +889,23 @@ class _Application:
         await (endpoint or self._rest)(scope, receive, send)
 
 
+class _StatusGuard:
+    "Who may read health and metrics."
+
+    def __init__(self, public: bool, token: str | None, proxies: Proxies):
+        self._public, self._token, self._proxies = public, token, proxies
+
+    def check(self, scope: Any) -> None:
+        "Raise `HTTPException` 401 or 403 for whoever may not."
+        path = scope["path"]
+        if self._token:
+            if not has_token(scope["headers"], self._token):
+                needs = {"www-authenticate": "Bearer"}
+                raise HTTPException(401, f"{path} needs the token", needs)
+        elif not (self._public or self._proxies.is_local(scope)):
+            raise HTTPException(403, f"{path} answers callers on this machine only")
+
+
 class _Status:
     "`/health`, `/ready` and `/metrics`."
 
@@ -816,10 +914,10 @@ class _Status:
         health: Callable[[], dict],  # `Axon.health`
         queue: WorkQueue,
         metrics: Metrics,
-        public: bool,  # whether other machines are answered
+        guard: _StatusGuard,
     ):
         self._health, self._queue = health, queue
-        self._metrics, self._public = metrics, public
+        self._metrics, self._guard = metrics, guard
 
     def application(self, endpoints: dict[str, _Endpoint]) -> Starlette:
         "The ASGI application, in which `endpoints` are routes for POST only."
@@ -833,16 +931,26 @@ class _Status:
 
     async def _answer(self, request: Request) -> Response:
         path = request.url.path
-        if not (self._public or _is_loopback(request)):
-            raise HTTPException(403, f"{path} answers callers on this machine only")
+        self._guard.check(request.scope)
         if path == "/metrics":
             text = self._metrics.text()
             return Response(text, media_type="text/plain; version=0.0.4")
         health = self._health()
         if path == "/ready":
-            ready = health["status"] == "ok" and not self._queue.full
-            return JSONResponse({**health, "ready": ready}, 200 if ready else 503)
+            reason = self._not_ready(health["status"])
+            told = {"ready": not reason} | ({"reason": reason} if reason else {})
+            return JSONResponse({**health, **told}, 503 if reason else 200)
         return JSONResponse(health)
+
+    def _not_ready(self, status: str) -> str:
+        "Why no request should be sent here now; empty if one may be."
+        queue = self._queue
+        if status != "ok":
+            return f"the axon is {status}"
+        if queue.stuck >= queue.workers:
+            late = "held by work whose time limit has passed"
+            return f"all {queue.workers} workers are {late}"
+        return "the queue is full" if queue.full else ""
 
     async def _error(self, request: Request, error: Any) -> Response:
         "404 and 405 in the form of all other errors."
@@ -853,9 +961,3 @@ class _Status:
         self._metrics.count(error.status_code, "http", 0.0)
         told = {"error": reason, "message": reason}
         return JSONResponse(told, error.status_code, error.headers)
-
-
-def _is_loopback(request: Request) -> bool:
-    "Whether a request comes from the same machine."
-    client = request.client
-    return bool(client) and ipaddress.ip_address(client.host).is_loopback

@@ -24,6 +24,7 @@ class Metrics:
         self,
         waiting: Callable[[], float] = lambda: 0,  # gives the requests that wait now
         running: Callable[[], float] = lambda: 0,  # gives the requests worked on now
+        stuck: Callable[[], float] = lambda: 0,  # gives those of them whose time is up
     ):
         self.registry = here = CollectorRegistry()
         self._children, reason = {}, ["reason"]
@@ -54,6 +55,8 @@ class Metrics:
         depth.set_function(waiting)
         busy = Gauge("axon_running", "Requests that are worked on.", registry=here)
         busy.set_function(running)
+        late = "Workers held by work whose time limit has passed."
+        Gauge("axon_stuck", late, registry=here).set_function(stuck)
 
     def count(
         self,

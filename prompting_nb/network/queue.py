@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import inspect
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -19,6 +20,9 @@ from functools import partial
 from typing import Any, AsyncGenerator, Awaitable, Callable
 
 # %% ../../nbs/network/05_queue.ipynb #c010
+_log = logging.getLogger(__name__)
+
+
 class WorkQueue:
     """A bounded priority queue for the right to work, for use in one event loop.
 
@@ -37,11 +41,19 @@ class WorkQueue:
         self.running = 0  # slots that are taken
         self._passed_on = 0  # slots given to requests that waited, so far
         self._line = _Line()
+        self._outlived: dict[Slot, float] = {}  # until when their requests had time
+        self._told = False  # that every slot is held by work that is late
 
     @property
     def waiting(self) -> int:
         "Number of requests that wait."
         return len(self._line)
+
+    @property
+    def stuck(self) -> int:
+        "Number of slots held by work whose request has ended and whose time is up."
+        now = self.clock()
+        return sum(until <= now for until in self._outlived.values())
 
     @property
     def full(self) -> bool:
@@ -70,7 +82,7 @@ class WorkQueue:
         self.check(priority)
         if self.running < self.workers:
             self.running += 1
-            return Slot(self._free)
+            return self._new_slot()
         if self.waiting >= self.limit:
             self._displace()
         place = self._line.join(priority, self.clock())
@@ -103,7 +115,43 @@ class WorkQueue:
         if not (aged and self._passed_on % 4 == 0):
             place = self._line.first()
         self._line.leave(place)
-        place.turn.set_result(Slot(self._free))
+        place.turn.set_result(self._new_slot())
+
+    def _new_slot(self) -> "Slot":
+        slot = Slot(lambda: self._end(slot))
+        return slot
+
+    def _end(self, slot: "Slot") -> None:
+        if self._outlived.pop(slot, None) is not None and self._told:
+            self._told = False
+            _log.warning("a worker is free again, requests are worked on")
+        self._free()
+
+    def outlive(
+        self,
+        slot: "Slot",  # of a request that has ended
+        until: float,  # of `clock`, when its time is up
+    ) -> None:
+        "Note that work for a request goes on without it, if it does."
+        if slot.held:
+            self._outlived[slot] = until
+            seconds = max(0.0, until - self.clock())
+            loop = asyncio.get_running_loop()
+            loop.call_later(seconds + 0.001, self._look, slot)
+
+    def _look(self, slot: "Slot") -> None:
+        "Log that the time of a slot's work is up, and once if that is so for all."
+        if slot not in self._outlived:
+            return
+        late = "work goes on although its time is up: %d of %d workers are held by such"
+        _log.warning(late, self.stuck, self.workers)
+        if self.stuck >= self.workers and not self._told:
+            self._told = True
+            _log.error(
+                "all %d workers are held by work whose time is up; "
+                "no request is answered until one of them ends",
+                self.workers,
+            )
 
 
 class QueueFull(Exception):
@@ -118,6 +166,11 @@ class Slot:
         free: Callable[[], None],  # called when the last holder releases the slot
     ):
         self._free, self._holders = free, 1
+
+    @property
+    def held(self) -> bool:
+        "Whether somebody still holds it."
+        return self._holders > 0
 
     def hold(self) -> None:
         "Add a holder."
@@ -323,6 +376,7 @@ async def _without_exit(awaitable: Awaitable) -> Any:
 
 # %% ../../nbs/network/05_queue.ipynb #c027
 _END = object()  # what `next` returns at the end of a generator
+_TURN = 0.005  # seconds that a generator may take before others have a turn
 
 
 async def _steps(
@@ -353,6 +407,7 @@ async def _pieces(
     "Non-empty pieces of a generator of either kind; `TypeError` unless text."
     plain = inspect.isgenerator(generator)
     items = _steps(generator, slot, threads) if plain else generator
+    began = time.monotonic()
     try:
         async for item in items:
             if not isinstance(item, str):
@@ -360,6 +415,9 @@ async def _pieces(
                 raise TypeError(f"a piece of the completion is {kind} instead of str")
             if item:
                 yield item
+            if time.monotonic() - began > _TURN:  # it may never wait by itself
+                await asyncio.sleep(0)
+                began = time.monotonic()
     except (KeyboardInterrupt, SystemExit) as error:
         raise _not_an_exit(error) from error
     finally:
