@@ -158,6 +158,7 @@ class AxonSettings:
         follower: Only answer; another process publishes the address and sets weights.
         status_token: Token for /health, /ready and /metrics; empty: this machine only.
         trusted_proxies: Addresses of proxies that say whom a request comes from.
+        isolate: Answer in processes that are ended when they hang (plain prompts only).
     """
 
     host: str = "127.0.0.1"
@@ -171,6 +172,7 @@ class AxonSettings:
     follower: bool = False
     status_token: str = ""
     trusted_proxies: list[str] = field(default_factory=list)
+    isolate: bool = False
 
     def __post_init__(self):
         check_settings(self)

@@ -8,6 +8,7 @@ __all__ = ['Miner', 'stop_all']
 # %% ../../nbs/baseminer/00_miner.ipynb #m00003
 import abc
 import argparse
+import inspect
 import time
 from dataclasses import replace
 from typing import Any, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Optional
@@ -23,8 +24,10 @@ from .priority import StakePriority
 from .running import Runner
 from .subnet import NotRegisteredError, Subnet
 from .subnet import open_client, open_wallet
-from ..config import Config, add_settings, read_config, settings_of
+from ..config import Config, InputError, add_settings, read_config
+from ..config import settings_of
 from ..network.axon import Axon
+from ..network.isolation import Isolated
 from ..network.store import Store, StoredNonces
 from ..network.store import StoredPrompts, StoredQuota
 from ..protocol import Prompting, Synapse
@@ -147,7 +150,14 @@ class Miner(abc.ABC):
         "Give the axon its functions, once."
         name, wrapped = f"{type(self).__name__}.prompt", type(self)._prompt
         plain = wrapped is Miner._prompt
-        forward = handler(self.prompt, self.once, name) if plain else self._prompt
+        prompt = self.prompt
+        if self.settings.axon.isolate:
+            if not plain or _runs_in_loop(prompt):
+                what = "a plain `prompt`, and no `_prompt` of its own"
+                kind = type(self).__name__
+                raise InputError(f"--axon.isolate needs {what}: {kind} has another")
+            prompt = Isolated(prompt)
+        forward = handler(prompt, self.once, name) if plain else self._prompt
         failed = Verdict(True, "the blacklist of this miner failed")
         refuse = guarded(self.blacklist, as_verdict, failed)
         rank = guarded(self.priority, float, priority)
@@ -361,6 +371,15 @@ class Miner(abc.ABC):
             rows.append((name, Bar(count, count / sum(requests.values()))))
         title = f"{type(self).__name__} {self.settings.miner.name}"
         return html_table(title, ("what", "value"), rows)
+
+
+def _runs_in_loop(prompt: Callable) -> bool:
+    "Whether a `prompt` is anything but a plain function."
+    return (
+        inspect.iscoroutinefunction(prompt)
+        or inspect.isasyncgenfunction(prompt)
+        or inspect.isgeneratorfunction(prompt)
+    )
 
 
 def _once(
