@@ -22,7 +22,7 @@ from ..config import InputError
 
 # %% ../../nbs/network/16_isolation.ipynb #i008
 class Isolated:
-    "A plain function of a synapse, called in processes that are killed when it is late."
+    "A plain function, called in processes that are killed when it is late."
 
     def __init__(
         self,
