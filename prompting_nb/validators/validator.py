@@ -190,13 +190,20 @@ class Validator:
         old = dict(enumerate(before.hotkeys))
         return [u for u, key in enumerate(self.metagraph.hotkeys) if old.get(u) != key]
 
+    def weights(self) -> dict[int, float]:  # uid -> share; empty while all are zero
+        "Return the moving averages of the registered hotkeys as shares."
+        return self.averages.weights(self.metagraph.hotkeys)
+
     def set_weights(
         self,
-    ) -> dict[int, float]:  # uid -> share; raises RuntimeError when the chain refuses
+        weights: Optional[
+            dict[int, float]
+        ] = None,  # uid -> weight; `None`: `weights()`
+    ) -> dict[int, float]:  # as given; raises RuntimeError when the chain refuses
         "Put the moving averages on the chain, or nothing while all of them are zero."
         from bittensor import SetWeights
 
-        weights = self.averages.weights(self.metagraph.hotkeys)
+        weights = self.weights() if weights is None else weights
         if weights:
             call = SetWeights(netuid=self.netuid, weights=weights)
             result = self.client.execute(call, self.wallet)
