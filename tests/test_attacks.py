@@ -33,6 +33,7 @@ from prompting_nb.config import read_config
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.isolation import Isolated
 from prompting_nb.network.legacy import legacy_headers
 from prompting_nb.network.server import Limits, Server, listen
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
@@ -975,6 +976,22 @@ def test_every_worker_hangs(caplog):
         until(lambda: http_get(axon, "/ready")[0] == 200)
         assert status(axon) == 200
     assert sum("all 2 workers" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_handlers_that_hang_for_ever_in_processes():
+    """Handlers that hang for ever in every worker, each in a process of its own.
+    Older server: -"""
+
+    def hang(synapse):
+        if synapse.prompt == "hang":
+            threading.Event().wait()
+        return echo(synapse)
+
+    with Isolated(hang, grace=0.1) as isolated, Axon(MINER, workers=2).attach(isolated) as axon:
+        bodies = [write_body(Prompting.ask("hang", timeout=0.2)) for _ in range(2)]
+        assert [status(axon, body) for body in bodies] == [504, 504]
+        until(lambda: axon.health()["running"] == 0)  # the processes were ended, and the workers are free again
+        assert [status(axon) for _ in range(3)] == [200] * 3
 
 
 def test_overload_is_refused_and_told_when_to_come_back():

@@ -454,19 +454,31 @@ def published(miner, chain):
 
 
 CACHE = ["--miner.blacklist.use_prompt_cache"]
+def calls_here(miner, chain):
+    "How many prompts were answered in this process, of one."
+    miner.axon._attached.forward(Prompting.ask("Who are you?"))
+    return miner.calls
+
+
 EFFECTS = {  # flag: (what is written, what else is written in both cases, what to look at)
     "--axon.host": (["127.0.0.2"], [], running(lambda miner, chain: miner.axon.address.split(":")[0])),
     "--axon.external_ip": (["10.1.2.3"], [], running(lambda m, c: published(m, c).split(":")[0])),
     "--axon.external_port": (["4242"], [], running(lambda m, c: published(m, c).split(":")[1] == "4242")),
     "--axon.no_legacy": ([], [], lambda miner, chain: miner.axon.legacy),
     "--axon.nonces": (["made_here.sqlite"], [], lambda miner, chain: miner.axon.nonces),
+    "--axon.store": (["redis://127.0.0.1:1/0"], [], lambda miner, chain: type(miner.axon.nonces).__name__),
+    "--axon.processes": (["2"], ["--axon.store", "redis://127.0.0.1:1/0"], lambda miner, chain: miner.axon.shared_port),
+    "--axon.follower": ([], [], after_blocks(lambda m, c: "set_mechanism_weights" in c.calls, 100)),
+    "--axon.status_token": (["sesame"], [], lambda miner, chain: miner.axon.status_token),
+    "--axon.trusted_proxies": (["10.0.0.1", "10.1.0.0/16"], [], lambda miner, chain: bool(miner.axon.proxies)),
+    "--axon.isolate": ([], [], calls_here),
     "--miner.name": (["carol"], [], running(lambda miner, chain: len(threads("carol-run")))),
     "--miner.blocks_per_epoch": (["3"], [], after_blocks(lambda miner, chain: miner.synced_at, 5)),
     "--miner.poll_interval": (["2.5"], [], first_wait),
     "--miner.retries": (["1"], [], outlasts_failures),
     "--miner.no_set_weights": ([], [], after_blocks(lambda m, c: "set_mechanism_weights" in c.calls, 100)),
     "--miner.blacklist.whitelist": ([STRANGER.hotkey.ss58_address], [], refused(STRANGER)),
-    "--miner.blacklist.blacklist": ([VALIDATOR.hotkey.ss58_address, "another"], [], refused(VALIDATOR)),
+    "--miner.blacklist.blacklist": ([VALIDATOR.hotkey.ss58_address, SMALL.hotkey.ss58_address], [], refused(VALIDATOR)),
     "--miner.blacklist.allow_non_registered": ([], [], refused(STRANGER)),
     "--miner.blacklist.force_validator_permit": ([], [], refused(SMALL)),
     "--miner.blacklist.minimum_stake_requirement": (["1000"], [], refused(SMALL)),

@@ -10,6 +10,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Callable, Literal, Optional
 
 import jsonargparse
@@ -17,6 +18,7 @@ import jsonargparse
 from .flags import MinerSettings
 from .miner import Miner
 from .miners import MINERS
+from .processes import Followers, leader_is_gone
 from .subnet import NotRegisteredError
 from ..config import Config, InputError, add_argument, add_settings
 from ..config import check_settings, make_parser, merge
@@ -129,12 +131,29 @@ def run_miner(
             if settings.ask is not None:
                 say(_ask(miner, settings.ask))
                 return
-            while miner.is_running:  # a wait that ends with the miner
-                miner.wait_for_block(sys.maxsize, timeout=3600.0)
+            more, port = settings.axon.processes - 1, miner.axon.port
+            with Followers(partial(_follow, settings, port), more):
+                while miner.is_running and not leader_is_gone():
+                    wait = 1.0 if settings.axon.follower else 3600.0
+                    miner.wait_for_block(sys.maxsize, timeout=wait)
     except KeyboardInterrupt:
         say("stopped")
     if miner.error is not None:
         raise miner.error
+
+
+def _follow(settings: Config, port: int, folder: Path) -> list[str]:
+    "Write the settings into a folder; the command of a process that follows them."
+    file = folder / "settings.yaml"
+    if not file.exists():
+        file.touch(mode=0o600)  # the address of a store may hold a password
+        file.write_text(miner_parser().dump(settings, skip_validation=True))
+    flags = {"follower": "true", "processes": "1", "port": str(port)}
+    given = [
+        part for name, value in flags.items() for part in (f"--axon.{name}", value)
+    ]
+    main = "import sys; from prompting_nb.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", main, "miner", "--config", str(file), *given]
 
 
 def _ask(miner: Miner, text: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from .blacklist import read_hotkeys
 from ..config import InputError, NonNegativeFloat, NonNegativeInt
 from ..config import PositiveFloat, PositiveInt, check_settings
 
@@ -90,7 +91,11 @@ class BlacklistSettings:
     prompt_cache_block_span: NonNegativeInt = 7200
     prompt_cache_per_caller: bool = False
 
-    __post_init__ = check_settings
+    def __post_init__(self):
+        check_settings(self)
+        for name in ("whitelist", "blacklist"):
+            hotkeys = read_hotkeys(getattr(self, name), f"--miner.blacklist.{name}")
+            setattr(self, name, hotkeys)
 
 
 @dataclass
@@ -154,6 +159,12 @@ class AxonSettings:
         external_port: Port to publish on the chain, if not the one listened on.
         no_legacy: Do not answer validators of bittensor 7 to 10.5.
         nonces: File of accepted nonces; memory; or empty: a file if the wallet is one.
+        store: Redis that all processes of this miner share, such as redis://host/0.
+        processes: Processes on this host that answer; more than one need a store.
+        follower: Only answer; another process publishes the address and sets weights.
+        status_token: Token for /health, /ready and /metrics; empty: this machine only.
+        trusted_proxies: Addresses of proxies that say whom a request comes from.
+        isolate: Answer in processes that are ended when they hang (plain prompts only).
     """
 
     host: str = "127.0.0.1"
@@ -162,6 +173,12 @@ class AxonSettings:
     external_port: NonNegativeInt = 0
     no_legacy: bool = False
     nonces: str = ""
+    store: str = ""
+    processes: PositiveInt = 1
+    follower: bool = False
+    status_token: str = ""
+    trusted_proxies: list[str] = field(default_factory=list)
+    isolate: bool = False
 
     def __post_init__(self):
         check_settings(self)
@@ -170,6 +187,20 @@ class AxonSettings:
                 f"--axon.host {self.host} means every interface, and is no address to "
                 "publish: say with --axon.external_ip where others reach this machine"
             )
+
+        if self.processes > 1 and not self.store:
+            raise InputError(
+                f"--axon.processes {self.processes} need a store in which they tell "
+                "each other what was answered: --axon.store redis://127.0.0.1:6379/0"
+            )
+        if self.processes > 1 and self.follower:
+            alone = "a follower is one process; start several of them"
+            raise InputError(f"--axon.follower with --axon.processes: {alone}")
+
+    @property
+    def shared_port(self) -> bool:
+        "Whether other processes may listen on the same port."
+        return self.processes > 1 or self.follower
 
     def nonce_file(
         self,

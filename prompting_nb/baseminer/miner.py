@@ -8,23 +8,29 @@ __all__ = ['Miner', 'stop_all']
 # %% ../../nbs/baseminer/00_miner.ipynb #m00003
 import abc
 import argparse
+import inspect
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, ClassVar
 from typing import Iterable, Iterator, Optional
 
 from typing_extensions import Self
 
-from .answering import Once, answer, guarded, handler
+from .answering import Once, answer, counted, guarded, handler
 from .blacklist import Caller, Verdict, as_verdict
 from .blacklist import judge, standard_rules
 from .cache import PromptCache
-from .flags import AxonSettings, MinerSettings
+from .flags import AxonSettings, BlacklistSettings, MinerSettings
 from .priority import StakePriority
 from .running import Runner
 from .subnet import NotRegisteredError, Subnet
 from .subnet import open_client, open_wallet
-from ..config import Config, add_settings, read_config, settings_of
+from ..config import Config, InputError, add_settings, read_config
+from ..config import settings_of
 from ..network.axon import Axon
+from ..network.isolation import Isolated
+from ..network.store import Store, StoredNonces
+from ..network.store import StoredPrompts, StoredQuota
 from ..protocol import Prompting, Synapse
 from ..show import Bar, html_table, arguments_in_help
 
@@ -65,9 +71,11 @@ class Miner(abc.ABC):
         self.wallet, self.subtensor, self.netuid = wallet, subtensor, settings.netuid
         self.subnet = Subnet(wallet, subtensor, settings.netuid)
         self.sync()  # a miner that is not registered does not listen
-        self.rules = standard_rules(loop.blacklist, self.clock)
+        store = settings.axon.store
+        self.store = Store(store, self.hotkey) if store else None  # shared by processes
+        self.rules = standard_rules(self._own_rules(loop.blacklist), self.clock)
         self.stake_priority = StakePriority(**vars(loop.priority), clock=self.clock)
-        self.once = _once(loop.blacklist, block=lambda: self.block)
+        self.once = _once(loop.blacklist, lambda: self.block, self.store)
         self.axon = self._new_axon(settings.axon, on_disk) if axon is None else axon
         self.runner = Runner(
             self._each_block,
@@ -173,17 +181,39 @@ class Miner(abc.ABC):
         "Give the axon its functions, once."
         name, wrapped = f"{type(self).__name__}.prompt", type(self)._prompt
         plain = wrapped is Miner._prompt
-        forward = handler(self.prompt, self.once, name) if plain else self._prompt
+        prompt = self.prompt
+        if self.settings.axon.isolate:
+            if not plain or _runs_in_loop(prompt):
+                what = "a plain `prompt`, and no `_prompt` of its own"
+                kind = type(self).__name__
+                raise InputError(f"--axon.isolate needs {what}: {kind} has another")
+            prompt = Isolated(prompt)
+        forward = handler(prompt, self.once, name) if plain else self._prompt
         failed = Verdict(True, "the blacklist of this miner failed")
         refuse = guarded(self.blacklist, as_verdict, failed)
         rank = guarded(self.priority, float, priority)
-        self.axon.attach(forward, refuse, rank, self.once.check)
+        limits, once = self.settings.miner.blacklist, self.once
+        if self.store is not None and limits.quota:
+            quota = StoredQuota(self.store, limits.quota, limits.window)
+            refuse = counted(refuse, quota, exempt=limits.whitelist)
+        check = once.check_async if once.waits else once.check
+        self.axon.attach(forward, refuse, rank, check)
+
+    def _own_rules(self, settings: BlacklistSettings) -> BlacklistSettings:
+        "The settings of the rules; a quota that is counted in a store is none of them."
+        return settings if self.store is None else replace(settings, quota=0)
 
     def _new_axon(self, settings: AxonSettings, on_disk: bool) -> Axon:
         nonces = settings.nonce_file(self.hotkey if on_disk else None)
-        legacy = not settings.no_legacy
         place = self.wallet, settings.host, settings.port
-        return Axon(*place, legacy=legacy, nonces=nonces)
+        return Axon(
+            *place,
+            legacy=not settings.no_legacy,
+            nonces=nonces if self.store is None else StoredNonces(self.store),
+            status_token=settings.status_token or None,
+            trusted_proxies=settings.trusted_proxies,
+            shared_port=settings.shared_port,
+        )
 
     # Choosing
 
@@ -269,9 +299,11 @@ class Miner(abc.ABC):
         epoch = block - self.synced_at >= loop.blocks_per_epoch
         if epoch and not stopping.is_set():
             self.sync()
-        if (epoch or first) and not stopping.is_set():
+        leads = not self.settings.axon.follower
+        if leads and (epoch or first) and not stopping.is_set():
             self._publish()
-        if epoch and not loop.no_set_weights and not stopping.is_set():
+        weighs = leads and epoch and not loop.no_set_weights
+        if weighs and not stopping.is_set():
             self.set_weights()
         return block
 
@@ -372,10 +404,22 @@ class Miner(abc.ABC):
         return html_table(title, ("what", "value"), rows)
 
 
-def _once(settings: Any, block: Callable[[], int]) -> Once:
-    "Make the part that refuses repeated prompts, from `BlacklistSettings`."
-    span = settings.prompt_cache_block_span
-    cache = PromptCache(span) if settings.use_prompt_cache else None
+def _runs_in_loop(prompt: Callable) -> bool:
+    "Whether a `prompt` is anything but a plain function."
+    return (
+        inspect.iscoroutinefunction(prompt)
+        or inspect.isasyncgenfunction(prompt)
+        or inspect.isgeneratorfunction(prompt)
+    )
+
+
+def _once(
+    settings: BlacklistSettings, block: Callable[[], int], store: Optional[Store]
+) -> Once:
+    "Make the part that refuses repeated prompts."
+    span, cache = settings.prompt_cache_block_span, None
+    if settings.use_prompt_cache:
+        cache = PromptCache(span) if store is None else StoredPrompts(store, span)
     return Once(cache, block, settings.prompt_cache_per_caller)
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00s37

@@ -18,7 +18,6 @@ import time
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, AsyncGenerator, AsyncIterator, Callable
 from typing import Iterable, NamedTuple
 
@@ -94,12 +93,13 @@ class Axon:
         body_timeout: float = 10.0,  # seconds within which a body must arrive
         max_timeout: float = 120.0,  # seconds; bounds what callers claim to wait
         drain: float = 5.0,  # seconds that admitted requests have left after `stop`
-        nonces: str | Path | None = None,  # file of accepted nonces; None: in memory
+        nonces: Any = None,  # file of accepted nonces, or a `Nonces`; None: in memory
         legacy: bool = True,  # whether to answer bittensor 7 to 10.5 as well
         public_status: bool = False,  # /health, /ready and /metrics for other machines
         status_token: str | None = None,  # with which those are answered, and only so
         trusted_proxies: Iterable[str] = (),  # believed when they say who calls
         max_answer: int = 16_000_000,  # characters put together from pieces
+        shared_port: bool = False,  # let other processes listen on the same port
         limits: Limits | None = None,  # on connections, before the caller is known
         clock: Callable[[], int] = time.time_ns,  # for the freshness of nonces
     ):
@@ -110,8 +110,9 @@ class Axon:
         self.max_body, self.body_timeout = max_body, body_timeout
         self.max_timeout, self.drain = max_timeout, drain
         self.nonces, self.legacy = nonces, legacy
-        self.public_status, self._status_token = public_status, status_token
+        self.public_status, self.status_token = public_status, status_token
         self.proxies, self.max_answer = Proxies(trusted_proxies), max_answer
+        self.shared_port = shared_port
         self._limits = limits or Limits(
             max_message=4 * max_body + 65_536, max_connections=min(4096, open_files())
         )
@@ -175,7 +176,7 @@ class Axon:
                 self.metrics,
                 self.proxies,
             )
-        guard = _StatusGuard(self.public_status, self._status_token, self.proxies)
+        guard = _StatusGuard(self.public_status, self.status_token, self.proxies)
         status = _Status(self.health, queue, self.metrics, guard)
         self._application = _Application(endpoints, status)
         return self._application
@@ -189,7 +190,7 @@ class Axon:
             if self._attached is None:
                 raise RuntimeError("attach a forward function before start()")
             if self._server is None:
-                sock = listen(self.host, self._wanted_port)
+                sock = listen(self.host, self._wanted_port, self.shared_port)
                 try:
                     self._gate.nonces = self._open_nonces()
                 except BaseException:
@@ -202,7 +203,11 @@ class Axon:
                 self._server = server.start()
         return self
 
-    def _open_nonces(self) -> MemoryNonces | FileNonces:
+    def _open_nonces(self) -> Any:
+        if hasattr(self.nonces, "accept"):
+            if hasattr(self.nonces, "begin"):
+                self.nonces.begin()
+            return self.nonces
         if self.nonces is not None:
             return FileNonces(self.nonces, self._gate.clock)
         _log.info(
@@ -484,6 +489,8 @@ async def _permit(blacklist: Callable | None, caller: Synapse) -> None:
         return
     try:
         verdict = await _call(blacklist, caller)
+    except Refusal:
+        raise
     except Exception:
         _log.exception(
             "the blacklist function failed; the request of %s is refused",

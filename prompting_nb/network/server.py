@@ -135,6 +135,7 @@ def new_loop() -> asyncio.AbstractEventLoop:
 def listen(
     host: str,  # name or address of an interface
     port: int,  # 0: a free one
+    shared: bool = False,  # let other processes listen on the same port
 ) -> socket.socket:  # listens; raises `OSError` with cause and remedy
     "Open a listening socket."
     try:
@@ -145,12 +146,21 @@ def listen(
         raise _cannot_listen(host, port, error) from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, _reuse_port(), 1)
         sock.bind(address)
         sock.listen(1024)
     except OSError as error:
         sock.close()
         raise _cannot_listen(host, port, error) from None
     return sock
+
+
+def _reuse_port() -> int:
+    option = getattr(socket, "SO_REUSEPORT", None)
+    if option is None:
+        raise OSError("this system does not let several processes share a port")
+    return option
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> OSError:

@@ -1,0 +1,156 @@
+"""nginx in front of a miner, with the configuration that the page about proxies shows."""
+
+import http.client
+import json
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from bittensor import http_auth
+
+from prompting_nb.network.axon import Axon
+from prompting_nb.network.chain import make_wallet
+from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.protocol import Prompting, StreamPrompting, write_body
+
+ROOT = Path(__file__).resolve().parent.parent
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+MINER, VALIDATOR = make_wallet("miner"), make_wallet("validator")
+SECONDS = 20
+pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (apt-get install nginx)")
+
+
+def shown(language: str) -> str:
+    "The block of this language on the page about proxies."
+    cells = json.loads((ROOT / "nbs/network/14_proxies.ipynb").read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.search(rf"```{language}\n(.*?)```", text, re.S)[1]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+seen, heard = [], threading.Semaphore(0)
+
+
+def words(synapse):
+    seen.append(synapse.dendrite.ip)
+    if synapse.prompt != "slowly":
+        yield from ("It ", "is ", "42.")
+        return
+    for word in ("It ", "is ", "42."):
+        yield word
+        assert heard.acquire(timeout=SECONDS)  # the next is made when this one has been heard
+
+
+@pytest.fixture(scope="module")
+def nginx(tmp_path_factory):
+    "A miner behind nginx: its own axon, and the proxy's ports for HTTP and TLS."
+    folder, plain, tls = tmp_path_factory.mktemp("nginx"), free_port(), free_port()
+    key = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+           "-subj", "/CN=miner.example.org", "-addext", "subjectAltName=DNS:miner.example.org",
+           "-keyout", folder / "miner.key", "-out", folder / "miner.pem"]  # fmt: skip
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(key, check=True, capture_output=True)
+    with Axon(MINER, trusted_proxies=["127.0.0.1"]).attach(words) as axon:
+        site = shown("nginx").replace("127.0.0.1:8091", axon.address).replace("/etc/ssl", str(folder))
+        site = site.replace("listen 443 ssl;", f"listen 127.0.0.1:{tls} ssl; listen 127.0.0.1:{plain};")
+        temporary = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in
+                            ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
+        main = f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+        (folder / "nginx.conf").write_text(f"{main}http {{ access_log off; {temporary}\n{site}}}")
+        process = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE)
+        try:
+            end = time.monotonic() + SECONDS
+            while not listens(plain):
+                assert process.poll() is None, process.stderr.read().decode()
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            yield SimpleNamespace(axon=axon, plain=plain, tls=tls, certificate=folder / "miner.pem")
+        finally:
+            process.terminate()
+            process.wait(SECONDS)
+
+
+def signed(question):
+    body = write_body(question)
+    return body, http_auth.sign(VALIDATOR, method="POST", path=question.path, body=body,
+                                receiver_ss58=MINER.hotkey.ss58_address)  # fmt: skip
+
+
+def post(connection, question, more=None):
+    body, headers = signed(question)
+    connection.request("POST", question.path, body, headers | (more or {}))
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def behind(nginx):
+    return SimpleNamespace(hotkey=MINER.hotkey.ss58_address, axon=f"127.0.0.1:{nginx.plain}")
+
+
+@pytest.mark.parametrize("kind", [Prompting, StreamPrompting])
+def test_a_validator_asks_through_nginx(nginx, kind):
+    with Dendrite(VALIDATOR) as dendrite:
+        answers = [dendrite.query([behind(nginx)], kind.ask("What is 6 times 7?"))[0] for _ in range(5)]
+    assert [a.completion for a in answers] == ["It is 42."] * 5
+
+
+def test_the_miner_sees_the_real_address_and_no_forged_one(nginx):
+    seen.clear()
+    for forged in ({}, {"X-Forwarded-For": "8.8.8.8"}):
+        connection = http.client.HTTPConnection("127.0.0.1", nginx.plain, timeout=SECONDS, source_address=("127.0.5.1", 0))
+        assert post(connection, Prompting.ask("x"), forged)[0] == 200
+        connection.close()
+    assert seen == ["127.0.5.1"] * 2
+
+
+def test_streams_are_not_held_back(nginx):
+    with Dendrite(VALIDATOR) as dendrite:
+        stream, got = dendrite.stream(behind(nginx), StreamPrompting.ask("slowly"), timeout=SECONDS), []
+        for piece in stream:
+            got.append(piece)
+            heard.release()
+    assert got == ["It ", "is ", "42."] and stream.answer.is_success
+
+
+def test_tls(nginx):
+    class ToNginx(http.client.HTTPSConnection):
+        def connect(self):
+            sock = socket.create_connection(("127.0.0.1", nginx.tls), SECONDS)
+            self.sock = self._context.wrap_socket(sock, server_hostname="miner.example.org")
+
+    context = ssl.create_default_context(cafile=str(nginx.certificate))
+    connection = ToNginx("miner.example.org", context=context)
+    assert json.loads(post(connection, Prompting.ask("x"))[1]) == {"completion": "It is 42."}
+    connection.close()
+
+
+def test_an_upgrade_smuggles_no_request_through_nginx(nginx):
+    smuggled = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", nginx.plain), SECONDS) as line:
+        head = f"POST /Prompting HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\ncontent-length: {len(smuggled)}"
+        line.sendall(head.encode() + b"\r\n\r\n" + smuggled)
+        line.settimeout(1.0)
+        answers = b""
+        try:
+            while more := line.recv(65536):
+                answers += more
+        except TimeoutError:
+            pass
+    assert answers.count(b"HTTP/1.1 ") == 1 and answers.startswith(b"HTTP/1.1 401")

@@ -1,0 +1,284 @@
+"""Several axons and processes behind one hotkey, with a real Redis that they share and that goes away."""
+
+import asyncio
+import http.client
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from bittensor import http_auth
+
+from prompting_nb.baseminer.miner import Miner
+from prompting_nb.config import InputError, read_config
+from prompting_nb.network.auth import Refusal
+from prompting_nb.network.axon import Axon
+from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.legacy import legacy_headers
+from prompting_nb.network.store import Store, StoredNonces, StoredQuota
+from prompting_nb.protocol import Prompting, write_body
+
+REDIS = shutil.which("redis-server")
+MINER, VALIDATOR, OTHER = (make_wallet(name) for name in ("miner", "validator", "other"))
+ME = MINER.hotkey.ss58_address
+SECONDS = 20
+QUESTION = Prompting.ask("hello")
+BODY = write_body(QUESTION)
+OLD = json.dumps({"name": "Prompting", "roles": ["user"], "messages": ["hello"], "timeout": 12.0}).encode()
+pytestmark = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)")
+
+
+def echo(synapse):
+    synapse.completion = synapse.prompt
+    return synapse
+
+
+def sign(body=BODY, wallet=VALIDATOR, receiver=ME):
+    return http_auth.sign(wallet, method="POST", path="/Prompting", body=body, receiver_ss58=receiver)
+
+
+def ask(axon, body=BODY, headers=None):
+    "Status, answer and headers."
+    connection = http.client.HTTPConnection(axon.host, axon.port, timeout=SECONDS)
+    try:
+        connection.request("POST", "/Prompting", body, sign(body) if headers is None else headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()), dict(answer.getheaders())
+    finally:
+        connection.close()
+
+
+def status(*args, **kwargs):
+    return ask(*args, **kwargs)[0]
+
+
+def until(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+class Redis:
+    "A redis-server of our own, which can be killed and started again."
+
+    def __init__(self, folder):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            self.port = sock.getsockname()[1]
+        self.folder, self.url = folder, f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self):
+        flags = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self.folder)]
+        self.process = subprocess.Popen([REDIS, *flags], stdout=subprocess.DEVNULL)
+        until(self.answers)
+
+    def answers(self):
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as line:
+                line.sendall(b"PING\r\n")
+                return line.recv(5) == b"+PONG"
+        except OSError:
+            return False
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def redis(tmp_path):
+    server = Redis(tmp_path)
+    yield server
+    server.kill()
+
+
+def stored(redis, **more):
+    return Axon(MINER, nonces=StoredNonces(Store(redis.url, ME, timeout=0.3)), **more).attach(echo)
+
+
+def test_a_request_is_good_once_at_all_processes(redis):
+    with stored(redis) as one, stored(redis) as two:
+        headers, older = sign(), legacy_headers(VALIDATOR.hotkey, QUESTION, ME)
+        assert [status(a, headers=headers) for a in (one, two, one)] == [200, 401, 401]
+        assert [status(a, OLD, older) for a in (two, one, two)] == [200, 401, 401]
+        assert [status(a) for a in (one, two)] == [200, 200]
+        one.stop()
+        assert status(one.start(), headers=headers) == 401
+
+
+def test_without_redis_requests_are_refused_until_it_is_back(redis, caplog):
+    with stored(redis) as axon:
+        before = sign()
+        assert status(axon, headers=before) == 200
+        redis.kill()
+        for _ in range(5):
+            code, answer, headers = ask(axon)
+            assert (code, answer["error"], headers["retry-after"]) == (503, "the store of this miner does not answer", "1")
+        said = [r.getMessage() for r in caplog.records if "the store at" in r.getMessage()]
+        assert len(said) == 1 and "requests are refused" in said[0]
+        redis.start()  # with nothing in its memory
+        until(lambda: status(axon) == 200)
+        assert status(axon, headers=before) == 401  # signed before the new memory began
+        assert any("answers again" in r.getMessage() for r in caplog.records)
+
+
+def test_a_redis_that_hangs_does_not_hold_up_the_loop(redis):
+    with stored(redis) as axon:
+        assert status(axon) == 200
+        redis.process.send_signal(signal.SIGSTOP)
+        try:
+            assert status(axon) == 503
+            begin = time.monotonic()
+            assert [status(axon) for _ in range(10)] == [503] * 10  # at once: the store has just failed
+            assert time.monotonic() - begin < 5
+        finally:
+            redis.process.send_signal(signal.SIGCONT)
+        until(lambda: status(axon) == 200)
+
+
+def test_a_nonce_that_is_no_time_is_refused(redis):
+    nonces = StoredNonces(Store(redis.url, ME))
+    for nonce in (-1, 10**20):
+        with pytest.raises(Refusal):
+            nonces.check_and_store("5x", nonce)
+    assert [nonces.check_and_store("5x", time.time_ns() + 10**9) for _ in range(2)] == [True, True]
+    nonce = time.time_ns() + 10**9
+    assert [nonces.check_and_store("5x", nonce), nonces.check_and_store("5y", nonce),
+            nonces.check_and_store("5x", nonce)] == [True, True, False]  # fmt: skip
+    nonces.close()
+
+
+def test_a_quota_is_for_all_processes_and_ends_with_its_window(redis):
+    async def admitted():
+        store, other = Store(redis.url, ME), Store(redis.url, ME)
+        quotas = StoredQuota(store, 2, 0.4), StoredQuota(other, 2, 0.4)
+        waits = [await quotas[i % 2].wait("5x") for i in range(4)]
+        assert waits[:2] == [0, 0] and all(0 < w <= 0.4 for w in waits[2:])
+        assert await quotas[0].wait("5y") == 0  # another hotkey
+        await asyncio.sleep(max(waits) + 0.05)
+        assert await quotas[1].wait("5x") == 0
+        store.close(), other.close()
+
+    asyncio.run(admitted())
+
+
+class Echo(Miner):
+    @classmethod
+    def add_args(cls, parser):
+        pass
+
+    def config(self):
+        return read_config(self.add_args, argv=[])
+
+    def prompt(self, synapse):
+        return echo(synapse)
+
+
+class AsyncEcho(Echo):
+    async def prompt(self, synapse):
+        return echo(synapse)
+
+
+@pytest.fixture
+def pair(redis):
+    "Make two miners with one hotkey and one store."
+    chain, made = EmbeddedChain(), []
+    chain.register(MINER), chain.register(VALIDATOR, stake=9.0), chain.register(OTHER, stake=9.0)
+
+    def make(settings, kind=Echo):
+        for follower in (False, True):
+            axon = {"axon.store": redis.url, "axon.follower": follower}
+            made.append(kind({**settings, **axon}, wallet=MINER, subtensor=chain.client()))
+            made[-1].__enter__()
+        return made[-2:]
+
+    yield make
+    for miner in made:
+        miner.stop_run_thread()
+
+
+def test_miners_share_their_quota(pair):
+    exempt = {"miner.blacklist": {"quota": 3, "window": 60.0, "whitelist": [OTHER.hotkey.ss58_address]}}
+    one, two = pair(exempt)
+    answers = [ask(m.axon) for m in (one, two, one, two)]
+    assert [code for code, _, _ in answers] == [200, 200, 200, 429]
+    assert 50 <= int(answers[3][2]["retry-after"]) <= 60
+    assert [status(m.axon, headers=sign(wallet=OTHER)) for m in (one, two) * 3] == [200] * 6
+
+
+@pytest.mark.parametrize("kind", [Echo, AsyncEcho])
+def test_miners_share_the_prompts_that_they_answered(pair, kind):
+    one, two = pair({"miner.blacklist.use_prompt_cache": True}, kind)
+    assert [status(m.axon) for m in (one, two, one)] == [200, 409, 409]
+    other = write_body(Prompting.ask("another"))
+    assert [status(m.axon, other) for m in (two, one)] == [200, 409]
+
+
+def test_a_follower_neither_publishes_nor_sets_weights(pair):
+    settings = {"miner.blocks_per_epoch": 1, "miner.poll_interval": 0.01}
+    leader, follower = pair(settings)
+    assert leader.axon.port != follower.axon.port
+    published = leader.subtensor.subnets.metagraph(1).neuron(0).axon
+    assert published == leader.axon.address
+
+
+def test_several_processes_need_a_store():
+    with pytest.raises(InputError, match="--axon.store redis://"):
+        Echo({"axon.processes": 2}, wallet=MINER, subtensor=EmbeddedChain().client())
+
+
+def test_the_command_with_several_processes(redis):
+    line = ["miner", "--axon.processes", "3", "--axon.store", redis.url]
+    code = "import sys; from prompting_nb.cli import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        words = process.stdout.readline().split()
+        hotkey = words[1]
+        there = SimpleNamespace(host="127.0.0.1", port=int(words[-1].rpartition(":")[2]))
+        parent = psutil.Process(process.pid)
+
+        def listening(process):
+            return any(c.status == "LISTEN" and c.laddr.port == there.port for c in process.net_connections())
+
+        until(lambda: sum(listening(child) for child in parent.children()) == 2)
+        headers = sign(receiver=hotkey)
+        codes = [status(there, headers=headers) for _ in range(30)]  # on a new connection each
+        assert sorted(codes) == [200] + [401] * 29
+        assert {status(there, headers=sign(receiver=hotkey)) for _ in range(20)} == {200}
+        killed = parent.children()[0]
+        killed.kill()
+        until(lambda: killed not in parent.children() and sum(map(listening, parent.children())) == 2)  # started anew
+        children = parent.children()
+        process.send_signal(signal.SIGTERM)
+        output, log = process.communicate(timeout=SECONDS)
+        assert process.returncode in (0, 143, -15), log
+        assert "ended with status -9 and is started anew" in log
+        assert not any(child.is_running() and child.status() != "zombie" for child in children)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_followers_end_when_their_leader_is_killed(redis):
+    line = ["miner", "--axon.processes", "2", "--axon.store", redis.url]
+    code = "import sys; from prompting_nb.cli import main; sys.exit(main())"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code, *line], **pipes)
+    try:
+        process.stdout.readline()
+        until(lambda: psutil.Process(process.pid).children())
+        [child] = psutil.Process(process.pid).children()
+        assert process.stdout.readline()  # the follower says that it listens
+        process.kill()
+        process.wait()
+        until(lambda: not child.is_running() or child.status() == "zombie")
+    finally:
+        process.kill()
+        process.wait()
