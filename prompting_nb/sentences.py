@@ -123,8 +123,9 @@ def count_cut(
     "Count the texts of which a sentence model reads only the first part."
     tokenizer: Any = model.tokenizer
     limit = getattr(model, "max_seq_length", None)
-    # no token is shorter than nothing, most have some letters
-    if not limit or not callable(tokenizer) or max(map(len, texts)) + 200 < limit:
+    if not limit or not hasattr(tokenizer, "pad"):  # it reads texts of any length
+        return 0
+    if 4 * max(map(len, texts)) + 400 < limit:  # a character makes four tokens at most
         return 0
     prompt = model.prompts.get(prompt_name or model.default_prompt_name, "")
     whole = [prompt + text.encode("utf-8", "replace").decode() for text in texts]
