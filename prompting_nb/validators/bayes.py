@@ -23,7 +23,7 @@ from ..config import InputError, NonNegativeFloat, PositiveInt
 from ..encoding import Encoder, mean_direction, mean_pooling
 from ..shapes import TensorType, check_shapes
 from .gating import BaseGatingModel, GatingSettings, embed
-from .gating import finite_rewards
+from .gating import finite_rewards, warn_of_pooling
 from .rows import compare_metagraphs, load_rows, move_rows
 from .rows import origin_of, save_rows, score
 from .warm import Judged
@@ -82,7 +82,8 @@ class BayesianGatingModel(BaseGatingModel):
         self.memory = Memory(own.memory, once=not own.half_life)
         self.seen, self.review = 0, next_review(0, own.memory)
         name = own.model_name
-        self.encoder = Encoder(name, pool=mean_pooling, combine=mean_direction)
+        options: dict[str, Any] = dict(pool=mean_pooling, combine=mean_direction)
+        self.encoder = Encoder(name, **options, prompt_name=own.prompt_name)
         self.register_buffer("centres", torch.zeros(0, self.encoder.hidden_size))
         d, half_life = 1 + self.topics, own.half_life
         self.beliefs = Beliefs(self.num_uids, d, half_life=half_life)
@@ -248,6 +249,7 @@ class BayesianGatingModel(BaseGatingModel):
         gate is untouched then.
         """
         saved = load_rows(path, self._identity(), self.hotkeys, self.num_uids)
+        warn_of_pooling(path, self.encoder, saved.about)
         self.centres = saved.tensors["centres"].to(self.centres)
         self.beliefs.set_tensors(saved.tensors)
         self.memory.set_tensors(saved.tensors, like=self.centres)
@@ -270,6 +272,7 @@ class BayesianGatingModel(BaseGatingModel):
             "num_uids": str(self.num_uids),
             "hidden_size": str(self.centres.shape[1]),
             "topics": str(self.topics),
+            "prompt_name": self.settings.prompt_name,
         }
 
 # %% ../../nbs/validators/01_bayes.ipynb #c006
