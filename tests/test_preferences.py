@@ -55,6 +55,7 @@ def test_empty_and_repeated_completions_are_dropped_and_counted():
         assert clean(Ranking("p", ["a", "a"], [1.0, 2.0]), report) is None
     assert report == Report(empty=2, repeated=3, single=2)
     assert clean(Ranking("p", ["a", "b"], [1.0, 2.0])).names is None
+    assert clean(Ranking("p", ["a", "", "b"], [1.0, 2.0, 0.0], margins=[3.0, 1.0, 0.0])).margins == [3.0, 0.0]
     assert str(report) == ("0 prompts from 0 rows; dropped: 2 empty completions, 3 repeated completions, "
                            "2 prompts with fewer than two completions")  # fmt: skip
 

@@ -36,7 +36,7 @@ def teach(
     torch.manual_seed(seed)
     model = RewardModel(MINILM, device=None, max_length=256)
     defaults = {"epochs": 2, "completions_per_prompt": 6, "seed": seed}
-    config = TrainConfig(**{**defaults, **settings})
+    config = TrainConfig(**{**defaults, "tokens_per_batch": 4096, **settings})
     train(model, arena.train, config, progress=progress)
     return model
 

@@ -95,6 +95,6 @@ def run_digest(
     "Hash everything that decides the course of a run."
     may_change = ("max_seconds", "checkpoint_every")
     settings = {k: v for k, v in asdict(config).items() if k not in may_change}
-    data = [[r.prompt, r.completions, r.scores] for r in rankings]
+    data = [[r.prompt, r.completions, r.scores, r.margins] for r in rankings]
     content = json.dumps([_FORMAT, settings, data], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -71,13 +71,13 @@ def decisions(ranking: Ranking) -> Iterator[tuple[int, int]]:  # (better, worse)
 
 def decided(
     rankings: list[Ranking],
+    otherwise: str = "there is nothing to learn",  # the message's first words
 ) -> list[Ranking]:  # raises `InputError` when nothing is left
     "Keep the rankings with two completions that the judge told apart."
     found = [ranking for ranking in rankings if any(decisions(ranking))]
     if not found:
         raise InputError(
-            "there is nothing to learn: "
-            "no prompt has two completions with different scores"
+            f"{otherwise}: no prompt has two completions with different scores"
         )
     return found
 
@@ -142,8 +142,14 @@ def clean(
     if len(keep) < 2:
         return None
     take = lambda values: values and [values[i] for i in keep]
-    texts, scores = take(ranking.completions), take(ranking.scores)
-    return Ranking(ranking.prompt, texts, scores, take(ranking.names), ranking.source)
+    return Ranking(
+        ranking.prompt,
+        take(ranking.completions),
+        take(ranking.scores),
+        take(ranking.names),
+        ranking.source,
+        take(ranking.margins),
+    )
 
 # %% ../../nbs/reward/03_preferences.ipynb #c026
 def read_rankings(
