@@ -1,6 +1,7 @@
 """The embedded chain pays: epochs, permits, masks, pruning and the rules for weights."""
 
 import asyncio
+import threading
 from contextlib import closing
 
 import bittensor as bt
@@ -196,3 +197,152 @@ def test_stake_is_bought_and_sold_by_the_coldkey():
         assert 0 < chain.subnet.balances[cold] < 10**6
     with pytest.raises(ValueError, match="balance"):
         chain.fund(second, -1)
+
+
+def own(wallet):
+    return wallet.hotkey.ss58_address
+
+
+def test_a_registration_is_bought_through_the_sdk_and_prunes_a_full_subnet():
+    chain, _ = a_subnet(max_uids=11, burn=2, immunity_period=10)
+    chain.step(TEMPO)
+    rich, poor = make_wallet("rich"), make_wallet("poor")
+    chain.fund(rich, 5)
+    with closing(chain.client()) as client:
+        assert client.query(("SubtensorModule", "Burn"), [1]) == 2 * 10**9
+        refused = client.execute(bt.BurnedRegister(netuid=1), poor)
+        assert not refused.success and refused.error.name == "NotEnoughBalanceToStake"
+        bought = client.execute(bt.BurnedRegister(netuid=1), rich)
+        assert bought.success and bought.data["shielded"] and int(bought.extrinsic_id.split("-")[0]) == chain.block
+        graph = client.subnets.metagraph(1)
+        neuron = graph.by_hotkey(own(rich))
+        assert len(graph) == 11 and neuron.block_at_registration == chain.block
+        assert chain.subnet.balances[rich.coldkeypub.ss58_address] == 3 * 10**9
+        again = client.execute(bt.BurnedRegister(netuid=1), rich)
+        assert again.error.name == "HotKeyAlreadyRegisteredInSubNet"
+        other = client.execute(bt.BurnedRegister(netuid=1, hotkey_ss58=own(make_wallet("other"))), rich)
+        assert other.success and chain.subnet.balances[rich.coldkeypub.ss58_address] == 10**9
+        assert client.subnets.metagraph(1).by_hotkey(own(make_wallet("other"))).coldkey == rich.coldkeypub.ss58_address
+        wrong = client.execute(bt.BurnedRegister(netuid=7), rich)
+        assert wrong.error.name == "SubnetNotExists"
+
+
+def test_a_carrier_whose_inner_call_nobody_handed_over_is_refused():
+    chain, (first, *_) = a_subnet()
+    carrier = calls.MevShield.submit_encrypted(ciphertext=b"sealed elsewhere")
+    refused = asyncio.run(chain.substrate.submit(carrier, first.coldkey))
+    assert refused.error.name == "FailedShieldedTxDecryption" and chain.subnet.count == 0
+
+
+def test_all_of_a_stake_and_to_a_limit():
+    chain, (first, second, third) = a_subnet()
+    free = lambda wallet: chain.subnet.balances[wallet.coldkeypub.ss58_address] / 10**9
+    with closing(chain.client()) as client:
+        client.execute(bt.RemoveStake(own(first), 1, "all"), first).raise_for_failure()
+        client.execute(bt.RemoveStakeLimit(own(second), 1, "all", limit_price_rao=10**9), second).raise_for_failure()
+        dust = client.execute(bt.RemoveStake(own(third), 1, 199.999), third)
+        assert dust.error.name == "AmountTooLow" and "unstake all" in dust.message
+        client.execute(bt.UnstakeAll(own(third)), third).raise_for_failure()
+        assert [n.total_stake.amount for n in client.subnets.metagraph(1)][:3] == [0, 0, 0]
+        assert [free(wallet) for wallet in (first, second, third)] == [500, 300, 200]
+        with pytest.raises(bt.BittensorError, match="nothing to unstake"):
+            client.execute(bt.RemoveStake(own(first), 1, "all"), first)
+        full = calls.SubtensorModule.remove_stake_full_limit(hotkey=own(first), netuid=1, limit_price=None)
+        client.execute(bt.AddStake(own(first), 1, 5), first).raise_for_failure()
+        client.submit_call(full, first).raise_for_failure()
+        assert free(first) == 500
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_committed_weights_appear_when_their_epoch_comes(period):
+    chain, validators = a_subnet(commit_reveal=True, reveal_period=period)
+    with closing(chain.client()) as client:
+        set_weights(client, validators[0], {3: 1.0, 4: 3.0})
+        pending = client.weights.timelocked_weight_commits(1)
+        assert [c["hotkey"] for c in pending[0]] == [own(validators[0])] and set(pending) == {0}
+        assert client.subnets.metagraph(1).neuron(0).last_update == chain.block
+        for epoch in range(1, period + 1):
+            assert chain.weights == {}
+            chain.step(TEMPO)
+        assert {u: round(w, 3) for u, w in chain.weights[0].items()} == {3: 0.25, 4: 0.75}
+        paid = client.subnets.metagraph(1)  # they count in the epoch that reveals them
+        assert (paid.last_step, round(paid.neuron(4).incentive, 3)) == (chain.block - 1, 0.75)
+        assert client.weights.timelocked_weight_commits(1) == {}
+        set_weights(client, validators[0], {5: 1.0})
+        for epoch in range(period):  # the old ones stay visible, and count
+            assert set(chain.weights[0]) == {3, 4}
+            chain.step(TEMPO)
+        assert set(chain.weights[0]) == {5}
+
+
+def test_the_rules_of_commits_are_kept(caplog):
+    chain, validators = a_subnet(commit_reveal=True, weights_rate_limit=0)
+    commit = lambda **more: calls.SubtensorModule.commit_timelocked_mechanism_weights(
+        **{**dict(netuid=1, mecid=0, commit=b"made elsewhere", reveal_round=1, commit_reveal_version=4), **more})
+    submit = lambda call, wallet=validators[0]: asyncio.run(chain.substrate.submit(call, wallet.hotkey)).error.name
+    assert submit(commit()) == "InvalidRevealCommitHashNotMatch"  # the plain weights are missing
+    assert submit(commit(commit_reveal_version=3)) == "IncorrectCommitRevealVersion"
+    assert submit(commit(mecid=1)) == "MechanismDoesNotExist"
+    openly = calls.SubtensorModule.set_mechanism_weights(netuid=1, mecid=0, dests=[3], weights=[1], version_key=0)
+    assert submit(openly) == "CommitRevealEnabled"
+    with closing(chain.client()) as client:
+        for _ in range(10):
+            set_weights(client, validators[0], {3: 1.0})
+        with pytest.raises(bt.ChainError, match="not revealed"):
+            set_weights(client, validators[0], {3: 1.0})
+        set_weights(client, make_wallet("miner 0"), {4: 1.0})  # has no permit, which is seen at the reveal
+        chain.step(TEMPO)
+        assert "no validator permit" in caplog.text and set(chain.weights) == {0}
+    openly_on = EmbeddedChain()
+    openly_on.register(validators[0])
+    refused = asyncio.run(openly_on.substrate.submit(commit(), validators[0].hotkey))
+    assert refused.error.name == "CommitRevealDisabled"
+
+
+def test_committed_weights_do_not_reach_a_newcomer_on_the_uid():
+    chain, validators = a_subnet(commit_reveal=True)
+    with closing(chain.client()) as client:
+        set_weights(client, validators[0], {3: 1.0, 4: 1.0})
+        chain.step()
+        chain.replace(3, make_wallet("newcomer"))
+        set_weights(client, validators[0], {4: 1.0})  # the newest commit is younger than the newcomer
+        chain.step(TEMPO)
+        graph = client.subnets.metagraph(1)
+        assert (graph.neuron(3).incentive, graph.neuron(4).incentive) == (0, 1)
+
+
+def test_a_copier_earns_less_when_weights_stay_secret():
+    "The loss that the laboratory predicts, through the SDK's calls: the copier knows the old ranking only."
+    def dividends(commit_reveal):
+        rng = np.random.default_rng(0)
+        chain, validators = a_subnet(stakes=(400, 400, 200), commit_reveal=commit_reveal, reveal_period=2)
+        quality, earned = rng.random(8), []
+        with closing(chain.client()) as client:
+            for epoch in range(14):
+                quality = np.clip(0.5 * quality + 0.5 * rng.random(8), 0.01, 1)
+                copied = client.weights.weights(1).get(0)
+                for wallet in validators[:2]:
+                    set_weights(client, wallet, {u + 3: float(w) for u, w in enumerate(quality)})
+                if copied:
+                    set_weights(client, validators[2], copied)
+                chain.step(TEMPO)
+                earned.append([client.subnets.metagraph(1).neuron(u).dividends for u in range(3)])
+        mean = np.mean(earned[6:], axis=0)
+        return mean[2] / mean[:2].mean() * 2  # of its fair share: it has half of the others' stake
+
+    openly, secretly = dividends(False), dividends(True)
+    assert secretly < openly - 0.02 and openly < 1.01
+
+
+def test_epochs_are_read_and_waited_for_as_on_a_real_chain():
+    chain, _ = a_subnet()
+    with closing(chain.client()) as client:
+        status = client.epochs.epoch_status(1)
+        assert (status["epoch_index"], status["next_epoch_start_block"], status["last_epoch_block"]) == (0, 21, 1)
+        chain.step(TEMPO + 4)
+        status = client.epochs.epoch_status(1)
+        assert (status["epoch_index"], status["last_epoch_block"], status["blocks_remaining"]) == (1, 21, 15)
+        assert client.query(("SubtensorModule", "LastEpochBlock"), [1], block=5) == 1
+        timer = threading.Timer(0.2, chain.step, [TEMPO])
+        timer.start()
+        assert client.wait_for_epoch(1, timeout=20).block == 41

@@ -287,6 +287,30 @@ def test_a_chain_that_runs_is_registered_on_and_turned_from_another_process(tmp_
     assert (found["address"], found["pid"]) == (chain.address, process.pid)
 
 
+def test_registering_and_committing_through_a_served_chain_that_is_started_again(tmp_path):
+    alice, bob = make_wallet("alice"), make_wallet("bob")
+    settings = dict(tempo=10, commit_reveal=True, burn=1)
+    with open_chain(tmp_path, **settings) as chain, ChainServer(chain, token="t") as server:
+        operator = RemoteChain(server.address, "t")
+        operator.register(alice, stake=9, validator_permit=True)
+        operator.fund(bob, 1.5)
+        with closing(operator.client()) as client:
+            assert client.execute(bt.BurnedRegister(netuid=1), bob).success
+            again = client.execute(bt.BurnedRegister(netuid=1, hotkey_ss58=make_wallet("c").hotkey.ss58_address), bob)
+            assert again.error.name == "NotEnoughBalanceToStake"
+            operator.step()
+            client.execute(bt.SetWeights(netuid=1, weights={1: 1.0}), alice).raise_for_failure()
+            assert operator.weights == {} and len(client.weights.timelocked_weight_commits(1)[0]) == 1
+        before = chain.subnet.neurons
+    with open_chain(tmp_path) as chain, ChainServer(chain, token="t") as server:
+        assert chain.subnet.neurons == before and chain.subnet.rules.commit_reveal
+        operator = RemoteChain(server.address, "t")
+        operator.step(10)
+        assert operator.weights == {0: {1: 1.0}}
+        with closing(operator.client()) as client:
+            assert client.subnets.metagraph(1).neuron(1).incentive == 1
+
+
 def test_a_store_of_an_earlier_version_gets_the_defaults_of_new_fields(tmp_path):
     with open_chain(tmp_path) as chain:
         chain.register(make_wallet("alice"), stake=3)

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any, Callable
 
 from bittensor.result import ChainError
-from bittensor.settings import RAO_PER_TAO, U16_MAX
+from bittensor.settings import RAO_PER_TAO
 
-from .neurons import UnknownCall, require, uid_of
+from .commits import opened_weights, weights_row
+from .neurons import Commit, UnknownCall, require, uid_of
+from .registration import register
 from .signing import STALE, Extrinsic
 from .state import Receipt, SubnetState
 
@@ -59,58 +61,64 @@ def _set_weights(
     **_,
 ) -> None:
     "Carry out `SubtensorModule.set_mechanism_weights`; the largest becomes 65535."
-    uid, neurons = _uid(state, who), state.neurons
-    me, known = neurons[uid], range(len(neurons))
-    since = state.block - me.last_update
-    alone = list(dests) == [uid]  # a weight for oneself needs no permit
-    least, version = state.rules.min_allowed_weights, state.rules.weights_version
-    for holds, name, message in (
-        (mecid == 0, "MechanismDoesNotExist", "the subnet has one mechanism, number 0"),
-        (
-            len(dests) == len(weights),
-            "WeightVecNotEqualSize",
-            f"{len(dests)} uids but {len(weights)} weights",
-        ),
-        (len(set(dests)) == len(dests), "DuplicateUids", "a uid may appear once"),
-        (
-            all(d in known for d in dests),
-            "UidVecContainInvalidOne",
-            f"a uid is not below {len(neurons)}",
-        ),
-        (
-            alone or me.validator_permit,
-            "NeuronNoValidatorPermit",
-            f"uid {uid} has no validator permit",
-        ),
-        (
-            version_key >= version,
-            "IncorrectWeightVersionKey",
-            f"the version key is {version_key}; the subnet requires {version}",
-        ),
-        (
-            alone or len(dests) >= least,
-            "WeightVecLengthIsLow",
-            f"{len(dests)} weights are fewer than {least}",
-        ),
-        (
-            alone
-            or max(weights, default=0) * U16_MAX
-            <= state.rules.weight_limit * sum(weights),
-            "MaxWeightExceeded",
-            f"a uid has more than {state.rules.max_weight} of all weight",
-        ),
-        (
-            since >= state.weights_rate_limit,
-            "SettingWeightsTooFast",
-            f"weights were set {since} blocks ago",
-        ),
-    ):
-        require(holds, name, message)
-    top = max(weights, default=0)
-    row = {d: round(w / top * U16_MAX) for d, w in zip(dests, weights) if w}
-    _change_neuron(state, uid, weights=row, last_update=state.block)
+    uid, rules = _uid(state, who), state.rules
+    words = "weights are committed on this subnet, not set"
+    require(not rules.commit_reveal, "CommitRevealEnabled", words)
+    require(mecid == 0, "MechanismDoesNotExist", _ONE_MECHANISM)
+    row = weights_row(state.neurons, rules, uid, dests, weights, version_key)
+    _check_rate(state, uid, "SettingWeightsTooFast")
+    now = state.block
+    _change_neuron(state, uid, weights=row, weights_block=now, last_update=now)
+
+
+_ONE_MECHANISM = "the subnet has one mechanism, number 0"
+
+
+def _check_rate(state: SubnetState, uid: int, name: str) -> None:
+    "Refuse weights that come too soon after the last ones."
+    since = state.block - state.neurons[uid].last_update
+    message = f"weights were set {since} blocks ago"
+    require(since >= state.weights_rate_limit, name, message)
 
 # %% ../../nbs/network/18_calls.ipynb #c2b010
+_COMMIT_VERSION = 4  # of the SDK's timelock
+_MOST_COMMITS = 10  # of a validator within an epoch
+
+
+def _commit_weights(
+    state: SubnetState,
+    who: str,
+    *,
+    mecid: int,
+    commit: bytes,
+    reveal_round: int,
+    commit_reveal_version: int,
+    opened: dict,
+    **_,
+) -> None:
+    "Carry out `SubtensorModule.commit_timelocked_mechanism_weights`."
+    uid, version = _uid(state, who), commit_reveal_version
+    epoch, commits = state.epochs_until(state.block), state.neurons[uid].commits
+    same = [c for c in commits if c.epoch == epoch]
+    most = f"{len(same)} commits of this epoch are not revealed"
+    for holds, name, message in (
+        (state.rules.commit_reveal, "CommitRevealDisabled", "weights are set openly"),
+        (mecid == 0, "MechanismDoesNotExist", _ONE_MECHANISM),
+        (
+            version == _COMMIT_VERSION,
+            "IncorrectCommitRevealVersion",
+            f"the version of commits is {_COMMIT_VERSION}, not {version}",
+        ),
+        (len(same) < _MOST_COMMITS, "TooManyUnrevealedCommits", most),
+    ):
+        require(holds, name, message)
+    _check_rate(state, uid, "CommittingWeightsTooFast")
+    weights, key = opened_weights(opened)
+    shown = "0x" + commit.hex()
+    made = Commit(epoch, state.block, reveal_round, shown, weights, key)
+    _change_neuron(state, uid, commits=(*commits, made), last_update=state.block)
+
+# %% ../../nbs/network/18_calls.ipynb #c2b012
 _LEAST_STAKE = 2_000_000  # rao that can be staked or unstaked at once, as on the chain
 
 
@@ -136,12 +144,46 @@ def _stake(
         (not worse, "SlippageTooHigh", f"the price is {RAO_PER_TAO}, not {limit}"),
         (rao <= free, "NotEnoughBalanceToStake", f"{coldkey} has {free} rao"),
         (-rao <= me.stake, "NotEnoughStakeToWithdraw", f"the stake is {me.stake} rao"),
+        (
+            rao > 0 or me.stake == -rao or me.stake + rao >= _LEAST_STAKE,
+            "AmountTooLow",
+            f"{me.stake + rao} rao would be left, which are too few: unstake all",
+        ),
     ):
         require(holds, name, message)
     state.balances[coldkey] -= rao
     _change_neuron(state, uid, stake=me.stake + rao)
 
-# %% ../../nbs/network/18_calls.ipynb #c2b012
+
+def _unstake_all(state: SubnetState, coldkey: str, *, hotkey: str, **more) -> None:
+    "Sell all of the stake of a hotkey."
+    held = state.neurons[_uid(state, hotkey)].stake
+    _stake(state, coldkey, hotkey=hotkey, amount_unstaked=held, **more)
+
+# %% ../../nbs/network/18_calls.ipynb #c2b014
+def _burned_register(state: SubnetState, coldkey: str, *, hotkey: str, **_) -> None:
+    "Carry out `SubtensorModule.burned_register`."
+    price, free = round(state.rules.burn * RAO_PER_TAO), state.balances[coldkey]
+    taken = uid_of(state.neurons, hotkey) is not None
+    for holds, name, message in (
+        (not taken, "HotKeyAlreadyRegisteredInSubNet", f"{hotkey} is registered"),
+        (state.max_uids > 0, "SubNetRegistrationDisabled", "the subnet has no places"),
+        (
+            free >= price,
+            "NotEnoughBalanceToStake",
+            f"a registration costs {price} rao, and {coldkey} has {free}",
+        ),
+    ):
+        require(holds, name, message)
+    state.balances[coldkey] -= price
+    register(state, hotkey, coldkey)
+
+# %% ../../nbs/network/18_calls.ipynb #c2b016
+def _submit_encrypted(state: SubnetState, who: str, *, ciphertext: bytes, **_) -> None:
+    "Carry out `MevShield.submit_encrypted`, which does nothing by itself."
+    require(len(ciphertext) <= 8192, "BadParameters", "the ciphertext is too long")
+
+# %% ../../nbs/network/18_calls.ipynb #c2b018
 def _number(bits: int) -> Callable:
     "Make a check for a whole number of so many bits."
 
@@ -166,6 +208,11 @@ def _list_of(check: Callable) -> Callable:
 def _of(kind: type) -> Callable:
     "Make a check for a type."
     return lambda value: None if type(value) is kind else f"{kind.__name__}"
+
+
+def _or_none(check: Callable) -> Callable:
+    "Make a check for a value that may be missing."
+    return lambda value: None if value is None else check(value)
 
 
 _U8, _U16, _U32, _U64, _U128 = map(_number, (8, 16, 32, 64, 128))
@@ -206,6 +253,23 @@ _CALLS: dict[tuple[str, str], tuple[Callable, dict[str, Callable]]] = {
         _stake,
         {**_STAKE, "amount_unstaked": _U64, **_LIMIT},
     ),
+    ("SubtensorModule", "remove_stake_full_limit"): (
+        _unstake_all,
+        {**_STAKE, "limit_price": _or_none(_U64)},
+    ),
+    ("SubtensorModule", "unstake_all"): (_unstake_all, {"hotkey": _of(str)}),
+    ("SubtensorModule", "burned_register"): (_burned_register, _STAKE),
+    ("SubtensorModule", "commit_timelocked_mechanism_weights"): (
+        _commit_weights,
+        {
+            "netuid": _U16,
+            "mecid": _U8,
+            "commit": _of(bytes),
+            "reveal_round": _U64,
+            "commit_reveal_version": _U16,
+        },
+    ),
+    ("MevShield", "submit_encrypted"): (_submit_encrypted, {"ciphertext": _of(bytes)}),
 }
 
 
@@ -220,7 +284,7 @@ def _check_params(params: dict, checks: dict[str, Callable]) -> None:
                 f"{name} must be {wanted}, not {params[name]!r:.60}", "BadParameters"
             )
 
-# %% ../../nbs/network/18_calls.ipynb #c2b014
+# %% ../../nbs/network/18_calls.ipynb #c2b020
 def check_call(
     call: Any,  # module, function and parameters
 ) -> None:
@@ -242,12 +306,24 @@ class Extrinsics:
     def carry_out(
         self,
         extrinsic: Extrinsic,
+        inner: Extrinsic | None = None,  # what it holds, if it is encrypted
     ) -> Receipt:  # of a call that counts, whether it succeeded or was refused
         """Verify an extrinsic and carry it out, once.
 
         Raises `ChainError` for one that does not count: unsigned, or with a nonce that
         is not the next one.
         """
+        held = extrinsic.function != "submit_encrypted" or inner is not None
+        words = "the embedded chain needs the inner extrinsic beside its carrier"
+        require(held, "FailedShieldedTxDecryption", words)
+        with self._state.change():
+            receipt = self._carry_out(extrinsic)
+            if inner is not None and receipt.success:
+                self._carry_out(inner)
+            return receipt
+
+    def _carry_out(self, extrinsic: Extrinsic) -> Receipt:
+        "Carry out one extrinsic."
         check_call((extrinsic.module, extrinsic.function, extrinsic.params))
         state, address = self._state, extrinsic.address
         signed = extrinsic.is_signed and extrinsic.chain == state.chain_id
@@ -280,7 +356,8 @@ class Extrinsics:
                 netuid = extrinsic.params.get("netuid", state.netuid)
                 wrong = f"there is no subnet {netuid} here, only {state.netuid}"
                 require(netuid == state.netuid, "SubnetNotExists", wrong)
-                run(state, extrinsic.address, **extrinsic.params)
+                given = {**extrinsic.params, "opened": extrinsic.opened}
+                run(state, extrinsic.address, **given)
         except ChainError as error:
             return error
         return None

@@ -63,6 +63,9 @@ class EmbeddedChain:
         max_weight: float = 1.0,  # largest share of one uid in a row of weights
         weights_version: int = 0,  # least version key of weights; 0 takes any
         emission: float = 1.0,  # tokens of a block, shared out at each epoch
+        burn: float = 0.1,  # TAO that a registration through the SDK costs
+        commit_reveal: bool = False,  # weights stay secret for some epochs
+        reveal_period: int = 1,  # epochs, from the one of the commit on
     ):
         rules = Rules(
             max_validators,
@@ -72,6 +75,9 @@ class EmbeddedChain:
             max_weight,
             weights_version,
             emission,
+            burn,
+            commit_reveal,
+            reveal_period,
         )
         self.subnet = SubnetState(
             netuid, block_time, block, max_uids, tempo, weights_rate_limit, rules

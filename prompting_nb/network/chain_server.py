@@ -48,7 +48,7 @@ class Methods:
 
     def __init__(self, chain: EmbeddedChain):
         self._chain, self._substrate = chain, chain.substrate
-        ours = (self.info, self.send, self.wait_block)
+        ours = (self.info, self.receipt, self.send, self.wait_block)
         self.open: dict[str, Callable] = {method.__name__: method for method in ours}
         self.open |= {name: getattr(chain.substrate, name) for name in self.reads}
         admin = (chain.fund, chain.register, chain.replace, chain.set_stake, chain.step)
@@ -60,11 +60,16 @@ class Methods:
         settings = {"netuid": state.netuid, "block_time": state.block_time}
         return {"chain_id": state.chain_id, **settings}
 
-    async def send(self, extrinsic: dict) -> dict:
-        "Carry out a signed call; its receipt."
-        signed = Extrinsic.read(extrinsic)
+    async def send(self, extrinsic: dict, inner: dict | None = None) -> dict:
+        "Carry out a signed call, with what it holds encrypted; its receipt."
+        signed = [Extrinsic.read(extrinsic), inner and Extrinsic.read(inner)]
         carry_out = self._substrate.extrinsics.carry_out
-        return vars(await run_in_threadpool(carry_out, signed))
+        return vars(await run_in_threadpool(carry_out, *signed))
+
+    async def receipt(self, extrinsic_hash: str, block: int) -> dict | None:
+        "Return the receipt of an extrinsic of a block."
+        found = self._chain.subnet.receipts.get(extrinsic_hash)
+        return vars(found) if found is not None and found.block == block else None
 
     async def wait_block(self, after: int, timeout: float) -> int:
         "Return the newest block as soon as it is above `after`, or at the timeout."

@@ -16,7 +16,7 @@ from typing import Any, Iterator
 
 from ..config import InputError
 from .chain import EmbeddedChain
-from .neurons import Neuron
+from .neurons import Commit, Neuron
 from .state import Receipt, SubnetState
 
 # %% ../../nbs/network/20_chain_store.ipynb #cc7008
@@ -205,14 +205,20 @@ class ChainStore:
 def _record(neuron: Neuron) -> str:
     "Write a neuron as JSON, which has no numbers as keys."
     pairs = {name: list(getattr(neuron, name).items()) for name in ("weights", "bonds")}
-    return json.dumps({**vars(neuron), **pairs})
+    return json.dumps({**vars(neuron), **pairs}, default=vars)
 
 
 def _neuron(record: str) -> Neuron:
     "Read what `_record` wrote; fields that it lacks have their defaults."
     values = json.loads(record)
     maps = {name: dict(values[name]) for name in ("weights", "bonds") if name in values}
-    return Neuron(**{**values, **maps})
+    commits = tuple(_commit(commit) for commit in values.get("commits", ()))
+    return Neuron(**{**values, **maps, "commits": commits})
+
+
+def _commit(values: dict) -> Commit:
+    "Make a commit of its record, in which tuples have become lists."
+    return Commit(**{**values, "weights": tuple(map(tuple, values["weights"]))})
 
 
 def _lock(path: Path) -> sqlite3.Connection:

@@ -54,6 +54,11 @@ class ChainSettings:
         weights_rate_limit: Blocks from one weight setting to the next. Without it: as
             stored, else 0.
         weights_version: Least version key of weights. Without it: as stored, else 0.
+        burn: TAO that a registration through the SDK costs. Without it: as stored,
+            else 0.1.
+        commit_reveal: Whether weights stay secret for some epochs. Without it: as
+            stored, else no.
+        reveal_period: Epochs for which they do. Without it: as stored, else 1.
         debug: Show the traceback of an error, and more in the log.
     """
 
@@ -70,6 +75,9 @@ class ChainSettings:
     immunity_period: Optional[NonNegativeInt] = None
     weights_rate_limit: Optional[NonNegativeInt] = None
     weights_version: Optional[NonNegativeInt] = None
+    burn: Optional[NonNegativeFloat] = None
+    commit_reveal: Optional[bool] = None
+    reveal_period: Optional[PositiveInt] = None
     debug: bool = False
 
     def __post_init__(self):
@@ -84,6 +92,7 @@ class ChainSettings:
         "Return what `EmbeddedChain` is made with; None: as stored."
         names = ("netuid", "tempo", "max_uids", "immunity_period")
         names += ("weights_rate_limit", "weights_version")
+        names += ("burn", "commit_reveal", "reveal_period")
         given = {name: getattr(self, name) for name in names}
         return {**given, "block_time": self.block_time or None}
 

@@ -28,7 +28,7 @@ def _inputs(
     for row, uid in enumerate(rows):
         me = neurons[uid]
         for other, weight in me.weights.items():
-            if other != uid and me.last_update > neurons[other].registered:
+            if other != uid and me.weights_block > neurons[other].registered:
                 weights[row, other] = weight
         for other, bond in me.bonds.items():
             if neurons[other].registered <= last:

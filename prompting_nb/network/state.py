@@ -17,6 +17,7 @@ from typing import Any, Iterable, Iterator, Protocol
 from bittensor.result import ChainError
 from bittensor.settings import RAO_PER_TAO
 
+from .commits import reveal
 from .epochs import run_epoch
 from .neurons import Neuron, Rules
 
@@ -153,11 +154,22 @@ class SubnetState:
         last, passed = self.last_step(self.block), self.block - self.clock
         rao = round(self.rules.emission * RAO_PER_TAO * passed)
         if self.neurons:
+            epoch = len(self.epochs) + 1
+            self.put(reveal(self.neurons, self.rules, epoch))
             self.put(run_epoch(self.neurons, self.block, last, self.rules, rao))
         self.epochs.append(self.block)
         self.clock = self.block
 
+    def epochs_until(self, block: int) -> int:
+        "Count the epochs up to a block."
+        return bisect_right(self.epochs, block)
+
     def last_step(self, block: int) -> int:
         "Return the block of the newest epoch up to `block`; 0 before the first one."
-        place = bisect_right(self.epochs, block)
-        return self.epochs[place - 1] if place else 0
+        count = self.epochs_until(block)
+        return self.epochs[count - 1] if count else 0
+
+    def next_epoch(self, block: int) -> int:
+        "Return the block of the first epoch after `block`."
+        count = self.epochs_until(block)
+        return (*self.epochs, self.clock + self.tempo)[count]

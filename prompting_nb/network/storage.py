@@ -60,7 +60,11 @@ _ITEMS: dict[str, Callable] = {
     "MaxAllowedUids": lambda state, neurons: state.max_uids,
     "Tempo": lambda state, neurons: state.tempo,
     "WeightsSetRateLimit": lambda state, neurons: state.weights_rate_limit,
-    "CommitRevealWeightsEnabled": lambda state, neurons: False,
+    "CommitRevealWeightsEnabled": lambda state, neurons: state.rules.commit_reveal,
+    "RevealPeriodEpochs": lambda state, neurons: state.rules.reveal_period,
+    "Burn": lambda state, neurons: round(state.rules.burn * RAO_PER_TAO),
+    "CollateralLockShare": lambda state, neurons: 0,
+    "PendingEpochAt": lambda state, neurons: 0,  # nobody triggers an epoch early
     "MinAllowedWeights": lambda state, neurons: state.rules.min_allowed_weights,
     "MaxWeightsLimit": lambda state, neurons: state.rules.weight_limit,
     "WeightsVersionKey": lambda state, neurons: state.rules.weights_version,
@@ -74,6 +78,15 @@ _ITEMS: dict[str, Callable] = {
     "SubnetEpochConsensus": lambda state, neurons: "Yuma",
 }
 
+# storage item -> value, given the subnet and a block
+_CLOCK: dict[str, Callable] = {
+    "SubnetEpochIndex": lambda state, block: state.epochs_until(block),
+    "LastEpochBlock": lambda state, block: (
+        state.last_step(block) or state.next_epoch(block) - state.tempo
+    ),
+    "BlocksSinceLastStep": lambda state, block: block - state.last_step(block),
+}
+
 # storage map -> (key, value) pairs, given the neurons
 _MAPS: dict[str, Callable] = {
     "SubtensorModule.Uids": lambda neurons: [
@@ -82,9 +95,23 @@ _MAPS: dict[str, Callable] = {
     "SubtensorModule.Weights": lambda neurons: [
         (uid, list(n.weights.items())) for uid, n in enumerate(neurons) if n.weights
     ],
+    "SubtensorModule.Bonds": lambda neurons: [
+        (uid, list(n.bonds.items())) for uid, n in enumerate(neurons) if n.bonds
+    ],
+    "SubtensorModule.TimelockedWeightCommits": lambda neurons: _commits(neurons),
     "Commitments.CommitmentOf": lambda neurons: [],
     "Commitments.RevealedCommitments": lambda neurons: [],
 }
+
+
+def _commits(neurons: tuple) -> list:
+    "Return the commits that are not revealed, by epoch: what one can see of them."
+    found: dict[int, list] = {}
+    for neuron in neurons:
+        for c in neuron.commits:
+            shown = (neuron.hotkey, c.block, c.ciphertext, c.reveal_round)
+            found.setdefault(c.epoch, []).append(shown)
+    return sorted(found.items())
 
 # %% ../../nbs/network/16_storage.ipynb #79c012
 class Queries:
@@ -116,13 +143,14 @@ class Queries:
             return round(self._row(block_hash)[0] * state.block_time * 1000)
         if full == "System.Account":
             return self._account(str(netuid), block_hash)
-        items = _ITEMS if module == "SubtensorModule" else {}
+        items = {**_ITEMS, **_CLOCK} if module == "SubtensorModule" else {}
         read = _known(items, name, full)
         self._before()
         with state.lock:
             if netuid != state.netuid:
                 return None
-            return read(state, self._row(block_hash)[1], *keys)
+            block, neurons = self._row(block_hash)
+            return read(state, block if name in _CLOCK else neurons, *keys)
 
     def _account(self, coldkey: str, block_hash: str | None) -> dict:
         "Return the free balance of a coldkey, which is known as of now only."
@@ -152,27 +180,49 @@ class Queries:
         self,
         api: str,  # of the runtime
         method: str,
-        params: Any,  # the netuid
+        params: Any,  # the netuid comes last
         block_hash: str | None = None,  # None: the newest block
     ) -> Any:  # None for another subnet
         "Answer a runtime call."
-        state = self._state
-        if (api, method) == ("SwapRuntimeApi", "current_alpha_price"):
-            self._before()
-            return RAO_PER_TAO if params == [state.netuid] else None
-        if (api, method) != ("SubnetInfoRuntimeApi", "get_metagraph"):
+        if (answer := _RUNTIME.get((api, method))) is None:
             raise UnknownCall(f"the embedded chain does not answer {api}.{method}")
         self._before()
-        with state.lock:
+        with self._state.lock:
             block, neurons = self._row(block_hash)
-            ours = params == [state.netuid]
-            return _graph(state, neurons, block) if ours else None
+            *keys, netuid = params
+            ours = netuid == self._state.netuid
+            return answer(self._state, block, neurons, *keys) if ours else None
 
     def constant(self, module: str, name: str) -> int:
         "Return a constant of a pallet."
         if (module, name) != ("Balances", "ExistentialDeposit"):
             raise UnknownCall(f"the embedded chain has no constant {module}.{name}")
         return 500  # rao
+
+
+def _stake_info(state: SubnetState, block: int, neurons: tuple, *keys: str) -> dict:
+    "Return the stake that a coldkey has on a hotkey."
+    hotkey, coldkey = keys
+    held = [n.stake for n in neurons if (n.hotkey, n.coldkey) == (hotkey, coldkey)]
+    return {"hotkey": hotkey, "coldkey": coldkey, "stake": sum(held)}
+
+
+# runtime call -> answer, given the subnet, a block, its neurons and further parameters
+_RUNTIME: dict[tuple[str, str], Callable] = {
+    ("SubnetInfoRuntimeApi", "get_metagraph"): lambda state, block, neurons: _graph(
+        state, neurons, block
+    ),
+    ("SubnetInfoRuntimeApi", "get_next_epoch_start_block"): (
+        lambda state, block, neurons: state.next_epoch(block)
+    ),
+    (
+        "StakeInfoRuntimeApi",
+        "get_stake_info_for_hotkey_coldkey_netuid",
+    ): _stake_info,
+    ("SwapRuntimeApi", "current_alpha_price"): lambda state, block, neurons: (
+        RAO_PER_TAO
+    ),
+}
 
 
 def _known(table: dict, name: str, full_name: str) -> Callable:
