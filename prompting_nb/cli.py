@@ -27,6 +27,11 @@ def _later(module: str, name: str) -> Callable:
 
 
 COMMANDS = {  # name: parser, function that takes what it parsed, and one line of help
+    "ask": (
+        _later("loop.ask", "ask_parser"),
+        _later("loop.ask", "run_ask"),
+        "ask a question through a trained gate, or one miner",
+    ),
     "chain": (
         _later("network.command", "chain_parser"),
         _later("network.command", "run_chain"),
@@ -46,6 +51,16 @@ COMMANDS = {  # name: parser, function that takes what it parsed, and one line o
         _later("reward.command", "reward_parser"),
         _later("reward.command", "run_reward"),
         "train, evaluate and use a reward model",
+    ),
+    "route": (
+        _later("loop.ask", "route_parser"),
+        _later("loop.ask", "run_route"),
+        "say which miners a question would go to, and why",
+    ),
+    "subnet": (
+        _later("loop.subnet", "subnet_parser"),
+        _later("loop.subnet", "run_subnet"),
+        "run a chain, miners and a validator on this machine",
     ),
     "validator": (
         _later("loop.validator", "validator_parser"),

@@ -21,7 +21,7 @@ from prometheus_client import generate_latest
 from ..config import InputError
 from .service import NotReady, Service
 from ..validators.event import Event
-from ..validators.validator import Round
+from ..validators.validator import Round, Validator
 
 # %% ../../nbs/loop/11_endpoint.ipynb #c010
 _log = logging.getLogger(__name__)
@@ -130,10 +130,10 @@ class Endpoint:
             self._places.release()
 
     def _ask(self, prompt: str) -> dict:
-        return as_answer(self.service, *self.service.step(prompt))
+        return as_answer(self.service.validator, *self.service.step(prompt))
 
     def _route(self, prompt: str) -> dict:
-        return as_answer(self.service, self.service.route(prompt))
+        return as_answer(self.service.validator, self.service.route(prompt))
 
     async def _health(self, request: web.Request) -> web.Response:
         "Say that the process answers."
@@ -155,12 +155,12 @@ class Endpoint:
 
 # %% ../../nbs/loop/11_endpoint.ipynb #c011
 def as_answer(
-    service: Service,
+    validator: Validator,  # whose gate chose
     round: Round,
     event: Optional[Event] = None,  # `None`: nobody was asked
 ) -> dict:  # plain values, as for JSON
     "Describe who was chosen and why, and what they answered."
-    averages, posterior = service.validator.averages, round.scores.detach().tolist()
+    averages, posterior = validator.averages, round.scores.detach().tolist()
     rows = []
     for i, (uid, neuron) in enumerate(zip(round.uids, round.neurons)):
         row = {
