@@ -300,15 +300,18 @@ def test_the_rules_of_commits_are_kept(caplog):
 
 
 def test_committed_weights_do_not_reach_a_newcomer_on_the_uid():
-    chain, validators = a_subnet(commit_reveal=True)
+    chain, validators = a_subnet(commit_reveal=True, reveal_period=2)
     with closing(chain.client()) as client:
         set_weights(client, validators[0], {3: 1.0, 4: 1.0})
         chain.step()
         chain.replace(3, make_wallet("newcomer"))
-        set_weights(client, validators[0], {4: 1.0})  # the newest commit is younger than the newcomer
+        chain.step(TEMPO - 1)
+        set_weights(client, validators[0], {3: 1.0})  # this commit is younger than the newcomer
         chain.step(TEMPO)
-        graph = client.subnets.metagraph(1)
-        assert (graph.neuron(3).incentive, graph.neuron(4).incentive) == (0, 1)
+        assert set(chain.weights[0]) == {3, 4}  # revealed, and only one of them counts
+        assert [client.subnets.metagraph(1).neuron(uid).incentive for uid in (3, 4)] == [0, 1]
+        chain.step(TEMPO)
+        assert [client.subnets.metagraph(1).neuron(uid).incentive for uid in (3, 4)] == [1, 0]
 
 
 def test_a_copier_earns_less_when_weights_stay_secret():

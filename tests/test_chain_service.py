@@ -301,9 +301,11 @@ def test_registering_and_committing_through_a_served_chain_that_is_started_again
             operator.step()
             client.execute(bt.SetWeights(netuid=1, weights={1: 1.0}), alice).raise_for_failure()
             assert operator.weights == {} and len(client.weights.timelocked_weight_commits(1)[0]) == 1
-        before = chain.subnet.neurons
+        before = {name: getattr(chain.subnet, name) for name in chain.subnet.contents}
+        assert before["count"] == len(before["receipts"]) == 5  # a carrier and its inner call, twice, and a commit
     with open_chain(tmp_path) as chain, ChainServer(chain, token="t") as server:
-        assert chain.subnet.neurons == before and chain.subnet.rules.commit_reveal
+        assert {name: getattr(chain.subnet, name) for name in before} == before
+        assert chain.subnet.rules.commit_reveal and chain.subnet.balances[bob.coldkeypub.ss58_address] == 5 * 10**8
         operator = RemoteChain(server.address, "t")
         operator.step(10)
         assert operator.weights == {0: {1: 1.0}}

@@ -109,6 +109,22 @@ def test_without_weights_that_count_emission_follows_the_stake():
     near([n.emission for n in weighed], [RAO // 2, RAO // 2], 1)
 
 
+def test_stake_without_a_permit_earns_nothing_when_nobody_weighs():
+    neurons = (*row([1, 1], 0), Neuron("rich", "rich", 8))
+    near([n.emission for n in run_epoch(neurons, 1, 0, RULES, RAO)], [RAO // 2, RAO // 2, 0], 1)
+
+
+@pytest.mark.parametrize("registered, held", [(9, [U16, 7281]), (10, [U16, 7281]), (11, [0, U16])])
+def test_bonds_to_a_neuron_that_registered_after_the_epoch_before_are_dropped(registered, held):
+    "Of two validators one held all bonds to it; now the other one weighs it, and buys a tenth (of .9), or all."
+    neurons = row([1, 1], 2)
+    neurons = weigh(weigh(neurons, 0, {2: U16}, 12), 1, {2: U16, 3: U16}, 12)
+    neurons = tuple(replace(n, bonds={3: U16}) if u == 0 else replace(n, registered=registered) if u == 3 else n
+                    for u, n in enumerate(neurons))
+    after = run_epoch(neurons, 20, 10, Rules(max_validators=8), RAO)
+    near([after[u].bonds.get(3, 0) for u in (0, 1)], held, 1)
+
+
 @pytest.mark.parametrize("stakes, most, permits", [
     ([1, 3, 2, 0], 2, [False, True, True, False]),
     ([5, 5, 5, 0], 2, [True, True, False, False]),

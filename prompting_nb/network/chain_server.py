@@ -196,9 +196,10 @@ class BlockClock:
             try:
                 self._step()
                 failing = False
-            except OSError as error:
+            except Exception as error:  # a full disk, for example: try again
                 if not failing:
-                    _log.error("no block can be turned: %s", error)
+                    trace = None if isinstance(error, OSError) else error
+                    _log.error("no block can be turned: %s", error, exc_info=trace)
                 failing = True
 
 # %% ../../nbs/network/21_chain_server.ipynb #a05016
