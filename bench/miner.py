@@ -156,7 +156,7 @@ class OurClient(Numbered):
     "Our Dendrite, awaited from many tasks as the stock one is."
 
     def __init__(self, server: Server):
-        self.dendrite, self.server = Dendrite(make_wallet("caller 7")), server
+        self.dendrite, self.server = Dendrite(make_wallet("caller 7"), allow_private=True), server
 
     async def ask(self, begin):
         answer, = await self.dendrite([self.server.target], self.question())

@@ -380,7 +380,7 @@ def test_a_thousand_slow_clients(part):
             until(lambda: axon._server.connections >= 900)
             for line in lines[::10]:
                 line.sendall(b"x")
-            with Dendrite(VALIDATOR) as dendrite:
+            with Dendrite(VALIDATOR, allow_private=True) as dendrite:
                 good = [dendrite.query([axon], QUESTION, timeout=5)[0].dendrite.status_code for _ in range(100)]
             assert good == [200] * 100
             until(lambda: axon._server.connections <= 10)  # and the slow ones are sent away
@@ -1050,7 +1050,7 @@ def ok(body, more=b""):
 
 @pytest.fixture
 def dendrite():
-    with Dendrite(VALIDATOR, max_answer=50_000) as dendrite:
+    with Dendrite(VALIDATOR, allow_private=True, max_answer=50_000) as dendrite:
         yield dendrite
 
 
@@ -1227,7 +1227,7 @@ def test_chain_away(chain, caplog):
     with chain.client() as client:
         miner = Echo(wallet=MINER, subtensor=client)
         miner.runner.stopping = Hurried()
-        with miner, Dendrite(VALIDATOR) as dendrite:
+        with miner, Dendrite(VALIDATOR, allow_private=True) as dendrite:
             chain.fail(9)
             chain.step()
             assert {ask(dendrite, miner.axon).dendrite.status_code for _ in range(20)} == {200}
@@ -1303,7 +1303,7 @@ def test_sigterm_under_load(tmp_path):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes) as process:
         there = SimpleNamespace(hotkey=ME, axon=f"127.0.0.1:{int(process.stdout.readline())}")
-        with Dendrite(VALIDATOR) as dendrite, ThreadPoolExecutor(1) as pool:
+        with Dendrite(VALIDATOR, allow_private=True) as dendrite, ThreadPoolExecutor(1) as pool:
             questions = [Prompting.ask(f"{i}", timeout=SECONDS) for i in range(300)]
 
             async def all_of_them():

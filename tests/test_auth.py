@@ -8,9 +8,11 @@ import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bittensor import http_auth
+from bittensor.sp_core import ss58_decode, ss58_encode
 
 from prompting_nb.network import auth
 from prompting_nb.network.auth import (
@@ -22,6 +24,7 @@ from prompting_nb.network.auth import (
     MemoryNonces,
     Refusal,
     answer_fits,
+    claimed_hotkey,
     sign_answer,
     sign_request,
 )
@@ -488,6 +491,16 @@ def test_a_refusal_says_what_it_was_given():
     plain, full = Refusal(500, "broken"), Refusal(429, "too many", "quota", ((b"retry-after", b"1"),))
     assert (plain.status, plain.reason, plain.kind, plain.headers, str(plain)) == (500, "broken", "other", (), "broken")
     assert (full.status, full.reason, full.kind, full.headers) == (429, "too many", "quota", ((b"retry-after", b"1"),))
+
+
+@pytest.mark.parametrize("sender, receiver", [(0, None), (None, 2), (2, 0)])
+def test_the_same_key_under_another_prefix_is_the_same_caller(gate, sender, receiver):
+    spelt = lambda address, prefix: address if prefix is None else ss58_encode(ss58_decode(address), prefix)
+    signer = SimpleNamespace(ss58_address=spelt(CALLER, sender), crypto_type=1, sign=VALIDATOR.hotkey.sign)
+    headers = sign_request(signer, BODY, path="/Prompting", receiver=spelt(ME, receiver), nonce=START)
+    assert gate.verify(raw(headers), BODY, "POST", "/Prompting").hotkey == CALLER
+    assert claimed_hotkey(raw(headers)) == signer.ss58_address
+    assert refused(gate.verify, raw(signed()), BODY, "POST", "/Prompting").kind == "ReplayedRequest"
 
 
 # Answers --------------------------------------------------------------------------------------------------------------

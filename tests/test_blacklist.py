@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from bittensor.sp_core import ss58_decode, ss58_encode
 
 from prompting_nb.baseminer.blacklist import (
     Caller,
@@ -22,25 +23,14 @@ from prompting_nb.baseminer.blacklist import (
     validator_permit,
     whitelist,
 )
+from prompting_nb.baseminer.flags import BlacklistSettings
+from prompting_nb.baseminer.priority import StakePriority
+from prompting_nb.config import InputError
+from prompting_nb.network.chain import make_wallet
 
-STRANGER, MEMBER = Caller("stranger"), Caller("member", 3, 10.0, True)
-
-
-def exactly(verdict, blacklisted, reason):
-    assert verdict.blacklisted is blacklisted and verdict.reason == reason and bool(verdict) is blacklisted
-
-
-def test_each_rule_refuses_in_its_own_words():
-    exactly(whitelist(["member"])(MEMBER), False, "hotkey is whitelisted")
-    exactly(blacklist(["member"])(MEMBER), True, "hotkey is blacklisted")
-    exactly(registration()(STRANGER), True, "hotkey is not registered")
-    exactly(validator_permit()(STRANGER), True, "hotkey has no validator permit")
-    exactly(minimum_stake(10.5)(MEMBER), True, "stake 10 is below the required 10.5")
-    admitted = [whitelist(["memb"]), blacklist("members"), registration(), registration(True), validator_permit(),
-                validator_permit(False), minimum_stake(10.0), whitelist(None)]  # fmt: skip
-    assert [rule(MEMBER) for rule in admitted] == [None] * len(admitted)
-    assert registration(True)(STRANGER) is None and validator_permit(False)(STRANGER) is None
-    assert whitelist("member")(Caller("mem")) is None  # a string is one hotkey and no set of letters
+KEYS = {name: make_wallet(name).hotkey.ss58_address for name in ("stranger", "member", "white", "black")}
+STRANGER, MEMBER = Caller(KEYS["stranger"]), Caller(KEYS["member"], 3, 10.0, True)
+ELSEWHERE = ss58_encode(ss58_decode(MEMBER.hotkey), 0)  # the same key on another network
 
 
 class Clock:
@@ -48,6 +38,62 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+
+def exactly(verdict, blacklisted, reason):
+    assert verdict.blacklisted is blacklisted and verdict.reason == reason and bool(verdict) is blacklisted
+
+
+def test_each_rule_refuses_in_its_own_words():
+    exactly(whitelist([MEMBER.hotkey])(MEMBER), False, "hotkey is whitelisted")
+    exactly(blacklist([MEMBER.hotkey])(MEMBER), True, "hotkey is blacklisted")
+    exactly(registration()(STRANGER), True, "hotkey is not registered")
+    exactly(validator_permit()(STRANGER), True, "hotkey has no validator permit")
+    exactly(minimum_stake(10.5)(MEMBER), True, "stake 10 is below the required 10.5")
+    admitted = [whitelist([STRANGER.hotkey]), blacklist(STRANGER.hotkey), registration(), registration(True), validator_permit(),
+                validator_permit(False), minimum_stake(10.0), whitelist(None)]  # fmt: skip
+    assert [rule(MEMBER) for rule in admitted] == [None] * len(admitted)
+    assert registration(True)(STRANGER) is None and validator_permit(False)(STRANGER) is None
+    assert whitelist(MEMBER.hotkey)(Caller(MEMBER.hotkey[:-1])) is None  # a string is one hotkey and no set of letters
+
+
+def test_a_key_is_the_same_whatever_its_prefix():
+    for rule in (whitelist, blacklist):
+        for listed in (MEMBER.hotkey, ELSEWHERE, f"\t{MEMBER.hotkey}\n"):
+            heard = [rule([listed])(MEMBER), rule(listed)(Caller(ELSEWHERE)), rule(listed)(STRANGER)]
+            assert [verdict is not None for verdict in heard] == [True, True, False]
+    limiter = RateLimiter(1, 10.0, Clock())
+    assert limiter.admit(MEMBER.hotkey) and not limiter.admit(ELSEWHERE) and limiter.retry_after(ELSEWHERE) == 10.0
+    rule = rate_limit(RateLimiter(2, 10.0, Clock()))
+    assert [rule(Caller(key)) is None for key in (MEMBER.hotkey, ELSEWHERE, MEMBER.hotkey)] == [True, True, False]
+    callers = index_callers(SimpleNamespace(hotkeys=[ELSEWHERE]))
+    found = find_caller(SimpleNamespace(dendrite=SimpleNamespace(hotkey=MEMBER.hotkey)), callers)
+    assert callers == {MEMBER.hotkey: Caller(MEMBER.hotkey, 0)} and found.uid == 0
+    assert find_caller(SimpleNamespace(dendrite=SimpleNamespace(hotkey=ELSEWHERE)), {MEMBER.hotkey: MEMBER}) is MEMBER
+    clock = Clock()
+    priority = StakePriority(clock=clock)
+    priority(MEMBER)
+    clock.now += 30
+    assert priority(Caller(ELSEWHERE, 3, 10.0)) > 10.0  # it was heard before
+
+
+@pytest.mark.parametrize("wrong", ["", " ", "member", KEYS["member"][:-1], KEYS["member"].lower(), f"0x{'00' * 32}",
+                                   f"{KEYS['member']} {KEYS['white']}", f"{KEYS['member']},{KEYS['white']}", "\ud800"])  # fmt: skip
+def test_an_entry_that_is_no_address_is_refused(wrong):
+    for make in (lambda: whitelist([KEYS["white"], wrong]), lambda: blacklist(wrong)):
+        with pytest.raises(InputError, match="the (white|black)list: .* is no ss58 address: .*; give whole ss58 addresses"):
+            make()
+    for name in ("whitelist", "blacklist"):
+        with pytest.raises(InputError, match=f"--miner.blacklist.{name}: "):
+            BlacklistSettings(**{name: [wrong]})
+    for entry in (7, None, b"x", make_wallet("member").hotkey):
+        with pytest.raises(InputError):
+            blacklist([entry])
+
+
+def test_settings_hold_the_hotkeys_as_the_metagraph_writes_them():
+    settings = BlacklistSettings(whitelist=[f" {ELSEWHERE} "], blacklist=[])
+    assert settings.whitelist == [MEMBER.hotkey] and settings.blacklist == []
 
 
 def test_the_rate_limit_counts_each_hotkey_and_says_when_to_come_back():
@@ -108,15 +154,15 @@ def test_what_a_rule_may_return(result, blacklisted, reason):
 
 def test_the_first_rule_with_a_verdict_decides():
     exactly(judge([], MEMBER), False, "admitted")
-    exactly(judge([blacklist(["member"])], None), True, "the request names no hotkey")
-    exactly(judge([whitelist(["member"]), blacklist(["member"])], MEMBER), False, "hotkey is whitelisted")
-    exactly(judge([blacklist(["member"]), whitelist(["member"])], MEMBER), True, "hotkey is blacklisted")
+    exactly(judge([blacklist([MEMBER.hotkey])], None), True, "the request names no hotkey")
+    exactly(judge([whitelist([MEMBER.hotkey]), blacklist([MEMBER.hotkey])], MEMBER), False, "hotkey is whitelisted")
+    exactly(judge([blacklist([MEMBER.hotkey]), whitelist([MEMBER.hotkey])], MEMBER), True, "hotkey is blacklisted")
 
 
 def test_a_rule_that_fails_refuses_and_is_logged(caplog):
     exactly(judge([lambda caller: 1 / 0], MEMBER), True, "a rule of this miner failed")
     record, = caplog.records
-    assert record.getMessage() == "a blacklist rule failed for member, which is therefore refused"
+    assert record.getMessage() == f"a blacklist rule failed for {MEMBER.hotkey}, which is therefore refused"
     assert record.exc_info[0] is ZeroDivisionError
     with pytest.raises(KeyboardInterrupt):
         judge([lambda caller: (_ for _ in ()).throw(KeyboardInterrupt)], MEMBER)
@@ -125,7 +171,7 @@ def test_a_rule_that_fails_refuses_and_is_logged(caplog):
 def test_who_sent_a_request():
     callers = {"member": MEMBER}
     of = lambda hotkey: find_caller(SimpleNamespace(dendrite=SimpleNamespace(hotkey=hotkey)), callers)
-    assert of("member") is MEMBER and of("stranger") == STRANGER and not of("stranger").registered
+    assert of("member") is MEMBER and of("stranger") == Caller("stranger") and not of("stranger").registered
     assert [of(nobody) for nobody in (None, "", 7, b"member")] == [None] * 4
     assert find_caller(SimpleNamespace(), callers) is find_caller(SimpleNamespace(dendrite=None), callers) is None
 
@@ -140,12 +186,12 @@ def test_callers_of_either_kind_of_metagraph():
 
 def test_the_standard_rules_stand_in_the_documented_order():
     clock = Clock()
-    settings = SimpleNamespace(whitelist=["white"], blacklist=["white", "black"], allow_non_registered=False,
+    settings = SimpleNamespace(whitelist=[KEYS["white"]], blacklist=[KEYS["white"], KEYS["black"]], allow_non_registered=False,
                                force_validator_permit=True, minimum_stake_requirement=5.0, quota=1, window=9.0)  # fmt: skip
     rules = standard_rules(settings, clock)
     said = lambda caller: judge(rules, caller).reason
-    assert said(Caller("white")) == "hotkey is whitelisted"
-    assert said(Caller("black")) == "hotkey is blacklisted"
+    assert said(Caller(KEYS["white"])) == "hotkey is whitelisted"
+    assert said(Caller(KEYS["black"])) == "hotkey is blacklisted"
     assert said(Caller("x")) == "hotkey is not registered"
     assert said(Caller("x", 1)) == "hotkey has no validator permit"
     assert said(Caller("x", 1, 4.0, True)) == "stake 4 is below the required 5"

@@ -5,14 +5,15 @@ import json
 import re
 import time
 import uuid
+from types import SimpleNamespace
 
 import pytest
-from bittensor.sp_core import verify
+from bittensor.sp_core import ss58_decode, ss58_encode, verify
 
 from prompting_nb.network.auth import Gatekeeper, Refusal
 from prompting_nb.network.chain import make_wallet
 from prompting_nb.network.legacy import (
-    body_hashes,
+    body_hash,
     is_legacy,
     legacy_answer_headers,
     legacy_headers,
@@ -64,9 +65,9 @@ def refusal(gate, headers):
 
 def test_a_caller_is_what_the_signed_line_says(gate):
     headers = signed()
-    caller, body_hash = verify_legacy(gate, raw(headers))
+    caller, covered = verify_legacy(gate, raw(headers))
     assert caller == Terminal(hotkey=CALLER, nonce=START, uuid=headers[HERE + "uuid"], version="bittensor 10005000")
-    assert body_hash == headers["computed_body_hash"]
+    assert covered == headers["computed_body_hash"]
 
 
 def test_a_forged_request_does_not_use_up_the_nonce_of_its_victim(gate):
@@ -126,13 +127,13 @@ def test_a_missing_hash_counts_as_empty(gate):
     line = f"{START}.{CALLER}.{ME}.u.".encode()
     headers = signed(uuid="u", signature="0x" + VALIDATOR.hotkey.sign(line).hex(), version="7.2.0-and-a-long-tail")
     del headers["computed_body_hash"]
-    caller, body_hash = verify_legacy(gate, raw(headers))
-    assert (body_hash, caller.version) == ("", "bittensor 7.2.0-and-a-")
+    caller, covered = verify_legacy(gate, raw(headers))
+    assert (covered, caller.version) == ("", "bittensor 7.2.0-and-a-")
     with pytest.raises(Refusal) as refused:
-        read_legacy(b'{"roles": ["user"], "messages": ["x"]}', body_hash, 120.0)
+        read_legacy(b'{"roles": ["user"], "messages": ["x"]}', covered, 120.0)
     assert (refused.value.status, refused.value.kind) == (401, "BadSignature")
     assert refused.value.reason == ("BadSignature: the signed hash is not that of the body; "
-                                    'required_hash_fields must be ("roles", "messages")')
+                                    'required_hash_fields must be ("roles", "messages"), in this order')
 
 
 def test_a_request_without_version_is_accepted(gate):
@@ -141,19 +142,49 @@ def test_a_request_without_version_is_accepted(gate):
     assert verify_legacy(gate, raw(headers))[0].version == "bittensor "
 
 
-def test_the_hash_covers_roles_and_messages_in_either_order():
+def test_the_hash_covers_roles_and_then_messages():
     sha = lambda text: hashlib.sha3_256(text.encode("utf-8", "surrogatepass")).hexdigest()
     roles, messages = ("user",), ("\ud800 ä",)  # of a surrogate alone only its name is hashed
     one, other = sha("['user']"), sha(str(list(messages)))
-    assert body_hashes(roles, messages) == (sha(one + other), sha(other + one))
-    assert signed()["computed_body_hash"] == body_hashes(QUESTION.roles, QUESTION.messages)[0]
+    assert body_hash(roles, messages) == sha(one + other)
+    assert signed()["computed_body_hash"] == body_hash(QUESTION.roles, QUESTION.messages)
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_a_question_is_read_with_its_class_and_bounded_time_limit(order):
+def test_a_question_is_read_with_its_class_and_bounded_time_limit():
     body = b'{"roles": ["user"], "messages": ["x"], "timeout": 500.0}'
-    read = read_legacy(body, body_hashes(("user",), ("x",))[order], 120.0, StreamPrompting)
+    read = read_legacy(body, body_hash(("user",), ("x",)), 120.0, StreamPrompting)
     assert (type(read), read.timeout, read.prompt) == (StreamPrompting, 120.0, "x")
+
+
+@pytest.mark.parametrize("roles, messages", [
+    (["user"], ["system"]), (["user", "assistant"], ["assistant", "user"]), (["user"], ["What is 6 times 7?"]),
+])  # fmt: skip
+def test_roles_and_messages_do_not_change_places(roles, messages):
+    read = lambda *lists: read_legacy(json.dumps(dict(zip(("roles", "messages"), lists))).encode(), covered, 120.0)
+    covered = body_hash(tuple(roles), tuple(messages))
+    assert read(roles, messages).prompt
+    with pytest.raises(Refusal, match="BadSignature"):
+        read(messages, roles)
+    covered = body_hash(tuple(messages), tuple(roles))  # by a class that lists the messages first
+    with pytest.raises(Refusal, match="in this order"):
+        read(roles, messages)
+
+
+@pytest.mark.parametrize("role", ["User", "user ", "", "tool", "What is 6 times 7?", "x" * 1000, "\u00fcser"])
+def test_a_role_is_one_of_three(role):
+    body = json.dumps({"roles": ["user", role], "messages": ["x", "y"]}).encode()
+    with pytest.raises(ValueError, match="is none of system, user, assistant") as refused:
+        read_legacy(body, body_hash(("user", role), ("x", "y")), 120.0)
+    assert len(str(refused.value)) < 100
+
+
+def test_the_same_key_under_another_prefix_is_the_same_caller(gate):
+    key, elsewhere = VALIDATOR.hotkey, ss58_encode(ss58_decode(CALLER), 0)
+    here = ss58_encode(ss58_decode(ME), 2)
+    signer = SimpleNamespace(ss58_address=elsewhere, sign=key.sign)
+    caller, _ = verify_legacy(gate, raw(legacy_headers(signer, QUESTION, here, START)))
+    assert caller.hotkey == CALLER
+    assert refusal(gate, signed())[1].startswith("ReplayedRequest")  # one nonce, whatever the address
 
 
 @pytest.mark.parametrize("headers, old", [
@@ -169,13 +200,13 @@ def test_headers_of_a_question():
     headers = legacy_headers(VALIDATOR.hotkey, QUESTION, ME)
     nonce, unique = int(headers[HERE + "nonce"]), headers[HERE + "uuid"]
     assert before <= nonce <= time.time_ns() and str(uuid.UUID(unique)) == unique
-    body_hash = body_hashes(QUESTION.roles, QUESTION.messages)[0]
+    covered = body_hash(QUESTION.roles, QUESTION.messages)
     signature = headers.pop(HERE + "signature")
     assert headers == {
-        "name": "Prompting", "timeout": "5.0", "computed_body_hash": body_hash, "bt_header_axon_hotkey": ME,
+        "name": "Prompting", "timeout": "5.0", "computed_body_hash": covered, "bt_header_axon_hotkey": ME,
         HERE + "version": "10005000", HERE + "nonce": str(nonce), HERE + "uuid": unique, HERE + "hotkey": CALLER,
     }  # fmt: skip
-    line = f"{nonce}.{CALLER}.{ME}.{unique}.{body_hash}".encode()
+    line = f"{nonce}.{CALLER}.{ME}.{unique}.{covered}".encode()
     assert verify(line, bytes.fromhex(signature.removeprefix("0x")), CALLER, 1)
 
 

@@ -229,7 +229,7 @@ def test_miners_of_the_network_do_not_read_the_environment(monkeypatch):
     monkeypatch.setenv("PROMPTING_NB_AXON__PORT", "1")  # a port that nobody may listen on, and that two could not share
     monkeypatch.setenv("PROMPTING_NB_MINER__BLACKLIST__QUOTA", "1")
     workers = [Worker(name, lambda prompt: "yes") for name in ("a", "b")]
-    with Network(workers) as network, Dendrite(network.wallet) as dendrite:
+    with Network(workers) as network, Dendrite(network.wallet, allow_private=True) as dendrite:
         neurons = network.client.subnets.metagraph(1).neurons[1:]
         for _ in range(3):
             answers = dendrite.query(neurons, Prompting.ask("hello"), timeout=10)

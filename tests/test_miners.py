@@ -123,7 +123,7 @@ def test_requests_that_wait_become_one_batch(models, place):
         return LanguageModel.generate(miner.language_model, requests)
 
     miner.language_model.batcher = Batcher(work, 8)
-    with miner, Dendrite(VALIDATOR) as dendrite, ThreadPoolExecutor(8) as callers:
+    with miner, Dendrite(VALIDATOR, allow_private=True) as dendrite, ThreadPoolExecutor(8) as callers:
         ask = lambda number: dendrite.query([miner.axon], Prompting.ask(f"Question {number}", timeout=SECONDS))[0]
         asked = [callers.submit(ask, 0)]
         assert begun.wait(SECONDS)
@@ -249,7 +249,7 @@ def test_a_slow_server_does_not_block_others_and_hears_when_the_caller_leaves(pl
             left.set()
         return JSONResponse({"choices": [{"message": {"content": word}}]})
 
-    with served(handle) as url, remote_miner(url, place) as miner, Dendrite(VALIDATOR) as dendrite:
+    with served(handle) as url, remote_miner(url, place) as miner, Dendrite(VALIDATOR, allow_private=True) as dendrite:
         with ThreadPoolExecutor(1) as other:
             slow = other.submit(dendrite.query, [miner.axon], Prompting.ask("slow", timeout=2.0))
             assert arrived.wait(SECONDS)
@@ -266,7 +266,7 @@ def test_the_key_is_in_no_message(place):
         return JSONResponse({"error": {"message": "wrong key"}}, 401)
 
     with served(handle) as url, remote_miner(url, place, api_key="sk-very-secret") as miner:
-        with Dendrite(VALIDATOR) as dendrite:
+        with Dendrite(VALIDATOR, allow_private=True) as dendrite:
             answer, = dendrite.query([miner.axon], Prompting.ask("Hi"))
     assert answer.dendrite.status_code == 500 and "secret" not in str(answer)
 
@@ -292,7 +292,7 @@ def test_the_command_ends_orderly(end):
     signal.signal(signal.SIGINT, before)
     try:
         target = type("Target", (), {"hotkey": make_wallet("default").hotkey.ss58_address, "axon": f"127.0.0.1:{port}"})
-        with Dendrite(VALIDATOR) as dendrite:
+        with Dendrite(VALIDATOR, allow_private=True) as dendrite:
             answer, = dendrite.query([target], Prompting.ask("Hi"))
         assert answer.completion == "The meaning of life is 42.", answer.dendrite
         process.send_signal(end)

@@ -608,7 +608,7 @@ def test_ipv6_loopback():
         axon = Axon(MINER, host="::1").attach(echo).start()
     except OSError:
         pytest.skip("no IPv6 here")
-    with axon, Dendrite(VALIDATOR) as dendrite:
+    with axon, Dendrite(VALIDATOR, allow_private=True) as dendrite:
         assert dendrite.query([axon], Prompting.ask("hello"))[0].completion == "hello"
 
 
@@ -624,7 +624,7 @@ def test_ctrl_c_ends_a_process_whose_handlers_hang():
         def hang(synapse):
             print("hanging", flush=True)
             threading.Event().wait()
-        with Dendrite(make_wallet(1)) as dendrite, Axon(make_wallet(2), drain=0.2).attach(hang) as axon:
+        with Dendrite(make_wallet(1), allow_private=True) as dendrite, Axon(make_wallet(2), drain=0.2).attach(hang) as axon:
             dendrite.query([axon], Prompting.ask("x", timeout=600))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE,
@@ -640,7 +640,7 @@ def test_ctrl_c_ends_a_process_whose_handlers_hang():
 
 @pytest.fixture
 def dendrite():
-    with Dendrite(VALIDATOR, max_answer=20_000) as dendrite:
+    with Dendrite(VALIDATOR, allow_private=True, max_answer=20_000) as dendrite:
         yield dendrite
 
 
@@ -781,7 +781,7 @@ def test_cancelling_the_question_cancels_the_requests(dendrite):
 
 def test_a_forgotten_dendrite_ends_its_thread():
     until(lambda: threads_of("dendrite") == [])
-    asking = Dendrite(VALIDATOR)
+    asking = Dendrite(VALIDATOR, allow_private=True)
     assert asking.query([], Prompting.ask("x")) == [] and len(threads_of("dendrite")) == 1
     del asking
     gc.collect()
@@ -791,7 +791,7 @@ def test_a_forgotten_dendrite_ends_its_thread():
 def test_no_nonce_is_used_twice_even_when_the_clock_stands_still():
     with Axon(MINER).attach(echo) as axon:
         now = time.time_ns()  # after the axon's start, before which it takes no nonce
-        with Dendrite(VALIDATOR, clock=lambda: now) as dendrite:
+        with Dendrite(VALIDATOR, allow_private=True, clock=lambda: now) as dendrite:
             answers = [dendrite.query([axon], Prompting.ask("hello"))[0] for _ in range(3)]
     assert [a.dendrite.status_message for a in answers] == ["Success"] * 3
 
@@ -799,7 +799,7 @@ def test_no_nonce_is_used_twice_even_when_the_clock_stands_still():
 @pytest.mark.parametrize("end, status", [(b"", 422), (b'{"done": true}\n', 200)], ids=["cut off", "complete"])
 def test_a_stream_without_its_last_line_is_no_completion(end, status):
     reply = ok(b'{"piece": "Half of "}\n{"piece": "it"}\n' + end)
-    with Dendrite(VALIDATOR, require_signed=False) as trusting:
+    with Dendrite(VALIDATOR, allow_private=True, require_signed=False) as trusting:
         stream = trusting.stream(Raw(reply), Prompting.ask("x"), timeout=SECONDS)
         assert list(stream) == ["Half of ", "it"]
     got = stream.answer

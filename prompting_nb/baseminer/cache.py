@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from hashlib import blake2b
 
+from ..network.addresses import written_alike
 from ..protocol import Prompting
 
 # %% ../../nbs/baseminer/09_cache.ipynb #m09021
@@ -75,6 +76,6 @@ def prompt_key(
     per_caller: bool = False,  # whether equal prompts of two callers are different
 ) -> bytes:  # 16 bytes, equal for equal prompts
     "Hash roles and messages, and the caller's hotkey when `per_caller`."
-    caller = synapse.dendrite.hotkey if per_caller else None
+    caller = written_alike(synapse.dendrite.hotkey) if per_caller else None
     text = repr((caller, synapse.roles, synapse.messages))
     return blake2b(text.encode(), digest_size=16).digest()

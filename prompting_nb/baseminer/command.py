@@ -158,7 +158,7 @@ def _follow(settings: Config, port: int, folder: Path) -> list[str]:
 
 def _ask(miner: Miner, text: str) -> str:
     "Ask the miner as the validator of the chain in memory; return the answer."
-    with Dendrite(make_wallet(VALIDATOR)) as dendrite:
+    with Dendrite(make_wallet(VALIDATOR), allow_private=True) as dendrite:
         (answer,) = dendrite.query([miner.axon], Prompting.ask(text, timeout=120.0))
     if not answer.is_success:
         status, reason = answer.dendrite.status_code, answer.dendrite.status_message

@@ -64,7 +64,8 @@ class Loop:
             metagraph = network.client.subnets.metagraph(network.netuid)
             gate = self.make_gate(metagraph, self.seed)
             parts = (network.wallet, network.client, self.judge, gate, self.policy)
-            with Validator(*parts, network.netuid, self.seed) as validator:
+            here = (network.netuid, self.seed)
+            with Validator(*parts, *here, allow_private=True) as validator:
                 self.validator = validator
                 self._ask_all(network, validator, progress)
                 self._set_weights(network, validator)

@@ -25,6 +25,7 @@ from bittensor import http_auth
 from bittensor.sp_core import verify as verify_signature
 from bittensor.wallets import CRYPTO_TYPE_NAMES, parse_crypto_type
 
+from .addresses import hotkey_address, same_hotkey
 from ..protocol import Terminal
 
 # %% ../../nbs/network/03_auth.ipynb #c023
@@ -60,13 +61,15 @@ class Gatekeeper:
         "Verify all but the nonce, which `accept` or `store` has to take afterwards."
         if repeats(headers, b"x-bittensor-"):
             raise _unauthorized("MalformedAuth", "an X-Bittensor header appears twice")
+        named = decode_headers(headers)
+        receiver = named.get("x-bittensor-receiver", "")
         try:
             caller = http_auth.verify(
-                decode_headers(headers),
+                named,
                 body,
                 method=method,
                 path=path,
-                self_hotkey_ss58=self.hotkey,
+                self_hotkey_ss58=self._also_me(receiver),
                 nonce_store=_LATER,
                 now_ns=self.clock(),
             )
@@ -75,8 +78,14 @@ class Gatekeeper:
         except (ValueError, OverflowError) as error:
             raise _unauthorized("MalformedAuth", error) from None
         return Terminal(
-            hotkey=caller.hotkey_ss58, nonce=caller.nonce_ns, version=http_auth.PROTOCOL
+            hotkey=hotkey_address(caller.hotkey_ss58),
+            nonce=caller.nonce_ns,
+            version=http_auth.PROTOCOL,
         )
+
+    def _also_me(self, receiver: str) -> str:
+        "Return the receiver if it is our own hotkey, perhaps written otherwise."
+        return receiver if same_hotkey(receiver, self.hotkey) else self.hotkey
 
     async def accept(
         self,
@@ -339,6 +348,12 @@ def repeats(headers: list, prefix: bytes) -> bool:
     "Whether a header that begins with `prefix` appears twice."
     names = [key for key, _ in headers if key.startswith(prefix)]
     return len(set(names)) < len(names)
+
+
+def claimed_hotkey(headers: list) -> str:
+    "Return the hotkey of the caller as its request writes it, for the answer."
+    named = (value for key, value in headers if key == b"x-bittensor-hotkey")
+    return next(named, b"").decode("latin-1")
 
 
 def decode_headers(headers: list) -> dict[str, str]:

@@ -14,18 +14,21 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, AsyncIterator, Callable, Iterable, NamedTuple
+from typing import Any, AsyncIterator, Callable, Mapping, NamedTuple, NoReturn
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
 import bittensor as bt
 from typing_extensions import Self
 from yarl import URL
 
+from .addresses import find_addresses, hotkey_address, split_address
 from .auth import SIGNATURE, answer_fits, sign_request
-from .server import new_loop
+from .axon import Axon
+from .server import new_loop, open_files
 from prompting_nb.protocol import (
     Prompting,
     StreamPrompting,
@@ -43,21 +46,27 @@ class Dendrite:
 
     Await it with targets and a synapse, or call `query` outside of coroutines. Each
     target gets one answer, in order; when a miner fails, `answer.dendrite` has a
-    status other than 200. Close it after use, or use it in a `with` block.
+    status other than 200. Close it after use, or use it in a `with` block. It connects
+    to addresses on the open internet and to axons of this process, and to others only
+    with `allow_private`.
     """
 
     def __init__(
         self,
         wallet: Any,  # its hotkey signs the requests
         *,
+        allow_private: bool = False,  # ask at loopback and private addresses as well
         max_answer: int = 1_000_000,  # most bytes that are read of one answer
-        connections: int = 256,  # open at a time per event loop; kept for reuse
+        connections: int | None = None,  # in use per event loop; None: half the files
+        per_target: int = 256,  # requests to one hotkey that are under way at a time
         require_signed: bool = True,  # refuse answers that the miner has not signed
         clock: Callable[[], int] = time.time_ns,  # nanoseconds since 1970, for nonces
     ):
-        self.max_answer, self.require_signed = max_answer, require_signed
-        self._signer = RequestSigner(wallet, clock)
-        self._sessions = Sessions(connections)
+        self.allow_private, self.max_answer = allow_private, max_answer
+        self.require_signed, self._signer = require_signed, RequestSigner(wallet, clock)
+        if connections is None:
+            connections = max(16, min(4096, open_files() // 2))
+        self._sessions = Sessions(connections, per_target)
         # the connections are also closed when the object is garbage collected
         self._closing = weakref.finalize(self, self._sessions.close)
 
@@ -68,24 +77,25 @@ class Dendrite:
 
     async def __call__(
         self,
-        targets: Iterable,  # neurons of the metagraph, or axons
-        synapse: Prompting,  # the question; it is not changed
+        targets: Any,  # neurons of the metagraph, or axons; one alone needs no list
+        synapse: Prompting | str,  # the question, or its text; it is not changed
         timeout: float | None = None,  # seconds per miner; by default the synapse's
     ) -> list[Prompting]:  # copies with completion and status, in target order
         "Ask all targets at once, in the running event loop."
         self._check_open()
-        return await self._ask_all(list(targets), _with_timeout(synapse, timeout))
+        question = _with_timeout(synapse, timeout)
+        return await self._ask_all(_listed(targets), question)
 
     def query(
         self,
-        targets: Iterable,  # neurons of the metagraph, or axons
-        synapse: Prompting,  # the question; it is not changed
+        targets: Any,  # neurons of the metagraph, or axons; one alone needs no list
+        synapse: Prompting | str,  # the question, or its text; it is not changed
         timeout: float | None = None,  # seconds per miner; by default the synapse's
     ) -> list[Prompting]:  # copies with completion and status, in target order
         "Ask all targets at once and wait; works in scripts and notebooks alike."
         self._check_open()
         asking = asyncio.run_coroutine_threadsafe(
-            self._ask_all(list(targets), _with_timeout(synapse, timeout)),
+            self._ask_all(_listed(targets), _with_timeout(synapse, timeout)),
             self._sessions.background(),
         )
         try:
@@ -96,7 +106,7 @@ class Dendrite:
     def stream(
         self,
         target: Any,  # one neuron of the metagraph, or an axon
-        synapse: Prompting,  # the question; asked as a `StreamPrompting`
+        synapse: Prompting | str,  # the question, which is asked as `StreamPrompting`
         timeout: float | None = None,  # seconds for the whole answer, as above
     ) -> "Stream":
         "Ask one miner and return the pieces of its completion as they arrive."
@@ -128,7 +138,12 @@ class Dendrite:
     def _question(self, synapse: Prompting) -> "Question":
         body = write_body(synapse)
         return Question(
-            synapse, body, self._signer, self.max_answer, self.require_signed
+            synapse,
+            body,
+            self._signer,
+            self.max_answer,
+            self.require_signed,
+            self.allow_private,
         )
 
     async def _ask(
@@ -144,12 +159,33 @@ class Dendrite:
         return await asyncio.gather(*asking)
 
 
-def _with_timeout(synapse: Prompting, timeout: float | None) -> Prompting:
+def _with_timeout(synapse: Any, timeout: float | None) -> Prompting:
     "Copy the question without its completion, with the time limit that counts."
+    if isinstance(synapse, str):
+        synapse = Prompting.ask(synapse)
+    if not isinstance(synapse, Prompting):
+        kind = type(synapse).__name__
+        raise TypeError(f"ask with a Prompting or with a text, not with {kind}")
     timeout = synapse.timeout if timeout is None else timeout
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
     return synapse.model_copy(update={"completion": None, "timeout": timeout})
+
+
+def _listed(targets: Any) -> list:
+    "Return the targets as a list, also when there is one without a list around it."
+    if targets is None:
+        raise TypeError("targets must be neurons or axons, not None")
+    alone = isinstance(targets, (str, bytes, Mapping)) or hasattr(targets, "hotkey")
+    return [targets] if alone or not _iterable(targets) else list(targets)
+
+
+def _iterable(targets: Any) -> bool:
+    try:
+        iter(targets)
+    except TypeError:
+        return False
+    return True
 
 
 async def _discard(piece: str) -> None:
@@ -220,21 +256,24 @@ class Question:
     signer: "RequestSigner"
     max_answer: int  # bytes
     require_signed: bool
+    allow_private: bool  # ask at any address
 
     async def ask(
         self,
-        session: aiohttp.ClientSession,  # of the running event loop
+        session: "Session",  # of the running event loop
         target: Any,  # a neuron of the metagraph, or an axon
         emit: Callable,  # coroutine function, called with each piece of a stream
     ) -> Prompting:  # a copy of the synapse with completion or status
         "Ask one miner. Never raises because of what the miner does."
         start, completion, status = time.monotonic(), None, 200
-        hotkey, address = _target(target)
-        limit = self.synapse.timeout
+        where, limit = read_target(target), self.synapse.timeout
         try:
-            if not address:
-                raise _Failure(503, "no axon is published")
-            completion, message = await self._post(session, address, hotkey, emit)
+            receiver = where.checked()
+            async with session.places.of(receiver, limit) as waited:
+                start = time.monotonic() - waited
+                completion, message = await self._post(
+                    session.http, where, receiver, start + limit, emit
+                )
         except _Failure as failure:
             status, message = failure.args
         except asyncio.TimeoutError:
@@ -242,9 +281,11 @@ class Question:
         except (aiohttp.ClientResponseError, aiohttp.ClientPayloadError):
             status, message = 422, "the answer is not valid HTTP"
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            status, message = 503, f"{address} cannot be reached: {_cause(error)}"
+            status = 503
+            shown = " ".join(f"{where.address:.100}".split())
+            message = f"{shown} cannot be reached: {_cause(error)}"
         except Exception as error:
-            logging.getLogger(__name__).exception("asking %s failed", address)
+            logging.getLogger(__name__).exception("asking %s failed", where.address)
             status, message = 500, f"the request failed here: {type(error).__name__}"
         caller = Terminal(
             hotkey=self.signer.hotkey,
@@ -253,18 +294,44 @@ class Question:
             process_time=time.monotonic() - start,
         )
         update = {"completion": completion, "dendrite": caller}
-        return self.synapse.model_copy(
-            update=update | {"axon": _terminal(hotkey, address)}
-        )
+        return self.synapse.model_copy(update=update | {"axon": where.terminal()})
 
     async def _post(
-        self, session: aiohttp.ClientSession, address: str, hotkey: str, emit: Callable
+        self,
+        session: aiohttp.ClientSession,
+        where: "Target",
+        receiver: str,  # hotkey
+        end: float,  # of the time that the miner has, as `time.monotonic` counts
+        emit: Callable,
     ) -> tuple[str, str]:
         "Send the request; the completion and a status message, or an exception."
-        url = _url(address, self.synapse.path)
-        headers, sent = self.signer.sign(self.body, self.synapse.path, hotkey)
+        host, port = split_address(where.address or "")
+        allowed = self.allow_private or where.ours
+        left = end - time.monotonic()
+        addresses = await find_addresses(host, port, allowed, left)
+        headers, sent = self.signer.sign(self.body, self.synapse.path, receiver)
+        if addresses != [host]:  # a name, which the server may want to know
+            headers["Host"] = f"{host}:{port}"
+        for address in addresses:
+            url = _url(address, port, self.synapse.path)
+            try:
+                return await self._exchange(session, url, headers, sent, end, emit)
+            except aiohttp.ClientConnectorError:
+                if address == addresses[-1]:
+                    raise
+        raise OSError("the name has no address")
+
+    async def _exchange(
+        self,
+        session: aiohttp.ClientSession,
+        url: URL,
+        headers: dict,
+        sent: "Sent",
+        end: float,
+        emit: Callable,
+    ) -> tuple[str, str]:
         limit = aiohttp.ClientTimeout(
-            total=self.synapse.timeout, ceil_threshold=float("inf")
+            total=max(1e-6, end - time.monotonic()), ceil_threshold=float("inf")
         )
         options = {"headers": headers, "timeout": limit, "allow_redirects": False}
         async with session.post(url, data=self.body, **options) as response:
@@ -285,29 +352,63 @@ def _cause(error: Exception) -> str:
     number = getattr(error, "errno", None) or 0
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
 
-
-def _terminal(hotkey: str, address: str | None) -> Terminal:
-    "Describe the miner's end in the answer."
-    host, _, port = (address or "").rpartition(":")
-    return Terminal(
-        hotkey=hotkey, ip=host or None, port=int(port) if port.isdigit() else None
-    )
-
 # %% ../../nbs/network/01_dendrite.ipynb #c006
-def _target(target: Any) -> tuple[Any, Any]:
-    "Return the hotkey and the `ip:port` of a neuron, an `Axon`, or whatever has one."
-    where = getattr(target, "address", None) or getattr(target, "axon", None)
-    hotkey = getattr(target, "hotkey", None) or getattr(where, "hotkey", None)
-    return hotkey, getattr(where, "address", where)
+class Target(NamedTuple):
+    "What is known about a target, before it is judged."
+
+    hotkey: Any  # ss58 address
+    address: Any  # `ip:port`
+    ours: bool = False  # an `Axon` of this process
+    wrong: str = ""  # why it cannot be asked
+
+    def checked(self) -> str:
+        "Return the hotkey to sign for; `_Failure` 503 when the target is unusable."
+        if self.wrong:
+            raise _Failure(503, self.wrong)
+        if not self.address:
+            raise _Failure(503, "no axon is published")
+        if not isinstance(self.address, str):
+            kind = type(self.address).__name__
+            raise _Failure(503, f"the address is of type {kind}, and no text ip:port")
+        try:
+            return hotkey_address(self.hotkey)
+        except ValueError as error:
+            raise _Failure(503, f"the hotkey {error}") from None
+
+    def terminal(self) -> Terminal:
+        "Describe the miner's end in the answer."
+        hotkey = self.hotkey if isinstance(self.hotkey, str) else None
+        try:
+            host, port = split_address(self.address)
+        except (ValueError, TypeError):
+            host = port = None
+        return Terminal(hotkey=hotkey, ip=host, port=port)
+
+
+def read_target(target: Any) -> Target:
+    "Read hotkey and address of a neuron, an `Axon`, or whatever has them."
+    try:
+        where = getattr(target, "address", None) or getattr(target, "axon", None)
+        hotkey = getattr(target, "hotkey", None) or getattr(where, "hotkey", None)
+        ours = isinstance(target, Axon) or isinstance(where, Axon)
+        address = getattr(where, "address", where)
+        if not isinstance(hotkey, str):
+            kind = "a text" if isinstance(target, str) else type(target).__name__
+            lacks = f"{kind} names no hotkey that the request could be signed for"
+            return Target(None, address, False, f"{lacks}: {_WANTED}")
+    except Exception as error:  # of a property
+        unreadable = f"the target cannot be read: {type(error).__name__}: {error}"
+        return Target(None, None, False, " ".join(unreadable.split())[:200])
+    return Target(hotkey, address, ours)
+
+
+_WANTED = "ask a neuron, an axon, or what has `hotkey` and `axon`"
 
 
 @lru_cache(4096)
-def _url(address: str, path: str = Prompting.path) -> URL:
-    "Return the URL for prompts at `ip:port`; `ValueError` when that is no address."
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdigit() and 0 < int(port) < 65536):
-        raise ValueError(f"{address} is not ip:port")
-    return URL.build(scheme="http", host=host.strip("[]"), port=int(port), path=path)
+def _url(address: str, port: int, path: str = Prompting.path) -> URL:
+    "Return the URL for prompts at a checked address."
+    return URL.build(scheme="http", host=address, port=port, path=path)
 
 # %% ../../nbs/network/01_dendrite.ipynb #c010
 class _Failure(Exception):
@@ -435,21 +536,26 @@ class RequestSigner:
 class Sessions:
     "HTTP sessions, one for each event loop, and a loop for callers without one."
 
-    def __init__(self, connections: int):  # most connections of one session
-        self._connections, self._lock = connections, threading.Lock()
-        self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
+    def __init__(
+        self,
+        connections: int,  # in use at a time, of one session
+        per_target: int,  # requests to one target that are under way at a time
+    ):
+        self._bounds, self._lock = (connections, per_target), threading.Lock()
+        self._sessions: dict[asyncio.AbstractEventLoop, Session] = {}
         self._background: BackgroundLoop | None = None
 
-    def here(self) -> aiohttp.ClientSession:
+    def here(self) -> "Session":
         "Return the session of the running loop."
         session = self._sessions.get(loop := asyncio.get_running_loop())
         return self._add(loop) if session is None else session
 
-    def _add(self, loop: asyncio.AbstractEventLoop) -> aiohttp.ClientSession:
+    def _add(self, loop: asyncio.AbstractEventLoop) -> "Session":
         with self._lock:
             for ended in [other for other in self._sessions if other.is_closed()]:
-                _close(ended, self._sessions.pop(ended))
-            return self._sessions.setdefault(loop, _new_session(self._connections))
+                _close(ended, self._sessions.pop(ended).http)
+            session = Session(_new_session(), Places(*self._bounds))
+            return self._sessions.setdefault(loop, session)
 
     def background(self) -> asyncio.AbstractEventLoop:
         "Return the background loop, started at the first call."
@@ -460,15 +566,36 @@ class Sessions:
     def close(self) -> None:
         "Close all connections and stop the background loop."
         for loop, session in list(self._sessions.items()):
-            _close(loop, session)
+            _close(loop, session.http)
         if self._background is not None:
             self._background.stop()
 
 
-def _new_session(connections: int) -> aiohttp.ClientSession:
+class Session(NamedTuple):
+    "What requests of one event loop share."
+
+    http: aiohttp.ClientSession
+    places: "Places"
+
+
+class _NoNames(AbstractResolver):
+    "A resolver that knows nothing: names are looked up, and judged, before."
+
+    async def resolve(self, host: str, *_, **__) -> NoReturn:
+        raise OSError(f"{host} is no address")
+
+    async def close(self) -> None:
+        "Do nothing."
+
+
+def _new_session() -> aiohttp.ClientSession:
     "Make a session that keeps connections and nothing else: no cookies, no proxies."
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=connections, keepalive_timeout=15),
+        connector=aiohttp.TCPConnector(
+            limit=0,  # `Places` counts
+            keepalive_timeout=15,
+            resolver=_NoNames(),
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         trust_env=False,
@@ -483,6 +610,52 @@ def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> N
             session.close().send(None)  # has nothing to wait for
     else:
         loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
+
+# %% ../../nbs/network/01_dendrite.ipynb #d018
+class Places:
+    "Bounds the requests of one event loop that are under way, in all and per target."
+
+    def __init__(self, total: int, per_target: int):
+        self._total, self._per_target = asyncio.Semaphore(total), per_target
+        self._own: dict[str, asyncio.Semaphore] = {}  # of targets that are being asked
+        self._users: dict[str, int] = {}  # requests that have or want a place
+
+    def __len__(self) -> int:
+        return sum(self._users.values())
+
+    @asynccontextmanager
+    async def of(
+        self,
+        target: str,  # hotkey
+        seconds: float,  # its time limit
+    ) -> AsyncIterator[float]:  # seconds that it has used up already
+        "Hold a place for a request. Raises `_Failure` 408 when `seconds` are over."
+        own = self._own.setdefault(target, asyncio.Semaphore(self._per_target))
+        self._users[target] = self._users.get(target, 0) + 1
+        try:
+            began = time.monotonic()
+            if own.locked():
+                await self._wait(own, seconds)
+            else:
+                await own.acquire()
+            waited = time.monotonic() - began
+            try:
+                async with self._total:
+                    yield waited
+            finally:
+                own.release()
+        finally:
+            self._users[target] -= 1
+            if not self._users[target]:
+                del self._users[target], self._own[target]
+
+    async def _wait(self, own: asyncio.Semaphore, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(own.acquire(), seconds)
+        except asyncio.TimeoutError:
+            before = f"{self._per_target} requests before this one"
+            reason = f"no answer within {seconds:g} s to the {before}"
+            raise _Failure(408, reason) from None
 
 # %% ../../nbs/network/01_dendrite.ipynb #c020
 class BackgroundLoop:

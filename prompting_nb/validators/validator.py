@@ -21,6 +21,7 @@ from prompting_nb.config import (
     check_settings,
     merge,
 )
+from ..network.chain import is_embedded
 from ..network.dendrite import Dendrite
 from ..pretrained import MINILM
 from ..protocol import Prompting
@@ -56,13 +57,16 @@ class Validator:
         policy: Optional["Policy"] = None,  # how it chooses; a default `Policy`
         netuid: int = 1,  # of the subnet
         seed: int = 0,  # of the choices, and of the default gate's weights
+        allow_private: bool | None = None,  # as of `Dendrite`; None: on `EmbeddedChain`
     ):
         self.wallet, self.client, self.judge = wallet, client, judge
         self.netuid, self.metagraph = netuid, client.subnets.metagraph(netuid)
         self.gate: Any = gate or default_gate(self.metagraph, seed)
         self.policy = policy or Policy()
         self.averages = MovingAverage(self.policy.alpha)
-        self.dendrite = Dendrite(wallet)
+        if allow_private is None:
+            allow_private = is_embedded(client)
+        self.dendrite = Dendrite(wallet, allow_private=allow_private)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0  # taken so far
 

@@ -1,0 +1,343 @@
+"""The client among strangers: addresses that it does not follow, targets that are none, miners that take up its places."""
+
+import asyncio
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import aiohttp
+import pytest
+from bittensor.sp_core import ss58_decode, ss58_encode
+
+from prompting_nb.network.axon import Axon
+from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.protocol import Prompting, StreamPrompting
+from prompting_nb.validators.validator import Validator
+
+MINER, VALIDATOR = make_wallet("miner"), make_wallet("validator")
+ME = MINER.hotkey.ss58_address
+QUESTION = Prompting.ask("hello", timeout=10)
+
+
+def echo(synapse):
+    synapse.completion = synapse.prompt
+    return synapse
+
+
+def at(address, hotkey=ME):
+    return SimpleNamespace(hotkey=hotkey, axon=address)
+
+
+def said(answers):
+    return [(answer.dendrite.status_code, answer.dendrite.status_message) for answer in answers]
+
+
+@pytest.fixture
+def axon():
+    with Axon(MINER).attach(echo) as axon:
+        yield axon
+
+
+@pytest.fixture
+def dendrite():
+    with Dendrite(VALIDATOR, allow_private=True) as dendrite:
+        yield dendrite
+
+
+# Addresses ------------------------------------------------------------------------------------------------------------
+
+
+class Internet:
+    "Stands in for resolver and connector: notes what is looked up and connected to, and does neither."
+
+    def __init__(self, monkeypatch):
+        self.names, self.asked, self.connected, self.refuse = {}, [], [], set()
+        monkeypatch.setattr(socket, "getaddrinfo", self.look_up)
+        monkeypatch.setattr(aiohttp.TCPConnector, "connect", self.connect)
+
+    def look_up(self, host, port, *_, **__):
+        self.asked.append(host)
+        if host not in self.names:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in self.names[host].pop(0)]
+
+    async def connect(self, request, *_, **__):
+        self.connected.append((request.url.host, request.url.port, request.headers["Host"]))
+        if request.url.host in self.refuse:
+            raise aiohttp.ClientConnectorError(SimpleNamespace(host="", port=0, ssl=None), OSError(111, "refused"))
+        raise aiohttp.ServerDisconnectedError("this is no internet")
+
+
+@pytest.fixture
+def internet(monkeypatch):
+    return Internet(monkeypatch)
+
+
+REFUSED = """127.0.0.1 127.255.255.254 0.0.0.0 0.1.2.3 10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 100.64.0.1 100.100.100.200
+169.254.169.254 168.63.129.16 192.0.0.192 192.0.2.1 198.18.0.1 198.51.100.7 203.0.113.9 192.88.99.1 224.0.0.1 239.255.255.250
+240.0.0.1 255.255.255.255 [::] [::1] [::127.0.0.1] [fe80::1] [fec0::1] [fc00::1] [fd00:ec2::254] [ff02::1] [ff0e::1]
+[::ffff:127.0.0.1] [::ffff:10.0.0.1] [::ffff:a9fe:a9fe] [::ffff:0:127.0.0.1] [64:ff9b::127.0.0.1] [64:ff9b::a9fe:a9fe]
+[64:ff9b::10.1.2.3] [64:ff9b:1::8.8.8.8] [2002:7f00:1::] [2002:a9fe:a9fe::1] [2002:c0a8:101::] [2002:e000:1::1] [2001::1]
+[2001:db8::1] [3fff::1] [100::1] [5f00::1] [4000::1] [0:0:0:0:0:0:0:1] [0000:0000::ffff:7f00:0001]""".split()
+ODD = """2130706433 0x7f000001 0x7f.0.0.1 0177.0.0.1 127.1 127.0.1 127.0.0.1. 127.0.0.01 0 1 017700000001 1.2.3.4.5 a.b.0x1f
+[fe80::1%eth0] [::1%25lo] [8.8.8.8] [::1 ::1] 8.8.8.8:80 user@8.8.8.8 8.8.8.8/x 8.8.8.8?x 8.8.8.8#x 8.8.8.8\\x 8.8.8.8%00
+１２７.0.0.1 127。0。0。1 ①②⑦.0.0.1 ::ffff:127.0.0.1%1""".split()
+
+
+@pytest.mark.parametrize("host", REFUSED)
+def test_an_address_inside_is_not_connected_to(host, internet):
+    with Dendrite(VALIDATOR) as dendrite:
+        [(status, message)] = said(dendrite.query([at(f"{host}:8091")], QUESTION))
+    assert status == 503 and "is not on the open internet" in message
+    assert internet.asked == internet.connected == []
+
+
+@pytest.mark.parametrize("allow_private", [False, True])
+@pytest.mark.parametrize("host", ODD)
+def test_another_way_to_write_an_address_is_not_followed(host, allow_private, internet):
+    with Dendrite(VALIDATOR, allow_private=allow_private) as dendrite:
+        [(status, message)] = said(dendrite.query([at(f"{host}:8091")], QUESTION))
+    assert status == 503 and ("is not ip:port" in message or "is no address" in message or "not on the open" in message)
+    assert internet.asked == internet.connected == []
+
+
+@pytest.mark.parametrize("host, connected", [
+    ("8.8.8.8", "8.8.8.8"), ("[2606:4700::1111]", "2606:4700::1111"), ("[::ffff:8.8.8.8]", "::ffff:808:808"),
+    ("[64:ff9b::8.8.8.8]", "64:ff9b::808:808"), ("[2002:808:808::]", "2002:808:808::"),
+])  # fmt: skip
+def test_an_address_on_the_open_internet_is(host, connected, internet):
+    with Dendrite(VALIDATOR) as dendrite:
+        [(status, _)] = said(dendrite.query([at(f"{host}:8091")], QUESTION))
+    assert status == 503 and internet.asked == [] and [call[:2] for call in internet.connected] == [(connected, 8091)]
+
+
+def test_the_word_opens_private_addresses(internet):
+    with Dendrite(VALIDATOR, allow_private=True) as dendrite:
+        dendrite.query([at("10.0.0.1:80"), at("[::1]:81")], QUESTION)
+    assert sorted(call[:2] for call in internet.connected) == [("10.0.0.1", 80), ("::1", 81)]
+
+
+@pytest.mark.parametrize("found", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["10.0.0.1", "8.8.8.8"], ["::1"],
+                                   ["::ffff:10.0.0.1"], ["fe80::1%eth0"]])  # fmt: skip
+@pytest.mark.parametrize("name", ["miner.example", "miner.example.", "localhost", "localhost."])
+def test_a_name_is_judged_by_all_it_leads_to(name, found, internet):
+    internet.names[name] = [found]
+    with Dendrite(VALIDATOR) as dendrite:
+        [(status, message)] = said(dendrite.query([at(f"{name}:80")], QUESTION))
+    assert status == 503 and f"{name}, which is " in message and "is not on the open internet" in message
+    assert internet.asked == [name] and internet.connected == []
+
+
+def test_a_name_that_leads_elsewhere_the_second_time_is_asked_once(internet):
+    internet.names["miner.example"] = [["8.8.8.8"], ["127.0.0.1"]]
+    with Dendrite(VALIDATOR) as dendrite:
+        dendrite.query([at("miner.example:80")], QUESTION)
+    assert internet.asked == ["miner.example"] and internet.connected == [("8.8.8.8", 80, "miner.example:80")]
+
+
+def test_the_next_address_of_a_name_is_tried(internet):
+    internet.names["miner.example"], internet.refuse = [["8.8.4.4", "8.8.8.8", "1.1.1.1"]], {"8.8.4.4"}
+    with Dendrite(VALIDATOR) as dendrite:
+        dendrite.query([at("miner.example:80")], QUESTION)
+    assert [call[0] for call in internet.connected] == ["8.8.4.4", "8.8.8.8"]
+
+
+def test_an_unknown_name_and_one_that_takes_long(internet, monkeypatch):
+    free = threading.Event()
+    look = lambda host, *_, **__: free.wait(20) and [] if host == "slow.example" else internet.look_up(host, 0)
+    monkeypatch.setattr(socket, "getaddrinfo", look)
+    with Dendrite(VALIDATOR) as dendrite:
+        answers = said(dendrite.query([at("gone.example:80"), at("slow.example:80")], QUESTION, timeout=0.2))
+        free.set()
+    assert answers[0] == (503, "gone.example:80 cannot be reached: [Errno -2] Name or service not known")
+    assert answers[1] == (408, "no answer within 0.2 s") and internet.connected == []
+
+
+def test_a_redirect_is_not_followed():
+    location = b"HTTP/1.1 307 x\r\nlocation: http://169.254.169.254/\r\ncontent-length: 0\r\n\r\n"
+    with Answering(location) as miner, Dendrite(VALIDATOR, allow_private=True) as dendrite:
+        assert said(dendrite.query([miner], QUESTION)) == [(307, "redirects are not followed")]
+
+
+def test_an_axon_of_this_process_is_asked_and_what_looks_like_one_is_not(axon):
+    chain = EmbeddedChain()
+    chain.register(MINER)
+    with Dendrite(VALIDATOR) as dendrite, chain.client() as client:
+        axon.serve(client, 1)
+        miner = SimpleNamespace(hotkey=ME, axon=axon)  # as a `Miner` has it
+        twin = SimpleNamespace(hotkey=ME, address=axon.address, is_running=True, host=axon.host, port=axon.port)
+        answers = dendrite.query([axon, miner, twin, *client.subnets.metagraph(1)], QUESTION)
+        assert [a.dendrite.status_code for a in answers] == [200, 200, 503, 503]
+        assert answers[3].axon.port == axon.port and "(loopback)" in answers[3].dendrite.status_message
+
+
+def test_a_validator_asks_at_private_addresses_on_the_embedded_chain_only():
+    chain = EmbeddedChain()
+    chain.register(MINER)
+    with chain.client() as client:
+        real = SimpleNamespace(network="finney", subnets=client.subnets)
+        given = [(client, None), (client, False), (real, None), (real, True)]
+        made = [Validator(VALIDATOR, c, None, gate=object(), allow_private=word) for c, word in given]
+    assert [validator.dendrite.allow_private for validator in made] == [True, False, False, True]
+
+
+# Targets --------------------------------------------------------------------------------------------------------------
+
+
+class Breaks:
+    @property
+    def hotkey(self):
+        raise RuntimeError("no\nhotkey today")
+
+
+there = "127.0.0.1:1"
+TARGETS = [
+    *(at(address) for address in [b"127.0.0.1:1", ("127.0.0.1", 1), 1, 1.5, ["x"], {"a": 1}, object(), "127.0.0.1:\xb2",
+                                  "127.0.0.1:" + "9" * 5000, "127.0.0.1:-1", "127.0.0.1:0", "127.0.0.1:65536",
+                                  "127.0.0.1", ":80", "x" * 10_000, "\ud800:80", "a\r\nHost: b:80"]),
+    *(at(there, hotkey) for hotkey in [None, 0, 7, b"5", ("5",), "", "5Stranger", f"{ME} ", f"{ME}\r\nX: y", "\ud800"]),
+    there, "text", b"127.0.0.1:1", (ME, there), [], {}, {"hotkey": ME}, 42, 4.2, None, object(), Breaks(), type, len,
+]  # fmt: skip
+
+
+def test_an_odd_target_costs_its_own_answer_only(axon, dendrite):
+    answers = dendrite.query([axon, *TARGETS, axon], QUESTION)
+    assert [a.dendrite.status_code for a in answers] == [200, *[503] * len(TARGETS), 200]
+    assert all(a.dendrite.status_message and "\n" not in a.dendrite.status_message for a in answers)
+    assert max(len(a.dendrite.status_message) for a in answers) < 300
+    assert not [a for a in answers if "is published" in a.dendrite.status_message]
+    for target in TARGETS[:5]:
+        stream = dendrite.stream(target, QUESTION)
+        assert list(stream) == [] and stream.answer.dendrite.status_code == 503
+
+
+def test_nothing_published_is_said_of_a_neuron_without_address(dendrite):
+    assert said(dendrite.query([at(None), at("")], QUESTION)) == [(503, "no axon is published")] * 2
+
+
+@pytest.mark.parametrize("alone", [there, b"x", 42, {"hotkey": ME}])
+def test_a_text_is_told_that_it_has_no_hotkey(alone, dendrite):
+    [(status, message)] = said(dendrite.query(alone, QUESTION))
+    assert status == 503 and "names no hotkey that the request could be signed for" in message
+
+
+def test_one_target_needs_no_list_and_a_text_is_a_question(axon, dendrite):
+    neuron = at(axon.address)
+    for target in (axon, neuron, [axon], (axon,), iter([axon]), {axon: 1}.keys()):
+        [answer] = dendrite.query(target, "hello")
+        assert answer.completion == "hello"
+    assert asyncio.run(dendrite(axon, "hello", timeout=9))[0].timeout == 9
+    stream = dendrite.stream(axon, "hello")
+    assert "".join(stream) == "hello" and isinstance(stream.answer, StreamPrompting)
+
+
+def test_what_is_wanted_is_said(axon, dendrite):
+    for call in (lambda: dendrite.query(None, QUESTION), lambda: asyncio.run(dendrite(None, QUESTION))):
+        with pytest.raises(TypeError, match="targets must be neurons or axons, not None"):
+            call()
+    for wrong in (7, None, b"text", ["hello"], {"messages": ["hello"]}):
+        for call in (dendrite.query, dendrite.stream):
+            with pytest.raises(TypeError, match="ask with a Prompting or with a text, not with"):
+                call(axon, wrong)
+
+
+def test_a_hotkey_of_another_network_is_the_same_key(axon, dendrite):
+    elsewhere = ss58_encode(ss58_decode(ME), 0)
+    [answer] = dendrite.query([at(axon.address, elsewhere)], QUESTION)
+    assert answer.completion == "hello" and answer.axon.hotkey == elsewhere
+
+
+# Places ---------------------------------------------------------------------------------------------------------------
+
+
+class Answering:
+    "A miner that says the given bytes to each caller, or nothing."
+
+    def __init__(self, reply=b"", hotkey=ME):
+        self.hotkey, self.reply, self.lines = hotkey, reply, []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.axon = f"127.0.0.1:{self.socket.getsockname()[1]}"
+        if reply:
+            threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        line, _ = self.socket.accept()
+        self.lines.append(line)
+        line.recv(65536)
+        line.sendall(self.reply)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for each in (self.socket, *self.lines):
+            each.close()
+
+
+@pytest.fixture
+def silent():
+    miners = [Answering(hotkey=make_wallet(f"silent {i}").hotkey.ss58_address) for i in range(60)]
+    yield miners
+    for miner in miners:
+        miner.__exit__()
+
+
+def test_silent_miners_do_not_make_an_honest_one_late(axon, silent):
+    with Dendrite(VALIDATOR, allow_private=True, connections=20) as dendrite:
+        answers = dendrite.query([*silent, axon], QUESTION, timeout=0.3)
+        session = next(iter(dendrite._sessions._sessions.values()))
+    assert [a.dendrite.status_code for a in answers] == [408] * 60 + [200]
+    assert all(a.dendrite.process_time >= 0.29 for a in answers[:60])
+    assert answers[-1].dendrite.process_time < answers[0].dendrite.process_time  # the wait was not its time
+    assert len(session.places) == 0 and session.places._own == session.places._users == {}
+
+
+def test_by_default_300_miners_have_a_place_at_once(dendrite):
+    assert dendrite._sessions._bounds[0] > 300 or dendrite._sessions._bounds[0] >= 0.4 * open_files_of_this_process()
+
+
+def open_files_of_this_process():
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_one_target_cannot_have_all_places(axon, silent):
+    with Dendrite(VALIDATOR, allow_private=True, connections=4, per_target=2) as dendrite:
+
+        async def ask():
+            hog = [asyncio.ensure_future(dendrite(silent[0], QUESTION, timeout=0.4)) for _ in range(8)]
+            await asyncio.sleep(0.05)
+            began = time.monotonic()
+            [answer] = await dendrite(axon, QUESTION)
+            return answer, time.monotonic() - began, [answer for [answer] in await asyncio.gather(*hog)]
+
+        answer, seconds, late = asyncio.run(ask())
+    assert answer.completion == "hello" and seconds < 0.3  # there was a place for it
+    assert {a.dendrite.status_code for a in late} == {408}
+    waited = [a for a in late if "the 2 requests before this one" in a.dendrite.status_message]
+    assert len(waited) >= 4 and all(a.dendrite.process_time < 0.9 for a in late)
+
+
+def test_a_place_is_given_back_when_the_question_is_given_up(axon, silent):
+    with Dendrite(VALIDATOR, allow_private=True, connections=2, per_target=1) as dendrite:
+
+        async def ask():
+            asked = [asyncio.ensure_future(dendrite(silent[:3], QUESTION)) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+            assert len(dendrite._sessions.here().places) == 0
+            return await dendrite([axon] * 3, QUESTION)
+
+        assert [a.completion for a in asyncio.run(ask())] == ["hello"] * 3
+
+
+def test_many_threads_ask_at_once(axon, dendrite):
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: dendrite.query(axon, f"{i}")[0].completion, range(64)))
+    assert answers == [f"{i}" for i in range(64)]
