@@ -4,13 +4,16 @@ import abc
 import argparse
 import asyncio
 import dataclasses
+import http.client
 import inspect
+import json
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -133,6 +136,23 @@ def header(wallet):
 def ask(miner, wallet=VALIDATOR, text="Hello"):
     with Dendrite(wallet, allow_private=True) as dendrite:
         return dendrite.query([miner.axon], Prompting.ask(text))[0]
+
+
+def get(axon, path):
+    connection = http.client.HTTPConnection(axon.host, axon.port, timeout=SECONDS)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def wait_until(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
 
 
 def threads(name):
@@ -462,7 +482,7 @@ def calls_here(miner, chain):
 
 EFFECTS = {  # flag: (what is written, what else is written in both cases, what to look at)
     "--axon.host": (["127.0.0.2"], [], running(lambda miner, chain: miner.axon.address.split(":")[0])),
-    "--axon.external_ip": (["10.1.2.3"], [], running(lambda m, c: published(m, c).split(":")[0])),
+    "--axon.external_ip": (["10.1.2.3"], ["--axon.allow_private"], running(lambda m, c: published(m, c).split(":")[0])),
     "--axon.external_port": (["4242"], [], running(lambda m, c: published(m, c).split(":")[1] == "4242")),
     "--axon.no_legacy": ([], [], lambda miner, chain: miner.axon.legacy),
     "--axon.nonces": (["made_here.sqlite"], [], lambda miner, chain: miner.axon.nonces),
@@ -476,6 +496,7 @@ EFFECTS = {  # flag: (what is written, what else is written in both cases, what 
     "--miner.blocks_per_epoch": (["3"], [], after_blocks(lambda miner, chain: miner.synced_at, 5)),
     "--miner.poll_interval": (["2.5"], [], first_wait),
     "--miner.retries": (["1"], [], outlasts_failures),
+    "--miner.chain_timeout": (["7.5"], [], lambda miner, chain: miner.subnet.timeout),
     "--miner.no_set_weights": ([], [], after_blocks(lambda m, c: "set_mechanism_weights" in c.calls, 100)),
     "--miner.blacklist.whitelist": ([STRANGER.hotkey.ss58_address], [], refused(STRANGER)),
     "--miner.blacklist.blacklist": ([VALIDATOR.hotkey.ss58_address, SMALL.hotkey.ss58_address], [], refused(VALIDATOR)),
@@ -492,7 +513,8 @@ EFFECTS = {  # flag: (what is written, what else is written in both cases, what 
     "--miner.priority.rest": (["15"], [], rested(VALIDATOR, [30, 30])),
     "--miner.priority.history": (["1"], [], rested(VALIDATOR, [50, 5, 5])),
 }
-WITHOUT_MINER = {"--netuid", "--subtensor.network", "--wallet.name", "--wallet.hotkey", "--wallet.path", "--axon.port"}
+WITHOUT_MINER = {"--netuid", "--subtensor.network", "--wallet.name", "--wallet.hotkey", "--wallet.path", "--axon.port",
+                 "--axon.allow_private"}
 
 
 class Clocked(Echo):
@@ -532,6 +554,18 @@ def test_flag_port(make):
         assert not miner.is_running and miner.error is None
     with miner:
         assert miner.axon.port == port and ask(miner).completion == "Hello"
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "[fe80::1]", "::ffff:10.0.0.1"])
+def test_a_private_external_ip_needs_the_word(make, chain, ip):
+    said = r"--axon.external_ip .* is not on the open internet \(.*\).*add --axon.allow_private"
+    with pytest.raises(InputError, match=said):
+        make(config={"axon.external_ip": ip})
+    with make(config={"axon.external_ip": ip, "axon.allow_private": True}) as miner:
+        assert published(miner, chain).split(":")[0] or published(miner, chain).startswith("[")
+    assert make(config={"axon.external_ip": "198.41.0.4"}).settings.axon.external_ip == "198.41.0.4"
+    with pytest.raises(InputError, match="miner.example is no IP address"):
+        make(config={"axon.external_ip": "miner.example"})
 
 
 def test_flag_netuid(client, make):
@@ -631,6 +665,32 @@ def test_coroutines_and_plain_functions_are_welcome(make, overridden):
     with make(Awaited) as miner:
         assert ask(miner).completion == "Hello"
         assert ask(miner, STRANGER).dendrite.status_message == "hotkey is not registered"
+
+
+def test_a_plain_function_that_returns_a_coroutine_is_welcome(make):
+    class Around(Echo):
+        def blacklist(self, synapse):  # as a decorator without `async` makes it
+            return self._later(super().blacklist(synapse))
+
+        def priority(self, synapse):
+            return self._later(super().priority(synapse))
+
+        async def _later(self, value):
+            await asyncio.sleep(0)
+            if value is None:
+                raise ValueError("no value")
+            return value
+
+    with make(Around) as miner:
+        assert ask(miner).completion == "Hello"
+        assert ask(miner, STRANGER).dendrite.status_message == "hotkey is not registered"
+
+    class Broken(Around):
+        def blacklist(self, synapse):
+            return self._later(None)
+
+    with make(Broken) as miner:
+        assert ask(miner).dendrite.status_message == "the blacklist of this miner failed"
 
 
 def test_an_overridden_wrapper_is_used_around_a_coroutine(make):
@@ -921,6 +981,101 @@ def test_a_new_uid_is_found_and_the_address_published_again(make, chain, client)
         chain.step(100)
         miner.wait_for_block(chain.block)
         assert "serve_axon" not in chain.calls  # it stands there already
+
+
+@pytest.mark.parametrize("ip", ["2001:4860::8888", "[2001:4860:0::8888]", "2001:4860::0:8888"])
+def test_an_ipv6_axon_is_published_once(make, chain, ip):
+    with make(config={"axon.external_ip": ip, "miner.blocks_per_epoch": 1}) as miner:
+        for _ in range(3):
+            chain.step()
+            miner.wait_for_block(chain.block)
+    assert chain.calls.count("serve_axon") == 1
+
+
+def test_a_failed_publish_is_tried_again_at_the_next_look(make, chain, caplog):
+    failing, serve = [], Axon.serve
+
+    class Unlucky(Axon):
+        def serve(self, *args, **more):
+            if failing and failing.pop():
+                raise ConnectionError("the node hung up")
+            return serve(self, *args, **more)
+
+    with make(axon=Unlucky(MINER)) as miner:
+        chain.replace(2, make_wallet("usurper"))
+        uid = chain.register(MINER)
+        failing.append(True)
+        chain.step(100)  # an epoch: the new uid has no address yet
+        miner.wait_for_block(chain.block)
+        with chain.client() as client:
+            assert client.subnets.metagraph(1).neuron(uid).axon == miner.axon.address
+    assert "the node hung up), retry 1 of 10" in caplog.text and chain.block - miner.synced_at < 100
+
+
+def test_a_call_that_hangs_is_given_up_and_tried_again(make, chain, caplog):
+    with make(config={"miner.chain_timeout": 0.1, "miner.blocks_per_epoch": 1, "miner.name": "patient"}) as miner:
+        chain.answering.clear()
+        wait_until(lambda: "retry 3 of 10" in caplog.text)
+        assert miner.runner.failures >= 3 and ask(miner).completion == "Hello"
+        status, told = get(miner.axon, "/ready")
+        assert status == 503 and told["reason"] == "the chain has failed 3 times in a row, the metagraph is of block 1"
+        chain.answering.set()
+        chain.step()
+        assert miner.wait_for_block(chain.block) and miner.runner.failures == 0 and miner.synced_at == chain.block
+        assert get(miner.axon, "/ready")[0] == 200
+    assert "the chain failed (TimeoutError: the block number: the chain did not answer within 0.1 s)" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["metagraph", "execute"])
+def test_every_call_to_the_chain_has_its_limit(client, what):
+    hang = threading.Event()
+
+    class Silent:
+        block, network = 1, "ws://embedded"
+        subnets = SimpleNamespace(metagraph=lambda netuid: hang.wait(SECONDS) if what == "metagraph" else None)
+        execute = staticmethod(lambda *_: hang.wait(SECONDS))
+
+    subnet = Subnet(MINER, Silent(), 1, timeout=0.05)
+    if what == "metagraph":
+        with pytest.raises(TimeoutError, match="the metagraph: the chain did not answer within 0.05 s"):
+            subnet.sync()
+    else:
+        assert subnet.set_weights({0: 1.0}) is False
+        with pytest.raises(TimeoutError, match="publishing the address"):
+            subnet.publish(SimpleNamespace(host="127.0.0.1", port=1, serve=lambda *_: hang.wait(SECONDS)))
+    hang.set()
+
+
+class Panic(BaseException):
+    "As a client in another language raises it."
+
+
+def test_an_error_that_is_no_exception_is_retried_like_one(make, chain, caplog):
+    with make() as miner:
+        chain.fail(3, Panic("index out of bounds"))
+        chain.step()
+        assert miner.wait_for_block(chain.block) and miner.is_running
+    assert "the client failed with Panic: index out of bounds), retry 3 of 10" in caplog.text
+    miner = make(config={"miner.retries": 1})
+    chain.fail(100, Panic("index out of bounds"))
+    with pytest.raises(RuntimeError, match="the client failed with Panic"):
+        miner.run()
+    chain.fail(0)
+    assert "index out of bounds" in str(miner.error) and not miner.axon.is_running
+
+
+@pytest.mark.parametrize("error", [Panic("x"), SystemExit(3), asyncio.CancelledError(), GeneratorExit()])
+def test_whatever_ends_a_run_is_its_error(error, caplog):
+    def fails():
+        raise error
+
+    runner = Runner(fails, name="ended", poll_interval=0.001)
+    with pytest.raises(type(error)):
+        runner.run()
+    assert runner.error is error and not runner.is_running
+    runner.start()
+    wait_until(lambda: f"ended stopped: {type(error).__name__}" in caplog.text)
+    assert runner.error is error and not runner.is_running
 
 
 def test_weights(make, chain, caplog):

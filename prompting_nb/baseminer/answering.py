@@ -188,27 +188,32 @@ def guarded(
     function: Callable[[Any], Any],  # of a header-only synapse; plain or coroutine
     read: Callable[[Any], Any],  # makes sense of its result
     otherwise: Any,  # the result when the function or `read` fails
-) -> Callable[[Any], Any]:  # of the same kind as `function`
+) -> Callable[[Any], Any]:  # returns an awaitable where `function` does
     "Make a decision about a request that logs its errors instead of raising them."
 
     def give_up(synapse: Any) -> Any:
         hotkey = getattr(synapse.dendrite, "hotkey", None)
-        _log.exception("%s failed for %s", function.__name__, hotkey)
+        name = getattr(function, "__name__", type(function).__name__)
+        _log.exception("%s failed for %s", name, hotkey)
         return otherwise
 
-    def plain(synapse: Any) -> Any:
+    def decide(synapse: Any) -> Any:
         try:
-            return read(function(synapse))
+            result = function(synapse)
+            # a plain function may return a coroutine, as one around another does
+            return (
+                finish(result, synapse) if inspect.isawaitable(result) else read(result)
+            )
         except Exception:
             return give_up(synapse)
 
-    async def coroutine(synapse: Any) -> Any:
+    async def finish(result: Any, synapse: Any) -> Any:
         try:
-            return read(await function(synapse))
+            return read(await result)
         except Exception:
             return give_up(synapse)
 
-    return coroutine if inspect.iscoroutinefunction(function) else plain
+    return decide
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05041
 def counted(

@@ -15,6 +15,7 @@ from typing import Optional
 from .blacklist import read_hotkeys
 from ..config import InputError, NonNegativeFloat, NonNegativeInt
 from ..config import PositiveFloat, PositiveInt, check_settings
+from ..network.addresses import not_public
 
 # %% ../../nbs/baseminer/03_flags.ipynb #m03025
 @dataclass
@@ -47,6 +48,7 @@ class LoopSettings:
         blocks_per_epoch: Blocks between two readings of the metagraph.
         poll_interval: Seconds between two looks at the block number.
         retries: Failures of the chain in a row that are waited out.
+        chain_timeout: Seconds that one call to the chain may take.
         no_set_weights: Do not set weights.
         blacklist: Whom to serve.
         priority: Whom to serve first.
@@ -56,6 +58,7 @@ class LoopSettings:
     blocks_per_epoch: PositiveInt = 100
     poll_interval: PositiveFloat = 6.0
     retries: NonNegativeInt = 10
+    chain_timeout: PositiveFloat = 90.0
     no_set_weights: bool = False
     blacklist: "BlacklistSettings" = field(default_factory=lambda: BlacklistSettings())
     priority: "PrioritySettings" = field(default_factory=lambda: PrioritySettings())
@@ -157,6 +160,7 @@ class AxonSettings:
         port: Port to listen on; 0 takes one that is free.
         external_ip: IP to publish on the chain, if not that of the interface.
         external_port: Port to publish on the chain, if not the one listened on.
+        allow_private: Publish an external_ip that is not on the open internet.
         no_legacy: Do not answer validators of bittensor 7 to 10.5.
         nonces: File of accepted nonces; memory; or empty: a file if the wallet is one.
         store: Redis that all processes of this miner share, such as redis://host/0.
@@ -171,6 +175,7 @@ class AxonSettings:
     port: NonNegativeInt = 0
     external_ip: str = ""
     external_port: NonNegativeInt = 0
+    allow_private: bool = False
     no_legacy: bool = False
     nonces: str = ""
     store: str = ""
@@ -188,6 +193,8 @@ class AxonSettings:
                 "publish: say with --axon.external_ip where others reach this machine"
             )
 
+        if self.external_ip:
+            self._check_external_ip()
         if self.processes > 1 and not self.store:
             raise InputError(
                 f"--axon.processes {self.processes} need a store in which they tell "
@@ -196,6 +203,19 @@ class AxonSettings:
         if self.processes > 1 and self.follower:
             alone = "a follower is one process; start several of them"
             raise InputError(f"--axon.follower with --axon.processes: {alone}")
+
+    def _check_external_ip(self) -> None:
+        flag = f"--axon.external_ip {self.external_ip}"
+        try:
+            kind = not_public(self.external_ip.strip("[]"))
+        except ValueError:
+            raise InputError(f"{flag} is no IP address: give one, not a name") from None
+        # addresses of examples stand for public ones
+        if kind not in ("", "for examples") and not self.allow_private:
+            raise InputError(
+                f"{flag} is not on the open internet ({kind}), and validators refuse "
+                "to connect to it: add --axon.allow_private to publish it nevertheless"
+            )
 
     @property
     def shared_port(self) -> bool:

@@ -69,7 +69,8 @@ class Miner(abc.ABC):
         if subtensor is None:
             subtensor = open_client(settings.subtensor.network)
         self.wallet, self.subtensor, self.netuid = wallet, subtensor, settings.netuid
-        self.subnet = Subnet(wallet, subtensor, settings.netuid)
+        self.subnet = Subnet(wallet, subtensor, settings.netuid, loop.chain_timeout)
+        self._unpublished = True  # since the start, or the latest epoch
         self.sync()  # a miner that is not registered does not listen
         store = settings.axon.store
         self.store = Store(store, self.hotkey) if store else None  # shared by processes
@@ -87,6 +88,7 @@ class Miner(abc.ABC):
             longest_pause=self.longest_pause,
             fatal=(NotRegisteredError,),
         )
+        self.axon.not_ready = self._not_ready
         self._attach(loop.priority.default)
 
     # Settings
@@ -291,6 +293,13 @@ class Miner(abc.ABC):
         axon = self.settings.axon
         self.subnet.publish(self.axon, axon.external_ip, axon.external_port)
 
+    def _not_ready(self) -> str:
+        "Why requests had better go to another miner; empty while the chain answers."
+        if (failures := self.runner.failures) < 3:
+            return ""
+        old = f"the metagraph is of block {self.synced_at}"
+        return f"the chain has failed {failures} times in a row, {old}"
+
     def _each_block(self) -> int:
         "Look at the chain and do what is due; send nothing once a stop is asked for."
         loop, stopping = self.settings.miner, self.runner.stopping
@@ -300,8 +309,10 @@ class Miner(abc.ABC):
         if epoch and not stopping.is_set():
             self.sync()
         leads = not self.settings.axon.follower
-        if leads and (epoch or first) and not stopping.is_set():
+        self._unpublished |= epoch or first
+        if leads and self._unpublished and not stopping.is_set():
             self._publish()
+            self._unpublished = False  # what fails is tried again at the next look
         weighs = leads and epoch and not loop.no_set_weights
         if weighs and not stopping.is_set():
             self.set_weights()

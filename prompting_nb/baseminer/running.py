@@ -8,6 +8,7 @@ __all__ = ['Runner']
 # %% ../../nbs/baseminer/06_running.ipynb #m06002
 import logging
 import threading
+from concurrent.futures import Future, wait
 from typing import Any, Callable, Optional
 
 from ..files import on_sigterm
@@ -40,6 +41,7 @@ class Runner:
         self.longest_pause, self.fatal = longest_pause, fatal
         self.stopping = threading.Event()  # set: the run ends after the present block
         self.block = -1  # the newest block that was handled in this run
+        self.failures = 0  # in a row, until now
         self.error: Optional[BaseException] = None  # what ended the latest run
         self._busy = threading.Lock()  # held from start to end of a run
         self._changed = threading.Condition()  # notified after a block and at the end
@@ -102,6 +104,7 @@ class Runner:
         try:
             self.stopping.clear()
             self.error, self.block, self._thread = None, -1, None
+            self.failures = 0
             self.on_start()
         except BaseException:
             self._busy.release()
@@ -112,8 +115,11 @@ class Runner:
         self._thread = threading.current_thread()
         try:
             self._loop()
-        except Exception as error:
-            self.error = error
+        except BaseException as error:
+            # Ctrl-C is a stop; everything else has ended the run, whatever its class
+            here = threading.current_thread() is threading.main_thread()
+            if not (here and isinstance(error, KeyboardInterrupt)):
+                self.error = error
             raise
         finally:
             try:
@@ -127,30 +133,29 @@ class Runner:
         "Run the loop; log its error instead of raising it."
         try:
             self._work()
-        except Exception as error:
+        except BaseException as error:
             what = type(error).__name__
             _log.error("%s stopped: %s: %s", self.name, what, error)
 
     def _loop(self) -> None:
         "Handle a block, wait, and repeat; raise what cannot be waited out."
-        failures = 0
         while not self.stopping.is_set():
             try:
                 block = self.each_block()
-                failures = 0
+                self.failures = 0
                 with self._changed:
                     self.block = block
                     self._changed.notify_all()
             except self.fatal:
                 raise
             except Exception as error:
-                failures += 1
-                if failures > self.retries:
+                self.failures += 1
+                if self.failures > self.retries:
                     raise
-                what, of = type(error).__name__, (failures, self.retries)
+                what, of = type(error).__name__, (self.failures, self.retries)
                 message = "%s: the chain failed (%s: %s), retry %d of %d"
                 _log.warning(message, self.name, what, error, *of)
-            self.stopping.wait(self._pause(failures))
+            self.stopping.wait(self._pause(self.failures))
 
     def _pause(self, failures: int) -> float:
         "Seconds until the next attempt: doubled by each failure in a row, and bounded."
@@ -163,3 +168,28 @@ def _stop_by_signal(stopping: threading.Event, name: str) -> None:
     _log.warning("%s: SIGTERM, stopping after this block", name)
     # The interrupted thread may be waiting for this very event and hold its lock.
     threading.Thread(target=stopping.set).start()
+
+# %% ../../nbs/baseminer/06_running.ipynb #m06025
+def within(
+    seconds: float,  # that the call may take
+    call: Callable[[], Any],  # without arguments
+    what: str,  # is called, for the message
+) -> Any:  # what the call returns; raises what it raises, or `TimeoutError`
+    "Call a function that may hang, in a thread of its own."
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name=f"call: {what}", daemon=True).start()
+    wait([outcome], seconds)
+    if not outcome.done():
+        raise TimeoutError(f"{what}: the chain did not answer within {seconds:g} s")
+    error = outcome.exception()
+    if error is not None and not isinstance(error, Exception):
+        kind = type(error).__name__
+        raise RuntimeError(f"{what}: the client failed with {kind}: {error}") from error
+    return outcome.result()

@@ -7,10 +7,17 @@ __all__ = ['NotRegisteredError', 'Subnet', 'open_wallet', 'open_client']
 
 # %% ../../nbs/baseminer/04_subnet.ipynb #m04002
 import logging
-from typing import Any, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional
 
 from .blacklist import Caller, find_caller, index_callers
+from .running import within
 from ..config import InputError
+from prompting_nb.network.addresses import (
+    not_public,
+    same_hotkey,
+    split_address,
+    written_alike,
+)
 
 # %% ../../nbs/baseminer/04_subnet.ipynb #m04009
 _log = logging.getLogger(__name__)
@@ -28,8 +35,10 @@ class Subnet:
         wallet: Any,  # signs what is sent to the chain; its hotkey is "our own"
         client: Any,  # a `bittensor.SyncClient`; nothing is asked before `sync`
         netuid: int,  # which subnet
+        timeout: float = 90.0,  # seconds that one call to the chain may take
     ):
         self.wallet, self.client, self.netuid = wallet, client, netuid
+        self.timeout = timeout
         self.block = 0  # the newest block that was seen
         self.synced_at = 0  # the block of the metagraph
         self.uid: Optional[int] = None  # our own; None while not registered
@@ -52,23 +61,30 @@ class Subnet:
 
     def look(self) -> int:
         "Read the present block number from the chain, and return it."
-        self.block = int(self.client.block)
+        self.block = self._block()
         return self.block
+
+    def _block(self) -> int:
+        return int(self._call("the block number", lambda: self.client.block))
+
+    def _call(self, what: str, call: Callable[[], Any]) -> Any:
+        "Ask the chain, and wait no longer than `timeout`."
+        return within(self.timeout, call, what)
 
     def sync(self) -> None:
         """Read block and metagraph from the chain and find our own uid.
 
-        Raises `NotRegisteredError` when the hotkey has none, and `InputError` when
-        there is no such subnet.
+        Raises `NotRegisteredError` when the hotkey has none, `InputError` when there
+        is no such subnet, and `TimeoutError` when the chain is silent.
         """
-        block = int(self.client.block)
-        metagraph = self.client.subnets.metagraph(self.netuid)
+        block, graph = self._block(), self.client.subnets.metagraph
+        metagraph = self._call("the metagraph", lambda: graph(self.netuid))
         network = getattr(self.client, "network", "this chain")
         if metagraph is None:
             here = f"{network} has no subnet {self.netuid}"
             raise InputError(f"{here}: choose another with --netuid")
         self.metagraph, self.block, self.synced_at = metagraph, block, block
-        me = self.callers.get(self.hotkey)
+        me = self.callers.get(written_alike(self.hotkey))
         self.uid = me and me.uid
         if me is None:
             served = network.startswith("embedded://")
@@ -93,11 +109,24 @@ class Subnet:
         port: int = 0,  # 0: the axon's own
     ) -> None:
         "Put our address on the chain, unless the metagraph shows it already."
-        ip, port = ip or axon.host, port or axon.port
+        ip, port = (ip or axon.host).strip("[]"), port or axon.port
         neurons = getattr(self.metagraph, "neurons", ())
-        shown = [n.axon for n in neurons if n.hotkey == self.hotkey]
-        if shown != [f"{ip}:{port}"]:  # chains limit how often one may do this
-            axon.serve(self.client, self.netuid, ip, port)
+        shown = [n.axon for n in neurons if same_hotkey(n.hotkey, self.hotkey)]
+        if len(shown) == 1 and _same_address(shown[0], ip, port):
+            return  # chains limit how often one may do this
+        self._warn_of_private(ip)
+        serve = lambda: axon.serve(self.client, self.netuid, ip, port)
+        self._call("publishing the address", serve)
+
+    def _warn_of_private(self, ip: str) -> None:
+        "Say in the log that nobody will reach this address, except in a test."
+        try:
+            kind = not_public(ip)
+        except ValueError:
+            return
+        if kind and getattr(self.client, "network", "") != "ws://embedded":
+            told = "publishing %s, which is not on the open internet (%s): validators "
+            _log.warning(f"{told}elsewhere cannot reach it", ip, kind)
 
     def set_weights(
         self,
@@ -108,7 +137,8 @@ class Subnet:
 
         call = SetWeights(netuid=self.netuid, weights=dict(weights))
         try:
-            result = self.client.execute(call, self.wallet)
+            execute = lambda: self.client.execute(call, self.wallet)
+            result = self._call("setting weights", execute)
         except Exception as error:
             _log.warning("setting weights failed: %s: %s", type(error).__name__, error)
             return False
@@ -116,6 +146,15 @@ class Subnet:
             reason = getattr(result, "message", result)
             _log.warning("the chain refused the weights: %s", reason)
         return bool(result)
+
+
+def _same_address(shown: Any, ip: str, port: int) -> bool:
+    "Whether the metagraph shows this address, however it is written."
+    ours = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+    try:
+        return bool(shown) and split_address(shown) == split_address(ours)
+    except ValueError:
+        return shown == ours
 
 # %% ../../nbs/baseminer/04_subnet.ipynb #m04024
 def open_wallet(

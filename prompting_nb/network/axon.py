@@ -124,6 +124,7 @@ class Axon:
         self._threads: Threads | None = None
         self._server: Server | None = None
         self._lock = threading.Lock()  # of start and stop
+        self.not_ready: Callable[[], str] = lambda: ""  # a reason for 503 at /ready
         self.metrics = Metrics(
             waiting=lambda: self._admission.queue.waiting,
             running=lambda: self._admission.queue.running,
@@ -177,7 +178,9 @@ class Axon:
                 self.proxies,
             )
         guard = _StatusGuard(self.public_status, self.status_token, self.proxies)
-        status = _Status(self.health, queue, self.metrics, guard)
+        status = _Status(
+            self.health, queue, self.metrics, guard, lambda: self.not_ready()
+        )
         self._application = _Application(endpoints, status)
         return self._application
 
@@ -945,8 +948,9 @@ class _Status:
         queue: WorkQueue,
         metrics: Metrics,
         guard: _StatusGuard,
+        more: Callable[[], str],  # `Axon.not_ready`
     ):
-        self._health, self._queue = health, queue
+        self._health, self._queue, self._more = health, queue, more
         self._metrics, self._guard = metrics, guard
 
     def application(self, endpoints: dict[str, _Endpoint]) -> Starlette:
@@ -980,7 +984,7 @@ class _Status:
         if queue.stuck >= queue.workers:
             late = "held by work whose time limit has passed"
             return f"all {queue.workers} workers are {late}"
-        return "the queue is full" if queue.full else ""
+        return "the queue is full" if queue.full else self._more()
 
     async def _error(self, request: Request, error: Any) -> Response:
         "404 and 405 in the form of all other errors."
