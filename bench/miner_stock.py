@@ -37,6 +37,8 @@ def serve() -> None:
         served.append(synapse.messages[-1])
         if synapse.messages[-1].startswith("Order"):
             time.sleep(0.005)  # one at a time, as a model would
+        elif synapse.messages[-1].startswith("Hold"):
+            time.sleep(1.0)  # all others wait for it
         synapse.completion = ANSWER
         return synapse
 
@@ -89,15 +91,23 @@ class Asker:
         return seen
 
     async def order(self) -> list:
-        "Every caller asks once, all at the same time and in random order."
+        "Every caller asks once, in random order, while one request holds the server."
         async def one(number):
             async with bt.Dendrite(CALLERS[number]) as dendrite:
                 question = Prompting(roles=["user"], messages=[f"Order {number}"])
                 answer = await dendrite(self.target, question, timeout=30.0, deserialize=False)
                 return 0.0, int(answer.dendrite.status_code or 0)
 
+        async def hold():
+            question = Prompting(roles=["user"], messages=["Hold"])
+            await self.dendrite(self.target, question, timeout=30.0, deserialize=False)
+
         numbers = random.sample(range(len(CALLERS)), len(CALLERS))
-        return await asyncio.gather(*(one(number) for number in numbers))
+        held = asyncio.ensure_future(hold())
+        await asyncio.sleep(0.1)  # of the second that it holds
+        answers = await asyncio.gather(*(one(number) for number in numbers))
+        await held
+        return answers
 
     async def open(self, gaps: list) -> list:
         "One request after each gap in seconds, whatever became of those before it."

@@ -409,9 +409,22 @@ _LISTEN_AFTER = 0.02  # seconds until a deadline listens for a hang-up
 class _Deadline:
     "Cancels the current task: at the end of its time, at a hang-up, at a stop."
 
-    __slots__ = ("_task", "_loop", "_receive", "_timer", "_listener", "refusal")
+    __slots__ = (
+        "_task",
+        "_loop",
+        "_receive",
+        "_timer",
+        "_listener",
+        "_on_leave",
+        "refusal",
+    )
 
-    def __init__(self, receive: Callable):
+    def __init__(
+        self,
+        receive: Callable,  # ASGI's
+        on_leave: Callable | None = None,  # takes a function, called at a hang-up
+    ):
+        self._on_leave = on_leave
         self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
         self._receive, self._timer, self._listener = receive, None, None
         self.refusal: Refusal | None = None  # why the task was cancelled
@@ -420,7 +433,10 @@ class _Deadline:
         "Cancel with `refusal` after `seconds`; meanwhile listen for a hang-up or not."
         self.stop()
         later = self._loop.call_later
-        if listen and seconds > _LISTEN_AFTER:
+        if listen and self._on_leave is not None:
+            self._on_leave(self._left)
+            self._timer = later(max(0.0, seconds), self.cancel, refusal)
+        elif listen and seconds > _LISTEN_AFTER:
             end = self._loop.time() + seconds
             self._timer = later(_LISTEN_AFTER, self._listen, end, refusal)
         else:
@@ -433,7 +449,10 @@ class _Deadline:
 
     def _hung_up(self, listener: asyncio.Task) -> None:
         if not listener.cancelled() and listener.exception() is None:
-            self.cancel(Refusal(499, "the caller hung up", "left"))
+            self._left()
+
+    def _left(self) -> None:
+        self.cancel(Refusal(499, "the caller hung up", "left"))
 
     def cancel(self, refusal: Refusal) -> None:
         "Cancel the task; `refusal` is the answer. Only the first call counts."
@@ -447,6 +466,8 @@ class _Deadline:
             self._timer.cancel()
         if self._listener is not None:
             self._listener.cancel()
+        if self._on_leave is not None:
+            self._on_leave(None)
         self._timer = self._listener = None
 
 
@@ -695,7 +716,9 @@ class _Exchange:
     ):
         self.wire, self.scope = wire, scope
         self._receive, self._send = receive, send
-        self._began, self.deadline = time.monotonic(), _Deadline(receive)
+        extensions = scope.get("extensions") or {}
+        on_leave = extensions.get("connection.on_leave")
+        self._began, self.deadline = time.monotonic(), _Deadline(receive, on_leave)
         self.caller: Any = None  # `Terminal`, when it is verified
         self.signed: Any = None  # what `wire` keeps from `identify` to `parse`
         self._head_sent = False

@@ -325,11 +325,14 @@ class _Reader:
     def feed(self, data: bytes) -> None:
         "Read bytes. The connection is told of requests and of errors."
         alone, self._begun = not self.part, 0
+        rest = data
         try:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._ignore_upgrade(data[upgrade.args[0] :])
+            while rest:
+                try:
+                    self._parser.feed_data(rest)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    rest = self._ignore_upgrade(rest[upgrade.args[0] :])
         except httptools.HttpParserCallbackError:
             _log.exception("bytes could not be read")
             self._refuse("this could not be read")
@@ -341,17 +344,19 @@ class _Reader:
         else:  # where in `data` it began is not known, but at the start
             self.size = len(data) if alone and self._begun == 1 else 0
 
-    def _ignore_upgrade(self, rest: bytes) -> None:
+    def _ignore_upgrade(self, rest: bytes) -> bytes:
         """Go on with a new parser: the old one leaves the body to another protocol.
 
-        It is told of a request with the same body.
+        It is told of a request with the same body, whose end of headers is returned
+        with the rest of the bytes. Nothing is read after a request without a body.
         """
         self._parser = httptools.HttpRequestParser(self)
-        if self._exchange is not None:
-            self._deaf = True
-            self._parser.feed_data(b"POST / HTTP/1.1\r\n" + self._announced)
-            self._deaf, self._announced = False, b""
-            self._parser.feed_data(b"\r\n" + rest)
+        if self._exchange is None:
+            return b""
+        self._deaf = True
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n" + self._announced)
+        self._deaf, self._announced = False, b""
+        return b"\r\n" + rest
 
     def _refuse(self, reason: str, status: int = 400) -> None:
         self._deaf = True
@@ -485,6 +490,7 @@ class _Exchange:
         "answered",
         "_no_body",
         "_ended",
+        "_on_leave",
     )
 
     def __init__(
@@ -495,6 +501,8 @@ class _Exchange:
         asks: bool,  # whether the caller waits to be told to go on with its body
     ):
         self._connection, self._scope = connection, scope
+        self._on_leave: Optional[Callable[[], None]] = None
+        scope["extensions"]["connection.on_leave"] = self.on_leave
         self.keep_alive, self._continue = keep_alive, asks
         self._body, self.complete, self._gone = b"", False, False
         self._news: Optional[asyncio.Future] = None  # of the body, or of the caller
@@ -527,6 +535,17 @@ class _Exchange:
         "The caller has hung up."
         self._gone = True
         self._tell()
+        if self._on_leave is not None:
+            self._on_leave()
+
+    def on_leave(
+        self,
+        call: Optional[Callable[[], None]],  # when the caller hangs up; None: nothing
+    ) -> None:
+        "Be told of a hang-up without waiting for it in `receive`."
+        self._on_leave = call
+        if self._gone and call is not None:
+            call()
 
     def _tell(self) -> None:
         if self._news is not None and not self._news.done():

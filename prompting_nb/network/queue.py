@@ -204,7 +204,8 @@ class _Line:
     "The waiting requests, by priority and by arrival."
 
     def __init__(self):
-        self._heap: list[_Place] = []
+        self._heap: list[_Place] = []  # the first in line on top
+        self._ends: list[tuple] = []  # the last in line on top
         self._arrived: dict[int, _Place] = {}  # by number, oldest first
         self._numbers = itertools.count()
 
@@ -217,13 +218,18 @@ class _Line:
         place = _Place(priority, next(self._numbers), now, turn)
         self._arrived[place.number] = place
         heapq.heappush(self._heap, place)
+        heapq.heappush(self._ends, (priority, -place.number))
         return place
 
     def leave(self, place: _Place) -> None:
-        "Remove a request; clean up the heap when most of it has left."
+        "Remove a request; clean up the heaps when most of them have left."
         self._arrived.pop(place.number, None)
-        if len(self._heap) > 2 * len(self._arrived) + 16:
+        most = 2 * len(self._arrived) + 16
+        if len(self._heap) > most:
             self._heap = sorted(self._arrived.values())
+        if len(self._ends) > most:
+            here = self._arrived.values()
+            self._ends = sorted((place.priority, -place.number) for place in here)
 
     def first(self) -> _Place:
         "The request of the highest priority, of equal ones the oldest."
@@ -233,7 +239,9 @@ class _Line:
 
     def last(self) -> _Place:
         "The request of the lowest priority, of equal ones the newest."
-        return max(self._arrived.values())
+        while (number := -self._ends[0][1]) not in self._arrived:
+            heapq.heappop(self._ends)
+        return self._arrived[number]
 
     def oldest(self) -> _Place:
         "The request that has waited longest."
