@@ -15,7 +15,7 @@ import threading
 import weakref
 from contextlib import suppress
 from functools import partial
-from typing import Callable, Coroutine, Optional
+from typing import Any, Callable, Coroutine, Optional
 
 from .connection import Connection
 from .limits import Crowd, Limits
@@ -99,7 +99,7 @@ class Server:
 
     def sockets(self) -> list[int]:
         "Return the numbers of the listening socket and of all connections."
-        numbers = [self._sock.fileno(), *(one.fileno() for one in self.crowd)]
+        numbers = [self._sock.fileno(), *map(_number, self.crowd)]
         return [number for number in numbers if number >= 0]
 
     @property
@@ -130,6 +130,11 @@ class Server:
     def _leave(self, _: object) -> None:
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._leaving.set)
+
+
+def _number(connection: Any) -> int:
+    "Return the number of a connection's socket."
+    return connection.fileno()
 
 # %% ../../nbs/network/06_server.ipynb #s021
 def _give_up_sockets() -> None:
