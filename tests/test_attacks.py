@@ -10,8 +10,10 @@ import http.client
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -22,14 +24,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from bittensor import http_auth
+from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.subnet import NotRegisteredError
 from prompting_nb.config import read_config
+from prompting_nb.network.auth import sign_request
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
@@ -123,6 +128,16 @@ def until(condition):
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.005)
+
+
+def get(axon, path):
+    connection = http.client.HTTPConnection(axon.host, axon.port, timeout=SECONDS)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
 
 
 def memory():
@@ -320,6 +335,87 @@ def test_headers_sent_twice(axon):
     with connect(axon) as line:
         line.sendall(request().replace(b"\r\n\r\n", b"\r\nX-Bittensor-Hotkey: 5Other\r\n\r\n", 1))
         assert read_status(line) == 401
+
+
+def test_roles_and_messages_swapped(axon):
+    """Roles and messages of a signed question in the older format change places on the way.
+    Older server: refused where the message lists both fields."""
+    question = Prompting(roles=["user", "assistant"], messages=["assistant", "user"])
+    swapped = json.dumps({"roles": question.messages, "messages": question.roles, "timeout": 12.0}).encode()
+    assert status(axon, swapped, old(question)) == 401
+    assert status(axon, json.dumps({"roles": ["What?"], "messages": ["user"]}).encode(),
+                  old(Prompting(roles=["What?"], messages=["user"]))) == 400  # fmt: skip
+
+
+def test_another_address_of_the_same_key(chain):
+    """A blacklisted caller, and one that has used up its quota, under another ss58 prefix.
+    Older server: another caller."""
+    settings = {"miner.blacklist": {"blacklist": [STRANGER.hotkey.ss58_address], "allow_non_registered": True, "quota": 1,
+                                    "window": 3600.0}}  # fmt: skip
+    spelt = lambda wallet, prefix: SimpleNamespace(
+        ss58_address=ss58_encode(ss58_decode(wallet.hotkey.ss58_address), prefix), crypto_type=1, sign=wallet.hotkey.sign)
+    new = lambda wallet, prefix: sign_request(spelt(wallet, prefix), BODY, path="/Prompting", receiver=ME, nonce=time.time_ns())
+    older = lambda wallet, prefix: legacy_headers(spelt(wallet, prefix), QUESTION, ME)
+    with chain.client() as client, Echo(settings, wallet=MINER, subtensor=client) as miner:
+        for prefix in (42, 0, 2):
+            assert status(miner.axon, BODY, new(STRANGER, prefix)) == status(miner.axon, OLD, older(STRANGER, prefix)) == 403
+        heard = [status(miner.axon, BODY, new(VALIDATOR, prefix)) for prefix in (0, 42, 2)]
+        assert [*heard, status(miner.axon, OLD, older(VALIDATOR, 0))] == [200, 429, 429, 429]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("where", ["memory", "file"])
+def test_clock_that_was_two_hours_ahead(where, restart, tmp_path, caplog):
+    """The miner's clock is two hours ahead for a while, and is then corrected.
+    Older server: refuses a hotkey's nonces below its last one, until it is restarted."""
+    shift, nonces = [0], tmp_path / "nonces" if where == "file" else None
+    clock = lambda: time.time_ns() + shift[0]
+    axon = Axon(MINER, nonces=nonces, clock=clock).attach(echo).start()
+    before, shift[0] = sign(), 7200 * 10**9
+    ahead = sign(nonce_ns=clock())
+    assert status(axon, headers=ahead) == 200
+    shift[0] = 0
+    if restart:
+        axon.stop()
+        axon = axon.start() if where == "memory" else Axon(MINER, nonces=nonces, clock=clock).attach(echo).start()
+    with axon:
+        assert status(axon) == status(axon, OLD, old()) == 200  # at once
+        assert status(axon, headers=ahead) == 401
+        shift[0] = 7200 * 10**9  # the time comes for which it was signed
+        assert status(axon, headers=ahead) == 401
+    assert "has gone back by at least 7" in caplog.text and before
+
+
+@pytest.mark.parametrize("what", ["damaged", "deleted", "folder deleted", "locked"])
+def test_nonce_file_that_is_lost(what, tmp_path):
+    """The file of accepted nonces is damaged, deleted or locked by another program while the miner runs.
+    Older server: has none."""
+    path = tmp_path / "state" / "nonces"
+    with Axon(MINER, nonces=path).attach(aecho) as axon:
+        assert status(axon, headers=(recorded := sign())) == 200
+        if what == "damaged":
+            axon._gate.nonces._file.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            path.write_bytes(b"x" * path.stat().st_size)
+            until(lambda: status(axon) == 200)  # after a window of refusals
+        elif what == "locked":
+            other = sqlite3.connect(path, isolation_level=None)
+            other.execute("BEGIN EXCLUSIVE")
+            with ThreadPoolExecutor(4) as pool:
+                waiting = [pool.submit(status, axon, BODY, sign()) for _ in range(4)]
+                longest = 0.0
+                while not all(task.done() for task in waiting):  # the loop goes on meanwhile
+                    began = time.monotonic()
+                    assert get(axon, "/health")[0] == 200
+                    longest = max(longest, time.monotonic() - began)
+            assert {task.result() for task in waiting} == {503} and longest < 0.9
+            other.close()
+        else:
+            shutil.rmtree(path.parent) if what == "folder deleted" else path.unlink()
+        assert status(axon) == 200
+        assert status(axon, headers=recorded) == 401
+    with Axon(MINER, nonces=path).attach(aecho) as again:
+        assert status(again, headers=recorded) == 401
+        until(lambda: status(again) == 200)  # a damaged file may cost two seconds
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
@@ -1119,6 +1215,40 @@ def test_one_bad_miner_among_many(dendrite):
     assert [a.dendrite.status_code for a in answers] == [408, 422, 413, 503, 200, 200]
 
 
+@pytest.mark.parametrize("address", [
+    "127.0.0.1:80", "10.0.0.1:80", "169.254.169.254:80", "224.0.0.1:80", "[::ffff:127.0.0.1]:80", "[64:ff9b::a00:1]:80",
+    "[2002:7f00:1::]:80", "[fe80::1%eth0]:80", "2130706433:80", "0x7f.1:80", "127.1:80", "127.0.0.1.:80", "localhost.:80",
+])  # fmt: skip
+def test_address_inside_our_network(address, monkeypatch):
+    """A miner publishes loopback, a private address, a metadata service, or one of them in disguise.
+    Older client: connects."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", 80))])
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", None)  # is not called
+    with Dendrite(VALIDATOR) as dendrite:
+        [answer] = dendrite.query([SimpleNamespace(hotkey=ME, axon=address)], QUESTION)
+    assert answer.dendrite.status_code == 503
+
+
+def test_odd_targets_among_many(dendrite):
+    """Entries of the metagraph that are no miners: digits of another script, 5000 digits, bytes, a tuple, a number.
+    Older client: -"""
+    where = ["127.0.0.1:\xb2", "127.0.0.1:" + "9" * 5000, b"127.0.0.1:80", ("127.0.0.1", 80), 80, "127.0.0.1:80\r\n"]
+    odd = [*(SimpleNamespace(hotkey=ME, axon=address) for address in where), "127.0.0.1:80", 7, None]
+    with Axon(MINER).attach(echo) as axon:
+        answers = dendrite.query([*odd, axon], QUESTION)
+    assert [a.dendrite.status_code for a in answers] == [503] * len(odd) + [200]
+
+
+def test_300_silent_miners(dendrite):
+    """300 miners accept a connection and say nothing, asked together with an honest one.
+    Older client: -"""
+    with socket.create_server(("127.0.0.1", 0), backlog=400) as server, Axon(MINER).attach(echo) as axon:
+        silent = [SimpleNamespace(hotkey=make_wallet(i).hotkey.ss58_address, axon=f"127.0.0.1:{server.getsockname()[1]}")
+                  for i in range(300)]  # fmt: skip
+        answers = dendrite.query([*silent, axon], QUESTION, timeout=2.0)
+    assert [a.dendrite.status_code for a in answers] == [408] * 300 + [200]
+
+
 # Streams --------------------------------------------------------------------------------------------------------------
 
 
@@ -1234,6 +1364,27 @@ def test_chain_away(chain, caplog):
             assert miner.wait_for_block(chain.block, SECONDS)
     assert sum(pause for pause in miner.runner.stopping.pauses if pause > 6.0) > 25 * 60
     assert sum("the chain failed" in r.getMessage() for r in caplog.records) == 9
+
+
+def test_chain_that_hangs(chain, caplog):
+    """A call to the chain never returns.
+    Older miner: -"""
+    with chain.client() as client:
+        hang, settings = threading.Event(), {"miner": {"poll_interval": 0.001, "chain_timeout": 0.05, "retries": 1000}}
+        hang.set()
+
+        class Silent:
+            network, subnets, execute = client.network, client.subnets, client.execute
+            block = property(lambda self: hang.wait(SECONDS) and client.block)
+
+        with Echo(settings, wallet=MINER, subtensor=Silent()) as miner:
+            until(lambda: get(miner.axon, "/ready")[0] == 200)
+            hang.clear()
+            until(lambda: get(miner.axon, "/ready")[0] == 503)
+            assert "the chain has failed" in get(miner.axon, "/ready")[1]["reason"] and status(miner.axon) == 200
+            hang.set()
+            until(lambda: get(miner.axon, "/ready")[0] == 200)
+    assert "the chain did not answer within 0.05 s" in caplog.text
 
 
 def test_deregistration_while_running(chain, caplog):

@@ -79,9 +79,11 @@ def internet(monkeypatch):
 REFUSED = """127.0.0.1 127.255.255.254 0.0.0.0 0.1.2.3 10.0.0.1 172.16.0.1 172.31.255.255 192.168.1.1 100.64.0.1 100.100.100.200
 169.254.169.254 168.63.129.16 192.0.0.192 192.0.2.1 198.18.0.1 198.51.100.7 203.0.113.9 192.88.99.1 224.0.0.1 239.255.255.250
 240.0.0.1 255.255.255.255 [::] [::1] [::127.0.0.1] [fe80::1] [fec0::1] [fc00::1] [fd00:ec2::254] [ff02::1] [ff0e::1]
-[::ffff:127.0.0.1] [::ffff:10.0.0.1] [::ffff:a9fe:a9fe] [::ffff:0:127.0.0.1] [64:ff9b::127.0.0.1] [64:ff9b::a9fe:a9fe]
-[64:ff9b::10.1.2.3] [64:ff9b:1::8.8.8.8] [2002:7f00:1::] [2002:a9fe:a9fe::1] [2002:c0a8:101::] [2002:e000:1::1] [2001::1]
-[2001:db8::1] [3fff::1] [100::1] [5f00::1] [4000::1] [0:0:0:0:0:0:0:1] [0000:0000::ffff:7f00:0001]""".split()
+[::ffff:127.0.0.1] [::ffff:10.0.0.1] [::ffff:a9fe:a9fe] [::ffff:0:127.0.0.1] [64:ff9b::127.0.0.1]
+[64:ff9b::a9fe:a9fe] [64:ff9b::10.1.2.3] [64:ff9b:1::8.8.8.8] [2002:7f00:1::] [2002:a9fe:a9fe::1] [2002:c0a8:101::]
+[2002:e000:1::1] [2001::1]
+[2001:db8::1] [3fff::1] [100::1] [2607:f8b0::5efe:7f00:1]
+[5f00::1] [4000::1] [0:0:0:0:0:0:0:1] [0000:0000::ffff:7f00:0001]""".split()
 ODD = """2130706433 0x7f000001 0x7f.0.0.1 0177.0.0.1 127.1 127.0.1 127.0.0.1. 127.0.0.01 0 1 017700000001 1.2.3.4.5 a.b.0x1f
 [fe80::1%eth0] [::1%25lo] [8.8.8.8] [::1 ::1] 8.8.8.8:80 user@8.8.8.8 8.8.8.8/x 8.8.8.8?x 8.8.8.8#x 8.8.8.8\\x 8.8.8.8%00
 １２７.0.0.1 127。0。0。1 ①②⑦.0.0.1 ::ffff:127.0.0.1%1""".split()
@@ -169,6 +171,8 @@ def test_an_axon_of_this_process_is_asked_and_what_looks_like_one_is_not(axon):
         axon.serve(client, 1)
         miner = SimpleNamespace(hotkey=ME, axon=axon)  # as a `Miner` has it
         twin = SimpleNamespace(hotkey=ME, address=axon.address, is_running=True, host=axon.host, port=axon.port)
+        posing = type("Posing", (), {"hotkey": ME, "address": axon.address, "__class__": property(lambda self: Axon)})()
+        assert said(dendrite.query(posing, QUESTION))[0][0] == 503
         answers = dendrite.query([axon, miner, twin, *client.subnets.metagraph(1)], QUESTION)
         assert [a.dendrite.status_code for a in answers] == [200, 200, 503, 503]
         assert answers[3].axon.port == axon.port and "(loopback)" in answers[3].dendrite.status_message

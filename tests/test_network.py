@@ -593,6 +593,36 @@ def test_starting_and_stopping_leaks_nothing():
     assert not before or len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_keeps_neither_port_nor_connections():
+    code = """
+        import os, socket, time, warnings
+        from prompting_nb.network.axon import Axon
+        from prompting_nb.network.chain import make_wallet
+        warnings.simplefilter("ignore")
+        with Axon(make_wallet("miner")).attach(lambda synapse: synapse) as axon:
+            line = socket.create_connection((axon.host, axon.port), timeout=10)
+            line.sendall(b"GET /health HTTP/1.1\\r\\n\\r\\n")
+            assert b"200" in line.recv(4096)
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            line.sendall(b"GET /health HTTP/1.1\\r\\n\\r\\n")  # the parent goes on
+            assert b"200" in line.recv(4096)
+        assert line.recv(4096) == b""  # closed, although the child lives
+        try:
+            socket.create_connection((axon.host, axon.port), timeout=10)
+            print("somebody listens")
+        except ConnectionRefusedError:
+            socket.create_server((axon.host, axon.port)).close()
+            print("free")
+        os.kill(child, 9)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "free\n", run.stdout + run.stderr
+
+
 def test_a_port_in_use_is_an_error_at_start(axon):
     second = Axon(MINER, port=axon.port).attach(echo)
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{axon.port}: the port is in use"):

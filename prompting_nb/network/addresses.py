@@ -112,7 +112,7 @@ def _carried(outer: Any) -> Any:
     "Return the IPv4 address within one of IPv6; None if there is none."
     if outer.version == 4:
         return None
-    if outer in _NAT64:
+    if outer in _NAT64 or (int(outer) >> 32) & 0xFDFF_FFFF == 0x5EFE:  # ISATAP
         return ipaddress.ip_address(int(outer) & 0xFFFFFFFF)
     return outer.ipv4_mapped or outer.sixtofour
 

@@ -52,6 +52,11 @@ class Connection(asyncio.Protocol):
 
     # Called by the transport
 
+    def fileno(self) -> int:
+        "Return the number of the socket; -1 when it is closed."
+        sock = self._transport and self._transport.get_extra_info("socket")
+        return sock.fileno() if sock else -1
+
     def connection_made(self, transport: Any) -> None:
         "Begin to wait for a request."
         self._transport = transport

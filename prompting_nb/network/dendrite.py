@@ -390,7 +390,7 @@ def read_target(target: Any) -> Target:
     try:
         where = getattr(target, "address", None) or getattr(target, "axon", None)
         hotkey = getattr(target, "hotkey", None) or getattr(where, "hotkey", None)
-        ours = isinstance(target, Axon) or isinstance(where, Axon)
+        ours = issubclass(type(target), Axon) or issubclass(type(where), Axon)
         address = getattr(where, "address", where)
         if not isinstance(hotkey, str):
             kind = "a text" if isinstance(target, str) else type(target).__name__

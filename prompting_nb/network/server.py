@@ -9,17 +9,20 @@ __all__ = ['Server', 'new_loop', 'listen', 'open_files']
 import asyncio
 import errno
 import logging
+import os
 import socket
 import threading
+import weakref
 from contextlib import suppress
 from functools import partial
-from typing import Callable, Coroutine, Optional
+from typing import Any, Callable, Coroutine, Optional
 
 from .connection import Connection
 from .limits import Crowd, Limits
 
 # %% ../../nbs/network/06_server.ipynb #c015
 _log = logging.getLogger(__name__)
+_servers: "weakref.WeakSet[Server]" = weakref.WeakSet()  # of this process
 
 
 class Server:
@@ -38,6 +41,7 @@ class Server:
         self._failed, self._tasks = True, set()
         name = f"axon-{sock.getsockname()[1]}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        _servers.add(self)
 
     def start(self) -> "Server":
         "Start the thread. Returns when requests are answered."
@@ -93,6 +97,11 @@ class Server:
         while len(self.crowd):
             await asyncio.sleep(0)
 
+    def sockets(self) -> list[int]:
+        "Return the numbers of the listening socket and of all connections."
+        numbers = [self._sock.fileno(), *map(_number, self.crowd)]
+        return [number for number in numbers if number >= 0]
+
     @property
     def alive(self) -> bool:
         "Whether the thread runs."
@@ -121,6 +130,24 @@ class Server:
     def _leave(self, _: object) -> None:
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._leaving.set)
+
+
+def _number(connection: Any) -> int:
+    "Return the number of a connection's socket."
+    return connection.fileno()
+
+# %% ../../nbs/network/06_server.ipynb #s021
+def _give_up_sockets() -> None:
+    "Put nothing in the place of all sockets of servers; called in a forked child."
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for server in list(_servers):
+        for number in server.sockets():
+            os.dup2(nothing, number, inheritable=False)
+    os.close(nothing)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_give_up_sockets)
 
 # %% ../../nbs/network/06_server.ipynb #s011
 def new_loop() -> asyncio.AbstractEventLoop:
