@@ -29,6 +29,7 @@ class Event(replay.Event):
     completions: list[Optional[str]]  # `None` where the miner failed or was late
     loss: float  # the gate's, before it learned from this step
     seconds: list[float] = field(repr=False)  # from the request to each answer
+    sd: Optional[list[float]] = None  # standard deviations of the scores, if known
     grades: Optional[list[float]] = None  # true grades, if known; the gate sees none
 
     def to_json(self) -> str:
