@@ -11,6 +11,7 @@ __all__ = ['PRECISIONS', 'mean_pooling', 'last_token', 'mean_direction', 'last_w
 import copy
 import functools
 import hashlib
+import logging
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,11 @@ from transformers import AutoModel, AutoTokenizer
 
 from .config import InputError
 from .pretrained import load, resolve
+from .sentences import count_cut, encode_sentences
+from .sentences import is_sentence_model, load_sentences
 from .shapes import TensorType, check_shapes
+
+_log = logging.getLogger(__name__)
 
 # %% ../nbs/04_encoding.ipynb #c006
 @check_shapes
@@ -80,7 +85,7 @@ class Encoder(torch.nn.Module):
     `encoder(text)` is a vector `(hidden_size,)`, `encoder(texts)` is a matrix
     `(n, hidden_size)`."""
 
-    model: Any  # of transformers
+    model: Any  # of transformers, or a `SentenceTransformer`
     tokenizer: Any  # of transformers
 
     def __init__(
@@ -95,23 +100,53 @@ class Encoder(torch.nn.Module):
         max_windows: int = 16,  # of longer texts the middle is left out
         precision: str = "float32",  # or "bfloat16", or "int8" (CPU only)
         compile: bool = False,  # by `torch.compile`, at the first text
+        prompt_name: str = "",  # of a sentence model; empty: its default
+        truncate_dim: int | None = None,  # of a sentence model: numbers that are kept
+        backend: str = "torch",  # or "onnx", "openvino", of a sentence model
     ):  # raises `InputError` for an unknown model or precision
         super().__init__()
+        self.prompt_name, self.cut = prompt_name, 0
         self.model_name, self.compiled = model_name, compile
         self.pool, self.combine = pool, combine
-        self.model = frozen_model(model_name, device, precision, compile)
-        self.tokenizer = load(AutoTokenizer.from_pretrained, model_name)
-        _ensure_pad_token(self.tokenizer)
-        self.window = min(window, context_size(self.model))
-        self.max_windows = max_windows
-        self.cache = EmbeddingCache(cache_size)
+        self.max_windows, self.cache = max_windows, EmbeddingCache(cache_size)
+        # a model that says how its tokens become one vector, unless `pool` does
+        wanted = bool(prompt_name or truncate_dim or backend != "torch")
+        known = wanted or is_sentence_model(model_name)
+        self.sentences = pool is mean_pooling and known
+        if wanted and not self.sentences:
+            raise InputError(
+                "prompt_name, truncate_dim and backend are for sentence models, and "
+                f"this encoder pools the tokens of {model_name!r} itself"
+            )
+        if self.sentences:
+            options = (prompt_name, truncate_dim, backend)
+            self.model = load_sentences(resolve(model_name), device, *options)
+            self._prepare_sentences(precision, compile)
+        else:
+            self.model = frozen_model(model_name, device, precision, compile)
+            self.tokenizer = load(AutoTokenizer.from_pretrained, model_name)
+            _ensure_pad_token(self.tokenizer)
+            self.window = min(window, context_size(self.model))
         self.register_load_state_dict_post_hook(lambda module, _: module.cache.clear())
         super().train(False)
 
     @property
     def hidden_size(self) -> int:
         "The length of an embedding."
-        return self.model.config.hidden_size
+        return self._size if self.sentences else self.model.config.hidden_size
+
+    def _prepare_sentences(self, precision: str, compile: bool) -> None:
+        "Set what differs where the library does the work."
+        if compile or precision not in ("float32", "bfloat16"):
+            raise InputError(
+                f"a sentence model runs in float32 or bfloat16 and uncompiled, and "
+                f"precision is {precision!r}, compile {compile}"
+            )
+        if precision == "bfloat16":
+            self.model.bfloat16()
+        self.tokenizer = self.model.tokenizer
+        self.window = getattr(self.model, "max_seq_length", None) or 0  # 0: any length
+        self._size = encode_sentences(self.model, ["a"], self.prompt_name).shape[1]
 
     def train(self, mode: bool = True) -> "Encoder":
         "Stay in evaluation mode, whatever is asked for."
@@ -149,6 +184,8 @@ class Encoder(torch.nn.Module):
         "Embed texts that are not in the cache, and put them there."
         if not texts:
             return {}
+        if self.sentences:
+            return self._encode_sentences(texts)
         split = windows(self.tokenizer, texts, self.window, self.max_windows)
         rows = [row for pieces in split for row in pieces]
         groups = micro_batches([len(row) for row in rows])
@@ -159,6 +196,18 @@ class Encoder(torch.nn.Module):
             # A clone, since a view would keep the vectors of all texts alive.
             found[text] = self.combine(own).clone()
             self.cache.put(text, found[text])
+        return found
+
+    def _encode_sentences(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        "Embed texts with a sentence model, and say when it cuts them."
+        vectors = encode_sentences(self.model, texts, self.prompt_name)
+        found = {text: vector.clone() for text, vector in zip(texts, vectors)}
+        if cut := count_cut(self.model, texts, self.prompt_name):
+            self.cut += cut
+            text = "%s reads only %d tokens of a text: %d texts were cut so far"
+            _log.warning(text, self.model_name, self.window, self.cut)
+        for text, vector in found.items():
+            self.cache.put(text, vector)
         return found
 
     @torch.inference_mode()
@@ -173,6 +222,9 @@ def check_encoder(
     model_name: str,  # a folder, a name on the hub, or "minilm"
 ) -> None:  # raises `InputError` when there is no such encoder to be had
     "Make sure that an encoder can be loaded, without reading its weights."
+    if is_sentence_model(model_name):
+        load_sentences(model_name)
+        return
     load(AutoTokenizer.from_pretrained, model_name)
     load(AutoModel.from_pretrained, model_name, device_map="meta")
 

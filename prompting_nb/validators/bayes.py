@@ -4,29 +4,32 @@
 
 # %% auto #0
 __all__ = ['BayesianSettings', 'Posterior', 'BayesianGatingModel', 'topic_centres', 'topic_shares', 'Prior', 'posterior',
-           'observe', 'neutral_prior', 'Log', 'sums', 'learn_prior', 'Beliefs', 'next_review', 'Question', 'Memory',
-           'question_key', 'scored_uids']
+           'observe', 'neutral_prior', 'Log', 'sums', 'learn_prior', 'Beliefs', 'reward_fences', 'fade', 'follow',
+           'Watch', 'next_review', 'Question', 'Memory', 'question_key', 'scored_uids']
 
 # %% ../../nbs/validators/01_bayes.ipynb #c002
 import json
+import logging
 import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
-from ..config import PositiveInt
+from ..config import InputError, NonNegativeFloat, PositiveInt
 from ..encoding import Encoder, mean_direction, mean_pooling
 from ..shapes import TensorType, check_shapes
 from .gating import BaseGatingModel, GatingSettings, embed
-from .gating import finite_rewards
+from .gating import finite_rewards, warn_of_pooling
 from .rows import compare_metagraphs, load_rows, move_rows
 from .rows import origin_of, save_rows, score
 from .warm import Judged
 from ..show import arguments_in_help
+
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/validators/01_bayes.ipynb #c038
 @dataclass
@@ -35,11 +38,15 @@ class BayesianSettings(GatingSettings):
 
     Args:
         topics: Number of groups that prompts are put into (bayes).
-        memory: Number of questions that are remembered (bayes).
+        memory: Number of questions that are remembered; older ones are forgotten
+            (bayes).
+        half_life: Questions in which half of what is known of a miner is forgotten, for
+            miners that change; 0 forgets none of what is remembered (bayes).
     """
 
     topics: PositiveInt = 16
     memory: PositiveInt = 8192
+    half_life: NonNegativeFloat = 0.0
 
 
 class Posterior(NamedTuple):
@@ -71,12 +78,16 @@ class BayesianGatingModel(BaseGatingModel):
         super().__init__()
         self.configure(metagraph, config, model_name, num_uids)
         own = self.settings
-        self.topics, self.memory = own.topics, Memory(own.memory)
+        self.topics = own.topics
+        self.memory = Memory(own.memory, once=not own.half_life)
         self.seen, self.review = 0, next_review(0, own.memory)
         name = own.model_name
-        self.encoder = Encoder(name, pool=mean_pooling, combine=mean_direction)
+        options: dict[str, Any] = dict(pool=mean_pooling, combine=mean_direction)
+        self.encoder = Encoder(name, **options, prompt_name=own.prompt_name)
         self.register_buffer("centres", torch.zeros(0, self.encoder.hidden_size))
-        self.beliefs = Beliefs(self.num_uids, 1 + self.topics)
+        d, half_life = 1 + self.topics, own.half_life
+        self.beliefs = Beliefs(self.num_uids, d, half_life=half_life)
+        self.watch = Watch(self.num_uids)
         self.to(self.encoder.model.device)
 
     @property
@@ -152,10 +163,11 @@ class BayesianGatingModel(BaseGatingModel):
     ) -> None:
         "Update the posteriors of those that were asked; now and then review all."
         phi, earlier = self.features(x), self.memory.earlier(x, uids)
-        new = earlier.isnan()
-        change = (rewards - earlier)[~new]
-        self.beliefs.correct(phi, uids[~new], change)
-        self.beliefs.add(phi, uids[new], rewards[new])
+        surprise = self.beliefs.learn(phi, uids, rewards, earlier)
+        for uid in self.watch.see(uids, surprise):
+            text = "uid %d (%s) earns %s than was expected: has it changed?"
+            less = "less" if self.watch.mean[uid] < 0 else "more"
+            _log.warning(text, uid, self.hotkeys.get(uid), less)
         self.memory.add(x, uids, rewards)
         self.seen += 1
         if self.seen >= self.review:
@@ -168,13 +180,16 @@ class BayesianGatingModel(BaseGatingModel):
     ) -> int:  # prompts that are forgotten again for lack of room
         "Put judged answers into the memory, and review all."
         xs = [embed(self.encoder, prompt).to(self.centres) for prompt, _, _ in answers]
-        there = {*self.memory.questions, *map(question_key, xs)}
+        before, distinct = len(self.memory), len(answers)
+        if self.memory.once:
+            there = {*self.memory.questions, *map(question_key, xs)}
+            distinct = len(there) - before
         for x, (_, uids, grades) in zip(xs, answers):
             self.memory.add(x, uids.to(x.device), grades.to(x))
             self.seen += 1
         if answers:
             self.reflect()
-        return len(there) - len(self.memory)
+        return before + distinct - len(self.memory)
 
     @torch.no_grad()
     def reflect(self) -> None:
@@ -182,6 +197,19 @@ class BayesianGatingModel(BaseGatingModel):
         self.review = next_review(self.seen, self.memory.size)
         self.centres = topic_centres(self.memory.embeddings(), self.topics)
         self.beliefs.relearn(self.memory.answers(self.features))
+
+    def forget(
+        self,
+        hotkey: str,
+    ) -> None:  # raises `InputError` when the network has no such hotkey
+        "Forget all answers of a hotkey, as when its miner is known to have changed."
+        at = {name: uid for uid, name in self.hotkeys.items()}
+        if hotkey not in at:
+            raise InputError(f"no uid has the hotkey {hotkey!r}: nothing to forget")
+        sources = torch.arange(self.num_uids)
+        sources[at[hotkey]] = -1
+        self._follow(sources)
+        self.known.pop(hotkey, None)
 
     def resync(
         self,
@@ -221,6 +249,7 @@ class BayesianGatingModel(BaseGatingModel):
         gate is untouched then.
         """
         saved = load_rows(path, self._identity(), self.hotkeys, self.num_uids)
+        warn_of_pooling(path, self.encoder, saved.about)
         self.centres = saved.tensors["centres"].to(self.centres)
         self.beliefs.set_tensors(saved.tensors)
         self.memory.set_tensors(saved.tensors, like=self.centres)
@@ -232,6 +261,7 @@ class BayesianGatingModel(BaseGatingModel):
         "Move all rows, in the memory too."
         self.beliefs.move(sources)
         self.memory.move(sources)
+        self.watch.move(sources)
         self._latest = None
 
     def _identity(self) -> dict[str, str]:
@@ -242,6 +272,7 @@ class BayesianGatingModel(BaseGatingModel):
             "num_uids": str(self.num_uids),
             "hidden_size": str(self.centres.shape[1]),
             "topics": str(self.topics),
+            "prompt_name": self.settings.prompt_name,
         }
 
 # %% ../../nbs/validators/01_bayes.ipynb #c006
@@ -333,6 +364,7 @@ class Log(NamedTuple):
     phi: torch.Tensor  # (n, d) features of the prompt
     uids: torch.Tensor  # (n,)
     rewards: torch.Tensor  # (n,)
+    ages: Optional[torch.Tensor] = None  # (n,) questions asked since, oldest first
 
 
 def sums(
@@ -345,7 +377,7 @@ def sums(
     squares = log.phi.new_zeros(num_uids, d, d)
     products = log.phi.new_zeros(num_uids, d)
     for start in range(0, len(log.uids), chunk):
-        phi, uids, rewards = (value[start : start + chunk] for value in log)
+        phi, uids, rewards = (value[start : start + chunk] for value in log[:3])
         squares.index_add_(0, uids, phi[:, :, None] * phi[:, None])
         products.index_add_(0, uids, phi * rewards[:, None])
     return squares, products
@@ -394,20 +426,25 @@ class Beliefs(torch.nn.Module):
     squares: torch.Tensor  # (uids, d, d)
     products: torch.Tensor  # (uids, d)
     covariances: torch.Tensor  # (uids, d, d)
+    fences: torch.Tensor  # (2,) a reward outside counts as the nearer one
 
     def __init__(
         self,
         num_uids: int,
         d: int,  # features
+        prior: Optional[Prior] = None,  # `None` is the neutral prior
+        half_life: float = 0.0,  # questions in which half is forgotten; 0: nothing is
     ):
-        "Create the buffers, with the neutral prior."
+        "Create the buffers."
         super().__init__()
+        self.keep = 0.5 ** (1 / half_life) if half_life else 1.0
         self.head = torch.nn.Linear(d, num_uids, bias=False)
-        for name, value in neutral_prior(d)._asdict().items():
+        for name, value in (prior or neutral_prior(d))._asdict().items():
             self.register_buffer(f"prior_{name}", value)
         self.register_buffer("squares", torch.zeros(num_uids, d, d))
         self.register_buffer("products", torch.zeros(num_uids, d))
         self.register_buffer("covariances", torch.zeros(num_uids, d, d))
+        self.register_buffer("fences", torch.tensor([-torch.inf, torch.inf]))
         self.update()
 
     @property
@@ -420,6 +457,45 @@ class Beliefs(torch.nn.Module):
         "Compute the posteriors of all uids from prior and sums."
         means, self.covariances = posterior(self.prior, self.squares, self.products)
         self.head.weight.copy_(means)
+
+    @torch.no_grad()
+    def at(
+        self,
+        phi: TensorType["d"],  # features of a prompt
+    ) -> Posterior:  # of all uids, without gradient
+        "Compute expected rewards and their standard deviations."
+        sd = ((self.covariances @ phi) @ phi).clamp(min=0).sqrt()
+        return Posterior(self.head.weight @ phi, sd)
+
+    @torch.no_grad()
+    def learn(
+        self,
+        phi: TensorType["d"],  # features of the prompt
+        uids: TensorType["k"],  # that answered, each once
+        rewards: TensorType["k"],
+        earlier: TensorType[
+            "k"
+        ],  # of the same uids and prompt; nan where none is known
+    ) -> torch.Tensor:  # (k,) rewards minus expected ones, in standard deviations
+        "Take in the answers to one question."
+        self.fade()
+        rewards = rewards.clamp(*self.fences)
+        expected = self.head.weight[uids] @ phi
+        variance = self.prior_noise + (self.covariances[uids] @ phi) @ phi
+        surprise = (rewards - expected) / variance.sqrt()
+        new = earlier.isnan()
+        self.correct(phi, uids[~new], (rewards - earlier.clamp(*self.fences))[~new])
+        self.add(phi, uids[new], rewards[new])
+        return surprise
+
+    @torch.no_grad()
+    def fade(self) -> None:
+        "Let the time of one question pass."
+        if self.keep < 1:
+            keep = self.prior_mean.new_tensor([self.keep])
+            faded = fade(self.prior, self.head.weight, self.covariances, keep)
+            self.head.weight.copy_(faded[0])
+            self.covariances.copy_(faded[1])
 
     @torch.no_grad()
     def add(
@@ -454,10 +530,15 @@ class Beliefs(torch.nn.Module):
         "Estimate the prior from a log, and compute sums and posteriors anew."
         num_uids = len(self.squares)
         if len(log.uids):
+            self.fences.copy_(reward_fences(log.rewards))
+            log = log._replace(rewards=log.rewards.clamp(*self.fences))
             prior = learn_prior(log, num_uids, float(self.prior_noise))
             self.prior_mean, self.prior_covariance, self.prior_noise = prior
         self.squares, self.products = sums(log, num_uids)
-        self.update()
+        if self.keep == 1:
+            return self.update()
+        means, self.covariances = follow(self.prior, log, num_uids, self.keep)
+        self.head.weight.copy_(means)
 
     @torch.no_grad()
     def move(
@@ -481,7 +562,104 @@ class Beliefs(torch.nn.Module):
     ) -> None:
         "Take over saved tensors."
         for name, value in self.tensors().items():
-            value.copy_(tensors[name])
+            value.copy_(tensors.get(name, value))  # older files have no fences
+
+# %% ../../nbs/validators/01_bayes.ipynb #f002
+def reward_fences(
+    rewards: TensorType["n"],  # all that are remembered
+    distance: float = 1.5,  # of the fences from the quartiles, in their distance
+) -> torch.Tensor:  # (2,) lowest and highest reward that counts as it is
+    "Compute fences outside of which a reward counts as the fence."
+    # `quantile` refuses more than 16 million numbers
+    low, high = (rewards.kthvalue(_rank(rewards, q)).values for q in (0.25, 0.75))
+    room = distance * (high - low)
+    return torch.stack([(low - room).clamp(max=0.0), (high + room).clamp(min=1.0)])
+
+
+def _rank(values: torch.Tensor, share: float) -> int:
+    return 1 + round(share * (len(values) - 1))
+
+# %% ../../nbs/validators/01_bayes.ipynb #f005
+def fade(
+    prior: Prior,
+    means: TensorType["k", "d"],
+    covariances: TensorType["k", "d", "d"],
+    keep: torch.Tensor,  # rho to the power of the questions that passed, (k,) or (1,)
+) -> tuple:  # means (k, d), covariances (k, d, d)
+    "Let what is known of some uids drift towards the prior."
+    keep = keep[:, None]
+    means = prior.mean + keep * (means - prior.mean)
+    off = covariances - prior.covariance
+    return means, prior.covariance + keep[:, None] ** 2 * off
+
+
+@torch.no_grad()
+def follow(
+    prior: Prior,
+    log: Log,  # with ages, the oldest answers first
+    num_uids: int,
+    keep: float,  # rho, for one question
+) -> tuple:  # means (uids, d), covariances (uids, d, d), as of now
+    "Compute the posteriors of weights that drift, answer by answer."
+    means = prior.mean.repeat(num_uids, 1)
+    covariances = prior.covariance.repeat(num_uids, 1, 1)
+    assert log.ages is not None
+    age = torch.full((num_uids,), float(log.ages.max()) if len(log.ages) else 0.0)
+    age = age.to(means)
+    ages, sizes = log.ages.unique_consecutive(return_counts=True)
+    places = torch.arange(len(log.uids), device=means.device).split(sizes.tolist())
+    for now, rows in zip(ages.tolist(), places):
+        uids, phi = log.uids[rows], log.phi[rows[0]]
+        old = means[uids], covariances[uids]
+        kept = keep ** (age[uids] - now)
+        means[uids], covariances[uids] = fade(prior, *old, kept)
+        observe(means, covariances, phi, uids, log.rewards[rows], prior.noise)
+        age[uids] = now
+    return fade(prior, means, covariances, keep**age)
+
+# %% ../../nbs/validators/01_bayes.ipynb #f010
+class Watch:
+    "Notices uids whose recent rewards contradict what was expected of them."
+
+    def __init__(
+        self,
+        num_uids: int,
+        span: int = 20,  # answers over which deviations are averaged
+        limit: float = 4.5,  # standard deviations of that average that raise an alarm
+    ):
+        self.span, self.limit = span, limit
+        self.mean = torch.zeros(num_uids)  # of the deviations, the latest count most
+        self.count = torch.zeros(num_uids)  # answers seen
+
+    def see(
+        self,
+        uids: TensorType["k"],
+        surprise: TensorType[
+            "k"
+        ],  # rewards minus expected ones, in standard deviations
+    ) -> list[int]:  # uids that contradict now and did not before
+        "Take in deviations."
+        uids, surprise = uids.cpu(), surprise.to(self.mean).clamp(-3, 3)
+        before = self.alarmed[uids]
+        self.count[uids] += 1
+        share = 1 / self.count[uids].clamp(max=self.span)
+        self.mean[uids] += share * (surprise - self.mean[uids])
+        return uids[self.alarmed[uids] & ~before].tolist()
+
+    @property
+    def alarmed(self) -> torch.Tensor:  # (num_uids,) bool
+        "Tell whose recent rewards contradict what was expected."
+        spread = (
+            1 / (2 * self.span - 1)
+        ) ** 0.5  # of such an average of normal numbers
+        return (self.count >= self.span) & (self.mean.abs() > self.limit * spread)
+
+    def move(
+        self,
+        sources: TensorType["uids"],  # as `row_sources` returns them
+    ) -> None:
+        "Follow the hotkeys."
+        move_rows([self.mean, self.count], sources)
 
 # %% ../../nbs/validators/01_bayes.ipynb #c024
 _GROWTH = 1.3
@@ -501,6 +679,7 @@ class Question(NamedTuple):
     x: torch.Tensor  # (hidden,) embedding
     uids: torch.Tensor  # (k,) that answered, -1 for those that left
     rewards: torch.Tensor  # (k,)
+    at: int = 0  # the memory's clock when it was asked last
 
 
 class Memory:
@@ -509,8 +688,10 @@ class Memory:
     def __init__(
         self,
         size: int,  # questions
+        once: bool = True,  # a question that comes again takes the place of the first
     ):
-        self.size, self.questions = size, OrderedDict()
+        self.once = once
+        self.size, self.questions, self.clock = size, OrderedDict(), 0
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -521,9 +702,9 @@ class Memory:
         uids: TensorType["k"],
     ) -> torch.Tensor:  # (k,), nan where there is none
         "Look up the rewards that uids had when the question was last asked."
-        if (key := question_key(x)) not in self.questions:
+        if (key := question_key(x)) not in self.questions or not self.once:
             return torch.full(uids.shape, torch.nan, device=uids.device)
-        _, asked, rewards = self.questions[key]
+        _, asked, rewards, _ = self.questions[key]
         same = uids[:, None] == asked
         return torch.where(same.any(1), rewards[same.int().argmax(1)], torch.nan)
 
@@ -534,11 +715,13 @@ class Memory:
         rewards: TensorType["k"],
     ) -> None:
         "Keep answers, with earlier ones of uids that were not asked now."
-        if earlier := self.questions.pop(question_key(x), None):
+        key = question_key(x) if self.once else (question_key(x), self.clock)
+        if earlier := self.questions.pop(key, None):
             others = ~torch.isin(earlier.uids, uids)
             uids = torch.cat([earlier.uids[others], uids])
             rewards = torch.cat([earlier.rewards[others], rewards])
-        self.questions[question_key(x)] = Question(x, uids, rewards)
+        self.questions[key] = Question(x, uids, rewards, self.clock)
+        self.clock += 1
         if len(self) > self.size:
             self.questions.popitem(last=False)  # the oldest
 
@@ -554,8 +737,10 @@ class Memory:
         phi, kept = features(self.embeddings()), self.questions.values()
         sizes = torch.tensor([len(q.uids) for q in kept], device=phi.device)
         uids, rewards = (torch.cat([q[i] for q in kept]) for i in (1, 2))
+        ages = torch.tensor([self.clock - q.at for q in kept], device=phi.device)
+        phi, ages = phi.repeat_interleave(sizes, 0), ages.repeat_interleave(sizes)
         there = uids >= 0
-        return Log(phi.repeat_interleave(sizes, 0)[there], uids[there], rewards[there])
+        return Log(phi[there], uids[there], rewards[there], ages[there])
 
     def move(
         self,
@@ -576,12 +761,13 @@ class Memory:
         "Name all tensors, for a file."
         if not self.questions:
             return {}
-        x, uids, rewards = zip(*self.questions.values())
+        x, uids, rewards, at = zip(*self.questions.values())
         return {
             "log_x": torch.stack(x),
             "log_uids": torch.cat(uids),
             "log_rewards": torch.cat(rewards),
             "log_sizes": torch.tensor([len(part) for part in uids]),
+            "log_at": torch.tensor(at),
         }
 
     def set_tensors(
@@ -591,12 +777,17 @@ class Memory:
     ) -> None:
         "Take over saved questions."
         self.questions.clear()
+        self.clock = 0
         if "log_x" in tensors:
             sizes = tensors["log_sizes"].tolist()
             uids = tensors["log_uids"].to(like.device).split(sizes)
             rewards = tensors["log_rewards"].to(like).split(sizes)
-            for question in map(Question, tensors["log_x"].to(like), uids, rewards):
-                self.questions[question_key(question.x)] = question
+            x = tensors["log_x"].to(like)
+            at = tensors.get("log_at", torch.arange(len(x))).tolist()
+            self.clock = at[-1] + 1
+            for question in map(Question, x, uids, rewards, at):
+                key = question_key(question.x)
+                self.questions[key if self.once else (key, question.at)] = question
 
 
 def question_key(x: torch.Tensor) -> bytes:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'OPTIMIZERS', 'GatingSettings', 'BaseGatingModel', 'LinearGate', 'GatingModel', 'SentenceEmbedGatingModel',
-           'embed', 'softmax_mse', 'reward_mse', 'listwise', 'finite_rewards', 'loss_and_gradients', 'take_step']
+           'embed', 'warn_of_pooling', 'softmax_mse', 'reward_mse', 'listwise', 'finite_rewards', 'loss_and_gradients',
+           'take_step']
 
 # %% ../../nbs/validators/00_gating.ipynb #c002
 import argparse
@@ -46,6 +47,8 @@ class GatingSettings:
         momentum: Momentum of the optimizer (sgd).
         loss: Loss of a learning step; the two others learn much faster.
         optimizer: Optimizer of the head.
+        prompt_name: Prompt of a sentence model that goes before each message, such as
+            `query`; empty is the model's default.
     """
 
     model_name: NotEmptyStr = "EleutherAI/gpt-neo-125m"
@@ -54,6 +57,7 @@ class GatingSettings:
     momentum: HalfOpenUnitInterval = 0.9
     loss: Literal["softmax_mse", "reward_mse", "listwise"] = "softmax_mse"
     optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
+    prompt_name: str = ""
 
     __post_init__ = check_settings
 
@@ -86,6 +90,7 @@ class BaseGatingModel(torch.nn.Module, ABC):
         - `--gating.loss`: `softmax_mse`, `reward_mse` or `listwise`.
                            (default: 'softmax_mse')
         - `--gating.optimizer`: `sgd`, `adagrad` or `adam`. (default: 'sgd')
+        - `--gating.prompt_name`: Prompt of a sentence model. (default: '')
         """
         add_settings(parser, cls.Settings, "gating")
 
@@ -278,6 +283,7 @@ class LinearGate(BaseGatingModel):
         gate is untouched then.
         """
         saved = load_rows(path, self._identity(), self.hotkeys, self.num_uids)
+        warn_of_pooling(path, self.encoder, saved.about)
         other = saved.about["optimizer"] != type(self.optimizer).__name__
         set_head_tensors(self.head, self.optimizer, saved.tensors, blank=other)
         self.known = Counter(json.loads(saved.about.get("known", "{}")))
@@ -303,6 +309,7 @@ class LinearGate(BaseGatingModel):
             "model_name": self.encoder.model_name,
             "num_uids": str(self.head.out_features),
             "hidden_size": str(self.head.in_features),
+            "prompt_name": self.settings.prompt_name,
         }
 
 # %% ../../nbs/validators/00_gating.ipynb #c060
@@ -321,6 +328,11 @@ class GatingModel(LinearGate):
         model_name: str,  # a folder, a name on the hub, or "minilm"
     ) -> Encoder:
         "Read the hidden state of the last token, of the last window of a long message."
+        if self.settings.prompt_name:
+            raise InputError(
+                "--gating.prompt_name is for sentence models, and this gate reads the "
+                "last token of a language model"
+            )
         return Encoder(model_name, pool=last_token, combine=last_window)
 
 # %% ../../nbs/validators/00_gating.ipynb #c062
@@ -340,8 +352,14 @@ class SentenceEmbedGatingModel(LinearGate):
         self,
         model_name: str,  # a folder, a name on the hub, or "minilm"
     ) -> Encoder:
-        "Read `mean_pooling` of the token embeddings, and its mean over windows."
-        return Encoder(model_name, pool=self.mean_pooling, combine=mean_direction)
+        """Read `mean_pooling` of the token embeddings, and its mean over windows.
+
+        A sentence model pools as its `modules.json` says, unless a subclass replaces
+        `mean_pooling`.
+        """
+        name = self.settings.prompt_name
+        options: dict[str, Any] = dict(pool=self.mean_pooling, combine=mean_direction)
+        return Encoder(model_name, **options, prompt_name=name)
 
 # %% ../../nbs/validators/00_gating.ipynb #c089
 def embed(
@@ -351,7 +369,21 @@ def embed(
     "Encode a message. Raises TypeError for no str, ValueError for an empty one."
     if not isinstance(message, str):
         raise TypeError(f"a message must be a str, got {type(message).__name__}")
-    return encoder(message)
+    x = encoder(message)
+    # sentence models give vectors of any length
+    return F.normalize(x, dim=0) if getattr(encoder, "sentences", False) else x
+
+
+def warn_of_pooling(
+    path: str | Path,  # of a saved gate, for the message
+    encoder: Encoder,
+    about: dict[str, str],  # what the file says of itself
+) -> None:
+    "Log a warning where a gate learned when sentence models were read by their mean."
+    if getattr(encoder, "sentences", False) and "prompt_name" not in about:
+        text = "%s is older than the pooling of sentence models: unless %s takes the "
+        text += "mean of its tokens, the gate must learn anew"
+        _log.warning(text, path, encoder.model_name)
 
 # %% ../../nbs/validators/00_gating.ipynb #c010bs
 def _shown(gate: BaseGatingModel, most: int = 10) -> str:

@@ -297,7 +297,7 @@ def _check_identity(path: str | Path, about: dict, here: dict) -> None:
     differs = [
         f"{name} is {about.get(name)} there and {value} here"
         for name, value in here.items()
-        if not _same(name, about.get(name), value)
+        if not _same(name, about.get(name), value) and (value or name in about)
     ]
     if differs:
         raise InputError(f"{path} does not fit this gate: {'; '.join(differs)}")

@@ -136,12 +136,14 @@ def gumbel_top_k(
     if not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
     scores, uids = _candidates(scores, k, available)
-    logits = scores[uids] / temperature
+    logits = (scores[uids] - scores[uids].max()) / temperature
 
-    def draw(n):
-        noise = torch.empty(n, len(logits), dtype=torch.float64)
-        noise = noise.exponential_(generator=generator)
-        return logits - noise.clamp(min=1e-300).log()
+    def draw(n, dtype):
+        noise = torch.empty(n, len(logits), dtype=dtype).exponential_(
+            generator=generator
+        )
+        noise.clamp_(min=1e-37).log_().neg_()
+        return noise.add_(logits.to(dtype))
 
     def above(threshold, places):
         return -torch.expm1(-(logits[places] - threshold).clamp(max=40.0).exp())
@@ -150,6 +152,7 @@ def gumbel_top_k(
 
 # %% ../../nbs/validators/02_selection.ipynb #c023
 _DRAWS = 128  # repeated draws behind a propensity
+_PIECE = 65536  # random numbers at a time
 
 
 def _inclusion(
@@ -157,7 +160,7 @@ def _inclusion(
     k: int,
     places: torch.Tensor,  # (k,) whose probabilities are wanted
     above: Callable,  # thresholds `(draws, k)`, places: chances of exceeding them
-) -> torch.Tensor:  # (k,) float64, as `draws`
+) -> torch.Tensor:  # (k,) float64
     "Estimate the probability that each of `places` is among the `k` largest."
     if k >= draws.shape[1]:
         return torch.ones(len(places), dtype=torch.float64)
@@ -169,7 +172,7 @@ def _inclusion(
 
 # %% ../../nbs/validators/02_selection.ipynb #c025
 def _k_largest(
-    draw: Callable,  # n -> random scores of the candidates, `(n, m)`
+    draw: Callable,  # n, dtype -> random scores of the candidates, `(n, m)`
     above: Callable,  # as for `_inclusion`
     scores: torch.Tensor,  # (network_size,)
     uids: torch.Tensor,  # (m,) the candidates
@@ -186,15 +189,22 @@ def _k_largest(
     first = first[torch.randperm(len(first), generator=generator)[:k]]
     hidden = torch.where(new, -torch.inf, 0.0)  # newcomers have places of their own
     rest, others = k - len(first), len(uids) - int(new.sum())
-    chosen = torch.cat([first, (draw(1)[0] + hidden).topk(rest).indices])
+    drawn = draw(1, torch.float64)[0] + hidden
+    chosen = torch.cat([first, drawn.topk(rest).indices])
     if torch.rand((), generator=generator) < epsilon:
         chosen = torch.randperm(len(uids), generator=generator)[:k]
     chance = len(first) / max(int(new.sum()), 1)
     propensities = torch.full((k,), chance, dtype=torch.float64)
     old = ~new[chosen]
     if old.any() and 0 < rest < others:
-        draws = draw(_DRAWS) + hidden
-        propensities[old] = _inclusion(draws, rest, chosen[old], above)
+        # In single precision, and a piece that fits into the cache at a time.
+        rows = min(_DRAWS, max(1, _PIECE // len(uids)))
+        sizes = [rows] * (_DRAWS // rows) + [_DRAWS % rows] * (_DRAWS % rows > 0)
+        found = torch.zeros(int(old.sum()), dtype=torch.float64)
+        for size in sizes:
+            draws = draw(size, torch.float32).add_(hidden)
+            found += _inclusion(draws, rest, chosen[old], above) * (size / _DRAWS)
+        propensities[old] = found
     else:
         propensities[old] = float(rest > 0)  # all of the others are asked, or none
     propensities = (1 - epsilon) * propensities + epsilon * k / len(uids)
@@ -215,11 +225,12 @@ def thompson(
 ) -> Selection:  # raises as `select` does
     "Choose the `k` best of scores drawn from independent normal posteriors."
     scores, uids = _candidates(scores, k, available)
-    mean, spread = scores[uids], _deviations(sd, scores, width)[uids].clamp(min=1e-12)
+    spread = _deviations(sd, scores, width)[uids].clamp(min=1e-12)
+    mean = scores[uids] - scores[uids].max()  # in single precision zero has most digits
 
-    def draw(n):
-        noise = torch.empty(n, len(uids), dtype=torch.float64)
-        return mean + spread * noise.normal_(generator=generator)
+    def draw(n, dtype):
+        noise = torch.empty(n, len(uids), dtype=dtype).normal_(generator=generator)
+        return noise.mul_(spread.to(dtype)).add_(mean.to(dtype))
 
     def above(threshold, places):
         return torch.special.ndtr((mean[places] - threshold) / spread[places])

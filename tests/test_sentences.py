@@ -1,0 +1,197 @@
+"Sentence models of many kinds: the encoder's embeddings are those of the library, and gates and miners use them."
+
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+from toys import LETTERS, letter_tokenizer, save_model
+
+from prompting_nb.baseminer.miners import sentence_encoder
+from prompting_nb.config import InputError
+from prompting_nb.encoding import Encoder, check_encoder, last_token
+from prompting_nb.pretrained import minilm_path
+from prompting_nb.validators.bayes import BayesianGatingModel
+from prompting_nb.validators.gating import GatingModel, SentenceEmbedGatingModel
+from prompting_nb.validators.rows import save_rows
+
+TEXTS = ["gate", "which of the miners should answer this", "a", "how many miles are twelve km", "gate keeper"]
+NETWORK = SimpleNamespace(hotkeys=["a", "b", "c"])
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    config = transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=32, max_position_embeddings=64)
+    return save_model(tmp_path_factory.mktemp("bert"), config, letter_tokenizer(bert=True, letters=[*LETTERS, " ", ":"]))
+
+
+@pytest.fixture(scope="module")
+def make(bert, tmp_path_factory):
+    def make(*behind, pooling="mean", length=32, **options):
+        torch.manual_seed(1)
+        parts = [Transformer(bert, max_seq_length=length), Pooling(16, pooling_mode=pooling), *behind]
+        folder = str(tmp_path_factory.mktemp("sentences"))
+        SentenceTransformer(modules=parts, device="cpu", **options).save(folder)
+        return folder
+    return make
+
+
+def library(folder, texts=TEXTS, prompt_name=None, **options):
+    return torch.tensor(SentenceTransformer(folder, device="cpu", **options).encode(texts, prompt_name=prompt_name))
+
+
+def same(one, other):
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "weightedmean", "lasttoken", "mean_sqrt_len_tokens"])
+def test_poolings(make, pooling):
+    folder = make(pooling=pooling)
+    encoder = Encoder(folder)
+    same(encoder(TEXTS), library(folder))
+    same(encoder(TEXTS[1]), library(folder)[1])
+    assert encoder.hidden_size == 16 and len(encoder.cache) == len(TEXTS)
+
+
+@pytest.mark.parametrize("behind, size", [([Dense(16, 6)], 6), ([Normalize()], 16), ([Dense(16, 6), Normalize()], 6)])
+def test_layers_behind(make, behind, size):
+    folder = make(*behind)
+    encoder = Encoder(folder)
+    same(encoder(TEXTS), library(folder))
+    assert encoder.hidden_size == size
+
+
+def test_prompts(make):
+    folder = make(pooling="cls", prompts={"query": "q: ", "passage": "text: "}, default_prompt_name="passage")
+    for name in ("query", "passage", ""):
+        same(Encoder(folder, prompt_name=name)(TEXTS), library(folder, prompt_name=name or None))
+    assert (Encoder(folder, prompt_name="query")("gate") - Encoder(folder)("gate")).abs().max() > 1e-3
+    with pytest.raises(InputError, match="no prompt 'answer'; its prompts: .*passage, query"):
+        Encoder(folder, prompt_name="answer")
+
+
+def test_matryoshka_sizes(make):
+    folder = make()
+    encoder = Encoder(folder, truncate_dim=5)
+    same(encoder(TEXTS), library(folder, truncate_dim=5))
+    assert encoder.hidden_size == 5
+
+
+def test_what_is_cut_is_said(make, caplog):
+    folder = make(length=12)
+    with caplog.at_level(logging.WARNING):
+        encoder = Encoder(folder)
+        same(encoder(TEXTS), library(folder))
+    assert encoder.cut == 3 and "reads only 12 tokens of a text: 3 texts were cut so far" in caplog.text
+
+
+def test_precision_and_what_does_not_fit(make, bert):
+    folder = make()
+    near = Encoder(folder, precision="bfloat16")(TEXTS)
+    assert near.dtype == torch.float32 and (near - library(folder)).abs().max() < 0.05
+    for options in (dict(precision="int8"), dict(compile=True)):
+        with pytest.raises(InputError, match="float32 or bfloat16"):
+            Encoder(folder, **options)
+    with pytest.raises(InputError, match="pools the tokens"):
+        Encoder(folder, pool=last_token, prompt_name="query")
+    with pytest.raises(InputError, match="one of torch, onnx, openvino, not 'tpu'"):
+        Encoder(folder, backend="tpu")
+    for wrong in ("", "  "):
+        with pytest.raises(InputError, match="empty"):
+            Encoder(folder)(["fine", wrong])
+    check_encoder(folder)
+
+
+@pytest.mark.parametrize("backend, part", [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_other_backends_where_they_are_installed(make, backend, part):
+    folder = make()
+    try:
+        found = Encoder(folder, backend=backend)(TEXTS)
+    except InputError as error:
+        assert part in str(error) and f"sentence-transformers[{backend}]" in str(error)
+        pytest.skip(f"{backend} is not installed")
+    torch.testing.assert_close(found, library(folder), atol=1e-3, rtol=0)
+
+
+def test_plain_transformers_are_read_as_before(bert):
+    encoder = Encoder(bert)
+    assert not encoder.sentences
+    tokens = encoder.tokenizer("gate", return_tensors="pt")
+    mean = torch.nn.functional.normalize(encoder.model(**tokens)[0].mean(1))[0]
+    same(encoder("gate"), mean)
+
+
+@pytest.mark.parametrize("cls", [SentenceEmbedGatingModel, BayesianGatingModel])
+def test_gates_read_sentence_models(make, cls, tmp_path):
+    folder = make(Dense(16, 6), pooling="cls", prompts={"query": "q: "})
+    gate = cls(NETWORK, {"gating": {"prompt_name": "query", "loss": "reward_mse"}}, folder, num_uids=3)
+    scores = gate("gate")
+    gate.backward(scores[[0, 1]], torch.tensor([0.9, 0.1]))
+    x = gate.encoder("gate")
+    same(x, library(folder, ["gate"], "query")[0])
+    gate.save(tmp_path / "gate")
+    again = cls(NETWORK, {"gating": {"prompt_name": "query"}}, folder, num_uids=3)
+    again.load(tmp_path / "gate")
+    assert torch.equal(again("gate"), gate("gate"))
+    other = cls(NETWORK, {}, folder, num_uids=3)
+    with pytest.raises(InputError, match="prompt_name is query there and  here"):
+        other.load(tmp_path / "gate")
+
+
+def test_a_linear_gate_reads_vectors_of_length_one(make):
+    folder = make()
+    gate = SentenceEmbedGatingModel(NETWORK, {}, folder, num_uids=3)
+    x = torch.nn.functional.normalize(library(folder, ["gate"])[0], dim=0)
+    torch.testing.assert_close(gate("gate"), gate.head(x), atol=1e-5, rtol=0)
+
+
+def test_own_pooling_wins(make):
+    class First(SentenceEmbedGatingModel):
+        @staticmethod
+        def mean_pooling(output, mask):
+            return output[0][:, 0]
+
+    folder = make()
+    gate = First(NETWORK, {}, folder, num_uids=3)
+    same(gate.encoder("gate"), torch.nn.functional.normalize(library(make(pooling="cls"), ["gate"])[0], dim=0))
+    with pytest.raises(InputError, match="for sentence models"):
+        GatingModel(NETWORK, {"gating": {"prompt_name": "query"}}, folder, num_uids=3)
+
+
+def test_a_gate_from_before_says_so(make, tmp_path, caplog):
+    gate = SentenceEmbedGatingModel(NETWORK, {}, make(), num_uids=3)
+    identity = {name: value for name, value in gate._identity().items() if name != "prompt_name"}
+    tensors = {"weight": gate.head.weight, "bias": gate.head.bias}
+    save_rows(tmp_path / "old", tensors, identity, gate.hotkeys, optimizer="SGD")
+    gate.load(tmp_path / "old")
+    assert "older than the pooling of sentence models" in caplog.text
+
+
+def test_the_retrieval_miner_reads_them_too(make):
+    folder = make(pooling="max")
+    same(torch.tensor(sentence_encoder(folder)(TEXTS)), library(folder))
+
+
+def test_minilm_needs_no_library_and_agrees_with_it():
+    code = ("import sys; from prompting_nb.encoding import Encoder; v = Encoder('minilm')('gate'); "
+            "assert 'sentence_transformers' not in sys.modules; print(*v.tolist()[:4])")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    texts = [*TEXTS, "Which of these is the longest river? " * 8]
+    for name in ("minilm", minilm_path()):
+        encoder = Encoder(name)
+        assert not encoder.sentences
+        same(encoder(texts), library(minilm_path(), texts))
+    same(torch.tensor([float(value) for value in found.split()]), encoder("gate")[:4])
+
+
+def test_without_the_library_the_error_says_what_to_install(make, monkeypatch):
+    folder = make()
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(InputError, match="pip install sentence-transformers"):
+        Encoder(folder)
