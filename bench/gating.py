@@ -3,10 +3,11 @@
 1. Synthetic subnet (64 and 256 uids): the Bayesian gate beside LinUCB, LinTS, kNN-40, the best fixed choice, the old
    gate and the documented default. Prompts are made from templates on which nothing was tuned.
 2. Recorded models: learned online from four fifths of the prompts, frozen, judged on the last fifth.
-3. Costs: a learning step and a posterior at 4096 uids, memory; and those of bench/gate_latency.py.
+3. The loop on tables (bench/gate_loop.py): recorded models with the rewards of a fitted head, built-in tasks.
+4. Costs: a learning step and a posterior at 4096 uids, memory; and those of bench/gate_latency.py.
 
 The recorded scores are not part of the project: --scores says where prompts-scores.csv.gz lies. Without the file
-part 2 is left out. In full about ten minutes on two cores.
+part 2 and the recorded loop are left out. In full about twenty minutes on two cores.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from rich.table import Table as RichTable
 from tqdm.auto import tqdm
 
 import gate_learning as learning
+import gate_loop
 import gate_recorded as recorded
 from machine import machine
 from prompting_nb.validators.bayes import BayesianGatingModel
@@ -242,6 +244,8 @@ def main() -> int:
             results["recorded"] = on_records(pool, args.scores, args.quick)
         else:
             print(f"{args.scores} is not there: no recorded models. --scores FILE says where they are.", file=sys.stderr)
+    responses = str(Path(args.scores).with_name("prompts-responses.jsonl.gz"))
+    results |= gate_loop.measure(responses, args.quick)
     results["costs"] = costs(args.quick)
     try:
         import gate_latency
@@ -251,6 +255,7 @@ def main() -> int:
         results["latency"] = gate_latency.measure(progress=True)
     results = _keys(results) | results
     _show(results)
+    gate_loop.show(results, Console())
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

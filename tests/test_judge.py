@@ -11,6 +11,7 @@ from sklearn.isotonic import IsotonicRegression
 from prompting_nb.config import InputError
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.tasks import Worker
+from prompting_nb.validators.audits import Auditor, Audits
 from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with
 from prompting_nb.validators.offsets import Offsets, drift
 from prompting_nb.validators.validator import Policy, Validator
@@ -206,3 +207,38 @@ def test_a_score_that_is_not_finite_is_named():
     with pytest.raises(InputError, match="finite"):
         Offsets({"5A": [float("inf")]})
     assert Watch().findings() == []
+
+
+def test_audits_find_out_whom_the_judge_flatters():
+    "First answers and then a share are graded; all rewards come closer to the grades."
+    draw = np.random.default_rng(0)
+    bias = dict(zip(("5A", "5B", "5C"), (0.3, 0.0, -0.3)))
+    audits, early, late = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]), first=4, share=0.05), [], []
+    for step in range(200):
+        truth = draw.uniform(0.3, 0.7, 3)
+        texts = [f"{t + b + 0.05 * draw.standard_normal():.4f} {t:.4f}" for t, b in zip(truth, bias.values())]
+        (late if step >= 20 else early).append(audits("x", texts, [*bias]).numpy() - truth)
+    assert 12 + 25 <= audits.graded <= 12 + 31 and audits.answers == 600
+    assert np.abs(late).mean() < 0.06, "the noise alone is 0.04"
+    assert audits.offset("5A") == pytest.approx(-0.3, abs=0.05) and audits.offset("5C") == pytest.approx(0.3, abs=0.05)
+
+
+def test_audits_go_where_they_teach_most():
+    "To those whose errors vary and that were asked often, not to those that are well known."
+    draw = np.random.default_rng(1)
+    known = Offsets({"5Known": 0.3 + 0.05 * draw.standard_normal(80), "5Wild": 0.4 * draw.standard_normal(8) - 0.3})
+    auditor = Auditor(known, first=2, share=0.2)
+    picked = [key for _ in range(20) for key in np.array(["5Known", "5Wild"])[auditor.pick(["5Known", "5Wild"])]]
+    assert picked == ["5Wild"] * 8
+    assert auditor.pick(["5New", "5New", "5New"])[:2] == [0, 1]
+
+
+def test_a_validator_has_answers_audited():
+    workers = [Worker("good", lambda prompt: "0.5 0.9"), Worker("bad", lambda prompt: "0.5 0.1")]
+    with Network(workers, seed=6) as network:
+        judge = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]))
+        with Validator(network.wallet, network.client, judge, policy=Policy(k=2, timeout=20.0)) as validator:
+            events = [validator.step("any prompt") for _ in range(6)]
+    uids = {miner.worker.name: uid for uid, miner in network.miners.items()} or {"good": 1, "bad": 2}
+    last = dict(zip(events[-1].uids, events[-1].rewards))
+    assert last[uids["good"]] == pytest.approx(0.9, abs=0.02) and last[uids["bad"]] == pytest.approx(0.1, abs=0.02)

@@ -7,6 +7,7 @@ import torch
 
 from prompting_nb.config import InputError
 from prompting_nb.reward.preferences import Ranking
+from prompting_nb.validators.policies import LinTS, LinUCB
 from prompting_nb.validators.replay import ask_always, ask_anyone, estimate
 from prompting_nb.validators.selection import Selection, select
 from prompting_nb.validators.simulate import (
@@ -212,3 +213,29 @@ def test_figures_name_the_worst_seed():
     difference = results.figure("a", "gate", minus="b")
     assert difference.mean == pytest.approx(figure.mean - results.figure("b", "gate").mean)
     assert str(results).splitlines()[0].startswith("policy") and "seed" in results._repr_html_()
+
+
+class Lowest:
+    "Prefers the first uids; it has scores and leaves the choice to others."
+
+    def __init__(self, subnet, seed):
+        self.uids = subnet.uids
+
+    def scores(self, prompt):
+        return -torch.arange(self.uids, dtype=torch.float32)
+
+    def learn(self, prompt, uids, rewards):
+        "Never."
+
+    def resync(self, before, now):
+        "It makes no difference."
+
+
+def test_policies_of_the_package_and_those_with_scores_alone_can_run():
+    bandit = lambda kind: lambda subnet, seed: kind(subnet.metagraph, subnet.encoder(), torch.as_tensor(subnet.embeddings))
+    policies = {"LinTS": bandit(LinTS), "LinUCB": bandit(LinUCB), "lowest": Lowest}
+    results = simulate(subnets, policies, 2, steps=120, events=[Replace(0.25)])
+    assert results.figure("LinTS", "gap_closed").mean > 0.3 < results.figure("LinUCB", "gap_closed").mean
+    (run, _) = results.runs["lowest"]
+    assert (run.uids == [0, 1, 2]).all(1).mean() > 0.9 and run.scores[5].tolist() == [-i for i in range(12)]
+    assert 0.9 < np.median(run.propensities) <= run.propensities.max() <= 1

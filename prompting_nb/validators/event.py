@@ -30,6 +30,7 @@ class Event(replay.Event):
     loss: float  # the gate's, before it learned from this step
     seconds: list[float] = field(repr=False)  # from the request to each answer
     offsets: Optional[list[float]] = None  # that the judge added to the rewards
+    sd: Optional[list[float]] = None  # standard deviations of the scores, if known
     grades: Optional[list[float]] = None  # true grades, if known; the gate sees none
 
     def to_json(self) -> str:

@@ -21,6 +21,7 @@ from scipy.stats import t as student
 
 from ..config import InputError
 from ..show import arguments_in_help, html_table
+from .policies import ask
 from .replay import Event
 from .selection import Selection
 from .validator import Policy, default_gate
@@ -494,6 +495,7 @@ def run_policy(
     if not 1 <= k <= subnet.uids:
         raise InputError(f"k = {k} uids cannot be asked: the subnet has {subnet.uids}")
     draw = np.random.default_rng([seed, 314159])
+    dice = torch.Generator().manual_seed(seed)  # of policies that have only scores
     order = draw.permutation(len(subnet.prompts))
     steps = len(order) if steps is None else steps
     if steps > len(order):
@@ -509,7 +511,7 @@ def run_policy(
         if before != now.hotkeys:
             after = list(now.hotkeys)
             policy.resync(*(SimpleNamespace(hotkeys=keys) for keys in (before, after)))
-        chosen = policy.choose(text, k, range(subnet.uids))
+        chosen = ask(policy, text, k, range(subnet.uids), dice)
         uids = _checked(chosen.uids, k, subnet.uids)
         rewards = told = now.values(subnet.rewards, prompt)
         for disturb in now.noise:
@@ -529,7 +531,7 @@ def run_policy(
             uids,
             np.asarray(chosen.propensities, dtype=float),
             np.where(arrives, told, np.nan),
-            _scores(policy, subnet.uids),
+            _scores(policy, text, subnet.uids),
             now.values(subnet.grades, prompt),
             rewards,
             len(set(now.copied[uids].tolist())),
@@ -555,9 +557,11 @@ def _checked(chosen: Any, k: int, uids: int) -> np.ndarray:
     return found
 
 
-def _scores(policy: Any, uids: int) -> np.ndarray:
+def _scores(policy: Any, prompt: str, uids: int) -> np.ndarray:
     "Return the scores that a policy chose by, or zeros."
     scores = getattr(policy, "scores", None)
+    if callable(scores) and not hasattr(policy, "choose"):
+        scores = torch.as_tensor(scores(prompt))
     return np.zeros(uids) if not torch.is_tensor(scores) else scores[:uids].numpy()
 
 

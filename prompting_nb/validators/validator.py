@@ -26,6 +26,7 @@ from ..network.dendrite import Dendrite
 from ..pretrained import MINILM
 from ..protocol import Prompting
 from .bayes import BayesianGatingModel
+from .copies import Copies
 from .event import Event
 from .judge import reward_with
 from prompting_nb.validators.gating import (
@@ -65,6 +66,7 @@ class Validator:
         self.gate: Any = gate or default_gate(self.metagraph, seed)
         self.policy = policy or Policy()
         self.averages = MovingAverage(self.policy.alpha)
+        self.copies = Copies()  # watched where the policy asks for distinct answers
         if allow_private is None:
             allow_private = is_embedded(client)
         self.dendrite = Dendrite(wallet, allow_private=allow_private)
@@ -97,6 +99,7 @@ class Validator:
             uids=uids.tolist(),
             neurons=[self.metagraph.neurons[uid] for uid in uids.tolist()],
             propensities=_five_digits(propensities),
+            sd=None if sd is None else _five_digits(sd.cpu()[uids]),
             available=self.serving(),
         )
 
@@ -127,6 +130,8 @@ class Validator:
         block = int(self.client.block) if block is None else block
         given = (round.prompt, round.uids, hotkeys, round.rewards)
         loss = self.observe(*given, scores=scores)
+        if self.policy.distinct:
+            self.copies.see(hotkeys, round.completions)
         return Event(
             step=step,
             block=block,
@@ -138,6 +143,7 @@ class Validator:
             offsets=round.offsets,
             scores=_five_digits(round.scores.detach()[: len(self.metagraph)]),
             available=round.available,
+            sd=round.sd,
             loss=loss,
             completions=round.completions,
             statuses=[answer.dendrite.status_code or 0 for answer in round.answers],
@@ -191,7 +197,16 @@ class Validator:
             if asked[hotkeys[u]] < least and not known.get(hotkeys[u])
         ]
         policy = replace(self.policy, k=k) if k else self.policy
-        return policy.choose(scores, sd, serving, new, self.steps, self.generator)
+        rest = (new, self.steps, self.generator)
+        if not policy.distinct:
+            return policy.choose(scores, sd, serving, *rest)
+        alone = self.copies.one_each(dict(enumerate(hotkeys)), serving, self.generator)
+        if len(alone.uids) < policy.k:  # copies are better than too few answers
+            return policy.choose(scores, sd, serving, *rest)
+        found = policy.choose(scores, sd, alone.uids, *rest)
+        share = dict(zip(alone.uids, alone.shares))
+        shares = torch.tensor([share[uid] for uid in found.uids.tolist()])
+        return Selection(found.uids, found.propensities * shares)
 
     def sync(
         self,
@@ -244,6 +259,7 @@ class Round:
     neurons: list  # of these uids when they were chosen
     propensities: list  # probability of each to be asked
     available: list[int]  # uids that could have been asked
+    sd: Optional[list[float]] = None  # of the scores of those asked, if known
     answers: list[Prompting] = field(default_factory=list)  # one for each uid
     rewards: list = field(default_factory=list)  # five significant digits
     offsets: Optional[list] = None  # that the judge added to them
@@ -277,6 +293,7 @@ class Policy:
     floor: ClosedUnitInterval = 0.01  # other rules: probability of a random choice
     temperature: PositiveFloat = 0.1  # gumbel: in the unit of the scores
     welcome: NonNegativeInt = 1  # a hotkey that was asked fewer times goes first
+    distinct: bool = False  # ask only one of those that give the same answers
     alpha: PositiveFloat = 0.1  # weight of the newest reward in the averages, up to 1
 
     __post_init__ = check_settings

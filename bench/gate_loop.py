@@ -1,0 +1,157 @@
+"""The loop on tables: recorded models with the rewards of a fitted head, and the built-in tasks with a trained model.
+
+Every arena is divided anew for a seed, as `prompting-nb loop` divides it: what the reward model learns from, what
+calibrates the judge, what the loop asks. The gate and its rivals then run in the simulator, three uids asked, the most
+asked uid given to a newcomer half-way; what counts is the last third, by the recorded grades.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import reward_quality as quality
+from prompting_nb.encoding import Encoder
+from prompting_nb.loop.tables import subnet_of
+from prompting_nb.loop.tasks import built_in, recorded
+from prompting_nb.loop.teach import calibrate, teach
+from prompting_nb.pretrained import MINILM
+from prompting_nb.reward.ensemble import fit_head
+from prompting_nb.reward.preferences import decided, score_rankings
+from prompting_nb.validators.simulate import Favourites, GatePolicy, Replace, figure_of, simulate
+
+
+class Lookup:
+    "Stands in for a reward model whose scores are in a table."
+
+    def __init__(self, scores: dict[tuple[str, str], float]):
+        self.scores = scores
+
+    def score(self, prompt, completions):
+        return torch.tensor([[self.scores[prompt, text.strip()]] for text in completions])
+
+
+def text_features(data: str, work: str) -> tuple[list, dict]:
+    "Rankings, and the features of each (prompt, completion) from an encoder at rest, which are kept in a folder."
+    args = SimpleNamespace(data=data, work=work, prompts=None, trl_python=None, trl_lr=1e-4, wrapper="")
+    rankings = quality.rankings_of(args)
+    features = []
+    for number in range(-(-len(rankings) // quality.CHUNK)):
+        features += quality.done(args, "texts", number)["result"]
+    return rankings, {(r.prompt, text): torch.tensor(row) for r, rows in zip(rankings, features)
+                      for text, row in zip(r.completions, rows)}
+
+
+def recorded_arena(data: str, seed: int, features: dict):
+    "An arena, and a stand-in for a reward model whose head is fitted to its training rankings."
+    from prompting_nb.reward.preferences import read_rankings
+
+    arena = recorded(read_rankings(data, keep_all=True), seed=seed)
+    learn = decided(arena.train)
+    rows = lambda r: torch.stack([features[r.prompt, text.strip()] for text in r.completions])
+    head = fit_head([rows(r) for r in learn], [r.scores for r in learn])
+    return arena, Lookup({key: float(row @ head) for key, row in features.items()})
+
+
+def ceilings(run, last: float = 1 / 3) -> dict[str, float]:
+    "Mean grades of what the rewards allow at best: fixed uids and uids of each prompt, chosen by the rewards themselves."
+    steps, k = max(1, round(last * len(run.uids))), run.uids.shape[1]
+    grades, rewards = run.grades[-steps:], run.rewards[-steps:]
+    fixed = grades[:, np.argsort(-rewards.mean(0), kind="stable")[:k]].mean()
+    best = np.take_along_axis(grades, np.argsort(-rewards, axis=1, kind="stable")[:, :k], 1).mean()
+    return {"fixed_by_reward": float(fixed), "oracle_by_reward": float(best)}
+
+
+VARIANTS = {  # name -> (corrected, told, policy)
+    "now": (False, "rewards", GatePolicy),
+    "grades": (False, "grades", GatePolicy),
+    "corrected": (True, "rewards", GatePolicy),
+    "warm": (True, "rewards", lambda subnet, seed: GatePolicy(subnet, seed, warm=True)),
+    "rule": (True, "rewards", Favourites),
+}
+
+
+def compared(subnets: dict, seeds: list[int], moves: bool, variants=VARIANTS) -> dict:
+    "Figures of the lead over the best fixed choice in hindsight, for each variant; and the ceilings."
+    events = [Replace()] if moves else []
+    table = {}
+    for name, (corrected, told, policy) in variants.items():
+        found = simulate(lambda seed: subnets[seed, corrected, told], {name: policy}, seeds, events=events)
+        table[name] = found.figure(name, "lead")._asdict() | {"grade": found.figure(name, "gate").mean,
+                                                              "gap_closed": found.figure(name, "gap_closed").mean}
+        if name in ("now", "corrected"):
+            runs = found.runs[name]
+            top = [ceilings(run) for run in runs]
+            best = [run.standing().best_fixed for run in runs]
+            for kind in top[0]:
+                table[f"{name}_{kind}"] = figure_of([t[kind] - b for t, b in zip(top, best)], seeds)._asdict()
+    return table
+
+
+def recorded_loop(data: str, seeds: list[int], work: str, progress=print) -> dict:
+    "The recorded loop with the fitted head: a uid changes hands half-way, and nobody moves."
+    _, features = text_features(data, work)
+    encoder, subnets = Encoder(MINILM), {}
+    for seed in seeds:
+        arena, model = recorded_arena(data, seed, features)
+        scores = score_rankings(lambda prompts, texts: [model.scores[p, t.strip()] for p, t in zip(prompts, texts)], arena.test)
+        for corrected in (False, True):
+            judge = calibrate(model, arena, scores, corrected)
+            subnets[seed, corrected, "rewards"] = subnet_of(arena, encoder, judge)
+        subnets[seed, False, "grades"] = subnet_of(arena, encoder, judge, told="grades")
+        progress(f"recorded loop: tables of seed {seed}")
+    return {name: compared(subnets, seeds, moves) for name, moves in (("moves", True), ("stays", False))}
+
+
+def built_in_loop(seeds: list[int], progress=print) -> dict:
+    "The built-in tasks with a reward model trained as `prompting-nb loop` does."
+    encoder, subnets = Encoder(MINILM), {}
+    for seed in seeds:
+        arena = built_in(encoder, seed=seed)
+        model = teach(arena, seed, progress=False)
+        scores = score_rankings(lambda *texts, model=model: model.score(*texts), arena.test)
+        for corrected in (False, True):
+            subnets[seed, corrected, "rewards"] = subnet_of(arena, encoder, calibrate(model, arena, scores, corrected))
+        progress(f"built-in loop: trained for seed {seed}")
+    names = ("now", "corrected", "warm", "rule")
+    return compared(subnets, seeds, True, {name: VARIANTS[name] for name in names})
+
+
+def measure(data: str, quick: bool = False, work: str = str(quality.WORK), progress=lambda text: None) -> dict:
+    "Everything, with the keys of the benchmark."
+    found = {}
+    if Path(data).is_file():
+        found["loop"] = recorded_loop(data, list(range(2 if quick else 10)), work, progress)
+        for key in ("now", "corrected", "warm", "rule"):
+            found[f"loop_gap_{key}"] = found["loop"]["moves"][key]["mean"]
+    found["built_in"] = built_in_loop(list(range(1 if quick else 3)), progress)
+    found["builtin_ahead"] = found["built_in"]["warm"]["mean"]
+    return found
+
+
+def show(found: dict, console) -> None:
+    "Print the tables."
+    from rich.table import Table
+
+    titles = {"moves": "Recorded loop, the most asked uid changes hands", "stays": "Recorded loop, nobody moves"}
+    parts = {title: found["loop"][name] for name, title in titles.items() if "loop" in found}
+    for title, rows in {**parts, "Built-in tasks, trained reward model": found["built_in"]}.items():
+        table = Table(title=f"{title}: ahead of the best fixed three in hindsight, {len(next(iter(rows.values()))['values'])} seeds")
+        for column in ("", "mean ± 95 %", "sd", "worst (seed)"):
+            table.add_column(column, justify="right" if column else "left")
+        for name, row in rows.items():
+            half = row["high"] - row["mean"]
+            table.add_row(name, f"{row['mean']:+.3f} ± {half:.3f}", f"{row['sd']:.3f}", f"{row['worst']:+.3f} ({row['worst_seed']})")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from rich.console import Console
+
+    torch.set_num_threads(1)
+    result = measure(sys.argv[1] if len(sys.argv) > 1 else str(quality.DATA), "--quick" in sys.argv, progress=print)
+    show(result, Console(width=120))
+    print({key: round(value, 4) for key, value in result.items() if isinstance(value, float)})
