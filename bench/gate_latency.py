@@ -36,7 +36,7 @@ from prompting_nb.pretrained import MINILM, load, minilm_path, no_bars
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
 
 THREADS, UIDS, MESSAGES = 2, 4096, 64
-BATCH_SIZES = (4, 8, 16, 32, 64)  # of sentence-transformers; 32 is its default
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)  # of sentence-transformers; 32 is its default
 WORDS = """how many miles are in a list of words about the river and what day does this story convert to python code write
 explain reverse cook bread with honey for city visit answer name age short long history trade law music plan email team
 summary why would someone like more time than money please give me three good reasons and one bad example of each""".split()

@@ -76,6 +76,7 @@ class Ridge:
         start[0, 0] = 1e-3  # the mean of a uid is hardly shrunk
         self.a, self.b = start.repeat(n, 1, 1), torch.zeros(n, components + 1)
         self.inverse, self.rule, self.width = torch.linalg.inv(self.a), rule, width
+        self.seen = torch.zeros(len(x), n, dtype=torch.bool)  # an answer that comes again counts once
         self.generator = torch.Generator().manual_seed(seed)
 
     def _mean(self, phi):
@@ -88,7 +89,9 @@ class Ridge:
         return (self._mean(phi) + 0.3 * self.width * sd * noise).topk(K).indices
 
     def learn(self, prompt, uids, rewards):
-        phi = self.phi[prompt]
+        new = ~self.seen[prompt, uids]
+        uids, rewards, phi = uids[new], rewards[new], self.phi[prompt]
+        self.seen[prompt, uids] = True
         spread = self.inverse[uids] @ phi
         self.inverse[uids] -= spread[:, :, None] * spread[:, None] / (1 + spread @ phi)[:, None, None]
         self.b[uids] += rewards[:, None] * phi
@@ -149,6 +152,10 @@ def _chosen(make, options, x, scores, inner, seed):
     return options[int(np.argmax(results))]
 
 
+# ridge and width
+RIDGES = ((0.1, 0.5), (0.3, 0.5), (1, 0.5), (3, 0.5), (10, 0.5), (30, 0.5), (3, 1.5))
+
+
 def one_split(seed: int, x: torch.Tensor, scores: torch.Tensor) -> dict:
     "Top-1 and top-3 on the held-out fifth of one split, and what is needed for cost curves."
     generator = torch.Generator().manual_seed(seed)
@@ -156,8 +163,8 @@ def one_split(seed: int, x: torch.Tensor, scores: torch.Tensor) -> dict:
     held, train, n = order[:len(x) // 5], order[len(x) // 5:], scores.shape[1]
     makes = {
         "kNN": (lambda option, part: Average(x, n, seed, option), (20, 40, 80)),
-        "LinUCB": (lambda option, part: Ridge(x, n, seed, part, "ucb", *option), ((1, 0.5), (10, 0.5), (30, 0.5), (30, 1.5))),
-        "LinTS": (lambda option, part: Ridge(x, n, seed, part, "ts", *option), ((1, 0.5), (10, 0.5), (30, 0.5), (30, 1.5))),
+        "LinUCB": (lambda option, part: Ridge(x, n, seed, part, "ucb", *option), RIDGES),
+        "LinTS": (lambda option, part: Ridge(x, n, seed, part, "ts", *option), RIDGES),
     }
     methods = {"ours": Ours(x, n, seed), "best fixed": Average(x, n, seed, None)}
     for name, (make, options) in makes.items():

@@ -282,9 +282,9 @@ def test_a_silent_change_is_logged_once_and_can_be_forgotten(encoder, caplog):
     with caplog.at_level("WARNING"):
         gate = answered(encoder, 75, change)
     assert [text for text in caplog.messages if "has it changed" in text] == ["uid 0 (key0) earns less than was expected: has it changed?"]
-    assert gate.watch.alarmed.tolist() == [True, False, False]
+    assert gate.watch.alarmed == [0]
     gate.forget("key0")
     mean, sd = gate.posterior(MESSAGES[0])
-    assert torch.isclose(sd[0], sd[2]) and not gate.watch.alarmed.any()
+    assert torch.isclose(sd[0], sd[2]) and not gate.watch.alarmed
     with pytest.raises(InputError, match="no uid has the hotkey 'key9'"):
         gate.forget("key9")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -483,7 +484,9 @@ class Beliefs(torch.nn.Module):
         expected = self.head.weight[uids] @ phi
         variance = self.prior_noise + (self.covariances[uids] @ phi) @ phi
         surprise = (rewards - expected) / variance.sqrt()
-        new = earlier.isnan()
+        if (new := earlier.isnan()).all():
+            self.add(phi, uids, rewards)
+            return surprise
         self.correct(phi, uids[~new], (rewards - earlier.clamp(*self.fences))[~new])
         self.add(phi, uids[new], rewards[new])
         return surprise
@@ -628,8 +631,8 @@ class Watch:
         limit: float = 4.5,  # standard deviations of that average that raise an alarm
     ):
         self.span, self.limit = span, limit
-        self.mean = torch.zeros(num_uids)  # of the deviations, the latest count most
-        self.count = torch.zeros(num_uids)  # answers seen
+        # of the deviations, the latest count most; answers seen
+        self.mean, self.count = np.zeros(num_uids), np.zeros(num_uids)
 
     def see(
         self,
@@ -639,27 +642,34 @@ class Watch:
         ],  # rewards minus expected ones, in standard deviations
     ) -> list[int]:  # uids that contradict now and did not before
         "Take in deviations."
-        uids, surprise = uids.cpu(), surprise.to(self.mean).clamp(-3, 3)
-        before = self.alarmed[uids]
-        self.count[uids] += 1
-        share = 1 / self.count[uids].clamp(max=self.span)
-        self.mean[uids] += share * (surprise - self.mean[uids])
-        return uids[self.alarmed[uids] & ~before].tolist()
+        raised = []
+        for uid, value in zip(uids.tolist(), surprise.tolist()):
+            before = self._alarming(uid)
+            self.count[uid] += 1
+            share = 1 / min(self.count[uid], self.span)
+            self.mean[uid] += share * (min(max(value, -3.0), 3.0) - self.mean[uid])
+            if self._alarming(uid) and not before:
+                raised.append(uid)
+        return raised
+
+    def _alarming(self, uid: int) -> bool:
+        spread = (2 * self.span - 1) ** -0.5  # of such an average of normal numbers
+        return (
+            self.count[uid] >= self.span and abs(self.mean[uid]) > self.limit * spread
+        )
 
     @property
-    def alarmed(self) -> torch.Tensor:  # (num_uids,) bool
-        "Tell whose recent rewards contradict what was expected."
-        spread = (
-            1 / (2 * self.span - 1)
-        ) ** 0.5  # of such an average of normal numbers
-        return (self.count >= self.span) & (self.mean.abs() > self.limit * spread)
+    def alarmed(self) -> list[int]:  # uids
+        "List those whose recent rewards contradict what was expected."
+        return [uid for uid in range(len(self.mean)) if self._alarming(uid)]
 
     def move(
         self,
         sources: TensorType["uids"],  # as `row_sources` returns them
     ) -> None:
         "Follow the hotkeys."
-        move_rows([self.mean, self.count], sources)
+        kept = [torch.from_numpy(self.mean), torch.from_numpy(self.count)]
+        move_rows(kept, sources)  # in place
 
 # %% ../../nbs/validators/01_bayes.ipynb #c024
 _GROWTH = 1.3

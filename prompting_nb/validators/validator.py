@@ -15,6 +15,7 @@ import torch
 from prompting_nb.config import (
     ClosedUnitInterval,
     InputError,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -290,6 +291,8 @@ class Policy:
     )
     explore_end: ClosedUnitInterval = 0.05  # epsilon: the same, after `explore_steps`
     explore_steps: NonNegativeInt = 75  # epsilon: steps over which it falls
+    width: PositiveFloat = 1.3  # thompson, ucb: standard deviations at first
+    least: NonNegativeFloat = 0.65  # and at last; a gate with a half-life: 1.0, 0.3
     floor: ClosedUnitInterval = 0.01  # other rules: probability of a random choice
     temperature: PositiveFloat = 0.1  # gumbel: in the unit of the scores
     welcome: NonNegativeInt = 1  # a hotkey that was asked fewer times goes first
@@ -332,7 +335,8 @@ class Policy:
             steps = max(self.explore_steps, 1)
             rest["epsilon"] = annealed(step, **span, steps=steps)
             return select(scores, self.k, **rest)
-        width = narrowing(step * self.k / max(len(available), 1))
+        answers = step * self.k / max(len(available), 1)
+        width = narrowing(answers, start=self.width, least=self.least)
         rule = {"thompson": thompson, "ucb": ucb}[self.rule]
         return rule(scores, sd, self.k, width=width, **rest)
 
