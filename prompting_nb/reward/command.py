@@ -93,6 +93,7 @@ class OutputSettings:
     Args:
         out: Folder for the model.
         force: Overwrite --out if it holds a model.
+        report: Folder for curve, margins and figures. Default: OUT-report.
         checkpoint: Folder for checkpoints; an interrupted run continues from there.
         track: Where to log, with commas: tensorboard,wandb. They must be installed.
         log_folder: Folder for trackers that write files.
@@ -100,6 +101,7 @@ class OutputSettings:
 
     out: str
     force: bool = False
+    report: Optional[str] = None
     checkpoint: Optional[str] = None
     track: Optional[str] = None
     log_folder: str = "logs"
@@ -305,6 +307,7 @@ def run_train(
     "Run the command `prompting-nb reward train`."
     from prompting_nb.reward.evaluation import evaluate, table
     from prompting_nb.reward.processes import this_process
+    from prompting_nb.reward.report import write_report
     from prompting_nb.reward.tokens import cuts_text
     from prompting_nb.reward.training import TrainConfig, train
 
@@ -346,6 +349,8 @@ def run_train(
     if history.equal:
         say(f"{history.equal} pairs became equal by cutting and were dropped")
     say(history.summary())
+    page = write_report(output.report or f"{out}-report", history, found, out.name)
+    say(f"curve, margins and figures: {page}")
     say(
         f"{history.stopped} after {len(history.steps)} steps in {history.processes} "
         f"process(es); the model is in {out}"

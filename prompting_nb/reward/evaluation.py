@@ -9,7 +9,7 @@ __all__ = ['EDGES', 'evaluate', 'evaluate_scores', 'RewardEvaluation', 'table', 
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c002
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Callable, NamedTuple
 
@@ -85,6 +85,8 @@ def evaluate_scores(
         random=best_of_k(scores, rankings, k=1),
         oracle=best_of_k(judged, rankings),
         confusion=confusion_by_length(scores, rankings),
+        margins=margins(scores, rankings).tolist(),
+        by_length=accuracy_by_length(scores, rankings),
     )
 
 
@@ -104,6 +106,8 @@ class RewardEvaluation:
     random: float  # of a completion taken by chance
     oracle: float  # of the judge's own choice
     confusion: dict[str, int]  # who preferred the longer, see `confusion_by_length`
+    margins: list[float] = field(repr=False)  # of each pair, for a histogram
+    by_length: list["LengthBin"] = field(repr=False)  # as `accuracy_by_length`
     equal: int = 0  # pairs whose rows of tokens are equal: each counts a half
     cuts: Cuts | None = None  # what a reward model did not read
 
@@ -112,6 +116,7 @@ class RewardEvaluation:
         bins = [one._asdict() for one in self.bins]
         values = asdict(self) | {"interval": list(self.interval), "bins": bins}
         values["cuts"] = self.cuts and self.cuts.to_dict()
+        del values["margins"], values["by_length"]
         missing = lambda value: isinstance(value, float) and math.isnan(value)
         return {key: None if missing(value) else value for key, value in values.items()}
 
@@ -316,7 +321,7 @@ def accuracy_by_length(
     "Compute how often scores are right, by how much longer the chosen completion is."
     ratios, hits = [], []
     for ranking, given in zip(rankings, scores, strict=True):
-        size = [len(text) for text in ranking.completions]
+        size = [max(1, len(text)) for text in ranking.completions]
         for i, j in decisions(ranking):
             ratios.append(math.log(size[i] / size[j]))
             hits.append((given[i] > given[j]) + (given[i] == given[j]) / 2)
