@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from ..config import InputError
 from ..pretrained import load, no_bars
+from .tokens import cuts_text
 
 # %% ../../nbs/reward/07_saving.ipynb #v009
 def save_model(
@@ -151,6 +152,8 @@ def model_card(
     table = [f"| {label} | {value:.3f} |" for label, value in found.items()]
     if table:
         table = ["", f"## Evaluation: {dataset}", "", "| | |", "|---|---|", *table]
+    if numbers.get("cuts"):
+        table += ["", f"Of its texts: {cuts_text(numbers['cuts'])}."]
     what = f"{kind}, {model.pooling} pooling, at most {model.max_length} tokens"
     return "\n".join(
         [
