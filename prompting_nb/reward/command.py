@@ -280,6 +280,7 @@ def run_train(
     "Run the command `prompting-nb reward train`."
     from prompting_nb.reward.evaluation import evaluate, table
     from prompting_nb.reward.processes import this_process
+    from prompting_nb.reward.saving import check_folder
     from prompting_nb.reward.training import TrainConfig, train
 
     data, chosen = _part(DataSettings, settings), _part(ModelSettings, settings)
@@ -290,6 +291,7 @@ def run_train(
             f"{out} holds a reward model: give another --out, "
             "or --force to overwrite it"
         )
+    check_folder(out)  # better now than after hours of training
     if rank:
         say = lambda text: None
     watching = bool(config.patience or config.eval_every)

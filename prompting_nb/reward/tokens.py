@@ -59,13 +59,14 @@ def encode(
     texts: list | str,  # prompts, one for each completion, or one for all; see below
     completions: list[str] | None = None,  # without them: whole texts or conversations
     max_length: int = 256,  # tokens of a row at most
+    frame: Any = None,  # special tokens in place of ours, as `tokenizer_frame` finds
 ) -> list[Row]:  # ValueError for numbers that differ, `InputError` for bad texts
     """Make token ids of prompts with completions, of whole texts, or of conversations.
 
     A conversation is a list of messages with the keys `role` and `content`; its last
     message is the completion."""
     if completions is not None:
-        return encode_pairs(tokenizer, texts, completions, max_length)
+        return encode_pairs(tokenizer, texts, completions, max_length, frame)
     if isinstance(texts, str) or len({isinstance(text, str) for text in texts}) > 1:
         raise InputError(
             "give a list of texts or a list of conversations, "
@@ -77,8 +78,8 @@ def encode(
         except ValueError as error:
             raise InputError(f"a conversation cannot be scored: {error}") from error
         prompts, answers = (list(side) for side in zip(*pairs))
-        return encode_pairs(tokenizer, prompts, answers, max_length)
-    start, _, end = _frame(tokenizer)
+        return encode_pairs(tokenizer, prompts, answers, max_length, frame)
+    start, end = frame.alone if frame else _frame(tokenizer)[::2]
     room = max_length - len(start + end)
     return [
         Row(start + row[:room] + end, max(0, len(row) - room))
@@ -127,10 +128,14 @@ def length_limit(
     tokenizer: Any,  # of transformers
     config: Any,  # of transformers
     wanted: int | None = None,  # `InputError` below 8 and above what the model takes
+    positions: int | None = None,  # that the model has, where its config does not say
 ) -> int:  # tokens of a row: `wanted`, else 256 or the model's own limit
     "Find out how many tokens a row may have."
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    own = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if positions is None:
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or positions < 1:  # XLNet's is -1: there is no limit
+        positions = tokenizer.model_max_length
+    own = min(tokenizer.model_max_length, positions)
     if wanted is not None and not 8 <= wanted <= own:
         raise InputError(f"max_length is {wanted}; this model takes 8 to {own} tokens")
     return wanted or min(256, own)
@@ -141,6 +146,7 @@ def encode_pairs(
     prompts: list[str] | str,  # one for each completion, or one for all
     completions: list[str],  # ValueError for another number than of prompts
     max_length: int = 256,  # tokens of a row at most
+    frame: Any = None,  # special tokens in place of ours
 ) -> list[Row]:
     "Make token ids of each prompt with its completion."
     if isinstance(prompts, str):
@@ -151,7 +157,8 @@ def encode_pairs(
             f"got {len(prompts)}"
         )
     has_template = bool(tokenizer.chat_template)
-    start, middle, end = ([], [], []) if has_template else _frame(tokenizer)
+    own = frame.pair if frame else _frame(tokenizer)
+    start, middle, end = ([], [], []) if has_template else own
     if has_template and completions:
         pairs = [_templated(tokenizer, *pair) for pair in zip(prompts, completions)]
         prompts, completions = (list(side) for side in zip(*pairs))

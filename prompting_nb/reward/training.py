@@ -133,8 +133,9 @@ def train(
     plan = Plan(rankings, rows, config, batching(learner))
     prepared, optimiser = prepare(learner, config, processes)
     evaluation = Evaluation(eval_rankings or [], config.eval_every, config.patience)
-    digest, every = run_digest(config, rankings), config.checkpoint_every
-    saved = Checkpoint(checkpoint, digest, every) if checkpoint else None
+    saved, every = None, config.checkpoint_every
+    if checkpoint:
+        saved = Checkpoint(checkpoint, run_digest(config, rankings, model), every)
     tracker = Tracker(processes, trackers, config)
     parts = prepared, plan, optimiser, processes, evaluation, saved, tracker, watch
     run = Run(config, *parts)
