@@ -490,7 +490,9 @@ def make_learner(
     processes: Processes,
 ) -> Learner:
     "Choose how a model is run in training."
-    packs = config.packed and can_pack(model) and not config.encoder_dropout
+    # Packing computes gradients by itself, and keeps all that they need.
+    keeps = not getattr(model.model, "is_gradient_checkpointing", False)
+    packs = config.packed and keeps and can_pack(model) and not config.encoder_dropout
     bf16 = bf16_pays(model.device) if config.bf16 == "auto" else bool(config.bf16)
     trained = copy.deepcopy(model) if processes.sharded else model
     return Learner(trained, packs and not processes.by_layers, bf16)
@@ -589,6 +591,9 @@ def training_mode(
         try:
             model.train()
             model.model.train(encoder_dropout)
+            for part in model.model.modules():  # such layers look at their own mode
+                if getattr(part, "gradient_checkpointing", False):
+                    part.training = True
             yield
         finally:
             model.train(was_training)
