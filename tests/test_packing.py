@@ -1,4 +1,4 @@
-"""Packed batches give the scores and the gradients of the plain forward pass, for each family on the lists, and leave a live model alone."""
+"""Packed batches give scores and gradients of the plain forward pass, for each family on the lists, and leave a live model alone."""
 
 import threading
 
@@ -14,14 +14,17 @@ from prompting_nb.reward.preferences import Ranking
 from prompting_nb.reward.tokens import pad
 from prompting_nb.reward.training import TrainConfig, train
 
-WAYS = [(kind, "last") for kind in sorted(SHARING)] + [(kind, how) for kind in sorted(PACKING - SHARING) for how in ("mean", "layers", "pooler")]
+TWO_SIDED = sorted(PACKING - SHARING)
+WAYS = [(kind, "last") for kind in sorted(SHARING)] + [(kind, how) for kind in TWO_SIDED for how in ("mean", "layers", "pooler")]
 
 
 def made(folder, kind, pooling="auto", dtype=torch.float64, **more):
-    more |= {"sliding_window": None} if kind in ("mistral", "qwen2", "qwen3", "smollm3") and "sliding_window" not in more else {}
+    if kind in ("mistral", "qwen2", "qwen3", "smollm3"):
+        more = {"sliding_window": None} | more
     config = tiny(kind, **more) if kind != "granite" else hf.GraniteConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, vocab_size=len(LETTERS),
-        max_position_embeddings=96, initializer_range=0.2, attention_multiplier=0.3, residual_multiplier=0.5, embedding_multiplier=2.0, **IDS)
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        vocab_size=len(LETTERS), max_position_embeddings=96,
+        initializer_range=0.2, attention_multiplier=0.3, residual_multiplier=0.5, embedding_multiplier=2.0, **IDS)
     name = save_model(folder / kind, config, letter_tokenizer(bert=kind in PACKING - SHARING))
     torch.manual_seed(0)
     return changed(RewardModel(name, device="cpu", pooling=pooling)).to(dtype).eval()

@@ -48,6 +48,8 @@ def take_last_layer(
         one.data = one.data.clone()  # no view of the file, whose place in it is odd
     classifier.set_submodule(name, torch.nn.Identity())
     classifier.taken_layer = name
+    if placed := getattr(classifier, "hf_device_map", None):
+        classifier.base_model.hf_device_map = placed  # which is not to be moved either
     return layer
 
 
