@@ -30,7 +30,7 @@ TEST = 168 / 568  # the share of the prompts that is held out
 READ = (2, 4, 8, 16)  # answers of a prompt that heads are fitted to, in the comparison of all pairs with disjoint ones
 CHUNK = 64  # prompts whose texts are read in one job
 MODEL = dict(pooling="layers", depth=4, length=1.0, max_length=256)
-TRAIN = dict(lr=2e-4, head_lr=1e-2)
+TRAIN = dict(lr=2e-4, head_lr=1e-2, epochs=1, tokens_per_batch=4096)
 FITTED = {"ours": "RewardModel, fitted head (all pairs of a ranking)", "pairs": "the same, from disjoint pairs of it",
           "no_prompt": "the same as the first, without the prompt"}
 TRAINED = {"trained": "RewardModel, train (four answers, all pairs)", "trained_pairs": "the same, two disjoint pairs",

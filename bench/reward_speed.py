@@ -151,7 +151,7 @@ class Ours:
         from prompting_nb.reward.training import TrainConfig, train, validate
 
         one_step = {"tokens_per_batch": 10**6, "lr": 2 * LR}  # in its only step the rate is half way down
-        given = {"lr": LR, "warmup": 0.0, "weight_decay": 0.0, "tokens_per_batch": tokens}
+        given = {"epochs": 1, "lr": LR, "warmup": 0.0, "weight_decay": 0.0, "tokens_per_batch": tokens}
         config = TrainConfig(**{**given, **(one_step if test else {})})
         model, rankings, ends = self.model(), rank(pairs), [time.perf_counter()]
         history = train(model, rankings, config, progress=False, on_step=lambda step: ends.append(time.perf_counter()))

@@ -21,14 +21,15 @@ from .config import InputError
 
 # %% ../nbs/05_files.ipynb #c005
 def read_lines(
-    path: str | Path,  # a text file in UTF-8; compressed if its name ends in .gz
+    path: str | Path,  # UTF-8, with a byte-order mark or without; .gz is unpacked
+    blank: bool = False,  # whether blank lines are wanted too
 ) -> Iterator[tuple[int, str]]:  # raises `InputError` for a file that cannot be read
     "Read the lines that are not blank, with their numbers from 1."
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if blank or line.strip():
                     yield number, line
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -55,6 +55,7 @@ def test_empty_and_repeated_completions_are_dropped_and_counted():
         assert clean(Ranking("p", ["a", "a"], [1.0, 2.0]), report) is None
     assert report == Report(empty=2, repeated=3, single=2)
     assert clean(Ranking("p", ["a", "b"], [1.0, 2.0])).names is None
+    assert clean(Ranking("p", ["a", "", "b"], [1.0, 2.0, 0.0], margins=[3.0, 1.0, 0.0])).margins == [3.0, 0.0]
     assert str(report) == ("0 prompts from 0 rows; dropped: 2 empty completions, 3 repeated completions, "
                            "2 prompts with fewer than two completions")  # fmt: skip
 
@@ -71,9 +72,10 @@ def test_a_row_with_responses():
 
 @pytest.mark.parametrize("row, expected", [
     ({"prompt": "p", "chosen": "a", "rejected": "b"}, Ranking("p", ["a", "b"], [1.0, 0.0])),
-    ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": 3, "source": "s"}, Ranking("p", ["a", "b"], [3.0, 0.0], None, "s")),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": 3, "source": "s"},
+     Ranking("p", ["a", "b"], [1.0, 0.0], None, "s", [3.0, 0.0])),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": 3, "score_chosen": 7, "score_rejected": 5.5},
-     Ranking("p", ["a", "b"], [7.0, 5.5])),
+     Ranking("p", ["a", "b"], [7.0, 5.5], margins=[3.0, 0.0])),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 7}, Ranking("p", ["a", "b"], [1.0, 0.0])),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "score_rejected": 7}, Ranking("p", ["a", "b"], [1.0, 0.0])),
     ({"chosen": "Q: why? A: so", "rejected": "Q: why? A: no"}, Ranking("Q: why? A: ", ["so", "no"], [1.0, 0.0])),
@@ -100,10 +102,8 @@ def test_a_row_with_a_pair_of_conversations(row):
 def test_equal_answers_of_a_conversation_leave_one_message_each():
     same = parse_ranking({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]})
     assert same.completions == ["Yes.", "Yes."]
-    with pytest.raises(ValueError, match="^an answer should be one message after the prompt, got 2$"):
+    with pytest.raises(ValueError, match="begin and end with a message of the assistant"):
         parse_ranking({"chosen": [USER, ASSISTANT, USER], "rejected": [USER, OTHER]})
-    with pytest.raises(ValueError, match="^an answer should be one message after the prompt, got 3$"):
-        parse_ranking({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT, USER, OTHER]})
 
 
 @pytest.mark.parametrize("row, reason", [
@@ -120,7 +120,7 @@ def test_equal_answers_of_a_conversation_leave_one_message_each():
      "'score_rejected' should be a finite number, got inf"),
     ({"responses": []}, "'prompt' is missing"), ({"prompt": 1.5, "responses": []}, "'prompt' should be a text or messages, got 1.5"),
     ({"prompt": "p", "responses": "x" * 99}, "'responses' should be a list, got '" + "x" * 39),
-    ({"prompt": "p", "responses": ["x"]}, "expected a JSON object, got str"),
+    ({"prompt": "p", "responses": ["x"]}, "'score' is missing"),
     ({"prompt": "p", "responses": [{"completion": 1}]}, "'completion' should be a text, got 1"),
     ({"prompt": "p", "responses": [{"completion": "a"}]}, "'score' is missing"),
     ({"prompt": "p", "responses": [{"completion": "a", "score": float("nan")}]}, "'score' should be a finite number, got nan"),
@@ -193,7 +193,7 @@ def test_rankings_are_divided_by_prompt():
     assert split(rankings, seed=0) == (train, test) != split(rankings, seed=1)
     for test in (1, 0.1, 9, 0.9):
         assert len({r.prompt for r in split(rankings, test)[1]}) == (test if test >= 1 else test * 10)
-    for test in (0, 10, 0.04, 0.96):
+    for test in (0, 10, 0.0, 1.0, -0.1):
         with pytest.raises(InputError) as error:
             split(rankings, test)
         assert str(error.value) == f"test={test} of 10 prompts leaves nothing on one side: both sides need a prompt"

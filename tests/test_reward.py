@@ -282,8 +282,8 @@ def test_length_batches_keep_the_budget(lengths, budget, seed):
 @given(st.lists(st.text(max_size=3), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 99))
 def test_split_divides_prompts(prompts, test, seed):
     rankings = [Ranking(prompt, ["a", "b"], [1.0, 0.0]) for prompt in prompts]
-    count = round(test * len(set(prompts)))
-    if not 0 < count < len(set(prompts)):
+    count = min(max(1, round(test * len(set(prompts)))), len(set(prompts)) - 1)
+    if len(set(prompts)) < 2:
         with pytest.raises(ValueError, match="leaves nothing on one side"):
             split(rankings, test, seed)
         return

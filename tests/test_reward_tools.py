@@ -95,7 +95,7 @@ def test_rows_without_a_prompt():
     ranking = parse_ranking({"chosen": [ask, yes, ask, yes], "rejected": [ask, yes, ask, no]})
     assert isinstance(ranking.prompt, Conversation) and ranking.completions == ["yes", "no"]
     hh = parse_ranking({"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"})
-    assert (hh.prompt, hh.completions) == ("\n\nHuman: q\n\nAssistant: ", ["yes", "no"])
+    assert (hh.prompt, hh.completions) == ("q", ["yes", "no"])
     with pytest.raises(InputError, match="row 1: 'rejected' is missing"):
         rankings_from([PAIR, {"prompt": "p", "chosen": "a"}])
 

@@ -34,9 +34,9 @@ def teach(
 ) -> RewardModel:
     "Train a reward model on the rankings of an arena."
     torch.manual_seed(seed)
-    model = RewardModel(MINILM, device=None)
+    model = RewardModel(MINILM, device=None, max_length=256)
     defaults = {"epochs": 2, "completions_per_prompt": 6, "seed": seed}
-    config = TrainConfig(**{**defaults, **settings})
+    config = TrainConfig(**{**defaults, "tokens_per_batch": 4096, **settings})
     train(model, arena.train, config, progress=progress)
     return model
 
@@ -50,7 +50,7 @@ def assess(
     score = lambda *texts: model.score(*texts, progress=progress)
     scores = score_rankings(score, arena.test)
     # Frozen: an arena and a gate use the same encoder, and its weights are shared.
-    cosine = zero_shot_cosine(TextEncoder(MINILM, frozen=True))
+    cosine = zero_shot_cosine(TextEncoder(MINILM, frozen=True, max_length=256))
     rules = (cosine, longer_wins)
     accuracies = [evaluate(rule, arena.test).accuracy for rule in rules]
     judge = Judge.fitted(model, scores, [ranking.scores for ranking in arena.test])

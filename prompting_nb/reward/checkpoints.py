@@ -100,7 +100,7 @@ def run_digest(
     "Hash everything that decides the course of a run."
     may_change = ("max_seconds", "checkpoint_every")
     settings = {k: v for k, v in asdict(config).items() if k not in may_change}
-    data = [[r.prompt, r.completions, r.scores] for r in rankings]
+    data = [[r.prompt, r.completions, r.scores, r.margins] for r in rankings]
     parts = {"settings": _hash([_FORMAT, settings]), "data": _hash(data)}
     if model is not None:
         parts |= {"model": _hash(_model(model)), "tokenizer": _hash(_tokens(model))}

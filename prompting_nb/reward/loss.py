@@ -78,6 +78,7 @@ class RankingLoss(torch.nn.Module):
         rewards: TensorType["n", 1],  # of the completions of all prompts in the batch
         scores: TensorType["n"],  # the judge's: higher is better, equal is undecided
         groups: TensorType["n"],  # which prompt each completion belongs to
+        margins: TensorType["n"] | None = None,  # differences are margins of their own
     ) -> TensorType[1]:  # raises ValueError when nothing was decided
         "Compute the loss value."
         weights = decided_pairs(scores, groups)
@@ -88,7 +89,9 @@ class RankingLoss(torch.nn.Module):
             )
         rewards = rewards.float()
         differences = rewards - rewards.T  # (n, n), row minus column
-        if self.margin:
+        if margins is not None:
+            differences = differences - (margins[:, None] - margins).float()
+        elif self.margin:
             differences = differences - self.margin * (scores[:, None] - scores).float()
         losses = -logsigmoid(differences)
         losses = _with_centring(losses, rewards + rewards.T, self.centring)

@@ -49,7 +49,7 @@ from prompting_nb.reward.saving import (
     push_model,
     save_model,
 )
-from .tokens import encode, length_limit, pad
+from .tokens import cuts_of, encode, length_limit, pad
 from ..shapes import TensorType, check_shapes
 from ..show import arguments_in_help
 
@@ -67,7 +67,7 @@ class RewardModel(torch.nn.Module):
         dropout: Share of the vector that is dropped before the head, in train mode.
         device: Without CUDA, "cuda" is the CPU, with a warning; None is the best one.
         pooling: "last", "mean", "layers", "pooler", or "auto": by the type of model.
-        max_length: Tokens of prompt and completion together; 256 or the model's limit.
+        max_length: Tokens of a text. Default: what the model can read, up to 1024.
         depth: Take only the first layers of the transformer, this many.
         length: First weight of a term for the length; by default there is no such term.
         bound: Keep rewards between -bound and bound; by default they are unbounded.
@@ -88,7 +88,7 @@ class RewardModel(torch.nn.Module):
         device: str | None = "cuda",  # the CPU without CUDA; `None`: the best one
         *,
         pooling: str = "auto",  # by model type, or "last", "mean", "layers", "pooler"
-        max_length: int | None = None,  # tokens of a text, by default at most 256
+        max_length: int | None = None,  # tokens of a text, by default at most 1024
         depth: int | None = None,  # take only the first layers of the transformer
         length: float | None = None,  # first weight of log(tokens), a term of its own
         bound: float | None = None,  # rewards between -bound and bound, by tanh
@@ -119,6 +119,7 @@ class RewardModel(torch.nn.Module):
         weight = None if length is None else torch.tensor([float(length)])
         self.length = None if weight is None else torch.nn.Parameter(weight)
         self.bound = bound
+        self.warned = False  # whether somebody was told that texts are cut
         self.head.to(self.device)
         if self.length is not None:
             self.length.data = self.length.data.to(self.device)
@@ -155,26 +156,31 @@ class RewardModel(torch.nn.Module):
 
     def score(
         self,
-        texts: list | str,  # prompts, or one for all; else texts or conversations
-        completions: list[str] | None = None,  # one for each prompt
+        texts: Any,  # prompts, or one for all; else texts or conversations
+        completions: Any = None,  # one for each prompt, texts or messages
         batch_size: int = 32,  # texts a batch: memory and speed, never the scores
         progress: bool = False,  # show a progress bar
         bf16: bool = False,  # compute in bfloat16: faster, to two or three digits
     ) -> TensorType["n", 1]:  # in the order given, float32 (or 64) on the CPU
         """Compute the rewards of completions, of whole texts, or of conversations.
 
-        The model is in eval mode for the duration and no gradients are recorded."""
+        The model is in eval mode for the duration and no gradients are recorded.
+        What is cut is said in a warning, the first time that a model cuts something."""
         rows = self.encode_texts(texts, completions)
+        cuts = cuts_of(rows, self.max_length)
+        if cuts.tokens and not self.warned:
+            self.warned = True
+            warnings.warn(f"texts are too long: {cuts}", stacklevel=2)
         return self.score_rows(rows, batch_size, progress, bf16)
 
     def score_rows(
         self,
-        rows: list[list[int]],  # token ids, as `encode_texts` makes them
-        batch_size: int = 32,  # texts a batch
+        rows: list[list[int]],  # token ids, as `encode_texts` returns them
+        batch_size: int = 32,  # as for `score`
         progress: bool = False,  # show a progress bar
-        bf16: bool = False,  # compute in bfloat16
+        bf16: bool = False,  # as for `score`
     ) -> TensorType["n", 1]:  # as `score` returns them
-        "Compute the rewards of texts that are token ids already."
+        "Compute the rewards of texts that are encoded already."
         if not rows:
             return torch.empty(0, 1)
         groups = micro_batches([len(row) for row in rows], None, batch_size)
@@ -185,8 +191,8 @@ class RewardModel(torch.nn.Module):
 
     def encode_texts(
         self,
-        texts: list | str,  # as for `score`
-        completions: list[str] | None = None,  # one for each prompt
+        texts: Any,  # as for `score`
+        completions: Any = None,  # one for each prompt
     ) -> list[list[int]]:  # at most `max_length` a text; ValueError for unequal numbers
         "Make token ids of prompts with completions, whole texts, or conversations."
         frame = self.encoder.frame
@@ -323,7 +329,7 @@ class TextEncoder:
         device: str | None = None,  # as for `pick_device`
         *,
         pooling: str = "auto",  # "last", "mean", "layers", "pooler", or by the model
-        max_length: int | None = None,  # tokens of a row at most, 256 by default
+        max_length: int | None = None,  # tokens of a row, by default at most 1024
         depth: int | None = None,  # take only the first layers of the transformer
         frozen: bool = False,  # never trained: share the weights of frozen encoders
         reader: Reader | None = None,  # loaded already; `model_name` is only its name
