@@ -73,7 +73,7 @@ def features(
     "Compute the vectors of texts without padding, and the prefix of a group once."
     share, device = shares_prefix(encoder), encoder.device
     threads = threads or (torch.get_num_threads() if device.type == "cpu" else 1)
-    skip = getattr(encoder, "encoder", encoder).skip
+    skip = _text_encoder(encoder).skip
     if skip is not None:  # what a classifier passes over at the end of a text
         groups = [[_without_end(row, skip) for row in rows] for rows in groups]
     offset = _offset(encoder.model)
@@ -327,7 +327,7 @@ def shares_prefix(encoder: RewardModel | TextEncoder) -> bool:
 def can_pack(encoder: RewardModel | TextEncoder) -> bool:
     "Check whether texts can be packed into one row, to the same result."
     config = encoder.model.config
-    frame = getattr(encoder, "encoder", encoder).frame
+    frame = _text_encoder(encoder).frame
     if encoder.pooling == "classifier" or (frame is not None and frame.segments):
         return False
     if config.model_type in SHARING:
@@ -356,6 +356,11 @@ def _is_changed(model: Any) -> bool:
         "forward" in vars(module) or module._compiled_call_impl is not None
         for module in model.modules()
     )
+
+
+def _text_encoder(encoder: RewardModel | TextEncoder) -> TextEncoder:
+    "Take the encoder out of a reward model."
+    return encoder.encoder if isinstance(encoder, RewardModel) else encoder
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
 def packed_view(encoder: RewardModel | TextEncoder) -> Any:
