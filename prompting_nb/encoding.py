@@ -360,13 +360,25 @@ def _ensure_pad_token(tokenizer) -> None:
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     "Put a module into eval mode for a `with` block; each part gets its own mode back."
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    with _switching:
+        users, modes = _evaluated.get(id(module), (0, None))
+        modes = modes or [(part, part.training) for part in module.modules()]
+        _evaluated[id(module)] = users + 1, modes
+        module.eval()
     try:
         yield module
     finally:
-        for part, was_training in modes:
-            part.training = was_training
+        with _switching:
+            users, modes = _evaluated.pop(id(module))
+            if users > 1:  # other threads still need it
+                _evaluated[id(module)] = users - 1, modes
+            else:
+                for part, was_training in modes:
+                    part.training = was_training
+
+
+_switching = threading.Lock()
+_evaluated: dict[int, tuple[int, Any]] = {}  # users and modes, by the module's id
 
 # %% ../nbs/04_encoding.ipynb #c043
 def in_threads(

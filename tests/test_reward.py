@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import save_model
+from families import tiny
+from toys import save_model, word_tokenizer
 from transformers import BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, RobertaConfig
 
 from prompting_nb.pretrained import word_tokenizer
@@ -388,6 +389,16 @@ def same_course(one, other):
 def test_two_processes_learn_what_one_learns(toys, tmp_path, kind, how, packed):
     one, two = (launch(which, toys[kind], tmp_path / f"{n}.json", "packed" if packed else "plain") for n, which in enumerate(("one", how)))
     assert (one["processes"], two["processes"], two["packed"], two["sharded"]) == (1, 2, packed, "fsdp" in how)
+    same_course(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xlnet", "longformer"])
+def test_weights_that_no_reward_depends_on_do_not_stop_two_processes(tmp_path, kind):
+    tokenizer = word_tokenizer(WORDS, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
+    name = save_model(tmp_path / "base", tiny(kind, vocab_size=40), tokenizer)
+    one, two = (launch(how, name, tmp_path / f"{how}.json", "plain") for how in ("one", "ddp"))
+    assert two["processes"] == 2
     same_course(one, two)
 
 

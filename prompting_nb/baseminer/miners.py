@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import threading
+import time
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, AsyncGenerator, AsyncIterator, Callable
@@ -461,18 +462,70 @@ class ChatClient:
 
     def _request(self, synapse: Prompting) -> Any:
         "Make the request to the server; entering its context sends it."
-        loop, settings = asyncio.get_running_loop(), self.settings
+        loop = asyncio.get_running_loop()
         if (client := self._clients.get(loop)) is None:
             client = self._clients[loop] = httpx.AsyncClient(headers=self.headers)
         turns = zip(synapse.roles, synapse.messages)
-        asked = {
+        messages = [{"role": role, "content": text} for role, text in turns]
+        asked = self._body(messages, stream=True)
+        return client.stream("POST", self.url, json=asked, timeout=synapse.timeout)
+
+    def _body(self, messages: list[dict], stream: bool) -> dict:
+        "Make the body of a request."
+        settings = self.settings
+        return {
             "model": settings.model,
-            "messages": [{"role": role, "content": text} for role, text in turns],
+            "messages": messages,
             "max_tokens": settings.max_tokens,
             "temperature": settings.temperature,
-            "stream": True,
+            "stream": stream,
         }
-        return client.stream("POST", self.url, json=asked, timeout=synapse.timeout)
+
+    def complete(
+        self,
+        messages: list[dict],  # with the keys `role` and `content`
+        timeout: float = 60.0,  # seconds for one attempt, from beginning to end
+        tries: int = 4,  # attempts in all, while the server is busy or out of reach
+        pause: float = 1.0,  # seconds before the second attempt, then twice as long
+    ) -> str:  # raises `UpstreamError` when the last attempt failed too
+        "Ask for a whole answer, and wait for it. May be called from several threads."
+        reason = UpstreamError("the model server was not asked")
+        for attempt in range(tries):
+            if attempt:
+                time.sleep(pause * 2 ** (attempt - 1))
+            try:
+                status, text = self._post(messages, timeout)
+            except httpx.HTTPError as error:
+                kind = type(error).__name__
+                reason = UpstreamError(f"the model server cannot be reached: {kind}")
+                continue
+            except (httpx.InvalidURL, UnicodeDecodeError) as error:
+                what = f"the model server cannot be reached: {type(error).__name__}"
+                raise UpstreamError(what) from error
+            try:
+                return _said(_answer(status, text), "message")
+            except UpstreamError as error:
+                if status not in _BUSY:
+                    raise
+                reason = error
+        raise reason
+
+    def _post(self, messages: list[dict], timeout: float) -> tuple[int, str]:
+        "Send a request, and read the whole answer within a time limit."
+        body, end = self._body(messages, stream=False), time.monotonic() + timeout
+        with (
+            httpx.Client(headers=self.headers, timeout=timeout) as client,
+            client.stream("POST", self.url, json=body) as answer,
+        ):
+            pieces = []
+            for piece in answer.iter_bytes():
+                pieces.append(piece)
+                if time.monotonic() > end:  # a server may send byte after byte
+                    raise httpx.ReadTimeout("the answer takes too long")
+            return answer.status_code, b"".join(pieces).decode()
+
+
+_BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another attempt
 
 
 def _answer(status: int, text: str) -> dict:

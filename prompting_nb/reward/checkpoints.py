@@ -18,6 +18,7 @@ import torch
 from ..config import InputError
 from ..files import replacing
 from .preferences import Ranking
+from .saving import weights_digest
 
 # %% ../../nbs/reward/12_checkpoints.ipynb #k007
 class Checkpoint:
@@ -50,7 +51,7 @@ class Checkpoint:
         return read_checkpoint(self.folder, self.digest)
 
 # %% ../../nbs/reward/12_checkpoints.ipynb #k009
-_FORMAT = 2  # of checkpoints; raised whenever an older file could not be continued
+_FORMAT = 3  # of checkpoints; raised whenever an older file could not be continued
 
 
 def write_checkpoint(
@@ -80,10 +81,13 @@ def read_checkpoint(
         reason = str(error).splitlines()[0]
         message = f"cannot read {path} ({reason}): delete it to begin anew"
         raise InputError(message) from error
-    if not isinstance(state, dict) or state.get("digest") != digest:
+    found = str(state.get("digest")) if isinstance(state, dict) else ""
+    if found != digest:
+        parts = [part.split("=")[0] for part in digest.split() if part not in found]
+        which = f" ({', '.join(parts)})" if "=" in found and parts else ""
         raise InputError(
-            f"{path} is of a run with other settings or data: give another folder, "
-            "or delete it to begin anew"
+            f"{path} is of a run with other settings or data{which}: give another "
+            "folder, or delete it to begin anew"
         )
     return state
 
@@ -91,10 +95,44 @@ def read_checkpoint(
 def run_digest(
     config: Any,  # a `TrainConfig`
     rankings: list[Ranking],
-) -> str:  # SHA-256, hexadecimal
+    model: Any = None,  # a `RewardModel`, as it is before the run
+) -> str:  # "settings=... data=... model=... tokenizer=...", each a SHA-256
     "Hash everything that decides the course of a run."
     may_change = ("max_seconds", "checkpoint_every")
     settings = {k: v for k, v in asdict(config).items() if k not in may_change}
     data = [[r.prompt, r.completions, r.scores, r.margins] for r in rankings]
-    content = json.dumps([_FORMAT, settings, data], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    parts = {"settings": _hash([_FORMAT, settings]), "data": _hash(data)}
+    if model is not None:
+        parts |= {"model": _hash(_model(model)), "tokenizer": _hash(_tokens(model))}
+    return " ".join(f"{name}={value}" for name, value in parts.items())
+
+
+def _hash(content: Any) -> str:
+    "Hash what can be written as JSON."
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _model(model: Any) -> dict:
+    "List what a reward model's scores, and what it learns, depend on."
+    names = ("pooling", "max_length", "depth", "bound", "skip", "frame")
+    found = {name: getattr(model.encoder, name, None) for name in names}
+    return {
+        **found,
+        "type": model.model.config.model_type,
+        "bound": model.bound,
+        "dropout": model.head[0].p,
+        "learns": [name for name, p in model.named_parameters() if p.requires_grad],
+        "weights": weights_digest(model.state_dict()),
+    }
+
+
+def _tokens(model: Any) -> list:
+    "List what tokens a tokenizer makes of texts."
+    tokenizer = model.tokenizer
+    special = tokenizer.special_tokens_map, tokenizer.chat_template
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        changes = ("truncation", "padding")  # as the last call wanted them
+        return [{k: v for k, v in state.items() if k not in changes}, *special]
+    return [tokenizer.get_vocab(), *special]

@@ -308,6 +308,7 @@ def run_train(
     from prompting_nb.reward.evaluation import evaluate, table
     from prompting_nb.reward.processes import this_process
     from prompting_nb.reward.report import write_report
+    from prompting_nb.reward.saving import check_folder
     from prompting_nb.reward.tokens import cuts_text
     from prompting_nb.reward.training import TrainConfig, train
 
@@ -319,6 +320,7 @@ def run_train(
             f"{out} holds a reward model: give another --out, "
             "or --force to overwrite it"
         )
+    check_folder(out)  # better now than after hours of training
     if rank:
         say = lambda text: None
     watching = bool(config.patience or config.eval_every)

@@ -148,6 +148,46 @@ class HeadEnsemble:
         found = [(part @ self.weights.T).T for part in features]
         return [Judged(rewards.mean(dim=0), rewards) for rewards in found]
 
+    def score(
+        self,
+        prompts: list[str] | str,  # one for each completion, or one for all
+        completions: list[str],
+    ) -> torch.Tensor:  # (n, 1), the mean of the heads' rewards
+        "Compute rewards, as `RewardModel.score` does; `evaluate` takes an ensemble."
+        return self.rewards(prompts, completions).mean(dim=1, keepdim=True)
+
+    __call__ = score
+
+    def spread(
+        self,
+        prompts: list[str] | str,  # one for each completion, or one for all
+        completions: list[str],
+    ) -> torch.Tensor:  # (n, 1)
+        "Compute the heads' standard deviation, relative to the prompt's others."
+        prompts = [prompts] * len(completions) if isinstance(prompts, str) else prompts
+        rewards = self.rewards(prompts, completions)
+        places: dict[str, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(prompt, []).append(place)
+        for own in places.values():  # what all answers of a prompt share says nothing
+            rewards[own] = rewards[own] - rewards[own].mean(dim=0)
+        return rewards.std(dim=1, keepdim=True)
+
+    def rewards(
+        self,
+        prompts: list[str] | str,  # one for each completion, or one for all
+        completions: list[str],
+    ) -> torch.Tensor:  # (n, heads)
+        "Compute the reward that each head gives to each completion."
+        if isinstance(prompts, str):
+            prompts = [prompts] * len(completions)
+        if not completions:
+            return torch.empty(0, len(self.weights))
+        each = [
+            Ranking(p, [c], [0.0]) for p, c in zip(prompts, completions, strict=True)
+        ]
+        return torch.cat(text_features(self.model, each)) @ self.weights.T
+
 
 class Judged(NamedTuple):
     "The rewards that an ensemble gives to the completions of a prompt."

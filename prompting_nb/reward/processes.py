@@ -13,7 +13,11 @@ from typing import Any, Iterable, cast
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+)
 from torch.distributed.tensor import DTensor
 
 from ..config import InputError
@@ -127,6 +131,8 @@ def make_accelerator(
         device_placement=several,
         mixed_precision="no",
         fsdp_plugin=plugin,
+        # Some models have weights that a reward does not depend on.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=[*trackers] if trackers else None,
         project_dir=folder,
     )

@@ -136,13 +136,14 @@ def encode(
     texts: Any,  # prompts, one for each completion, or one for all; see below
     completions: Any = None,  # without them: whole texts or conversations
     max_length: int = LONGEST,  # tokens of a row at most
+    frame: Any = None,  # special tokens in place of ours, as `tokenizer_frame` finds
 ) -> list[Row]:  # ValueError for numbers that differ, `InputError` for bad texts
     """Make token ids of prompts with completions, of whole texts, or of conversations.
 
     A conversation is a list of messages with the keys `role` and `content`; its last
     message is the completion."""
     if completions is not None:
-        return encode_pairs(tokenizer, texts, completions, max_length)
+        return encode_pairs(tokenizer, texts, completions, max_length, frame)
     if isinstance(texts, (str, dict)) or len({isinstance(t, str) for t in texts}) > 1:
         raise InputError(
             "give a list of texts or a list of conversations, "
@@ -154,8 +155,8 @@ def encode(
         except ValueError as error:
             raise InputError(f"a conversation cannot be scored: {error}") from error
         prompts, answers = (list(side) for side in zip(*pairs))
-        return encode_pairs(tokenizer, prompts, answers, max_length)
-    start, _, end = _frame(tokenizer)
+        return encode_pairs(tokenizer, prompts, answers, max_length, frame)
+    start, end = frame.alone if frame else _frame(tokenizer)[::2]
     room = max_length - len(start + end)
     return [
         Row(start + row[:room] + end, max(0, len(row) - room))
@@ -306,9 +307,11 @@ def length_limit(
     tokenizer: Any,  # of transformers
     config: Any,  # of transformers
     wanted: int | None = None,  # `InputError` below 8 and above what the model takes
+    positions: int | None = None,  # that the model has, where its config does not say
 ) -> int:  # tokens of a row: `wanted`, else the model's own limit up to `LONGEST`
     "Find out how many tokens a row may have."
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [tokenizer.model_max_length, positions]
     own = min(limit for limit in limits if limit and limit > 0)
     if wanted is not None and not 8 <= wanted <= own:
@@ -321,6 +324,7 @@ def encode_pairs(
     prompts: Any,  # texts or messages, one for each completion, or one for all
     completions: Any,  # texts or messages; ValueError for another number than prompts
     max_length: int = LONGEST,  # tokens of a row at most
+    frame: Any = None,  # special tokens in place of ours
 ) -> list[Row]:
     "Make token ids of each prompt with its completion."
     completions = _texts(completions, "completion", answer_of)
@@ -333,7 +337,8 @@ def encode_pairs(
         )
     prompts = _texts(prompts, "prompt", prompt_of)
     has_template = bool(tokenizer.chat_template)
-    start, middle, end = ([], [], []) if has_template else _frame(tokenizer)
+    own = frame.pair if frame else _frame(tokenizer)
+    start, middle, end = ([], [], []) if has_template else own
     if has_template and completions:
         template = _Template(tokenizer)
         pairs = [template.split(*pair) for pair in zip(prompts, completions)]

@@ -153,8 +153,9 @@ def train(
     plan = Plan(used, rows, sized, batching(learner))
     prepared, optimiser = prepare(learner, config, processes)
     evaluation = Evaluation(watched, config.eval_every, config.patience)
-    digest, every = run_digest(config, rankings), config.checkpoint_every
-    saved = Checkpoint(checkpoint, digest, every) if checkpoint else None
+    saved, every = None, config.checkpoint_every
+    if checkpoint:
+        saved = Checkpoint(checkpoint, run_digest(config, rankings, model), every)
     tracker = Tracker(processes, trackers, config)
     parts = prepared, plan, optimiser, processes, evaluation, saved, tracker, watch
     run = Run(sized, *parts)
@@ -595,7 +596,9 @@ def make_learner(
     processes: Processes,
 ) -> Learner:
     "Choose how a model is run in training."
-    packs = config.packed and can_pack(model) and not config.encoder_dropout
+    # Packing computes gradients by itself, and keeps all that they need.
+    keeps = not getattr(model.model, "is_gradient_checkpointing", False)
+    packs = config.packed and keeps and can_pack(model) and not config.encoder_dropout
     bf16 = bf16_pays(model.device) if config.bf16 == "auto" else bool(config.bf16)
     trained = copy.deepcopy(model) if processes.sharded else model
     return Learner(trained, packs and not processes.by_layers, bf16)
@@ -694,6 +697,9 @@ def training_mode(
         try:
             model.train()
             model.model.train(encoder_dropout)
+            for part in model.model.modules():  # such layers look at their own mode
+                if getattr(part, "gradient_checkpointing", False):
+                    part.training = True
             yield
         finally:
             model.train(was_training)

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['SHARING', 'PACKING', 'packed_rewards', 'score_packed', 'features', 'Layout', 'common_start', 'lay_out',
-           'shares_prefix', 'can_pack', 'packed', 'run_layout', 'divide']
+           'positions_of', 'shares_prefix', 'can_pack', 'sees_all', 'packed_view', 'run_layout', 'divide']
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c002
+import copy
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MethodType
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, cast
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -71,12 +73,17 @@ def features(
     "Compute the vectors of texts without padding, and the prefix of a group once."
     share, device = shares_prefix(encoder), encoder.device
     threads = threads or (torch.get_num_threads() if device.type == "cpu" else 1)
-    layouts = [lay_out([rows], share, device="cpu") for rows in groups]
+    skip = _text_encoder(encoder).skip
+    if skip is not None:  # what a classifier passes over at the end of a text
+        groups = [[_without_end(row, skip) for row in rows] for rows in groups]
+    offset = _offset(encoder.model)
+    layouts = [lay_out([rows], share, "cpu", offset) for rows in groups]
     order = divide(
         [len(x) for x in layouts], threads, part if device.type == "cpu" else None
     )
     layouts = [
-        lay_out([groups[i] for i in indices], share, device) for indices in order
+        lay_out([groups[i] for i in indices], share, device, offset)
+        for indices in order
     ]
     embeddings = encoder.model.get_input_embeddings()(
         torch.cat([x.input_ids for x in layouts], dim=1)
@@ -98,6 +105,22 @@ def features(
         j for indices in order for i in indices for j in range(starts[i], starts[i + 1])
     ]
     return vectors[torch.tensor(places, device=device).argsort()]
+
+
+def _without_end(row: list[int], skip: int) -> list[int]:
+    "Leave out a token at the end of a text, as often as it is there."
+    size = len(row)
+    while size > 1 and row[size - 1] == skip:
+        size -= 1
+    return row[:size]
+
+
+def _offset(model: Any) -> int | None:
+    "Find the padding token that positions are counted from."
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings"):
+            return getattr(layer, "padding_idx", None)
+    return None
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c008
 @dataclass
@@ -157,20 +180,32 @@ def lay_out(
     groups: list[list[list[int]]],  # token ids: `groups[prompt][completion]`
     share: bool,  # compute what the texts of a group have in common once
     device: torch.device | str = "cpu",
+    padding: int | None = None,  # RoBERTa's positions are counted from this token's id
 ) -> Layout:
     "Put the texts of a batch into one row of tokens, without padding."
     ids, positions, pieces, last = [], [], [], []
     for rows in groups if share else [[row] for group in groups for row in group]:
         shared = common_start(rows)
         ids += rows[0][:shared]
-        positions += range(shared)
+        positions += positions_of(rows[0], padding)[:shared]
         for row in rows:
             ids += row[shared:]
-            positions += range(shared, len(row))
+            positions += positions_of(row, padding)[shared:]
             last.append(len(ids) - 1)
         pieces.append((shared, [len(row) - shared for row in rows]))
     as_tensor = lambda values: torch.tensor(values, device=device)
     return Layout(as_tensor([ids]), as_tensor([positions]), pieces, as_tensor(last))
+
+
+def positions_of(
+    row: list[int],  # token ids
+    padding: int | None = None,  # as for `lay_out`
+) -> list[int]:
+    "Number the tokens of a text as its model does."
+    if padding is None:
+        return list(range(len(row)))
+    seen = accumulate(token != padding for token in row)
+    return [padding + n * (token != padding) for token, n in zip(row, seen)]
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c016
 def _packed_attention(
@@ -187,6 +222,8 @@ def _packed_attention(
     """Compute attention in the form that transformers calls.
 
     Takes (1, heads, tokens, size) and returns (1, tokens, heads, size)."""
+    if odd := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        raise RuntimeError(f"packed attention does not know {odd[0]}")
     # query heads of one key, in models where several share it
     repeat = query.shape[1] // key.shape[1]
     key, value = (
@@ -268,14 +305,17 @@ def _first_bert(block, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
     )
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c020
-SHARING = {"gpt2", "llama"}
-PACKING = {*SHARING, "bert"}
+SHARING = {"gpt2", "llama", "qwen2", "qwen3", "mistral", "smollm3", "olmo2", "granite"}
+PACKING = {*SHARING, "bert", "roberta", "xlm-roberta", "camembert"}
 # by model and pooling: the last layer, how to run it for the tokens that are read, and
 # the attribute of a layout that says where they are
 _LAST = {
     ("gpt2", "last"): (lambda base: base.h[-1], _last_gpt2, "last"),
     ("llama", "last"): (lambda base: base.layers[-1], _last_llama, "last"),
+    ("qwen2", "last"): (lambda base: base.layers[-1], _last_llama, "last"),
+    ("mistral", "last"): (lambda base: base.layers[-1], _last_llama, "last"),
     ("bert", "pooler"): (lambda base: base.encoder.layer[-1], _first_bert, "first"),
+    ("roberta", "pooler"): (lambda base: base.encoder.layer[-1], _first_bert, "first"),
 }
 
 
@@ -287,49 +327,76 @@ def shares_prefix(encoder: RewardModel | TextEncoder) -> bool:
 def can_pack(encoder: RewardModel | TextEncoder) -> bool:
     "Check whether texts can be packed into one row, to the same result."
     config = encoder.model.config
-    plain = not getattr(config, "is_decoder", False) and not getattr(
-        config, "reorder_and_upcast_attn", False
-    )
-    return (
-        shares_prefix(encoder)
-        or config.model_type in PACKING - {*SHARING}
-        and plain
-        and encoder.pooling != "last"
+    frame = _text_encoder(encoder).frame
+    if encoder.pooling == "classifier" or (frame is not None and frame.segments):
+        return False
+    if config.model_type in SHARING:
+        fits = encoder.pooling == "last"
+    else:
+        fits = config.model_type in PACKING and encoder.pooling != "last"
+    odd = ("is_decoder", "reorder_and_upcast_attn")
+    plain = config.model_type in SHARING or not getattr(config, odd[0], False)
+    plain = plain and not getattr(config, odd[1], False)
+    return fits and plain and sees_all(encoder) and not _is_changed(encoder.model)
+
+
+def sees_all(encoder: RewardModel | TextEncoder) -> bool:
+    "Check whether every layer sees texts whole, and not through a shorter window."
+    config = encoder.model.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    all_full = kinds is not None and set(kinds) == {"full_attention"}
+    in_use = getattr(config, "use_sliding_window", True) and not all_full
+    return not (window and in_use) or window >= encoder.max_length
+
+
+def _is_changed(model: Any) -> bool:
+    "Check whether somebody has exchanged the forward of a layer, or compiled one."
+    return any(
+        "forward" in vars(module) or module._compiled_call_impl is not None
+        for module in model.modules()
     )
 
+
+def _text_encoder(encoder: RewardModel | TextEncoder) -> TextEncoder:
+    "Take the encoder out of a reward model."
+    return encoder.encoder if isinstance(encoder, RewardModel) else encoder
+
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
-@contextmanager
-def packed(encoder: RewardModel | TextEncoder) -> Iterator[None]:
-    "Let a model compute packed rows: its forward takes `layout` as well."
-    base = (
-        encoder.model.get_base_model()
-        if hasattr(encoder.model, "get_base_model")
-        else encoder.model
-    )
-    config, before = base.config, base.config._attn_implementation
-    slow = [
-        (parent, name)
-        for parent in base.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, NewGELUActivation)
-    ]
-    originals = [getattr(*place) for place in slow]
-    block = None
-    if (config.model_type, encoder.pooling) in _LAST:
-        layer_of, function, places = _LAST[config.model_type, encoder.pooling]
+def packed_view(encoder: RewardModel | TextEncoder) -> Any:
+    "Make a model with the weights of an encoder whose forward takes `layout` as well."
+    copies: dict[int, Any] = {}  # of modules and configs, by the original's id
+
+    def config_of(config: PretrainedConfig) -> PretrainedConfig:
+        if id(config) not in copies:
+            copies[id(config)] = copy.deepcopy(config)
+            copies[id(config)]._attn_implementation = "prompting_nb_packed"
+        return copies[id(config)]
+
+    def view_of(module: torch.nn.Module) -> torch.nn.Module:
+        if id(module) in copies:
+            return copies[id(module)]
+        if isinstance(module, NewGELUActivation):
+            found = torch.nn.GELU("tanh")
+        else:
+            found = copy.copy(module)  # parameters are in a dict that both have
+            for name, value in vars(module).items():
+                if isinstance(value, PretrainedConfig):
+                    vars(found)[name] = config_of(value)
+        copies[id(module)] = found
+        if module._modules:
+            parts = module._modules.items()
+            inner = {name: part and view_of(part) for name, part in parts}
+            vars(found)["_modules"] = inner
+        return found
+
+    model = cast(Any, view_of(encoder.model))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (base.config.model_type, encoder.pooling) in _LAST:
+        layer_of, function, places = _LAST[base.config.model_type, encoder.pooling]
         block = layer_of(base)
         block.forward = MethodType(_only(function, places), block)
-    for parent, name in slow:
-        setattr(parent, name, torch.nn.GELU("tanh"))
-    config._attn_implementation = "prompting_nb_packed"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        for (parent, name), original in zip(slow, originals):
-            setattr(parent, name, original)
-        if block is not None:
-            del block.forward  # the method of the class is back
+    return model
 
 
 def _only(function: Callable, places: str) -> Callable:
@@ -350,13 +417,14 @@ def _only(function: Callable, places: str) -> Callable:
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c025
 def run_layout(
-    encoder: RewardModel | TextEncoder,  # inside `packed`
+    model: Any,  # a `packed_view`
+    pooling: str,  # of the encoder
     layout: Layout,
     embeddings: torch.Tensor,  # (1, tokens, size), of the layout's tokens
 ) -> torch.Tensor:  # (texts, size), float32 where the model computes with less
     "Compute the vector of each text of a layout."
-    layers = encoder.pooling == "layers"
-    output = encoder.model(
+    layers = pooling == "layers"
+    output = model(
         inputs_embeds=embeddings,
         position_ids=layout.position_ids,
         layout=layout,
@@ -369,11 +437,11 @@ def run_layout(
     )
     # (tokens, size)
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    if encoder.pooling == "last":
+    if pooling == "last":
         return hidden[layout.last]
-    if encoder.pooling == "pooler":
+    if pooling == "pooler":
         first = hidden[layout.first][:, None]  # the pooler reads row[0]
-        return encoder.model.pooler(first).to(hidden.dtype)
+        return model.pooler(first).to(hidden.dtype)
     # a model with these poolings shares no prefix, so `own` is the whole text
     means = torch.stack([text.mean(dim=0) for text in hidden.split(layout.own)])
     return torch.nn.functional.layer_norm(means, means.shape[-1:]) if layers else means
@@ -406,18 +474,21 @@ def _in_threads(
     "Run work(0), work(1) ... each on one core, and return their results in order."
     if threads == 1:
         return [work(0)]
-    cores = torch.get_num_threads()
 
     def alone(index):
         torch.set_num_threads(1)
         return work(index)
 
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(alone, range(threads)))
-    finally:
-        # a library below torch keeps one number for all threads
-        torch.set_num_threads(cores)
+    with _turn:  # a library below torch keeps one number of cores for all threads
+        cores = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                return list(pool.map(alone, range(threads)))
+        finally:
+            torch.set_num_threads(cores)
+
+
+_turn = threading.Lock()
 
 
 class _Features(torch.autograd.Function):
@@ -430,6 +501,7 @@ class _Features(torch.autograd.Function):
             for piece in embeddings.split([len(x) for x in layouts], dim=1)
         ]
         turns = [range(index, len(layouts), threads) for index in range(threads)]
+        model = packed_view(encoder)
 
         def work(index):
             with (
@@ -437,11 +509,11 @@ class _Features(torch.autograd.Function):
                 torch.autocast(embeddings.device.type, torch.bfloat16, enabled=bf16),
             ):
                 return [
-                    run_layout(encoder, layouts[i], pieces[i]) for i in turns[index]
+                    run_layout(model, encoder.pooling, layouts[i], pieces[i])
+                    for i in turns[index]
                 ]
 
-        with packed(encoder):
-            results = _in_threads(threads, work, embeddings.device)
+        results = _in_threads(threads, work, embeddings.device)
         found = {
             i: vector
             for turn, vectors in zip(turns, results)

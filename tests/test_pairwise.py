@@ -1,0 +1,127 @@
+"""A judge that compares: both orders, cache, budget and cost; behind a server on loopback that is busy, slow, broken or gone."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from prompting_nb.baseminer.miners import ChatClient, OpenAISettings, UpstreamError
+from prompting_nb.config import InputError
+from prompting_nb.loop.judging import server_judge
+from prompting_nb.reward.evaluation import evaluate
+from prompting_nb.reward.pairwise import PairwiseJudge, read_verdict
+from prompting_nb.reward.preferences import Ranking
+
+ANSWERS = ["bb", "dddd", "a", "ccc"]
+RANKING = Ranking("which?", ANSWERS, [2.0, 4.0, 1.0, 3.0])
+
+
+def longer(messages):
+    text = messages[-1]["content"]
+    first, second = (text.split(f"[Answer {name}]\n")[1].split("\n[")[0] for name in "AB")
+    return "[[A]]" if len(first) > len(second) else "[[B]]"
+
+
+def test_a_judge_orders_answers_and_can_be_evaluated():
+    judge = PairwiseJudge(longer)
+    assert judge.score("which?", ANSWERS).flatten().tolist() == pytest.approx([1 / 3, 1, 0, 2 / 3])
+    assert judge.report()["questions"] == 12 and judge.report()["pairs"] == 6
+    assert evaluate(judge, [RANKING]).accuracy == 1.0
+    assert judge.report()["questions"] == 12 and judge.report()["cached"] == 12
+
+
+@pytest.mark.parametrize("answer", ["[[A]]", "[[B]]", "I cannot say."])
+def test_what_does_not_depend_on_the_answers_decides_nothing(answer):
+    judge = PairwiseJudge(lambda messages: answer)
+    assert judge.score("which?", ANSWERS).flatten().tolist() == [0.5] * 4
+    assert judge.report()["by_order"] + judge.report()["unread"] / 2 == 6
+
+
+def test_a_budget_is_kept_and_nothing_is_lost():
+    judge = PairwiseJudge(longer, budget=3)
+    judge.score("which?", ANSWERS[:2])
+    with pytest.raises(InputError, match="4 questions are needed and 1 are left"):
+        judge.score("which?", ANSWERS[:3])
+    assert judge.report()["questions"] == 2  # none of the four was asked
+    judge.budget = None
+    judge.score("which?", ANSWERS[:3])
+    assert judge.report()["questions"] == 6
+
+
+def test_an_error_keeps_the_answers_before_it():
+    calls = []
+
+    def ask(messages):
+        calls.append(messages)
+        if len(calls) == 3:
+            raise UpstreamError("busy")
+        return longer(messages)
+    judge = PairwiseJudge(ask)
+    with pytest.raises(UpstreamError):
+        judge.score("which?", ANSWERS[:3])
+    judge.score("which?", ANSWERS[:3])
+    assert len(calls) == 7 and judge.report()["questions"] == 6
+
+
+def test_the_last_verdict_counts():
+    assert [read_verdict(text) for text in ("[[A]] ... [[B]]", "A", "A and B", "", "[[ C ]]")] == [0.0, 1.0, None, None, 0.5]
+
+
+@pytest.fixture
+def server():
+    "A server whose answers are taken from a list: (status, body, seconds for each byte)."
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((asked, self.headers.get("Authorization")))
+            status, body, pause = answers.pop(0) if answers else (200, says(longer(asked["messages"])), 0)
+            self.send_response(status)
+            self.end_headers()
+            try:
+                for byte in body.encode() if pause else [None]:
+                    self.wfile.write(bytes([byte]) if pause else body.encode())
+                    self.wfile.flush()
+                    time.sleep(pause)
+            except OSError:
+                pass
+
+        def log_message(self, *args):
+            pass
+    seen, answers = [], []
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_port}/v1", answers, seen
+    made.shutdown()
+    made.server_close()
+
+
+def says(text):
+    return json.dumps({"choices": [{"message": {"content": text}}]})
+
+
+def test_a_server_judges(server):
+    address, answers, seen = server
+    answers += [(503, '{"error": {"message": "busy"}}', 0), (429, "slow down", 0)]
+    judge = server_judge(OpenAISettings(base_url=address, model="m", api_key="key"), threads=3, pause=0.01)
+    assert evaluate(judge, [RANKING]).accuracy == 1.0
+    assert len(seen) == 14 and {key for _, key in seen} == {"Bearer key"} and not any(asked["stream"] for asked, _ in seen)
+
+
+@pytest.mark.parametrize("answer, reason, tries", [
+    ((401, '{"error": {"message": "no key"}}', 0), "401: no key", 1),
+    ((200, "{", 0), "not the JSON", 1), ((200, "{}", 0), "without a choice", 1),
+    ((500, "x", 0), "500", 3), ((200, says("much too slow"), 0.05), "ReadTimeout", 3)])
+def test_a_server_that_fails(server, answer, reason, tries):
+    address, answers, seen = server
+    answers += [answer] * 3
+    with pytest.raises(UpstreamError, match=reason):
+        ChatClient(OpenAISettings(base_url=address, model="m")).complete([], timeout=0.3, tries=3, pause=0.01)
+    assert len(seen) == tries
+
+
+def test_a_server_that_is_gone():
+    chat = ChatClient(OpenAISettings(base_url="http://127.0.0.1:9/v1", model="m"))
+    with pytest.raises(UpstreamError, match="cannot be reached: ConnectError"):
+        chat.complete([], tries=2, pause=0.01)
