@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from families import tiny
-from toys import save_model, word_tokenizer
+from toys import save_model
 from transformers import BertConfig, GPT2Config, GPTNeoConfig, LlamaConfig, RobertaConfig
 
 from prompting_nb.pretrained import word_tokenizer
