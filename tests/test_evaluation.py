@@ -162,7 +162,7 @@ def test_an_evaluation_as_json():
     values = evaluate_scores(SCORES, RANKINGS).to_dict()
     assert values == json.loads(json.dumps(values)) and set(values) == set(none)
     assert set(values) == {"accuracy", "interval", "n_prompts", "n_pairs", "shorter_accuracy", "n_shorter", "ece", "bins",
-                           "best_of", "random", "oracle"}  # fmt: skip
+                           "best_of", "random", "oracle", "confusion", "equal", "cuts"}  # fmt: skip
     assert values["accuracy"] == 1.5 / 4 and values["interval"] == list(pairwise_accuracy(SCORES, RANKINGS)[1:3])
     assert values["bins"][0] == calibration(margins(SCORES, RANKINGS))[1][0]._asdict()
 

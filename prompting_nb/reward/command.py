@@ -8,6 +8,7 @@ __all__ = ['reward_parser', 'run_reward', 'DataSettings', 'ModelSettings', 'Outp
 
 # %% ../../nbs/reward/10_command.ipynb #c002
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,14 @@ from prompting_nb.config import (
     Config,
     HalfOpenUnitInterval,
     InputError,
+    NonNegativeInt,
     PositiveInt,
     add_settings,
     check_settings,
     make_parser,
     settings_of,
 )
-from ..files import read_lines, write_file
+from ..files import write_file
 
 # %% ../../nbs/reward/10_command.ipynb #m004
 def reward_parser() -> "RewardParser":
@@ -47,14 +49,16 @@ class DataSettings:
     """Data.
 
     Args:
-        data: Rankings or pairs to learn from.
+        data: Rankings or pairs to learn from: files with commas, a folder, a hub name.
         eval_data: Rankings or pairs to evaluate on.
+        skip_bad: Rows that cannot be read and are passed over, at most.
         held_out: Share of the prompts to evaluate on, or 0 for none.
     """
 
     data: str
     eval_data: Optional[str] = None
     held_out: HalfOpenUnitInterval = 0.1
+    skip_bad: NonNegativeInt = 0
 
     __post_init__ = check_settings
 
@@ -65,7 +69,7 @@ class ModelSettings:
 
     Args:
         model: Model to start from: a folder, a name on the hub, or minilm.
-        max_length: Tokens of a text. Default: at most 256.
+        max_length: Tokens of a text. Default: what the model reads, to 1024.
         pooling: How the vectors of tokens become the vector of a text.
         depth: Layers to use, from the first. Default: all.
         length: First weight of a term for the length of the text.
@@ -89,6 +93,7 @@ class OutputSettings:
     Args:
         out: Folder for the model.
         force: Overwrite --out if it holds a model.
+        report: Folder for curve, margins and figures. Default: OUT-report.
         checkpoint: Folder for checkpoints; an interrupted run continues from there.
         track: Where to log, with commas: tensorboard,wandb. They must be installed.
         log_folder: Folder for trackers that write files.
@@ -96,6 +101,7 @@ class OutputSettings:
 
     out: str
     force: bool = False
+    report: Optional[str] = None
     checkpoint: Optional[str] = None
     track: Optional[str] = None
     log_folder: str = "logs"
@@ -109,13 +115,15 @@ class ScoringSettings:
 
     Args:
         model: Folder or hub name of a trained reward model.
-        data: File with completions.
+        data: Completions: files with commas, a folder, a hub name, or - for stdin.
         batch_size: Texts that are scored together.
+        skip_bad: Rows that cannot be read and are passed over, at most.
     """
 
     model: str
     data: str
     batch_size: PositiveInt = 32
+    skip_bad: NonNegativeInt = 0
 
     __post_init__ = check_settings
 
@@ -163,9 +171,11 @@ _ABOUT = {
     "score": "Write the rewards of completions, one JSON line for each line read.",
 }
 _DATA = (
-    'Data: JSON lines, plain or .gz. A ranking is {"prompt": ..., "responses": '
+    "Data: .jsonl(.gz), .json, .csv, .parquet, a saved data set, a name on the hub "
+    '(NAME:SPLIT), - for standard input. A ranking is {"prompt": ..., "responses": '
     '[{"completion": ..., "score": ...}, ...]}, a pair {"prompt": ..., "chosen": ..., '
-    '"rejected": ...}; texts can also be lists of {"role": ..., "content": ...}.'
+    '"rejected": ...}; texts can also be messages, and columns have other names, too: '
+    "see the page Columns."
 )
 _EXAMPLES = {
     "train": "train --data pairs.jsonl --out my-reward --epochs 2",
@@ -234,14 +244,31 @@ def _rankings(
             "give --held-out above 0"
         )
     report = Report()
-    learn, test = read_rankings(data.data, report), []
+    learn = read_rankings(_sources(data.data), report, skip_bad=data.skip_bad)
+    test = []
     say(f"{data.data}: {report}")
     if data.eval_data:
-        test = read_rankings(data.eval_data)
+        report = Report()
+        test = read_rankings(_sources(data.eval_data), report, skip_bad=data.skip_bad)
+        say(f"{data.eval_data}: {report}")
+        _decided(test, data.eval_data)
     elif data.held_out:
         learn, test = split(learn, data.held_out)
     learn, watched = split(learn, data.held_out, seed=1) if watching else (learn, [])
     return learn, watched, test
+
+
+def _sources(text: str) -> str | list[str]:
+    "Take the names of several sources apart, which are written with commas."
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return text if len(names) < 2 or Path(text).exists() else names
+
+
+def _decided(rankings: list, name: str) -> None:
+    "Raise `InputError` where no pair says which answer is better."
+    from prompting_nb.reward.preferences import decided
+
+    decided(rankings, f"{name}: there is nothing to evaluate")
 
 # %% ../../nbs/reward/10_command.ipynb #c015
 _T = TypeVar("_T")
@@ -280,7 +307,9 @@ def run_train(
     "Run the command `prompting-nb reward train`."
     from prompting_nb.reward.evaluation import evaluate, table
     from prompting_nb.reward.processes import this_process
+    from prompting_nb.reward.report import write_report
     from prompting_nb.reward.saving import check_folder
+    from prompting_nb.reward.tokens import cuts_text
     from prompting_nb.reward.training import TrainConfig, train
 
     data, chosen = _part(DataSettings, settings), _part(ModelSettings, settings)
@@ -317,6 +346,13 @@ def run_train(
     model.save_pretrained(out, found)
     if found:
         say(table({"trained": found}))
+        say(f"evaluated: {found.cuts}")
+    say(f"trained: {cuts_text(history.cuts)}")
+    if history.equal:
+        say(f"{history.equal} pairs became equal by cutting and were dropped")
+    say(history.summary())
+    page = write_report(output.report or f"{out}-report", history, found, out.name)
+    say(f"curve, margins and figures: {page}")
     say(
         f"{history.stopped} after {len(history.steps)} steps in {history.processes} "
         f"process(es); the model is in {out}"
@@ -331,10 +367,12 @@ def run_eval(
     "Run the command `prompting-nb reward eval`."
     from prompting_nb.reward.evaluation import evaluate, longer_wins, table
     from prompting_nb.reward.model import RewardModel
-    from prompting_nb.reward.preferences import read_rankings
+    from prompting_nb.reward.preferences import Report, read_rankings
 
-    given = _part(EvalSettings, settings)
-    rankings = read_rankings(given.data)
+    given, report = _part(EvalSettings, settings), Report()
+    rankings = read_rankings(_sources(given.data), report, skip_bad=given.skip_bad)
+    say(f"{given.data}: {report}")
+    _decided(rankings, given.data)
     model = RewardModel.from_pretrained(given.model, device=None)
     bar = not settings.quiet
     found = evaluate(model, rankings, given.batch_size, progress=bar)
@@ -344,50 +382,35 @@ def run_eval(
         f"expected calibration error {found.ece:.3f}; "
         f"{found.n_pairs} pairs of {found.n_prompts} prompts"
     )
+    say(f"{found.cuts}; {found.equal} pairs are equal after cutting")
     if given.json:
         write_file(given.json, json.dumps(found.to_dict(), indent=2) + "\n")
     return found.to_dict()
 
 
-def _texts(row: Any) -> tuple[str, list[str]]:
-    "Take the prompt of a row, and the completions to score."
-    from prompting_nb.reward.conversations import prompt_of, split_answer
-    from prompting_nb.reward.preferences import parse_ranking
-
-    known = row if isinstance(row, dict) else {}
-    if isinstance(known.get("completion"), str) and "prompt" in known:
-        return prompt_of(row["prompt"]), [row["completion"]]
-    if "messages" in known:
-        prompt, completion = split_answer(row["messages"])
-        return prompt, [completion]
-    ranking = parse_ranking(row)
-    return ranking.prompt, ranking.completions
-
-
 def run_score(
     settings: Config,
     say: Callable[[str], None] = print,  # told what happens
-) -> list[list[float]]:  # for each line the rewards of its completions
+) -> Any:  # a `Scored`: how many lines, texts, bad rows; what was cut
     "Run the command `prompting-nb reward score`."
-    from prompting_nb.reward.model import RewardModel
+    import torch
 
-    given, rows = _part(ScoreSettings, settings), []
-    for number, line in read_lines(given.data):
-        try:
-            rows.append(_texts(json.loads(line)))
-        except ValueError as error:
-            raise InputError(f"{given.data}:{number}: {error}") from error
-    model = RewardModel.from_pretrained(given.model, device=None)
-    prompts = [prompt for prompt, completions in rows for _ in completions]
-    completions = [completion for _, completions in rows for completion in completions]
-    bar = not settings.quiet
-    found = model.score(prompts, completions, given.batch_size, bar)[:, 0].tolist()
-    scores = iter(found)
-    rewards = [[next(scores) for _ in completions] for _, completions in rows]
-    rounded = [[round(value, 6) for value in row] for row in rewards]
-    lines = "".join(json.dumps({"rewards": row}) + "\n" for row in rounded)
-    if given.out == "-":
-        sys.stdout.write(lines)
-    else:
-        write_file(given.out, lines)
-    return rewards
+    from prompting_nb.reward.model import RewardModel
+    from prompting_nb.reward.processes import this_process
+    from prompting_nb.reward.scoring import score_rows_of
+    from prompting_nb.reward.sources import read_rows
+
+    given = _part(ScoreSettings, settings)
+    if given.out == "-":  # the rewards are there
+        say = lambda text: print(text, file=sys.stderr)
+    rows = read_rows(_sources(given.data))
+    rank, processes = this_process()
+    local = os.environ.get("LOCAL_RANK", rank)  # each process has a device of its own
+    several = processes > 1 and torch.cuda.is_available()
+    device = f"cuda:{local}" if several else None
+    model = RewardModel.from_pretrained(given.model, device=device)
+    how = given.batch_size, given.skip_bad
+    found = score_rows_of(model, rows, given.out, *how)
+    if not rank:
+        say(str(found))
+    return found

@@ -5,34 +5,60 @@
 # %% auto #0
 __all__ = ['EDGES', 'evaluate', 'evaluate_scores', 'RewardEvaluation', 'table', 'count_right', 'Accuracy', 'pairwise_accuracy',
            'Bin', 'margins', 'calibration', 'best_of_k', 'best_of_k_accuracy', 'Answers', 'ties_score', 'LengthBin',
-           'accuracy_by_length', 'rejection_curve', 'longer_wins', 'zero_shot_cosine']
+           'accuracy_by_length', 'confusion_by_length', 'rejection_curve', 'longer_wins', 'zero_shot_cosine']
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c002
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
 
 from .model import RewardModel, TextEncoder, embed
-from .preferences import Ranking, decisions, score_rankings
+from .batches import equal_pairs, tokenise
+from prompting_nb.reward.preferences import (
+    Ranking,
+    decided,
+    decisions,
+    rankings_of,
+    score_rankings,
+)
+from .tokens import Cuts, cuts_of, length_of
 from ..show import Bar, html_table
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c051
 def evaluate(
     model: RewardModel | Callable,  # or a scorer: (prompts, completions) -> numbers
-    rankings: list[Ranking],  # prompts that it was not trained on
+    rankings: Any,  # that it was not trained on; as for `rankings_of`
     batch_size: int = 32,  # for a reward model
     progress: bool = False,  # show a progress bar, for a reward model
     bf16: bool = False,  # as for `RewardModel.score`
-) -> "RewardEvaluation":
+) -> "RewardEvaluation":  # raises `InputError` where nothing was decided
     "Score the completions of rankings, and compare the scores with the judge's."
+    rankings = rankings_of(rankings)
+    decided(rankings, "there is nothing to evaluate")
+    scorer = model
     if isinstance(model, RewardModel):
         options = dict(batch_size=batch_size, progress=progress, bf16=bf16)
-        model = partial(model.score, **options)
-    return evaluate_scores(score_rankings(model, rankings), rankings)
+        scorer = partial(model.score, **options)
+    scores = score_rankings(scorer, rankings)
+    if not hasattr(model, "encode_texts"):
+        return evaluate_scores(scores, rankings)
+    reader: Any = model
+    rows = tokenise(reader, rankings)
+    found = evaluate_scores(list(map(_as_read, rows, scores)), rankings)
+    found.equal = equal_pairs(rankings, rows)
+    found.cuts = cuts_of((row for texts in rows for row in texts), reader.max_length)
+    return found
+
+
+def _as_read(rows: list[list[int]], scores: list[float]) -> list[float]:
+    "Give equal rows equal scores, which rounding in a batch may tell apart."
+    first: dict[tuple, float] = {}
+    keys = [(length_of(row), *row) for row in rows]
+    return [first.setdefault(key, score) for key, score in zip(keys, scores)]
 
 
 def evaluate_scores(
@@ -58,6 +84,9 @@ def evaluate_scores(
         best_of=best_of_k(scores, rankings),
         random=best_of_k(scores, rankings, k=1),
         oracle=best_of_k(judged, rankings),
+        confusion=confusion_by_length(scores, rankings),
+        margins=margins(scores, rankings).tolist(),
+        by_length=accuracy_by_length(scores, rankings),
     )
 
 
@@ -76,11 +105,18 @@ class RewardEvaluation:
     best_of: float  # judge's mean score of the completion with the highest reward
     random: float  # of a completion taken by chance
     oracle: float  # of the judge's own choice
+    confusion: dict[str, int]  # who preferred the longer, see `confusion_by_length`
+    margins: list[float] = field(repr=False)  # of each pair, for a histogram
+    by_length: list["LengthBin"] = field(repr=False)  # as `accuracy_by_length`
+    equal: int = 0  # pairs whose rows of tokens are equal: each counts a half
+    cuts: Cuts | None = None  # what a reward model did not read
 
     def to_dict(self) -> dict:
         "Return the same as plain values, for JSON: bins as dicts, nan as `None`."
         bins = [one._asdict() for one in self.bins]
         values = asdict(self) | {"interval": list(self.interval), "bins": bins}
+        values["cuts"] = self.cuts and self.cuts.to_dict()
+        del values["margins"], values["by_length"]
         missing = lambda value: isinstance(value, float) and math.isnan(value)
         return {key: None if missing(value) else value for key, value in values.items()}
 
@@ -285,7 +321,7 @@ def accuracy_by_length(
     "Compute how often scores are right, by how much longer the chosen completion is."
     ratios, hits = [], []
     for ranking, given in zip(rankings, scores, strict=True):
-        size = [len(text) for text in ranking.completions]
+        size = [max(1, len(text)) for text in ranking.completions]
         for i, j in decisions(ranking):
             ratios.append(math.log(size[i] / size[j]))
             hits.append((given[i] > given[j]) + (given[i] == given[j]) / 2)
@@ -295,6 +331,26 @@ def accuracy_by_length(
         inside = place == b
         means = float(np.exp(ratio[inside].mean())), float(right[inside].mean())
         found.append(LengthBin(means[0], int(inside.sum()), means[1]))
+    return found
+
+# %% ../../nbs/reward/06_evaluation.ipynb #c061
+def confusion_by_length(
+    scores: list[list[float]],  # for each ranking the score of each completion
+    rankings: list[Ranking],
+) -> dict[str, int]:  # pairs by "judge longer, scores shorter" and so on
+    "Count pairs by whether the judge, and the scores, preferred the longer answer."
+    sides = ("longer", "shorter")
+    names = [f"judge {judge}, scores {given}" for judge in sides for given in sides]
+    found = dict.fromkeys([*names, "equal length or score"], 0)
+    for ranking, given in zip(rankings, scores, strict=True):
+        size = [len(text) for text in ranking.completions]
+        for i, j in decisions(ranking):
+            if size[i] == size[j] or given[i] == given[j]:
+                found["equal length or score"] += 1
+                continue
+            longer = size[i] > size[j]
+            judge, scored = sides[not longer], sides[longer != (given[i] > given[j])]
+            found[f"judge {judge}, scores {scored}"] += 1
     return found
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c040

@@ -38,6 +38,7 @@ from prompting_nb.reward.export import (
     read_classifier,
     write_classifier,
 )
+from .tokens import cuts_text
 
 # %% ../../nbs/reward/07_saving.ipynb #v009
 _FORMAT = 2  # of reward.json; folders without a number are read as version 0.1.0 did
@@ -381,6 +382,8 @@ def model_card(
     table = [f"| {label} | {value:.3f} |" for label, value in found.items()]
     if table:
         table = ["", f"## Evaluation: {dataset}", "", "| | |", "|---|---|", *table]
+    if numbers.get("cuts"):
+        table += ["", f"Of its texts: {cuts_text(numbers['cuts'])}."]
     what = f"{kind}, {model.pooling} pooling, at most {model.max_length} tokens"
     return "\n".join(
         [
