@@ -97,7 +97,7 @@ def test_pairs_that_cutting_makes_equal_are_dropped_and_counted(toys):  # noqa: 
     with pytest.raises(InputError, match="nothing to learn: 1 pairs are equal"):
         train(toy(toys, "bert", max_length=20), rankings[:1], progress=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         train(toy(toys, "bert"), rankings[1:], TrainConfig(max_steps=1, bf16=False), progress=False)
 
 

@@ -40,7 +40,7 @@ def gate() -> str:
 
 
 def evaluation() -> str:
-    return RewardEvaluation(0.75, (0.6, 0.9), 4, 20, float("nan"), 0, 0.1, [], 0.8, 0.5, 0.9)._repr_html_()
+    return RewardEvaluation(0.75, (0.6, 0.9), 4, 20, float("nan"), 0, 0.1, [], 0.8, 0.5, 0.9, {}, [], [])._repr_html_()
 
 
 def miner() -> str:
