@@ -27,8 +27,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from .config import InputError
 from .pretrained import load, resolve
-from .sentences import count_cut, encode_sentences
-from .sentences import is_sentence_model, load_sentences
+from .pretrained import count_cut, encode_sentences
+from .pretrained import is_sentence_model, load_sentences
 from .shapes import TensorType, check_shapes
 
 _log = logging.getLogger(__name__)

@@ -597,7 +597,10 @@ def make_learner(
 ) -> Learner:
     "Choose how a model is run in training."
     # Packing computes gradients by itself, and keeps all that they need.
-    keeps = not getattr(model.model, "is_gradient_checkpointing", False)
+    recomputes = "is_activation_checkpointing"  # earlier: is_gradient_checkpointing
+    if not hasattr(model.model, recomputes):
+        recomputes = "is_gradient_checkpointing"
+    keeps = not getattr(model.model, recomputes, False)
     packs = config.packed and keeps and can_pack(model) and not config.encoder_dropout
     bf16 = bf16_pays(model.device) if config.bf16 == "auto" else bool(config.bf16)
     trained = copy.deepcopy(model) if processes.sharded else model
