@@ -150,7 +150,7 @@ def test_the_command_in_two_processes(tmp_path):
     rows = [{"prompt": f"Say {n}.", "chosen": f"Gladly: {n}", "rejected": f"I do not say {n}"} for n in range(12)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = ["reward", "train", "--data", "pairs.jsonl", "--out", "mine", "--max-length", "16", "--depth", "1", "--quiet",
-               "--tokens-per-batch", "64", "--accumulate", "2", "--checkpoint", "points", "--held-out", "0.25"]
+               "--tokens-per-batch", "64", "--epochs", "1", "--accumulate", "2", "--checkpoint", "points", "--held-out", "0.25"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"]
     (tmp_path / "run.py").write_text("from prompting_nb.cli import main\nmain()\n")
     root = Path(__file__).parent.parent

@@ -429,7 +429,7 @@ def test_the_wide_layout_passes_axe_in_both_themes(small, browser, serve):
             complaints += violations(page, f"{name}, {scheme}")
         page.keyboard.press("/")
         page.keyboard.type("row")
-        page.wait_for_selector("#results li")
+        page.wait_for_selector("#found li")
         complaints += violations(page, f"search, {scheme}")
         context.close()
     assert complaints == []
@@ -446,10 +446,10 @@ def test_search_finds_names_and_words(site, browser, serve):
     page.wait_for_url("**/reward/model.html#rewardmodel.forward")
     page.keyboard.press("/")
     page.keyboard.type("padding")
-    page.wait_for_selector("#results li")
-    assert "reward/model.html" in " ".join(li.get_attribute("data-url") for li in page.query_selector_all("#results li"))
+    page.wait_for_selector("#found li")
+    assert "reward/model.html" in " ".join(li.get_attribute("data-url") for li in page.query_selector_all("#found li"))
     page.keyboard.type("xyzzy")
-    page.wait_for_selector("#results:empty", state="attached")
+    page.wait_for_selector("#found:empty", state="attached")
     assert "Nothing has" in page.inner_text(".hint")
     page.keyboard.press("Escape")
     page.keyboard.press("Escape")
@@ -516,7 +516,7 @@ def shoot(page, base: str, name: str):
     if name == "search":
         page.keyboard.press("/")
         page.keyboard.type("row")
-        page.wait_for_selector("#results li")
+        page.wait_for_selector("#found li")
     page.evaluate("document.fonts.load('1rem Sans').then(() => document.fonts.load('1rem Mono'))"
                   ".then(() => document.fonts.ready).then(() => true)")
     page.evaluate("id => id && document.getElementById(id).scrollIntoView({behavior: 'instant'})", anchor)

@@ -67,7 +67,7 @@ addEventListener("scroll", follow, { passive: true });
 follow();
 
 // search: every word must occur; names and headings count more than text
-const dialog = $("dialog.search"), input = $("input", dialog), results = $("#results"), hint = $(".hint", dialog);
+const dialog = $("dialog.search"), input = $("input", dialog), results = $("#found"), hint = $(".hint", dialog);
 const idle = hint.textContent;
 const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
 let chosen = -1;
