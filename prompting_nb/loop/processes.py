@@ -106,7 +106,8 @@ class Supervisor:
                 process.wait()
         self._processes.clear()
         self._write()
-        os.close(self._lifeline), os.close(self._ours)
+        os.close(self._lifeline)
+        os.close(self._ours)
         self._taken.close()
 
     def __enter__(self) -> "Supervisor":
