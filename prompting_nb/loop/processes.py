@@ -133,10 +133,13 @@ class Supervisor:
         "Start again what has ended."
         while not self._stopping.wait(0.1):
             with self._lock:
-                changed = [self._look_after(p) for p in self._processes.values()]
-                if any(changed):
+                known = self._processes.values()
+                changed = [p.name for p in known if self._look_after(p)]
+                if changed:
                     with suppress(OSError):  # a full disk must not end the watch
                         self._write()
+                for name in changed:
+                    self.restarts[name] += 1
 
     def _look_after(self, process: _Process) -> bool:  # whether it was started again
         now, status = time.monotonic(), process.running.poll()
@@ -159,7 +162,6 @@ class Supervisor:
             process.due = now + self.longest_pause
             return False
         process.started, process.due = now, None
-        self.restarts[process.name] += 1
         return True
 
     def _write(self) -> None:
