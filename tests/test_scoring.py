@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         device, max_length, pooling, depth, bound, tokenizer = torch.device("cpu"), 64, "last", None, None, byte_tokenizer()
         encode_texts = RewardModel.encode_texts
         state_dict = staticmethod(dict)
+        encoder = SimpleNamespace(frame=None)
 
         def score_rows(self, rows, batch_size):
             return torch.tensor([[float(len(row))] for row in rows])
