@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'Config', 'merge', 'check_settings', 'settings_of', 'add_argument', 'add_settings', 'make_parser',
-           'read_config']
+           'command_parser', 'read_config']
 
 # %% ../nbs/00_config.ipynb #c002
 import argparse
@@ -366,6 +366,18 @@ def make_parser(
     parser.is_command = "prog" in kwargs
     for add in add_args:
         add(parser)
+    return parser
+
+
+def command_parser(
+    *add_args: Callable,  # as for `make_parser`
+    **kwargs,  # as for `make_parser`: prog, description, epilog ...
+) -> jsonargparse.ArgumentParser:
+    "Make the parser of a command: as `make_parser`, with `--config FILE` at the end."
+    parser = make_parser(*add_args, exit_on_error=False, **kwargs)
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of these flags."
+    )
     return parser
 
 # %% ../nbs/00_config.ipynb #c021

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from functools import partial
 
+import families
 import pytest
 import torch
 import transformers as hf
@@ -28,14 +30,7 @@ def bases(tmp_path):
             "bert": save_model(tmp_path / "bert", BERT, letter_tokenizer(bert=True))}
 
 
-def changed(model, by=0.1):
-    "The model, as if it had been trained: everything that learns has moved."
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += by * torch.randn(parameter.shape, generator=generator).to(parameter)
-    return model
+changed = partial(families.changed, by=0.1)
 
 
 def scores(model):

@@ -6,7 +6,6 @@
 __all__ = ['EMBEDDED', 'VALIDATOR', 'CommandSettings', 'miner_parser', 'make_miner', 'run_miner']
 
 # %% ../../nbs/baseminer/02_command.ipynb #m02000
-import logging
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,8 @@ from .miners import MINERS
 from .processes import Followers, leader_is_gone
 from .subnet import NotRegisteredError
 from ..config import Config, InputError, add_argument, add_settings
-from ..config import check_settings, make_parser, merge
+from ..config import check_settings, command_parser, merge
+from ..files import log_to_stderr
 from ..network.chain import EmbeddedChain, make_wallet
 from ..network.dendrite import Dendrite
 from ..protocol import Prompting
@@ -57,15 +57,12 @@ class CommandSettings:
 
 def miner_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb miner`."
-    parser = make_parser(
+    parser = command_parser(
         prog="prompting-nb miner",
         usage="%(prog)s [--miner.kind KIND] [flags]",
         description=_ABOUT,
         epilog=_EXAMPLES,
-        exit_on_error=False,
     )
-    yaml = "YAML file with any of these flags."
-    parser.add_argument("--config", action="config", help=yaml)
     kind = dict(type=Literal[tuple(MINERS)], default="template")
     add_argument(parser, "--miner.kind", help="What answers.", **kind)
     add_settings(parser, CommandSettings)
@@ -117,11 +114,7 @@ def run_miner(
     say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "Run the command `prompting-nb miner`."
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=line)
-    for chatty in ("uvicorn", "httpx"):
-        level = logging.DEBUG if settings.debug else logging.WARNING
-        logging.getLogger(chatty).setLevel(level)
+    log_to_stderr(debug=settings.debug)
     miner = make_miner(settings)
     try:
         with miner:

@@ -27,7 +27,7 @@ from prompting_nb.config import (
     PositiveFloat,
     add_settings,
     check_settings,
-    make_parser,
+    command_parser,
     settings_of,
 )
 
@@ -99,19 +99,14 @@ def route_parser() -> jsonargparse.ArgumentParser:
 
 def _parser(name: str, Settings: type, about: str) -> jsonargparse.ArgumentParser:
     "Make the parser of a command whose first argument is the question."
-    parser = make_parser(
+    return command_parser(
         lambda parser: parser.add_argument("question", help="What to ask."),
         lambda parser: add_settings(parser, Settings),
         prog=f"prompting-nb {name}",
         usage=f'prompting-nb {name} "question" [flags]',
         description=about,
         epilog=f'example: prompting-nb {name} "What is 6 times 7?" --dir run',
-        exit_on_error=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of these flags."
-    )
-    return parser
 
 # %% ../../nbs/loop/15_ask.ipynb #c009
 def run_ask(

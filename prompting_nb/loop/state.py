@@ -52,8 +52,6 @@ def save_state(
     try:
         draft.mkdir(parents=True)
         validator.gate.save(draft / "gate.safetensors")
-        if save := getattr(validator.judge, "save", None):
-            save(draft / "judge.json")
         averages = validator.averages
         content = {
             "format": _FORMAT,

@@ -28,10 +28,10 @@ from prompting_nb.config import (
     PositiveInt,
     add_settings,
     check_settings,
-    make_parser,
+    command_parser,
     settings_of,
 )
-from ..files import write_file
+from ..files import log_to_stderr, read_json, write_file
 from .processes import Supervisor, free_port
 from .worker import NAMES
 
@@ -93,17 +93,12 @@ subnet --prompts questions.txt --reward runs/loop-1/reward --duration 600"""
 
 def subnet_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb subnet`."
-    parser = make_parser(
+    return command_parser(
         lambda parser: add_settings(parser, SubnetSettings),
         prog="prompting-nb subnet",
         description=_ABOUT,
         epilog=_EXAMPLES,
-        exit_on_error=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of these flags."
-    )
-    return parser
 
 # %% ../../nbs/loop/14_subnet.ipynb #c010
 _log = logging.getLogger(__name__)
@@ -123,7 +118,7 @@ class SubnetProcesses:
         self.folder = Path(settings.dir).expanduser().resolve()
         self.supervisor = Supervisor(self.folder)
         self.chain: Any = None  # a `RemoteChain`
-        self._ports = _read(self.folder / "ports.json")
+        self._ports = read_json(self.folder / "ports.json")
 
     def start(self) -> None:  # raises RuntimeError when the chain does not start
         "Start the chain, register the wallets, and start everybody else."
@@ -231,15 +226,6 @@ class SubnetProcesses:
                     more = {"stake": 1000.0, "validator_permit": True}
                 self.chain.register(wallet, **more)
 
-
-def _read(path: Path) -> dict:
-    "Read a JSON object; an empty one where there is none."
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
 # %% ../../nbs/loop/14_subnet.ipynb #c012
 def as_table(
     status: Optional[dict],  # of the validator's `/status`; `None`: no answer
@@ -299,8 +285,7 @@ def run_subnet(
         from prompting_nb.loop.validator import open_prompts
 
         open_prompts(run.prompts)  # to find out now whether it can be read
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=line)
+    log_to_stderr(logging.WARNING)
     started = time.monotonic()
     try:
         subnet = SubnetProcesses(run, say)

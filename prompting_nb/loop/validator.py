@@ -27,13 +27,12 @@ from prompting_nb.config import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    add_argument,
     add_settings,
     check_settings,
-    make_parser,
+    command_parser,
     settings_of,
 )
-from ..files import read_lines, write_file
+from ..files import log_to_stderr, read_json, read_lines, write_file
 from .service import ServiceSettings
 
 # %% ../../nbs/loop/12_validator.ipynb #c007
@@ -105,34 +104,16 @@ some-program | prompting-nb validator --prompts - --config validator.yaml"""
 
 def validator_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb validator`."
-    from prompting_nb.validators.bayes import BayesianGatingModel
-    from prompting_nb.validators.validator import GATE
+    from prompting_nb.loop.command import add_gate
 
-    def gating(parser):
-        add_argument(
-            parser,
-            "--gating.num_uids",
-            type=Optional[PositiveInt],
-            default=None,
-            help="Number of uids to gate on. Without it: 256, or those of the subnet.",
-        )
-        BayesianGatingModel.add_args(parser)
-        ours = {f"gating.{name}": value for name, value in GATE["gating"].items()}
-        parser.set_defaults(ours)
-
-    parser = make_parser(
+    return command_parser(
         lambda parser: add_settings(parser, ValidatorSettings),
         lambda parser: add_settings(parser, PlaceSettings),
-        gating,
+        lambda parser: add_gate(parser, "256, or those of the subnet"),
         prog="prompting-nb validator",
         description=_ABOUT,
         epilog=_EXAMPLES,
-        exit_on_error=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of these flags."
-    )
-    return parser
 
 # %% ../../nbs/loop/12_validator.ipynb #c010
 _log = logging.getLogger(__name__)
@@ -260,7 +241,7 @@ def open_judge(
         model = teach(arena, seed, progress=False)
         model.save_pretrained(str(place))
     digest, known = _digest(place), folder / "judge.json"
-    calibrated = _read_json(folder / "judged.json")
+    calibrated = read_json(folder / "judged.json")
     if known.exists() and calibrated.get("sha256") == digest:
         return Judge.load(known, model)
     if arena is None:
@@ -284,15 +265,6 @@ def _digest(folder: Path) -> str:
                 total.update(chunk)
     return total.hexdigest()
 
-
-def _read_json(path: Path) -> dict:
-    "Read a JSON object; an empty one where there is none."
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
 # %% ../../nbs/loop/12_validator.ipynb #c015
 def run_validator(
     settings: Config,  # as `validator_parser` reads it
@@ -301,10 +273,7 @@ def run_validator(
     "Run the command `prompting-nb validator`."
     from prompting_nb.loop.endpoint import Endpoint
 
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=line)
-    chatty = logging.DEBUG if settings.debug else logging.WARNING
-    logging.getLogger("httpx").setLevel(chatty)
+    log_to_stderr(debug=settings.debug)
     service = make_service(settings, say)
     validator, folder = service.validator, service.folder
     if service.saved:

@@ -6,13 +6,12 @@
 __all__ = ['NAMES', 'worker_named', 'run_worker']
 
 # %% ../../nbs/loop/18_worker.ipynb #c003
-import logging
-import sys
 from typing import Any
 
 import numpy as np
 
 from ..config import InputError, settings_of
+from ..files import log_to_stderr
 from .tasks import Worker, crew
 
 # %% ../../nbs/loop/18_worker.ipynb #c006
@@ -48,9 +47,7 @@ def run_worker(
     from prompting_nb.config import add_settings, make_parser
     from prompting_nb.loop.network import WorkerMiner
 
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=line)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_stderr()
     parser = make_parser(
         lambda parser: add_settings(parser, MinerSettings), environment=False
     )

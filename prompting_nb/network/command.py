@@ -7,9 +7,7 @@ __all__ = ['ChainSettings', 'chain_parser', 'find_chain', 'run_chain']
 
 # %% ../../nbs/network/29_command.ipynb #dac003
 import json
-import logging
 import os
-import sys
 import threading
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,10 +24,10 @@ from prompting_nb.config import (
     PositiveInt,
     add_settings,
     check_settings,
-    make_parser,
+    command_parser,
     settings_of,
 )
-from ..files import write_file
+from ..files import log_to_stderr, read_json, write_file
 
 # %% ../../nbs/network/29_command.ipynb #dac008
 @dataclass(frozen=True)
@@ -109,17 +107,12 @@ miner-1"""
 
 def chain_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb chain`."
-    parser = make_parser(
+    return command_parser(
         lambda parser: add_settings(parser, ChainSettings),
         prog="prompting-nb chain",
         description=_ABOUT,
         epilog=_EXAMPLES,
-        exit_on_error=False,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of these flags."
-    )
-    return parser
 
 # %% ../../nbs/network/29_command.ipynb #dac010
 def find_chain(
@@ -143,11 +136,7 @@ def find_chain(
 
 def _last(folder: Path) -> dict:
     "Read what the newest server of a folder has written about itself."
-    try:
-        found = json.loads((folder / "chain.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_json(folder / "chain.json")
 
 # %% ../../nbs/network/29_command.ipynb #dac012
 def run_chain(
@@ -158,10 +147,7 @@ def run_chain(
     from prompting_nb.network.chain_store import open_chain
 
     run = settings_of(ChainSettings, settings, ignore_unknown=True)
-    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=line)
-    chatty = logging.DEBUG if run.debug else logging.WARNING
-    logging.getLogger("httpx").setLevel(chatty)
+    log_to_stderr(debug=run.debug)
     if run.register or run.step:
         if served := find_chain(run.dir):
             _act(run, served, say)
