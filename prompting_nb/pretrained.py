@@ -17,12 +17,14 @@ import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Literal, Optional, get_args
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, Optional, get_args
 
-import torch
 from safetensors import SafetensorError
 
 from .config import InputError
+
+if TYPE_CHECKING:  # a miner without a model must not wait for torch
+    import torch
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +168,7 @@ def is_sentence_model(
 # %% ../nbs/03_pretrained.ipynb #s012
 def load_sentences(
     name: str,  # a folder, or a name on the hub
-    device: str | torch.device | None = None,  # `None` is torch's default device
+    device: "str | torch.device | None" = None,  # `None`: torch's default device
     prompt_name: str = "",  # that will be used; empty: the model's default
     truncate_dim: int | None = None,  # numbers of an embedding that are kept
     backend: str = "torch",  # or "onnx", "openvino", where they are installed
@@ -180,6 +182,8 @@ def load_sentences(
             f"the model {name!r} needs sentence-transformers ({error}): "
             "pip install sentence-transformers"
         ) from error
+    import torch
+
     device = str(device or torch.get_default_device())
     options: dict[str, Any] = {"device": device, "truncate_dim": truncate_dim}
     loader = functools.partial(SentenceTransformer, backend=backend, **options)
@@ -219,20 +223,22 @@ def _check_backend(backend: str) -> None:
         )
 
 
-@torch.no_grad()
 def encode_sentences(
     model: Any,  # a `SentenceTransformer`
     texts: list[str],  # none of them empty, else `InputError`
     prompt_name: str = "",  # empty: the model's default
-) -> torch.Tensor:  # (n, size) float32 at least
+) -> "torch.Tensor":  # (n, size) float32 at least
     "Embed texts as the library does."
     if not all(text.strip() for text in texts):
         raise InputError("the message is empty: there is nothing to encode")
     # JSON can carry a lone surrogate, half a character; a tokenizer refuses it.
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
     options: dict[str, Any] = dict(convert_to_tensor=True, show_progress_bar=False)
-    found = model.encode(texts, prompt_name=prompt_name or None, **options)
-    return found.to(torch.promote_types(found.dtype, torch.float32)).clone()
+    import torch
+
+    with torch.no_grad():
+        found = model.encode(texts, prompt_name=prompt_name or None, **options)
+        return found.to(torch.promote_types(found.dtype, torch.float32)).clone()
 
 
 def count_cut(
