@@ -17,9 +17,9 @@ def pytest_collection_modifyitems(config, items):
             items[:] = [item for item in items if item not in long]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    "A browser: one for all tests of a worker, since two of Playwright's loops cannot run in one thread."
+    "A browser for the tests of one file: while it is open, Playwright's event loop counts as running, and `asyncio.run` is refused."
     if CHROMIUM is None:
         pytest.skip("no Chromium at /usr/bin/chromium: apt-get install chromium")
     from playwright.sync_api import sync_playwright

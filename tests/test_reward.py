@@ -353,6 +353,7 @@ if history.processes == 1 or torch.distributed.get_rank() == 0:
     json.dump({"processes": history.processes, "packed": history.packed, "sharded": history.sharded, "resumed": history.resumed,
                "curve": curve, "evaluations": [found["loss"] for found in history.evaluations], "score": score}, open(sys.argv[2], "w"))
 if torch.distributed.is_initialized():
+    torch.distributed.barrier()  # a process that leaves while another still speaks to it ends in SIGABRT
     torch.distributed.destroy_process_group()
 """
 LAUNCHERS = {
@@ -370,7 +371,7 @@ def launch(how, folder, out, packed="packed", checkpoint="", leave_after=-1):
     command = [sys.executable, *LAUNCHERS[how], *port, script, folder, out, os.path.dirname(__file__), packed, checkpoint, leave_after]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(out.parent)}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:4000] + "\n...\n" + done.stderr[-2000:]
     return json.loads(out.read_text()) if out.exists() else None
 
 
