@@ -32,7 +32,7 @@ from prompting_nb.config import (
     command_parser,
     settings_of,
 )
-from ..files import log_to_stderr, read_json, read_lines, write_file
+from ..files import log_to_stderr, read_json, read_prompts, write_file
 from .service import ServiceSettings
 
 # %% ../../nbs/loop/12_validator.ipynb #c007
@@ -189,29 +189,7 @@ def open_prompts(
     path = Path(source).expanduser()
     if not path.is_file():
         raise InputError(f"{source} is not a file: give a .txt or .jsonl to --prompts")
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = ((number, _prompt_in(line)) for number, line in read_lines(path))
-    else:
-        rows = ((number, line.strip()) for number, line in read_lines(path))
-    prompts = []
-    for number, prompt in rows:
-        if not prompt:
-            shape = 'expected {"prompt": text}'
-            raise InputError(f"{source}:{number}: {shape}")
-        prompts.append(prompt)
-    if not prompts:
-        raise InputError(f"{source} holds no prompt")
-    return prompts
-
-
-def _prompt_in(line: str) -> Optional[str]:
-    "Read the prompt in a line of JSON; `None` when there is none."
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    prompt = row.get("prompt") if isinstance(row, dict) else row
-    return prompt.strip() if isinstance(prompt, str) and prompt.strip() else None
+    return read_prompts(path)
 
 # %% ../../nbs/loop/12_validator.ipynb #c013
 def open_judge(
