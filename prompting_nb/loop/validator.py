@@ -7,7 +7,6 @@ __all__ = ['ValidatorSettings', 'PlaceSettings', 'validator_parser', 'make_servi
            'run_validator']
 
 # %% ../../nbs/loop/12_validator.ipynb #c003
-import hashlib
 import json
 import logging
 import os
@@ -203,6 +202,7 @@ def open_judge(
     from prompting_nb.loop.tasks import built_in
     from prompting_nb.loop.teach import assess, teach
     from prompting_nb.pretrained import MINILM
+    from prompting_nb.reward.checkpoints import score_digest
     from prompting_nb.reward.model import RewardModel
     from prompting_nb.validators.judge import Judge
 
@@ -218,7 +218,7 @@ def open_judge(
         arena = built_in(encoder, steps=1, seed=seed, train=80, test=60)
         model = teach(arena, seed, progress=False)
         model.save_pretrained(str(place))
-    digest, known = _digest(place), folder / "judge.json"
+    digest, known = score_digest(model), folder / "judge.json"
     calibrated = read_json(folder / "judged.json")
     if known.exists() and calibrated.get("sha256") == digest:
         return Judge.load(known, model)
@@ -231,17 +231,6 @@ def open_judge(
     about = {"reward": str(place), "sha256": digest, "accuracy": accuracy}
     write_file(folder / "judged.json", json.dumps(about) + "\n")
     return judge
-
-
-def _digest(folder: Path) -> str:
-    "Hash the files of a folder, with their names."
-    total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        total.update(str(path.relative_to(folder)).encode())
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                total.update(chunk)
-    return total.hexdigest()
 
 # %% ../../nbs/loop/12_validator.ipynb #c015
 def run_validator(
