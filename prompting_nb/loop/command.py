@@ -150,7 +150,7 @@ def run_loop(
     from prompting_nb.loop.tasks import open_arena
     from prompting_nb.loop.teach import assess
     from prompting_nb.pretrained import MINILM
-    from prompting_nb.encoding import Encoder, check_encoder
+    from prompting_nb.encoding.encoder import check_encoder, Encoder
     from prompting_nb.validators.validator import Policy, default_gate
 
     started = time.monotonic()

@@ -198,7 +198,7 @@ def open_judge(
     say: Callable[[str], None] = print,  # told what happens
 ) -> Any:  # a `Judge`; raises `InputError` for a folder that holds no reward model
     "Open the judge of a validator; teach a reward model where there is none."
-    from prompting_nb.encoding import Encoder
+    from prompting_nb.encoding.encoder import Encoder
     from prompting_nb.loop.tasks import built_in
     from prompting_nb.loop.teach import assess, teach
     from prompting_nb.pretrained import MINILM
