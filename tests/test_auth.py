@@ -1,6 +1,7 @@
 """Authentication: what a request must prove, how long its nonce is known, and which answers count as the miner's."""
 
 import asyncio
+import hashlib
 import logging
 import os
 import shutil
@@ -476,6 +477,56 @@ def test_what_the_store_cannot_hold_is_malformed(clock, error):
     assert (refusal.status, refusal.kind, refusal.reason) == (401, "MalformedAuth", "MalformedAuth: not a number")
 
 
+def test_in_an_event_loop_the_same_is_accepted_and_refused(clock):
+    gate = Gatekeeper(ME, clock=clock)
+    for hotkey in (CALLER, ME):  # a nonce belongs to its hotkey
+        caller = Terminal(hotkey=hotkey, nonce=START)
+        assert asyncio.run(gate.accept(caller)) is caller
+        refusal = refused(lambda: asyncio.run(gate.accept(caller)))
+        reason = "ReplayedRequest: this nonce was already accepted from this hotkey"
+        assert (refusal.status, refusal.kind, refusal.reason) == (401, "ReplayedRequest", reason)
+
+
+@pytest.mark.parametrize("error", [ValueError("not a number"), OverflowError("not a number")])
+def test_what_the_store_or_the_protocol_cannot_read_is_malformed(clock, error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    async def fail_later(hotkey, nonce):
+        raise error
+
+    gate = Gatekeeper(ME, SimpleNamespace(accept=fail_later), clock)
+    monkeypatch.setattr(http_auth, "verify", fail)
+    for call in (lambda: asyncio.run(gate.accept(Terminal(hotkey=CALLER, nonce=START))),
+                 lambda: gate.check(raw(signed()), BODY, "POST", "/Prompting")):  # fmt: skip
+        refusal = refused(call)
+        assert (refusal.status, refusal.kind, refusal.reason) == (401, "MalformedAuth", "MalformedAuth: not a number")
+
+
+@pytest.mark.parametrize("ahead, waits", [(0, []), (SECOND // 2, [0.5]), (-SECOND, [])])
+def test_a_nonce_from_ahead_is_waited_for(clock, monkeypatch, ahead, waits):
+    slept = []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    gate = Gatekeeper(ME, SimpleNamespace(accept=_always, check_and_store=lambda hotkey, nonce: True), clock)
+    caller = Terminal(hotkey=CALLER, nonce=clock() + ahead)
+    gate.store(caller)
+    asyncio.run(gate.accept(caller))
+    assert slept == waits * 2
+
+
+async def _always(hotkey, nonce):
+    return True
+
+
+def test_a_request_without_a_caller_claims_none():
+    assert claimed_hotkey([(b"accept", b"x")]) == ""
+
+
 @pytest.mark.parametrize("name", ["hotkey", "nonce", "signature", "receiver", "version", "crypto", "anything"])
 def test_a_header_that_appears_twice_is_refused(gate, name):
     twice = [*raw(signed()), *[(f"x-bittensor-{name}".encode(), b"x")] * (2 if name == "anything" else 1)]
@@ -524,6 +575,12 @@ def test_the_signed_line_of_an_answer():
                                       sender_ss58=ME, receiver_ss58=CALLER)  # fmt: skip
     by_hand = f"sr25519 0x{MINER.hotkey.sign(payload).hex()}"
     assert answer_fits(by_hand, ANSWER, miner=ME, **QUESTION)
+
+
+def test_a_stream_is_signed_by_its_digest():
+    "The body of a stream is not kept, and what is signed is the same."
+    whole, digest = b"Lima.", hashlib.sha256(b"Lima.")
+    assert answer_fits(sign_answer(MINER.hotkey, digest, **QUESTION), whole, miner=ME, **QUESTION)
 
 
 @pytest.mark.parametrize("signature", ["", " ", "sr25519", "sr25519 0x", "none 0x00", "sr25519 0x" + "00" * 64,

@@ -26,3 +26,15 @@ def test_input_without_a_decision_is_refused():
 
 def test_without_centring_the_level_of_rewards_does_not_matter():
     assert PairwiseLoss()(column(1e20), column(1e20)).item() == pytest.approx(math.log(2))
+
+
+def test_margins_of_their_own_are_differences():
+    "A pair's margin is the difference of the two numbers, whatever they have in common."
+    rewards, scores = torch.tensor([[0.3], [-0.2], [0.1]]), torch.tensor([3.0, 2.0, 1.0])
+    groups, margins = torch.zeros(3), torch.tensor([2.0, 1.5, 0.25])
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    surplus = torch.stack([rewards[i] - rewards[j] - (margins[i] - margins[j]) for i, j in pairs])
+    by_hand = -torch.nn.functional.logsigmoid(surplus).mean(0)
+    loss = RankingLoss()
+    assert torch.allclose(loss(rewards, scores, groups, margins), by_hand)
+    assert torch.allclose(loss(rewards, scores, groups, margins + 7), loss(rewards, scores, groups, margins))
