@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from prompting_nb.loop.command import loop_parser, run_loop
 from prompting_nb.loop.miners import read_miners
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.run import Loop
+from prompting_nb.loop.subnet import SubnetProcesses, SubnetSettings
 from prompting_nb.loop.tasks import Arena, Worker
 from prompting_nb.loop.validator import make_service, validator_parser
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.wallets import local_wallet
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
 from prompting_nb.validators.validator import Policy, Validator
@@ -297,3 +300,34 @@ def test_a_validator_refuses_the_rule_at_once():
     with pytest.raises(InputError, match="--rule ucb needs a gate"):
         Validator(None, client, None, gate=object(), policy=Policy(rule="ucb"))
     assert [Policy().rule_of(posterior) for posterior in (True, False)] == ["thompson", "epsilon"]
+
+
+@pytest.mark.slow
+def test_a_subnet_serves_own_miners_as_processes(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    (tmp_path / "miners.yaml").write_text(f"""
+- {{python: "{place}/own.py:EchoMiner", name: echo, times: 2}}
+- {{kind: process, command: rev, name: back}}
+""")
+    settings = SubnetSettings(dir=str(tmp_path / "net"), miners=str(tmp_path / "miners.yaml"), block_time=0.5)
+    with SubnetProcesses(settings) as subnet:
+        assert [entry["name"] for entry in json.loads((tmp_path / "net" / "processes.json").read_text())][1:3] == ["echo", "back"]
+        wallet = local_wallet(subnet.folder / "chain" / "wallets", "validator")
+        client, deadline = subnet.chain.client(), time.monotonic() + 90
+        neurons = []
+        while len(neurons) < 2:
+            assert time.monotonic() < deadline, "the miners do not serve"
+            time.sleep(0.3)
+            neurons = [neuron for neuron in client.subnets.metagraph(1).neurons if neuron.axon]
+        with Dendrite(wallet, allow_private=True) as dendrite:
+            answers = [answer.completion for answer in dendrite.query(neurons, Prompting.ask("abc"), timeout=20)]
+        client.close()
+    assert answers == ["abc abc", "cba"]
+
+
+def test_a_subnet_refuses_a_wrong_file_before_anything_starts(tmp_path):
+    (tmp_path / "miners.yaml").write_text("- kind: nothing\n")
+    settings = SubnetSettings(dir=str(tmp_path / "net"), miners=str(tmp_path / "miners.yaml"))
+    with pytest.raises(InputError, match="entry 1: there is no kind 'nothing'"):
+        SubnetProcesses(settings)
+    assert not (tmp_path / "net").exists()
