@@ -49,7 +49,8 @@ class ValidatorSettings:
         top_k: Miners asked for each prompt.
         timeout: Seconds that the miners have to answer.
         gate: Gating model that chooses the miners.
-        rule: How chance takes part in the choice.
+        rule: How chance takes part in the choice. Without it: thompson with the gate
+            bayes, epsilon with the others, for which thompson and ucb are refused.
         seed: Of everything that is drawn at random.
         port: Port of the HTTP endpoint on loopback; 0 takes one that is free.
         allow_private: Ask miners at private and loopback addresses too. They are asked
@@ -63,7 +64,7 @@ class ValidatorSettings:
     top_k: PositiveInt = 3
     timeout: PositiveFloat = 12.0
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
-    rule: Literal["thompson", "ucb", "gumbel", "epsilon"] = "thompson"
+    rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
     seed: int = 0
     port: NonNegativeInt = 0
     allow_private: bool = False
@@ -127,7 +128,12 @@ def make_service(
     from prompting_nb.baseminer.subnet import open_client, open_wallet
     from prompting_nb.loop.command import gate_settings
     from prompting_nb.loop.service import Service
-    from prompting_nb.validators.validator import Policy, Validator, default_gate
+    from prompting_nb.validators.validator import (
+        GATES,
+        Policy,
+        Validator,
+        default_gate,
+    )
 
     run = settings_of(ValidatorSettings, settings, ignore_unknown=True)
     place = settings_of(PlaceSettings, settings, ignore_unknown=True)
@@ -138,6 +144,8 @@ def make_service(
             "chain, and give its embedded://HOST:PORT to --subtensor.network"
         )
     gating = gate_settings(run.gate, settings.gating)
+    policy = Policy(run.top_k, run.timeout, run.rule)
+    rule = policy.rule_of(hasattr(GATES[run.gate], "posterior"))
     prompts = open_prompts(run.prompts, run.seed)
     local = network.startswith("embedded://")
     wallet = open_wallet(**vars(place.wallet))
@@ -155,7 +163,6 @@ def make_service(
     judge = open_judge(folder, run.reward, run.seed, say)
     gating.setdefault("num_uids", max(_WIDTH, len(metagraph.hotkeys)))
     gate = default_gate(metagraph, run.seed, {"gating": gating}, run.gate)
-    policy = Policy(run.top_k, run.timeout, run.rule)
     parts = (wallet, client, judge, gate, policy, place.netuid, run.seed)
     validator = Validator(*parts, allow_private=run.allow_private or local)
     about = {
@@ -164,7 +171,7 @@ def make_service(
         "wallet": vars(place.wallet),
         "gate": run.gate,
         "gating": gating,
-        "policy": {"k": run.top_k, "timeout": run.timeout, "rule": run.rule},
+        "policy": {"k": run.top_k, "timeout": run.timeout, "rule": rule},
         "reward": run.reward,
         "allow_private": run.allow_private or local,
     }

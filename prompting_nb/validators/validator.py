@@ -66,6 +66,7 @@ class Validator:
         self.netuid, self.metagraph = netuid, client.subnets.metagraph(netuid)
         self.gate: Any = gate or default_gate(self.metagraph, seed)
         self.policy = policy or Policy()
+        self.policy.rule_of(hasattr(self.gate, "posterior"))  # to refuse it now
         self.averages = MovingAverage(self.policy.alpha)
         self.copies = Copies()  # watched where the policy asks for distinct answers
         if allow_private is None:
@@ -285,7 +286,8 @@ class Policy:
 
     k: PositiveInt = 3  # uids asked at once
     timeout: PositiveFloat = 1.0  # seconds that they have to answer
-    rule: Rule = "thompson"  # thompson and ucb need a posterior, or are epsilon
+    # `None`: thompson for a gate with a posterior, epsilon for others
+    rule: Optional[Rule] = None
     explore: ClosedUnitInterval = (
         1.0  # epsilon: probability of a random choice at first
     )
@@ -312,6 +314,20 @@ class Policy:
                 "ask fewer"
             )
 
+    def rule_of(
+        self,
+        posterior: bool,  # whether the gate knows how sure it is
+    ) -> str:  # raises `InputError` for a rule that needs a posterior where none is
+        "Return the rule, or the one that suits a gate."
+        if posterior:
+            return self.rule or "thompson"
+        if self.rule in ("thompson", "ucb"):
+            raise InputError(
+                f"--rule {self.rule} needs a gate with a posterior: take --gate bayes, "
+                "or --rule epsilon or gumbel"
+            )
+        return self.rule or "epsilon"
+
     def choose(
         self,
         scores: torch.Tensor,  # (network_size,), the gate's
@@ -328,16 +344,17 @@ class Policy:
             "generator": generator,
             "epsilon": self.floor,
         }
-        if self.rule == "gumbel":
+        chosen = self.rule_of(posterior=sd is not None)
+        if chosen == "gumbel":
             return gumbel_top_k(scores, self.k, temperature=self.temperature, **rest)
-        if self.rule == "epsilon" or sd is None:
+        if chosen == "epsilon" or sd is None:
             span = dict(start=self.explore, end=self.explore_end)
             steps = max(self.explore_steps, 1)
             rest["epsilon"] = annealed(step, **span, steps=steps)
             return select(scores, self.k, **rest)
         answers = step * self.k / max(len(available), 1)
         width = narrowing(answers, start=self.width, least=self.least)
-        rule = {"thompson": thompson, "ucb": ucb}[self.rule]
+        rule = {"thompson": thompson, "ucb": ucb}[chosen]
         return rule(scores, sd, self.k, width=width, **rest)
 
 # %% ../../nbs/validators/07_validator.ipynb #c034
