@@ -43,7 +43,7 @@ from ..show import arguments_in_help
 if sys.version_info >= (3, 11):
     from asyncio import timeout as time_limit
 else:
-    from async_timeout import timeout as time_limit
+    from async_timeout import timeout as time_limit  # pyright: ignore
 
 # %% ../../nbs/network/01_dendrite.ipynb #c026
 @arguments_in_help
