@@ -1403,7 +1403,7 @@ def test_chain_that_hangs(chain, caplog):
     """A call to the chain never returns.
     Older miner: -"""
     with chain.client() as client:
-        hang, settings = threading.Event(), {"miner": {"poll_interval": 0.001, "chain_timeout": 0.05, "retries": 1000}}
+        hang, settings = threading.Event(), {"miner": {"poll_interval": 0.001, "retries": 1000}, "subtensor.timeout": 0.05}
         hang.set()
 
         class Silent:

@@ -69,7 +69,8 @@ class Miner(abc.ABC):
         if subtensor is None:
             subtensor = open_client(settings.subtensor.network)
         self.wallet, self.subtensor, self.netuid = wallet, subtensor, settings.netuid
-        self.subnet = Subnet(wallet, subtensor, settings.netuid, loop.chain_timeout)
+        limit = settings.subtensor.timeout
+        self.subnet = Subnet(wallet, subtensor, settings.netuid, limit)
         self._unpublished = True  # since the start, or the latest epoch
         self.sync()  # a miner that is not registered does not listen
         store = settings.axon.store
