@@ -230,9 +230,10 @@ class SubnetProcesses:
 
     def _register(self, names: list[str]) -> None:
         "Register the wallets that are not registered yet."
+        from prompting_nb.network.limited import limited
         from prompting_nb.network.wallets import local_wallet
 
-        client = self.chain.client()
+        client = limited(self.chain.client())
         try:
             known = set(client.subnets.metagraph(self.chain.netuid).hotkeys)
         finally:

@@ -149,7 +149,7 @@ def make_service(
     prompts = open_prompts(run.prompts, run.seed)
     local = network.startswith("embedded://")
     wallet = open_wallet(**vars(place.wallet))
-    client = open_client(network)
+    client = open_client(network, place.subtensor.timeout)
     metagraph = client.subnets.metagraph(place.netuid)
     if metagraph is None:
         raise InputError(f"{network} has no subnet {place.netuid}: give --netuid")

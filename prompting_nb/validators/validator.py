@@ -24,6 +24,7 @@ from prompting_nb.config import (
 )
 from ..network.chain import is_embedded
 from ..network.dendrite import Dendrite
+from ..network.limited import limited
 from ..pretrained import MINILM
 from ..protocol import Prompting
 from .bayes import BayesianGatingModel
@@ -62,8 +63,9 @@ class Validator:
         seed: int = 0,  # of the choices, and of the default gate's weights
         allow_private: bool | None = None,  # as of `Dendrite`; None: on `EmbeddedChain`
     ):
-        self.wallet, self.client, self.judge = wallet, client, judge
-        self.netuid, self.metagraph = netuid, client.subnets.metagraph(netuid)
+        self.wallet, self.judge, self.netuid = wallet, judge, netuid
+        self.client = limited(client)
+        self.metagraph = self.client.subnets.metagraph(netuid)
         self.gate: Any = gate or default_gate(self.metagraph, seed)
         self.policy = policy or Policy()
         self.policy.rule_of(hasattr(self.gate, "posterior"))  # to refuse it now
