@@ -179,7 +179,7 @@ def test_no_rule_of_the_style_is_dead(site):
     "What a selector names is on some page, or is made by the script."
     html = "".join(path.read_text() for path in [HERE / "quarto.html", ROOT / "tools" / "site" / "site.js", *pages(site)])
     used = {word for texts in re.findall(r"""(?:class|id|className:?)\s*=?\s*["']([^"']+)["']""", html) for word in texts.split()}
-    used |= set(re.findall(r"""classList\.\w+\(["']([\w-]+)""", html)) | set(re.findall(r"<([a-z]+\d?)\b", html)) | {"root", "found"}
+    used |= set(re.findall(r"""classList\.\w+\(["']([\w-]+)""", html)) | set(re.findall(r"<([a-z]+\d?)\b", html)) | {"root", "found", "quarto-dark"}
     for name in ("style.css", "api.css"):
         other = r"/\*.*?\*/|\{[^{}]*\}|@[^{]*\{|\[[^]]*\]|::?(?!is|not|has)[\w-]+(\([^)]*\))?"  # comments, rules, attributes, states
         text = re.sub(other, " ", (site / name).read_text(), flags=re.S)
@@ -525,6 +525,43 @@ def test_search_finds_names_and_words(site, browser, serve):
     page.keyboard.press("Escape")
     assert not page.query_selector("dialog[open]")
     page.close()
+
+
+def test_search_answers_questions_and_ranks_whole_words_first(site, browser, serve):
+    page = browser.new_page()
+    page.goto(serve(site) + "index.html")
+    page.keyboard.press("/")
+
+    def search(query: str) -> list[tuple[str, str, list[str]]]:
+        page.fill("dialog.search input", query)
+        page.wait_for_function("query => document.querySelector('.hint').textContent.includes('result') || "
+                               "document.querySelector('.hint').textContent.includes('Nothing')", arg=query)
+        return [(li.get_attribute("data-url"), li.query_selector("b").inner_text(),
+                 [m.inner_text() for m in li.query_selector_all("mark")]) for li in page.query_selector_all("#found li")]
+
+    for question, wanted in QUESTIONS.items():
+        found = search(question)
+        assert any(re.search(wanted, url) for url, _, _ in found[:3]), f"{question}: {found[:5]}"
+    for _, name, marks in search("gate "):
+        assert all(re.match(r"gat", mark, re.I) for mark in marks)
+    names = [name.lower() for _, name, _ in search("axon ")]
+    whole = [bool(re.search(r"\baxon\b", name)) for name in names]
+    assert whole[0] and whole == sorted(whole, reverse=True)
+    url, name, marks = search("--gating.num_uids")[0]
+    assert name == "--gating.num_uids" and "--gating.num_uids" in marks
+    assert search("prompting-nb subnet")[0][1] == "prompting-nb subnet" and not search("xyzzy")
+    page.close()
+
+
+QUESTIONS = {  # what is asked: what is among the first three
+    "how do I run a validator": "start_here|loop/validator|validators/validator",
+    "how can I write my own miner?": "start_here|your_own_miner|my_own_miners",
+    "train a reward model": "reward_from_preferences|bring_your_own|reward/training|start_here",
+    "what does padding do to scores": "padding_and_scores",
+    "which miners does the gate ask": "gating|bayes|whom_to_ask|selection|start_here",
+    "what will my miner earn": "what_will_my_miner_earn|start_here",
+    "refused callers": "blacklist",
+}
 
 
 def test_the_dark_theme_is_remembered(small, browser, serve):

@@ -309,6 +309,26 @@ def build(nbs: Path, out: Path, cache: Path | None = None) -> list[Made]:
     return pages
 
 
+def commands_and_flags(pages: list[Made]) -> list[list]:
+    "Entries of the search index for `prompting-nb ...` and `--flags`: the section that says most about each of them."
+    best = {}
+    for page in pages:
+        for s in page.sections:
+            text = " ".join("".join(s["text"]).split())
+            names = re.findall(r"prompting-nb(?: [a-z]+)(?: (?:train|eval|score)\b)?|(?<![\w-])--[a-z][\w.]*[\w]", text)
+            for name in set(names):
+                command = not name.startswith("-")
+                about = re.search(re.escape(name) + r"(?![\w.])(.{0,300})", text)
+                head = page.name.lower().startswith("the command") or "command" in page.url.rpartition("/")[2]
+                words = set(re.findall(r"\w+", page.name.lower())) & set(name.split()[1:])
+                helped = re.search(re.escape(name) + r"(?: [A-Z_]+)? .{0,120}\(default", text)  # as `--help` has it
+                rank = (bool(command and words), bool(helped), head, len(about[1]) if about else 0)
+                if name not in best or rank > best[name][0]:
+                    place = f"{page.url}#{s['id']}".rstrip("#")
+                    best[name] = rank, [place, page.name, name, 1, (name + about[1]) if about else text[:200]]
+    return [entry for _, entry in best.values()]
+
+
 def write(out: Path, menu: list, settings: dict) -> None:
     "Pages with their figures, style, script and search index."
     env = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -327,7 +347,7 @@ def write(out: Path, menu: list, settings: dict) -> None:
     for path in (HERE / "style.css", HERE / "site.js", get_config().nbs_path / "api.css"):  # the last is Quarto's too
         shutil.copy(path, out / path.name)
     index = [[f"{page.url}#{s['id']}".rstrip("#"), page.name, s["name"], int(s["api"]), " ".join("".join(s["text"]).split())[:4000]]
-             for page in pages for s in page.sections]
+             for page in pages for s in page.sections] + commands_and_flags(pages)
     if site := settings.get("site-url", "").rstrip("/"):  # as Quarto: with the address of the site there is a sitemap
         urls = "".join(f"  <url><loc>{html.escape(site)}/{page.url}</loc></url>\n" for page in pages)
         (out / "sitemap.xml").write_text(f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/'
@@ -343,6 +363,10 @@ def write_text(out: Path, menu: list, settings: dict, nbs: Path) -> None:
         lines += [f"- [{page.name}]({page.url}.md): {page.description}" for page in inside] + [""]
     (out / "llms.txt").write_text("\n".join(lines), encoding="utf-8")
     for page in [page for _, inside in menu for page in inside]:
+        for name in set(re.findall(r'<img src="(?!\w+:)([^"]+)"', page.body)) - set(page.figures):  # beside the notebook
+            picture = (out / page.url).parent / name
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy((nbs / page.notebook).parent / name, picture)
         text, copy = out / (page.url + ".md"), out / "notebooks" / page.notebook
         for path in (text, copy):
             path.parent.mkdir(parents=True, exist_ok=True)
