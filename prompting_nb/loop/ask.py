@@ -218,12 +218,14 @@ def _open_saved(folder: Path, client: Any, wallet: Any, judge: Callable) -> Any:
     "Make a validator from the newest state and the events after it."
     from prompting_nb.loop.journal import Journal
     from prompting_nb.loop.state import read_about, resume
-    from prompting_nb.validators.validator import Policy, Validator, default_gate
+    from prompting_nb.validators.validator import FirstUids, Policy, Validator
+    from prompting_nb.validators.validator import default_gate
 
     about = read_about(folder)["about"]
     metagraph = client.subnets.metagraph(about["netuid"])
     settings = {"gating": about["gating"]}
-    gate = default_gate(metagraph, config=settings, kind=about["gate"])
+    known = FirstUids(metagraph, about["gating"]["num_uids"])
+    gate = default_gate(known, config=settings, kind=about["gate"])
     policy = Policy(**about["policy"])
     parts = (wallet, client, judge, gate, policy, about["netuid"])
     validator = Validator(*parts, allow_private=about["allow_private"])
@@ -292,10 +294,16 @@ class _Then:
 
 def _ask_one(run: AskSettings) -> dict:
     "Ask one miner, with a hotkey that is made up for this question."
+    from prompting_nb.network.addresses import hotkey_address, split_address
     from prompting_nb.network.dendrite import Dendrite
     from prompting_nb.network.wallets import make_wallet
     from prompting_nb.protocol import Prompting
 
+    try:
+        hotkey_address(run.hotkey or "")
+        split_address(run.axon or "")
+    except ValueError as error:
+        raise InputError(f"--axon HOST:PORT --hotkey SS58: {error}") from None
     target = SimpleNamespace(uid=None, hotkey=run.hotkey, axon=run.axon)
     wallet = make_wallet(secrets.token_hex(16))
     # the address was typed by the caller: no chain could have steered it

@@ -218,6 +218,7 @@ def status_of(
         "step": validator.steps,
         "block": service.chain.block,
         "problems": service.problems(),
+        "left_out": validator.left_out,  # uids that the gate has no row for
         "latest": None if event is None else json.loads(event.to_json()),
         "uids": uids,
     }

@@ -55,7 +55,11 @@ class Supervisor:
     ):  # raises `InputError` when another supervisor works in this folder
         self.folder = Path(folder)
         self.pause, self.longest_pause = pause, longest_pause
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"{self.folder} cannot be used: {error.strerror}"
+            raise InputError(f"{why}; give another --dir") from None
         self._taken = _take(self.folder / "supervisor.lock")
         self.restarts: dict[str, int] = {}  # by name
         self._processes: dict[str, _Process] = {}
@@ -150,8 +154,8 @@ class Supervisor:
             process.failures = process.failures + 1 if lived < 60 else 0
             pause = min(self.pause * 2**process.failures, self.longest_pause)
             process.due = now + (pause if process.failures > 1 else self.pause)
-            text = "%s ended with status %s; it is started again, see logs/%s.log"
-            _log.warning(text, process.name, status, process.name)
+            text = "%s ended with status %s; it is started again, see logs/%s.log: %s"
+            _log.warning(text, process.name, status, process.name, self._last(process))
             return False
         if now < process.due:
             return False
@@ -163,6 +167,17 @@ class Supervisor:
             return False
         process.started, process.due = now, None
         return True
+
+    def _last(self, process: _Process) -> str:
+        "Return the last line that a process has written to its log."
+        path = self.folder / "logs" / f"{process.name}.log"
+        try:
+            with open(path, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
+                lines = file.read().decode(errors="replace").split("\n")
+        except OSError as error:
+            return str(error)
+        return next((line for line in reversed(lines) if line.strip()), "")[-300:]
 
     def _write(self) -> None:
         entries = [
@@ -184,7 +199,11 @@ def _take(path: Path):
     "Lock a file for this process; `InputError` when another one has it."
     import fcntl
 
-    file = open(path, "a")
+    try:
+        file = open(path, "a")
+    except OSError as error:
+        why = f"{path.parent} cannot be used: {error.strerror}"
+        raise InputError(f"{why}; give another --dir") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

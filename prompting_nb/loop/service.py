@@ -48,6 +48,7 @@ class ServiceSettings:
         save_every: Steps after which the state is saved.
         sync_every: Blocks between two readings of the metagraph.
         weights_every: Blocks between two settings of weights; 0 for the subnet's tempo.
+        version_key: Version key of the weights; a subnet may require a least one.
         no_set_weights: Do not set weights.
         poll_interval: Seconds between two looks at the block number.
         patience: Seconds without news of the chain after which it counts as away.
@@ -60,6 +61,7 @@ class ServiceSettings:
     save_every: PositiveInt = 100
     sync_every: PositiveInt = 20
     weights_every: NonNegativeInt = 0
+    version_key: NonNegativeInt = 0
     no_set_weights: bool = False
     poll_interval: PositiveFloat = 2.0
     patience: PositiveFloat = 60.0
@@ -144,8 +146,9 @@ class Service:
                 self._save()
             except OSError as error:
                 _log.error("the state could not be saved at the end: %s", error)
-            self.journal.close()
-            self._ended.set()
+            finally:
+                self.journal.close()
+                self._ended.set()
 
     def join(
         self,
@@ -298,8 +301,9 @@ class Service:
         try:
             self._save()
             self._say("state", "")
-        except OSError as error:
-            self._say("state", f"the state could not be saved: {error}")
+        except Exception as error:  # whatever it is, the asking goes on
+            what = f"{type(error).__name__}: {error}"
+            self._say("state", f"the state could not be saved: {what}")
 
     def _each_block(self) -> int:
         "Follow the chain: read the metagraph and set weights when it is time."
@@ -323,6 +327,7 @@ class Service:
 
     def _weights_are_due(self, block: int) -> bool:
         metagraph = self.validator.metagraph
+        metagraph = getattr(metagraph, "whole", metagraph)  # our uid may be left out
         own = self.validator.wallet.hotkey.ss58_address
         mine = next((n for n in metagraph.neurons if n.hotkey == own), None)
         if mine is None:
@@ -338,7 +343,7 @@ class Service:
             with self._lock:
                 weights = self.validator.weights()
             if weights:
-                self.validator.set_weights(weights)
+                self.validator.set_weights(weights, self.settings.version_key)
                 self.weights, self._tried_at = weights, block
                 self.metrics.weights.labels("set").inc()
                 self._say("weights", "")

@@ -47,7 +47,7 @@ class SubnetSettings:
         prompts: File of prompts to ask over and over. Without it: built-in tasks.
         reward: Folder of a trained reward model. Without it: a small one, which is
             taught once.
-        top_k: Miners asked for each prompt.
+        top_k: Miners asked for each prompt. Without it: 3, or all of fewer.
         timeout: Seconds that the miners have to answer.
         interval: Least seconds from one prompt to the next.
         block_time: Seconds from block to block.
@@ -62,7 +62,7 @@ class SubnetSettings:
     duration: NonNegativeFloat = 0.0
     prompts: Optional[str] = None
     reward: Optional[str] = None
-    top_k: PositiveInt = 3
+    top_k: Optional[PositiveInt] = None
     timeout: PositiveFloat = 5.0
     interval: NonNegativeFloat = 0.5
     block_time: PositiveFloat = 2.0
@@ -77,11 +77,16 @@ class SubnetSettings:
             raise InputError(
                 f"--miners {self.miners}: a subnet holds 256 uids, so at most 250"
             )
-        if self.top_k > self.miners:
+        if self.top_k and self.top_k > self.miners:
             raise InputError(
                 f"--top-k {self.top_k} asks for more miners than there are "
                 f"({self.miners}): ask fewer"
             )
+
+    @property
+    def asked(self) -> int:
+        "Return how many miners are asked for each prompt."
+        return self.top_k or min(3, self.miners)
 
 # %% ../../nbs/loop/14_subnet.ipynb #c008
 _ABOUT = """Run a subnet on this machine until Ctrl-C: a chain, miners and a validator.
@@ -152,7 +157,7 @@ class SubnetProcesses:
             self.supervisor.add(name, command, f"127.0.0.1:{port}")
         own = ["--dir", str(self.folder / "validator"), "--wallet.name", VALIDATOR]
         own += ["--prompts", self._prompts(), "--port", str(self.port(VALIDATOR))]
-        own += ["--top-k", str(run.top_k), "--timeout", f"{run.timeout:g}"]
+        own += ["--top-k", str(run.asked), "--timeout", f"{run.timeout:g}"]
         own += ["--seed", str(run.seed), "--validator.interval", f"{run.interval:g}"]
         own += ["--validator.poll_interval", "1", "--validator.sync_every", "5"]
         if run.reward:
@@ -285,6 +290,10 @@ def run_subnet(
         from prompting_nb.loop.validator import open_prompts
 
         open_prompts(run.prompts)  # to find out now whether it can be read
+    if run.reward and not Path(run.reward).expanduser().is_dir():
+        raise InputError(
+            f"{run.reward} is no folder: give a reward model's to --reward"
+        )
     log_to_stderr(logging.WARNING)
     started = time.monotonic()
     try:

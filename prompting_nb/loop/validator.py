@@ -25,6 +25,7 @@ from prompting_nb.config import (
     Config,
     InputError,
     NonNegativeInt,
+    Port,
     PositiveFloat,
     PositiveInt,
     add_settings,
@@ -66,7 +67,7 @@ class ValidatorSettings:
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Literal["thompson", "ucb", "gumbel", "epsilon"] = "thompson"
     seed: int = 0
-    port: NonNegativeInt = 0
+    port: Port = 0
     allow_private: bool = False
     debug: bool = False
 
@@ -128,7 +129,9 @@ def make_service(
     from prompting_nb.baseminer.subnet import open_client, open_wallet
     from prompting_nb.loop.command import gate_settings
     from prompting_nb.loop.service import Service
-    from prompting_nb.validators.validator import Policy, Validator, default_gate
+    from prompting_nb.loop.state import saved_width
+    from prompting_nb.validators.validator import FirstUids, Policy, Validator
+    from prompting_nb.validators.validator import default_gate
 
     run = settings_of(ValidatorSettings, settings, ignore_unknown=True)
     place = settings_of(PlaceSettings, settings, ignore_unknown=True)
@@ -154,6 +157,9 @@ def make_service(
         )
     folder.mkdir(parents=True, exist_ok=True)
     judge = open_judge(folder, run.reward, run.seed, say)
+    if width := saved_width(folder):  # the subnet may have outgrown it meanwhile
+        gating.setdefault("num_uids", width)
+        metagraph = FirstUids(metagraph, gating["num_uids"])
     gating.setdefault("num_uids", max(_WIDTH, len(metagraph.hotkeys)))
     gate = default_gate(metagraph, run.seed, {"gating": gating}, run.gate)
     policy = Policy(run.top_k, run.timeout, run.rule)
