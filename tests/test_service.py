@@ -134,6 +134,36 @@ def test_a_chain_that_is_away(network, tmp_path, caplog):
     assert "the chain failed" in caplog.text
 
 
+def test_a_chain_that_goes_back(network, tmp_path, caplog):
+    "As after it was restored from an older copy: the metagraph is read again."
+    with service_of(network, tmp_path, steps=0, sync_every=10) as service:
+        network.chain.step(500)
+        until(lambda: service.chain.block > 500 and service._synced_at > 500)
+        network.chain.subnet.block = 20
+        network.chain.register("a newcomer")
+        until(lambda: service.validator.left_out == 1)  # it was seen; the gate has five rows
+    assert "the chain went back from block 501 to 20" in caplog.text
+
+
+def test_prompts_that_cannot_be_read_end_the_asking_and_are_reported(network, tmp_path, caplog):
+    def prompts():
+        yield "Is 1 a number?"
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    with service_of(network, tmp_path, prompts=prompts()) as service:
+        assert service.join(SECONDS)
+    assert len(events(tmp_path)) == 1 and "no more prompts can be read: UnicodeDecodeError" in caplog.text
+
+
+def test_half_characters_of_a_miner_are_written_and_read(tmp_path):
+    odd = Worker("odd", lambda _: "half a character: \ud800")
+    with Network([*workers(), odd]) as network, service_of(network, tmp_path, steps=12) as service:
+        assert service.join(SECONDS) and service.validator.steps == 12
+    found = events(tmp_path)
+    assert [e["step"] for e in found] == list(range(12))
+    assert any("\ud800" in (text or "") for e in found for text in e["completions"])
+
+
 def test_refused_weights_are_tried_again(network, tmp_path, monkeypatch, caplog):
     calls = []
 

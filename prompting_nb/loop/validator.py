@@ -8,6 +8,7 @@ __all__ = ['ValidatorSettings', 'PlaceSettings', 'validator_parser', 'make_servi
 
 # %% ../../nbs/loop/12_validator.ipynb #c003
 import hashlib
+import io
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..files import log_to_stderr, read_json, read_lines, write_file
+from .processes import lock_folder
 from .service import ServiceSettings
 
 # %% ../../nbs/loop/12_validator.ipynb #c007
@@ -187,6 +189,8 @@ def open_prompts(
     if source is None:
         return None
     if source == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are shown
+            sys.stdin.reconfigure(errors="backslashreplace")
         return (line.strip() for line in sys.stdin if line.strip())
     if source == "tasks":
         from prompting_nb.loop.tasks import make_tasks
@@ -277,9 +281,20 @@ def run_validator(
     say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "Run the command `prompting-nb validator`."
+    log_to_stderr(debug=settings.debug)
+    folder = Path(settings.dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}") from None
+    with lock_folder(folder / "validator.lock"):  # two would spoil each other's log
+        _run_alone(settings, say)
+
+
+def _run_alone(settings: Config, say: Callable[[str], None]) -> None:
+    "Run a validator whose folder nobody else uses."
     from prompting_nb.loop.endpoint import Endpoint
 
-    log_to_stderr(debug=settings.debug)
     service = make_service(settings, say)
     validator, folder = service.validator, service.folder
     if service.saved:

@@ -37,7 +37,13 @@ class Event(replay.Event):
 
     def to_json(self) -> str:
         "Return the event as a line of JSON."
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+        values = dataclasses.asdict(self)
+        line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # half a character, which JSON can carry
+            line = json.dumps(values, allow_nan=False)
+        return line
 
     def _repr_html_(self) -> str:
         cells = zip(
