@@ -7,6 +7,7 @@ __all__ = ['ValidatorSettings', 'PlaceSettings', 'validator_parser', 'make_servi
            'run_validator']
 
 # %% ../../nbs/loop/12_validator.ipynb #c003
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from prompting_nb.config import (
     Config,
     InputError,
     NonNegativeInt,
+    Port,
     PositiveFloat,
     PositiveInt,
     add_settings,
@@ -32,6 +34,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..files import log_to_stderr, read_json, read_prompts, write_file
+from .processes import lock_folder
 from .service import ServiceSettings
 
 # %% ../../nbs/loop/12_validator.ipynb #c007
@@ -66,7 +69,7 @@ class ValidatorSettings:
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
     seed: int = 0
-    port: NonNegativeInt = 0
+    port: Port = 0
     allow_private: bool = False
     debug: bool = False
 
@@ -128,8 +131,10 @@ def make_service(
     from prompting_nb.baseminer.subnet import open_client, open_wallet
     from prompting_nb.loop.command import gate_settings
     from prompting_nb.loop.service import Service
+    from prompting_nb.loop.state import saved_width
     from prompting_nb.validators.validator import (
         GATES,
+        FirstUids,
         Policy,
         Validator,
         default_gate,
@@ -161,6 +166,9 @@ def make_service(
         )
     folder.mkdir(parents=True, exist_ok=True)
     judge = open_judge(folder, run.reward, run.seed, say)
+    if width := saved_width(folder):  # the subnet may have outgrown it meanwhile
+        gating.setdefault("num_uids", width)
+        metagraph = FirstUids(metagraph, gating["num_uids"])
     gating.setdefault("num_uids", max(_WIDTH, len(metagraph.hotkeys)))
     gate = default_gate(metagraph, run.seed, {"gating": gating}, run.gate)
     parts = (wallet, client, judge, gate, policy, place.netuid, run.seed)
@@ -187,6 +195,8 @@ def open_prompts(
     if source is None:
         return None
     if source == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are shown
+            sys.stdin.reconfigure(errors="backslashreplace")
         return (line.strip() for line in sys.stdin if line.strip())
     if source == "tasks":
         from prompting_nb.loop.tasks import make_tasks
@@ -245,9 +255,20 @@ def run_validator(
     say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "Run the command `prompting-nb validator`."
+    log_to_stderr(debug=settings.debug)
+    folder = Path(settings.dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}") from None
+    with lock_folder(folder / "validator.lock"):  # two would spoil each other's log
+        _run_alone(settings, say)
+
+
+def _run_alone(settings: Config, say: Callable[[str], None]) -> None:
+    "Run a validator whose folder nobody else uses."
     from prompting_nb.loop.endpoint import Endpoint
 
-    log_to_stderr(debug=settings.debug)
     service = make_service(settings, say)
     validator, folder = service.validator, service.folder
     if service.saved:
