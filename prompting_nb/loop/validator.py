@@ -25,6 +25,7 @@ from prompting_nb.config import (
     Config,
     InputError,
     NonNegativeInt,
+    Port,
     PositiveFloat,
     PositiveInt,
     add_settings,
@@ -66,7 +67,7 @@ class ValidatorSettings:
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Literal["thompson", "ucb", "gumbel", "epsilon"] = "thompson"
     seed: int = 0
-    port: NonNegativeInt = 0
+    port: Port = 0
     allow_private: bool = False
     debug: bool = False
 
