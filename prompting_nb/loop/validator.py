@@ -7,6 +7,7 @@ __all__ = ['ValidatorSettings', 'PlaceSettings', 'validator_parser', 'make_servi
            'run_validator']
 
 # %% ../../nbs/loop/12_validator.ipynb #c003
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from prompting_nb.config import (
     Config,
     InputError,
     NonNegativeInt,
+    Port,
     PositiveFloat,
     PositiveInt,
     add_settings,
@@ -32,6 +34,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..files import log_to_stderr, read_json, read_prompts, write_file
+from .processes import lock_folder
 from .service import ServiceSettings
 
 # %% ../../nbs/loop/12_validator.ipynb #c007
@@ -49,7 +52,8 @@ class ValidatorSettings:
         top_k: Miners asked for each prompt.
         timeout: Seconds that the miners have to answer.
         gate: Gating model that chooses the miners.
-        rule: How chance takes part in the choice.
+        rule: How chance takes part in the choice. Without it: thompson with the gate
+            bayes, epsilon with the others, for which thompson and ucb are refused.
         seed: Of everything that is drawn at random.
         port: Port of the HTTP endpoint on loopback; 0 takes one that is free.
         allow_private: Ask miners at private and loopback addresses too. They are asked
@@ -63,9 +67,9 @@ class ValidatorSettings:
     top_k: PositiveInt = 3
     timeout: PositiveFloat = 12.0
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
-    rule: Literal["thompson", "ucb", "gumbel", "epsilon"] = "thompson"
+    rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
     seed: int = 0
-    port: NonNegativeInt = 0
+    port: Port = 0
     allow_private: bool = False
     debug: bool = False
 
@@ -127,7 +131,14 @@ def make_service(
     from prompting_nb.baseminer.subnet import open_client, open_wallet
     from prompting_nb.loop.command import gate_settings
     from prompting_nb.loop.service import Service
-    from prompting_nb.validators.validator import Policy, Validator, default_gate
+    from prompting_nb.loop.state import saved_width
+    from prompting_nb.validators.validator import (
+        GATES,
+        FirstUids,
+        Policy,
+        Validator,
+        default_gate,
+    )
 
     run = settings_of(ValidatorSettings, settings, ignore_unknown=True)
     place = settings_of(PlaceSettings, settings, ignore_unknown=True)
@@ -138,10 +149,12 @@ def make_service(
             "chain, and give its embedded://HOST:PORT to --subtensor.network"
         )
     gating = gate_settings(run.gate, settings.gating)
+    policy = Policy(run.top_k, run.timeout, run.rule)
+    rule = policy.rule_of(hasattr(GATES[run.gate], "posterior"))
     prompts = open_prompts(run.prompts, run.seed)
     local = network.startswith("embedded://")
     wallet = open_wallet(**vars(place.wallet))
-    client = open_client(network)
+    client = open_client(network, place.subtensor.timeout)
     metagraph = client.subnets.metagraph(place.netuid)
     if metagraph is None:
         raise InputError(f"{network} has no subnet {place.netuid}: give --netuid")
@@ -153,9 +166,11 @@ def make_service(
         )
     folder.mkdir(parents=True, exist_ok=True)
     judge = open_judge(folder, run.reward, run.seed, say)
+    if width := saved_width(folder):  # the subnet may have outgrown it meanwhile
+        gating.setdefault("num_uids", width)
+        metagraph = FirstUids(metagraph, gating["num_uids"])
     gating.setdefault("num_uids", max(_WIDTH, len(metagraph.hotkeys)))
     gate = default_gate(metagraph, run.seed, {"gating": gating}, run.gate)
-    policy = Policy(run.top_k, run.timeout, run.rule)
     parts = (wallet, client, judge, gate, policy, place.netuid, run.seed)
     validator = Validator(*parts, allow_private=run.allow_private or local)
     about = {
@@ -164,7 +179,7 @@ def make_service(
         "wallet": vars(place.wallet),
         "gate": run.gate,
         "gating": gating,
-        "policy": {"k": run.top_k, "timeout": run.timeout, "rule": run.rule},
+        "policy": {"k": run.top_k, "timeout": run.timeout, "rule": rule},
         "reward": run.reward,
         "allow_private": run.allow_private or local,
     }
@@ -180,6 +195,8 @@ def open_prompts(
     if source is None:
         return None
     if source == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are shown
+            sys.stdin.reconfigure(errors="backslashreplace")
         return (line.strip() for line in sys.stdin if line.strip())
     if source == "tasks":
         from prompting_nb.loop.tasks import make_tasks
@@ -238,9 +255,20 @@ def run_validator(
     say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "Run the command `prompting-nb validator`."
+    log_to_stderr(debug=settings.debug)
+    folder = Path(settings.dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}") from None
+    with lock_folder(folder / "validator.lock"):  # two would spoil each other's log
+        _run_alone(settings, say)
+
+
+def _run_alone(settings: Config, say: Callable[[str], None]) -> None:
+    "Run a validator whose folder nobody else uses."
     from prompting_nb.loop.endpoint import Endpoint
 
-    log_to_stderr(debug=settings.debug)
     service = make_service(settings, say)
     validator, folder = service.validator, service.folder
     if service.saved:
