@@ -51,3 +51,11 @@ def test_each_page_runs_in_a_process_of_its_own(tmp_path):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_page_shows_its_pictures(tmp_path):
+    path = tmp_path / "page.ipynb"
+    source = "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    output, = run(path).cells[0].outputs
+    assert "image/png" in output.data

@@ -14,7 +14,8 @@ from importlib import import_module
 
 from jupyter_client.manager import AsyncKernelManager
 
-LIBRARIES = ("ipykernel.kernelapp", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "torch", "transformers", "bittensor",
+# not pyplot and the inline backend: as they are imported they look for the kernel that shows their pictures
+LIBRARIES = ("ipykernel.kernelapp", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch", "transformers", "bittensor",
              "jsonargparse", "scipy.stats", "sklearn.isotonic", "httpx", "tqdm.auto")
 
 
