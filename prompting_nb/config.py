@@ -132,14 +132,14 @@ jsonargparse.set_loader("as_is", lambda text: text)  # else "null" would become 
 
 @cache
 def _reader(kind: Any) -> jsonargparse.ArgumentParser:
-    "A parser of one value of a type."
+    "Make a parser of one value of a type."
     parser = jsonargparse.ArgumentParser(exit_on_error=False, parser_mode="as_is")
     parser.add_argument("--value", type=kind)
     return parser
 
 
 def _read(kind: Any, value: Any) -> Any:
-    "A value as its type has it. Raises `argparse.ArgumentError` where it does not fit."
+    "Read a value as its type has it. Raises `argparse.ArgumentError` if it cannot."
     if kind is Any or value is None and kind is NoneType:
         return value
     # the types of a union one by one, or jsonargparse reads the text "null" as None
@@ -158,7 +158,7 @@ def _read(kind: Any, value: Any) -> Any:
 
 
 def _checked(flag: str, kind: Any, value: Any) -> Any:
-    "A value as its type has it, or an `InputError` that names flag, bound and value."
+    "Check a value, or raise an `InputError` that names flag, bound and value."
     plain = _plain(value)
     try:
         return _read(kind, plain)
@@ -168,7 +168,7 @@ def _checked(flag: str, kind: Any, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    "A number as plain `int` or `float`, which jsonargparse's and numpy's are not."
+    "Make a plain `int` or `float`, which jsonargparse's and numpy's are not."
     if isinstance(value, (str, list)):
         return str.__str__(value) if isinstance(value, str) else list(value)
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -177,19 +177,19 @@ def _plain(value: Any) -> Any:
 
 # %% ../nbs/00_config.ipynb #s015
 def _flag(name: str) -> str:
-    "`--gating.num_uids`; a name without a dot takes dashes: `--top-k`."
+    "Return the flag `--gating.num_uids`; a name without a dot takes dashes: `--top-k`."
     return "--" + (name if "." in name else name.replace("_", "-"))
 
 
 def _sections(Settings: type) -> dict[str, Any]:
-    "The fields of a dataclass that are dataclasses."
+    "Return the fields of a dataclass that are dataclasses."
     kinds = get_type_hints(Settings)
     return {k: v for k, v in kinds.items() if dataclasses.is_dataclass(v)}
 
 
 @cache
 def _fields(Settings: Any, prefix: str = "") -> dict[str, Any]:
-    "What jsonargparse makes of a dataclass and the sections in it: name to argument."
+    "Return what jsonargparse makes of a dataclass and its sections: name to argument."
     parser, sections = jsonargparse.ArgumentParser(), _sections(Settings)
     # with the sections left out, since it would add a flag for each of them too
     parser.add_class_arguments(Settings, prefix or None, skip=set(sections))
@@ -202,7 +202,7 @@ def _fields(Settings: Any, prefix: str = "") -> dict[str, Any]:
 
 # %% ../nbs/00_config.ipynb #s018b
 def _unknown(key: str, known: Iterable[str], what: str = "setting") -> InputError:
-    "The error for a setting that does not exist, with the nearest one that does."
+    "Make the error for a setting that does not exist, with the nearest that does."
     near = difflib.get_close_matches(key, sorted(known), 1, 0)
     hint = f"; the nearest is {near[0]}" if near else ""
     return InputError(f"there is no {what} {key}{hint}")
@@ -237,7 +237,7 @@ def _truth(text: str) -> Any:
 
 
 def _how(field: Any, typed: bool) -> dict:
-    "The keywords of `add_argument` for a setting; `typed` for jsonargparse."
+    "Return the keywords of `add_argument` for a setting; `typed` for jsonargparse."
     kind, default, missing = field._typehint, field.default, field.required
     how: dict = dict(required=True) if missing else dict(default=default)
     how["help"] = field.help or ""
@@ -259,7 +259,7 @@ def _how(field: Any, typed: bool) -> dict:
 
 
 def _positionals(parser) -> set:
-    "The names of the arguments that are no flags."
+    "Return the names of the arguments that are no flags."
     return {action.dest for action in parser._actions if not action.option_strings}
 
 
@@ -390,7 +390,7 @@ class _Keep(argparse.Action):
 
 
 def _split(parser, argv: list) -> tuple[list, list]:
-    "The part of `argv` that the parser understands, and the names of other flags."
+    "Return the part of `argv` that the parser knows, and the names of other flags."
     # jsonargparse has no `parse_known_args`
     splitter = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, exit_on_error=False

@@ -70,7 +70,7 @@ class Prompting(Synapse):
 
     @property
     def prompt(self) -> str:
-        "The newest message of the user, or the newest of all if the user has none."
+        "Return the newest message of the user, or of all if the user has none."
         turns = list(zip(self.roles, self.messages))
         return next((m for role, m in reversed(turns) if role == "user"), turns[-1][1])
 
@@ -94,7 +94,7 @@ class _Body(BaseModel):
 
 
 def _one_line(error: ValidationError) -> str:
-    "The first of pydantic's complaints as `field: what is wrong`."
+    "Return the first of pydantic's complaints as `field: what is wrong`."
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     return (f"{where}: " if where else "") + first["msg"][:_BODY_LIMIT]

@@ -55,7 +55,7 @@ else:
 
 # %% ../nbs/01_shapes.ipynb #c007
 def _dimensions(annotation: Any) -> tuple | None:
-    "The dimensions in an annotation, or `None` where it has none."
+    "Return the dimensions in an annotation, or `None` where it has none."
     if isinstance(annotation, _Dimensions):
         annotation = annotation.annotation
     for meta in getattr(annotation, "__metadata__", ()):

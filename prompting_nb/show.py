@@ -91,7 +91,7 @@ class _WithArguments:
 
 
 def _arguments(function: Callable) -> str:
-    "The commented parameters of a function, as a section of a docstring."
+    "Write the commented parameters of a function as a section of a docstring."
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):  # no source, as in a frozen application
@@ -110,7 +110,7 @@ def _arguments(function: Callable) -> str:
 
 
 def _last_lines(args: ast.arguments) -> list[tuple[str, int]]:
-    "The line in which each parameter ends, with its default."
+    "Return the line in which each parameter ends, with its default."
     named = args.posonlyargs + args.args
     defaults: dict = dict(zip(reversed(named), reversed(args.defaults)))
     defaults |= {a: d for a, d in zip(args.kwonlyargs, args.kw_defaults) if d}

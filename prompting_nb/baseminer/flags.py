@@ -227,7 +227,7 @@ class AxonSettings:
         self,
         hotkey: Optional[str],  # ss58 address, for a wallet on disk; else None
     ) -> Optional[Path]:  # None: in memory
-        "Where accepted nonces are kept."
+        "Return where accepted nonces are kept."
         if self.nonces:
             in_memory = self.nonces == "memory"
             return None if in_memory else Path(self.nonces).expanduser()

@@ -206,7 +206,7 @@ class Miner(abc.ABC):
         self.axon.attach(forward, refuse, rank, check)
 
     def _own_rules(self, settings: BlacklistSettings) -> BlacklistSettings:
-        "The settings of the rules; a quota that is counted in a store is none of them."
+        "Return the settings of the rules; a quota counted in a store is none of them."
         return settings if self.store is None else replace(settings, quota=0)
 
     def _new_axon(self, settings: AxonSettings, on_disk: bool) -> Axon:
@@ -247,17 +247,17 @@ class Miner(abc.ABC):
 
     @property
     def hotkey(self) -> str:
-        "The ss58 address of the miner's own hotkey."
+        "Return the ss58 address of the miner's own hotkey."
         return self.subnet.hotkey
 
     @property
     def uid(self) -> Optional[int]:
-        "The miner's own uid as of the latest sync; None when it has lost it."
+        "Return the miner's own uid as of the latest sync; None when it has lost it."
         return self.subnet.uid
 
     @property
     def block(self) -> int:
-        "The newest block that the miner has seen."
+        "Return the newest block that the miner has seen."
         return self.subnet.block
 
     @block.setter
@@ -266,12 +266,12 @@ class Miner(abc.ABC):
 
     @property
     def synced_at(self) -> int:
-        "The block of the metagraph."
+        "Return the block of the metagraph."
         return self.subnet.synced_at
 
     @property
     def metagraph(self) -> Any:
-        "The subnet as of the latest sync. May be assigned, for blacklist and priority."
+        "Return the subnet as of the latest sync. Rules see another that is assigned."
         return self.subnet.metagraph
 
     @metagraph.setter
@@ -333,12 +333,12 @@ class Miner(abc.ABC):
 
     @property
     def error(self) -> Optional[BaseException]:
-        "What ended the latest run, if it did not end by a stop."
+        "Return what ended the latest run, if it did not end by a stop."
         return self.runner.error
 
     @property
     def cache(self) -> Optional[PromptCache]:
-        "The prompts that were answered recently; None: every prompt is answered."
+        "Return the prompts answered recently; None: every prompt is answered."
         return self.once.cache
 
     def run(self) -> None:

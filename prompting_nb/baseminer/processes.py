@@ -40,7 +40,7 @@ class Followers:
 
     @property
     def running(self) -> int:
-        "How many run."
+        "Return how many run."
         return sum(process.poll() is None for process in self._processes)
 
     def __enter__(self) -> Self:

@@ -157,7 +157,7 @@ class Runner:
             self.stopping.wait(self._pause(self.failures))
 
     def _pause(self, failures: int) -> float:
-        "Seconds until the next attempt: doubled by each failure in a row, and bounded."
+        "Return the seconds until the next attempt: doubled by each failure in a row."
         pause = min(self.poll_interval * 2**failures, self.longest_pause)
         return max(self.poll_interval, pause)
 

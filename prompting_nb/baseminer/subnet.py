@@ -47,12 +47,12 @@ class Subnet:
 
     @property
     def hotkey(self) -> str:
-        "The ss58 address of our own hotkey."
+        "Return the ss58 address of our own hotkey."
         return self.wallet.hotkey.ss58_address
 
     @property
     def metagraph(self) -> Any:
-        "The latest metagraph. Assigning another one replaces `callers` as well."
+        "Return the latest metagraph. Assigning another one replaces `callers` as well."
         return self._metagraph
 
     @metagraph.setter

@@ -78,7 +78,7 @@ class Encoder(torch.nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        "The length of an embedding."
+        "Return the length of an embedding."
         return self._size if self.sentences else self.model.config.hidden_size
 
     def _prepare_sentences(self, precision: str, compile: bool) -> None:

@@ -52,7 +52,7 @@ class Endpoint:
 
     @property
     def address(self) -> str:
-        "`host:port`, as in a URL."
+        "Return `host:port`, as in a URL."
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 

@@ -47,7 +47,7 @@ class Network:
 
     @property
     def workers(self) -> dict[int, Any]:  # by uid
-        "The worker, or what opened the miner, that answers at each uid."
+        "Return the worker, or what opened the miner, that answers at each uid."
         return {uid: self._workers[uid] for uid in sorted(self.miners)}
 
     def _start(self, worker: Any, register: Callable) -> None:

@@ -386,7 +386,7 @@ class Spans:
 
     @property
     def last(self) -> int:
-        "The end of the latest interval, or 0."
+        "Return the end of the latest interval, or 0."
         return self._lasts[-1] if self._lasts else 0
 
     def add(self, first: int, last: int) -> None:
@@ -452,7 +452,7 @@ class FileNonces:
 
     @property
     def floor(self) -> int:
-        "The first moment of which everything is known, nanoseconds since 1970."
+        "Return the first moment of which everything is known, nanoseconds since 1970."
         return self._file.floor
 
     def check_and_store(
@@ -661,7 +661,7 @@ class NonceFile:
                 raise sqlite3.DatabaseError(f"the table {table} holds something else")
 
     def _found(self) -> list:
-        "What is at `path` now: file and log, each by its number on the disk."
+        "Return what is at `path` now: file and log, each by its number on the disk."
         found = []
         for end in ("", "-wal"):
             try:

@@ -252,7 +252,7 @@ class Axon:
 
     @property
     def address(self) -> str:
-        "`ip:port`, as a metagraph shows it."
+        "Return `ip:port`, as a metagraph shows it."
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
@@ -533,7 +533,7 @@ async def _permit(blacklist: Callable | None, caller: Synapse) -> None:
 
 
 async def _priority(priority: Callable | None, caller: Synapse) -> float:
-    "The caller's priority; 0 if it is not a finite number."
+    "Return the caller's priority; 0 if it is not a finite number."
     value = float(await _call(priority, caller)) if priority else 0.0
     return value if math.isfinite(value) else 0.0
 
@@ -674,7 +674,7 @@ def _failure(error: Exception) -> Refusal:
 
 
 def _finished(result: Any) -> Prompting:
-    "The handler's result, if it has a completion; `Refusal` 500 if not."
+    "Return the handler's result, if it has a completion; `Refusal` 500 if not."
     if not isinstance(result, Prompting):
         kind = type(result).__name__
         reason = f"the forward function returned {kind} instead of a Prompting"
@@ -725,7 +725,7 @@ class _Exchange:
 
     @property
     def seconds(self) -> float:
-        "Seconds since the request arrived."
+        "Return seconds since the request arrived."
         return time.monotonic() - self._began
 
     async def read(self, bounds: _Bounds) -> bytes:
@@ -833,16 +833,16 @@ class _Btauth:
         return ()
 
     def piece(self, text: str) -> bytes:
-        "A piece of a stream: a line of JSON."
+        "Return a piece of a stream: a line of JSON."
         return write_event(StreamEvent(piece=text)) if text else b""
 
     def end(self, request: _Exchange, said: Any) -> bytes:
-        "The last line of a stream: a signature over the whole completion."
+        "Return the last line of a stream: a signature over the whole completion."
         signature = self._sign(request, said)
         return write_event(StreamEvent(done=True, signature=signature))
 
     def broken(self, refusal: Refusal) -> bytes:
-        "The last line of a stream that failed."
+        "Return the last line of a stream that failed."
         return write_event(StreamEvent(done=True, error=refusal.reason))
 
     def _sign(self, request: _Exchange, answer: Any) -> str:
@@ -893,15 +893,15 @@ class _Legacy:
         return self._headers(request, 200, "Success")
 
     def piece(self, text: str) -> bytes:
-        "A piece of a stream: plain text."
+        "Return a piece of a stream: plain text."
         return text.encode()
 
     def end(self, request: _Exchange, said: Any) -> bytes:
-        "The end of a stream."
+        "Return the end of a stream."
         return b""
 
     def broken(self, refusal: Refusal) -> None:
-        "Nothing: there is no way to tell an error in plain text."
+        "Return nothing: there is no way to tell an error in plain text."
 
     def _headers(self, request: _Exchange, status: int, message: str) -> tuple:
         caller = request.caller or Terminal()
@@ -954,7 +954,7 @@ class _Status:
         self._metrics, self._guard = metrics, guard
 
     def application(self, endpoints: dict[str, _Endpoint]) -> Starlette:
-        "The ASGI application, in which `endpoints` are routes for POST only."
+        "Make the ASGI application, in which `endpoints` are routes for POST only."
         prompts = [Route(p, e, methods=["POST"]) for p, e in endpoints.items()]
         paths = "/health", "/ready", "/metrics"
         others = [Route(path, self._answer, methods=["GET"]) for path in paths]
@@ -987,7 +987,7 @@ class _Status:
         return "the queue is full" if queue.full else self._more()
 
     async def _error(self, request: Request, error: Any) -> Response:
-        "404 and 405 in the form of all other errors."
+        "Answer 404 and 405 in the form of all other errors."
         reason = error.detail
         if error.status_code == 404:
             paths = f"{Prompting.path} and {StreamPrompting.path}"

@@ -92,7 +92,7 @@ class Connection(asyncio.Protocol):
             self._crowd.count(self, len(data))
 
     def eof_received(self) -> None:
-        "The caller hangs up, or sends no more: there is no telling which."
+        "Close the connection: the caller hangs up or sends no more."
         self._hung_up()
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
@@ -108,12 +108,12 @@ class Connection(asyncio.Protocol):
         self._ahead.clear()
 
     def pause_writing(self) -> None:
-        "The caller takes less than is written."
+        "Start to wait: the caller takes less than is written."
         self._full = self._loop.create_future()
         self._clock.write()
 
     def resume_writing(self) -> None:
-        "The caller has taken most of it."
+        "Go on writing: the caller has taken most of it."
         if self._full is not None:
             self._full.set_result(None)
             self._full = None
@@ -125,7 +125,7 @@ class Connection(asyncio.Protocol):
     # Called by the reader
 
     def request(self, exchange: "_Exchange") -> None:
-        "The headers of a request are complete."
+        "Start a request, whose headers are complete."
         if self._serving is None and self._full is None:
             self._serve(exchange)
         elif len(self._ahead) < self._limits.max_pipelined:
@@ -137,7 +137,7 @@ class Connection(asyncio.Protocol):
             self.refuse(400, reason, "pipelined")
 
     def received(self, exchange: "_Exchange") -> None:
-        "A request is complete."
+        "Take a request that is complete."
         self._crowd.forget(self)
         if exchange.answered and self._serving is exchange:
             self._next()
@@ -175,7 +175,7 @@ class Connection(asyncio.Protocol):
         task.add_done_callback(self._tasks.discard)
 
     def answered(self, exchange: "_Exchange") -> None:
-        "The application has sent the whole answer."
+        "End a request: the application has sent the whole answer."
         self._clock.write()
         if not exchange.keep_alive:
             self._ahead.clear()
@@ -299,12 +299,12 @@ class _Clock:
         self.due = self.since + self._seconds[state]
 
     def write(self) -> None:
-        "Something was written: it has to be taken in time."
+        "Start the timer for what was written."
         if self.write_due == inf:
             self.write_due = self._time() + self._write
 
     def written(self) -> None:
-        "Everything was taken."
+        "Stop that timer: everything was taken."
         self.write_due = inf
 
 # %% ../../nbs/network/13_connection.ipynb #h012
@@ -519,7 +519,7 @@ class _Exchange:
     # Called by the connection
 
     def feed(self, body: bytes) -> None:
-        "A part of the body has arrived."
+        "Take a part of the body that has arrived."
         if not self.answered:
             self._body += body
             if len(self._body) > _BODY:
@@ -527,12 +527,12 @@ class _Exchange:
             self._tell()
 
     def finish(self) -> None:
-        "The body is complete."
+        "Note that the body is complete."
         self.complete = True
         self._tell()
 
     def leave(self) -> None:
-        "The caller has hung up."
+        "Note that the caller has hung up."
         self._gone = True
         self._tell()
         if self._on_leave is not None:
@@ -580,7 +580,7 @@ class _Exchange:
     # Called by the application
 
     async def receive(self) -> dict:
-        "The next part of the body; after that wait until the caller hangs up."
+        "Return the next part of the body; after that wait until the caller hangs up."
         if self._continue:
             self._continue = False
             if not (self._body or self.complete or self._gone):
@@ -675,7 +675,7 @@ _STATUS = {status.value: _status_line(status.value) for status in HTTPStatus}
 
 
 def _error(status: int, reason: str) -> bytes:
-    "A whole HTTP response, for errors that no application sees."
+    "Make a whole HTTP response, for errors that no application sees."
     body = f'{{"error": "{reason}"}}'
     lines = (
         _status_line(status).decode(),

@@ -47,7 +47,7 @@ class Limits:
 
     @property
     def tick(self) -> float:
-        "Seconds between two looks at the connections."
+        "Return seconds between two looks at the connections."
         least = min(self.head_timeout, self.idle_timeout, self.write_timeout)
         return min(1.0, max(0.01, least / 4))
 
@@ -83,7 +83,7 @@ class _Group:
     size: int = 0  # open connections, with those that may not be closed
 
     def oldest(self, but: Guest) -> Optional[Guest]:
-        "The first that has to go; None if there is nobody else."
+        "Return the first that has to go; None if there is nobody else."
         for line in (self.strangers, self.known):
             for connection in line:
                 if connection is not but:
@@ -173,7 +173,7 @@ class Crowd:
                 each.known.pop(connection, None)
 
     def rest(self, connection: Guest) -> None:
-        "A connection is idle from now on."
+        "Note that a connection is idle from now on."
         group = self._group_of.get(connection)
         if group is not None:
             for each in (group, self._all):

@@ -88,11 +88,11 @@ class Metrics:
         return found
 
     def text(self) -> bytes:
-        "All metrics in the text format of Prometheus."
+        "Return all metrics in the text format of Prometheus."
         return generate_latest(self.registry)
 
     async def page(self) -> bytes:
-        "The same, with those of the other processes where a store shares them."
+        "Return the same, with those of the other processes where a store shares them."
         if self.shared is None:
             return self.text()
         return merge_texts(await self.shared.exchange(self.text().decode()))

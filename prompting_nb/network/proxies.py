@@ -86,7 +86,7 @@ def _network(text: str) -> _Network:
 
 
 def _forwarded(scope: dict) -> list[str]:
-    "All names in `X-Forwarded-For`, in the order in which they were added."
+    "Return all names in `X-Forwarded-For`, in the order in which they were added."
     found = [value for key, value in scope["headers"] if key == b"x-forwarded-for"]
     names = b",".join(found).decode("latin-1").split(",")
     return [name.strip() for name in names if name.strip()]

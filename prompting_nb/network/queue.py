@@ -232,19 +232,19 @@ class _Line:
             self._ends = sorted((place.priority, -place.number) for place in here)
 
     def first(self) -> _Place:
-        "The request of the highest priority, of equal ones the oldest."
+        "Return the request of the highest priority, of equal ones the oldest."
         while (place := self._heap[0]).number not in self._arrived:
             heapq.heappop(self._heap)
         return place
 
     def last(self) -> _Place:
-        "The request of the lowest priority, of equal ones the newest."
+        "Return the request of the lowest priority, of equal ones the newest."
         while (number := -self._ends[0][1]) not in self._arrived:
             heapq.heappop(self._ends)
         return self._arrived[number]
 
     def oldest(self) -> _Place:
-        "The request that has waited longest."
+        "Return the request that has waited longest."
         return next(iter(self._arrived.values()))
 
 # %% ../../nbs/network/05_queue.ipynb #c023
@@ -288,7 +288,7 @@ def _runs_in_loop(fn: Callable) -> bool:
 
 
 def _not_an_exit(error: BaseException) -> RuntimeError:
-    "An ordinary exception with the text of `SystemExit` or `KeyboardInterrupt`."
+    "Make an ordinary exception of `SystemExit` or `KeyboardInterrupt`."
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 # %% ../../nbs/network/05_queue.ipynb #c021
@@ -354,7 +354,7 @@ async def _in_thread(slot: Slot, threads: Threads, fn: Callable, *args) -> Any:
 
 
 def _release(slot: Slot) -> Callable:
-    "A callback for a thread: release the slot in the present event loop."
+    "Make a callback for a thread: it releases the slot in the present event loop."
     return partial(_call_in_loop, asyncio.get_running_loop(), slot.release)
 
 
@@ -390,7 +390,7 @@ _TURN = 0.005  # seconds that a generator may take before others have a turn
 async def _steps(
     generator: Any, slot: Slot, threads: Threads
 ) -> AsyncGenerator[Any, None]:
-    "The items of a plain generator, made in threads. Holds the slot until closed."
+    "Yield a plain generator's items, made in threads. Holds the slot until closed."
     release, step = _release(slot), None
     slot.hold()
     try:

@@ -194,7 +194,7 @@ def _reuse_port() -> int:
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> OSError:
-    "The same error with a message that names cause and remedy."
+    "Make the same error with a message that names cause and remedy."
     cause = error.strerror or str(error)
     if error.errno == errno.EADDRINUSE:
         cause = "the port is in use; choose another or stop the program that holds it"

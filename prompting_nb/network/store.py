@@ -52,7 +52,7 @@ class Store:
         self._lock, self._away_until, self._away = threading.Lock(), 0.0, False
 
     def key(self, *parts: Any) -> str:
-        "The name of a key of this miner."
+        "Return the name of a key of this miner."
         return ":".join(map(str, ("prompting", self.hotkey, *parts)))
 
     async def run(

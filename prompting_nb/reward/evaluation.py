@@ -279,12 +279,12 @@ class Answers(NamedTuple):
 
     @property
     def gap(self) -> float:
-        "The worst right answer's score minus the best wrong one's."
+        "Return the worst right answer's score minus the best wrong one's."
         return min(self.right) - max(self.wrong)
 
     @property
     def spread(self) -> float:
-        "The best right answer's score minus the worst right one's."
+        "Return the best right answer's score minus the worst right one's."
         return max(self.right) - min(self.right)
 
 

@@ -121,12 +121,12 @@ class RewardModel(torch.nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        "The tokenizer of the transformer."
+        "Return the tokenizer of the transformer."
         return self.encoder.tokenizer
 
     @property
     def model_name(self) -> str:
-        "The name of the pretrained transformer that the model began with."
+        "Return the name of the pretrained transformer that the model began with."
         return self.encoder.model_name
 
     @property
@@ -136,17 +136,17 @@ class RewardModel(torch.nn.Module):
 
     @property
     def max_length(self) -> int:
-        "How many tokens of a text are read at most."
+        "Return how many tokens of a text are read at most."
         return self.encoder.max_length
 
     @property
     def depth(self) -> int | None:
-        "How many layers of the transformer are used; `None`: all."
+        "Return how many layers of the transformer are used; `None`: all."
         return self.encoder.depth
 
     @property
     def device(self) -> torch.device:
-        "Where the parameters are."
+        "Return where the parameters are."
         return self.encoder.device
 
     def score(
@@ -380,12 +380,12 @@ class TextEncoder:
 
     @property
     def device(self) -> torch.device:
-        "Where the parameters are; with a device map, where tokens go in."
+        "Return where the parameters are; with a device map, where tokens go in."
         return next(self.model.parameters()).device
 
     @property
     def reader(self) -> Reader:
-        "The transformer, and how it is read."
+        "Return the transformer, and how it is read."
         pair = self.frame is not None
         return Reader(self.model, self.tokenizer, self.pooling, None, self.skip, pair)
 

@@ -256,7 +256,7 @@ class Run:
 
     @property
     def inner(self) -> "Learner":
-        "The learner without what DDP puts around it."
+        "Return the learner without what DDP puts around it."
         return self.processes.unwrap(self.learner)
 
     def step(

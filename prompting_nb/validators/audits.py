@@ -92,7 +92,7 @@ class Audits:
 
     @property
     def offsets(self) -> Offsets:
-        "What the judge's rewards are corrected by."
+        "Return what the judge's rewards are corrected by."
         return self.judge.offsets
 
     def __call__(

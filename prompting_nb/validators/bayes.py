@@ -267,7 +267,7 @@ class BayesianGatingModel(BaseGatingModel):
         self._latest = None
 
     def _identity(self) -> dict[str, str]:
-        "What must agree between a saved gate and the one that loads it."
+        "Return what must agree between a saved gate and the one that loads it."
         return {
             "class": type(self).__name__,
             "model_name": self.encoder.model_name,
@@ -802,7 +802,7 @@ class Memory:
 
 
 def question_key(x: torch.Tensor) -> bytes:
-    "The bytes of an embedding, by which a question is recognized."
+    "Return the bytes of an embedding, by which a question is recognized."
     return x.cpu().numpy().tobytes()
 
 # %% ../../nbs/validators/01_bayes.ipynb #c031

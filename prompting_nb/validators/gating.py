@@ -129,7 +129,7 @@ class BaseGatingModel(torch.nn.Module, ABC):
 
     @classmethod
     def _settings_in(cls, config: Any, arguments: Any = None) -> tuple:
-        "The configuration with all defaults, and the settings in it."
+        "Return the configuration with all defaults, and the settings in it."
         found = read_config(cls.add_args, defaults=cls.config, given=config)
         found = merge(found, arguments)
         return found, settings_of(cls.Settings, found, "gating", ignore_unknown=True)
@@ -304,7 +304,7 @@ class LinearGate(BaseGatingModel):
         weight[uids] = initial_rows(len(uids), self.head.in_features).to(weight)
 
     def _identity(self) -> dict[str, str]:
-        "What must agree between a saved head and the gate that loads it."
+        "Return what must agree between a saved head and the gate that loads it."
         return {
             "class": type(self).__name__,
             "model_name": self.encoder.model_name,
@@ -388,7 +388,7 @@ def warn_of_pooling(
 
 # %% ../../nbs/validators/00_gating.ipynb #c010bs
 def _shown(gate: BaseGatingModel, most: int = 10) -> str:
-    "The best uids for the latest message, as HTML."
+    "Return the best uids for the latest message, as HTML."
     title = f"{type(gate).__name__} over {len(gate.hotkeys)} uids"
     if gate._latest is None:
         return html_table(f"{title}; no message was scored yet", (), ())

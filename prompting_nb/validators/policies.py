@@ -345,7 +345,7 @@ class BestFixed:
         return select(self.scores(prompt), k, epsilon=0.0, available=available)
 
     def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
-        "Never."
+        "Learn nothing."
 
     def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
         "Follow the hotkeys."

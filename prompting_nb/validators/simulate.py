@@ -87,7 +87,7 @@ class Subnet:
 
     @property
     def metagraph(self) -> Any:  # as it is at first
-        "The hotkeys of the uids."
+        "Return the hotkeys of the uids."
         return SimpleNamespace(hotkeys=list(self.names[: self.uids]))
 
     def encoder(
@@ -355,10 +355,10 @@ class Always:
         return Selection(self.uids[:k], torch.ones(k))
 
     def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
-        "Never."
+        "Learn nothing."
 
     def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
-        "It makes no difference."
+        "Change nothing."
 
 
 class Favourites:
@@ -379,7 +379,7 @@ class Favourites:
         return Selection(best, torch.ones(k))
 
     def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
-        "Never."
+        "Learn nothing."
 
     def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
         "Follow the hotkeys."
@@ -586,12 +586,12 @@ class Standing:
 
     @property
     def gap_closed(self) -> float:
-        "Where the gate stands between random choice (0) and the oracle (1)."
+        "Return where the gate stands between random choice (0) and the oracle (1)."
         return (self.gate - self.random) / max(self.oracle - self.random, 1e-9)
 
     @property
     def lead(self) -> float:
-        "What the gate is ahead of the best fixed choice."
+        "Return what the gate is ahead of the best fixed choice."
         return self.gate - self.best_fixed
 
 

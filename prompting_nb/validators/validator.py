@@ -386,7 +386,7 @@ class Round:
 
     @property
     def completions(self) -> list[Optional[str]]:  # `None` where a miner failed
-        "The texts of the answers."
+        "Return the texts of the answers."
         return [a.completion if a.is_success else None for a in self.answers]
 
 # %% ../../nbs/validators/07_validator.ipynb #v010
@@ -545,12 +545,12 @@ class FirstUids:
 
     @property
     def hotkeys(self) -> list[str]:  # by uid
-        "The hotkeys of these uids."
+        "Return the hotkeys of these uids."
         return list(self.whole.hotkeys)[: self.rows]
 
     @property
     def neurons(self) -> list:  # by uid
-        "The neurons of these uids."
+        "Return the neurons of these uids."
         return list(self.whole.neurons)[: self.rows]
 
     def __getattr__(self, name: str) -> Any:
