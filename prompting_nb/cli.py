@@ -19,7 +19,7 @@ import jsonargparse
 from . import __version__
 from .config import InputError
 from .files import on_sigterm
-from .usage import Topics, completion_script
+from .help.usage import Topics, completion_script
 
 # %% ../nbs/07_cli.ipynb #c014
 def _later(module: str, name: str) -> Callable:

@@ -25,7 +25,7 @@ from typing import get_args, get_origin, get_type_hints
 import jsonargparse
 from jsonargparse import typing as types
 
-from prompting_nb.usage import (
+from prompting_nb.help.usage import (
     HelpFormatter,
     describe,
     plain_type,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from prompting_nb.cli import COMMANDS, command_parsers, main
-from prompting_nb.usage import completion_script
+from prompting_nb.help.usage import completion_script
 
 PROGRAM = [sys.executable, "-c", "import sys; from prompting_nb.cli import main; main()"]
 
