@@ -31,11 +31,19 @@ class Event(replay.Event):
     seconds: list[float] = field(repr=False)  # from the request to each answer
     offsets: Optional[list[float]] = None  # that the judge added to the rewards
     sd: Optional[list[float]] = None  # standard deviations of the scores, if known
+    # raw scores of the judge so far: all, and those below and above its fitted range
+    watched: Optional[list[int]] = field(default=None, repr=False)
     grades: Optional[list[float]] = None  # true grades, if known; the gate sees none
 
     def to_json(self) -> str:
         "Return the event as a line of JSON."
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+        values = dataclasses.asdict(self)
+        line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # half a character, which JSON can carry
+            line = json.dumps(values, allow_nan=False)
+        return line
 
     def _repr_html_(self) -> str:
         cells = zip(
