@@ -479,7 +479,7 @@ def test_the_survey_prints_before_and_after():
 
 def test_a_page_of_quarto_has_names_in_monospace_and_no_prose(browser):
     "Quarto gives a section the classes of its heading; a long output wraps, a name stays in one piece."
-    page = browser.new_page(viewport={"width": 700, "height": 800})
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
     page.set_content((HERE / "quarto.html").read_text().replace("https://", "about:"))
     page.add_style_tag(content=(ROOT / "nbs" / "api.css").read_text())
     font = lambda selector: page.evaluate("s => getComputedStyle(document.querySelector(s)).fontFamily", selector)
