@@ -20,6 +20,7 @@ from ..config import InputError
 from ..files import write_file
 from .run import Answer, Loop
 from .teach import Assessment
+from ..reward.tokens import cuts_text
 from ..validators.event import Event
 from ..validators.judge import Judge
 
@@ -183,6 +184,7 @@ def _assessed(assessment: Assessment) -> dict:
         "reward_accuracy_longer": round(assessment.longer, 4),
         "reward_ece": round(learned.ece, 4),
         "reward_pairs": learned.n_pairs,
+        "reward_cuts": assessment.cuts.to_dict() if assessment.cuts else None,
     }
 
 
@@ -411,8 +413,14 @@ def _reward_text(summary: dict) -> str:
         f"(95 % interval {low:.1%} to {high:.1%}). Without training, the cosine "
         f"between prompt and answer reaches {summary['reward_accuracy_cosine']:.1%}, "
         "and the rule that the longer answer wins "
-        f"{summary['reward_accuracy_longer']:.1%}.</p>"
+        f"{summary['reward_accuracy_longer']:.1%}.{_cut_text(summary)}</p>"
     )
+
+
+def _cut_text(summary: dict) -> str:
+    "Tell what the reward model did not read, as a sentence."
+    counts = summary.get("reward_cuts")
+    return f" Of what it was tested on, {cuts_text(counts)}." if counts else ""
 
 # %% ../../nbs/loop/03_report.ipynb #c017
 def _picture(ax: Any, caption: str) -> str:

@@ -38,6 +38,7 @@ from prompting_nb.reward.classifiers import (
 from .export import to_sequence_classification
 from prompting_nb.reward.saving import (
     add_adapters,
+    hub_options,
     load_model,
     merge_adapters,
     push_model,
@@ -368,7 +369,9 @@ class TextEncoder:
             own_weights(self)  # others may need the layers that go
             keep_layers(self.model, depth)
         if not reader:
-            self.tokenizer = load(AutoTokenizer.from_pretrained, model_name)
+            asked = hub_options(options or {})
+            make = AutoTokenizer.from_pretrained
+            self.tokenizer = load(make, model_name, **asked)
         self.skip = reader.skip if reader else None  # passed over at the end of a text
         self.frame = tokenizer_frame(self.tokenizer) if reader and reader.pair else None
         if not getattr(self.model, "hf_device_map", None):
