@@ -12,6 +12,8 @@ from typing import ClassVar, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .show import html_table
+
 # %% ../nbs/02_protocol.ipynb #c005
 class Terminal(BaseModel):
     "One end of a request: its key and address, and how the request ended."
@@ -58,6 +60,20 @@ class Prompting(Synapse):
             )
         if not self.messages:
             raise ValueError("a prompt needs at least one message")
+
+    def __repr__(self) -> str:
+        turns = [f"{r}: {m!r:.80}" for r, m in zip(self.roles, self.messages)]
+        status = self.dendrite.status_code
+        turns += [] if status is None else [f"status {status}"]
+        turns += [f"completion={self.completion!r:.200}"]
+        return f"{type(self).__name__}({', '.join(turns)})"
+
+    def _repr_html_(self) -> str:
+        rows = [list(turn) for turn in zip(self.roles, self.messages)]
+        rows += [["completion", self.completion or "(none)"]]
+        status = self.dendrite.status_code
+        title = type(self).__name__ + ("" if status is None else f", status {status}")
+        return html_table(title, ("role", "message"), rows)
 
     @classmethod
     def ask(

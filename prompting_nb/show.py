@@ -29,11 +29,10 @@ def html_table(
 ) -> str:  # HTML with inline style only
     "Make an HTML table: texts on the left, numbers on the right with three decimals."
     rows = [list(row) for row in rows]
-    first = rows[0] if rows else columns
-    sides = ["left" if isinstance(value, str) else "right" for value in first]
+    of_column = list(zip(*rows)) or [("",)] * len(columns)
     head = "".join(
-        f'<th scope="col" style="{_CELL}{side}">{html.escape(name)}</th>'
-        for name, side in zip(columns, sides)
+        f'<th scope="col" style="{_CELL}{_side(values)}">{html.escape(name)}</th>'
+        for name, values in zip(columns, of_column)
     )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     caption = f'<caption style="{_CAPTION}"><b>{html.escape(title)}</b></caption>'
@@ -51,6 +50,14 @@ def _text(number: Any) -> str:
     if number is None:
         return ""
     return f"{number:.3f}" if isinstance(number, float) else str(number)
+
+
+def _side(values: Sequence) -> str:
+    "Where a heading stands: above the numbers, not above the bars beside them."
+    if any(isinstance(value, str) for value in values):
+        return "left"
+    bars = any(isinstance(value, Bar) for value in values)
+    return "right" + (";padding-right:7.3em" if bars else "")
 
 
 def _bar(share: float) -> str:

@@ -104,3 +104,65 @@ def test_a_gate_forgets_what_it_showed_when_the_uids_change():
     assert gate._repr_html_().index(">b<") < gate._repr_html_().index(">a<")
     gate.resync(None, SimpleNamespace(hotkeys=["b", "a"]))
     assert "no message was scored yet" in gate._repr_html_()
+
+
+def test_a_heading_stands_above_its_numbers(browser):
+    "And not above the bars beside them; a column with a text anywhere stands on the left."
+    page = browser.new_page()
+    page.set_content(event() + html_table("t", ("a", "b", "c"), [(None, Bar(None, 0), 1), ("x", Bar(0.5, 1), 2)]))
+    edges = page.evaluate("""() => [...document.querySelectorAll("table")].flatMap((table) =>
+        [...table.tHead.rows[0].cells].map((head, i) => {
+          const right = (cell) => { const range = document.createRange(); range.selectNodeContents(cell.firstChild ?? cell); return range }
+          const numbers = [...table.tBodies[0].rows].map((row) => row.cells[i]).filter((cell) => cell.innerText.trim())
+          const left = getComputedStyle(head).textAlign === "left"
+          return numbers.map((cell) => { const a = right(head).getBoundingClientRect(), b = right(cell).getBoundingClientRect()
+            return Math.abs(left ? a.left - b.left : a.right - b.right) })
+        }).flat())""")
+    page.close()
+    assert len(edges) > 10 and max(edges) < 6  # pixels
+    (first,) = BeautifulSoup(html_table("t", ("a",), [(None,), ("x",)]), "html.parser").select("th")
+    assert first["style"].endswith("text-align:left")
+
+
+def shown_objects() -> dict:
+    "One of each that is shown, with what a stranger wrote in it where it can hold that."
+    from prompting_nb.loop.run import Holder, Trace
+    from prompting_nb.loop.tasks import Arena
+    from prompting_nb.protocol import Prompting
+    from prompting_nb.reward.preferences import Ranking
+    from prompting_nb.reward.training import History
+
+    ranking = Ranking(NASTY, [NASTY, "b"], [0.5, 1.0], [NASTY, "y"])
+    step = Event(step=0, block=1, prompt=NASTY, uids=[1], hotkeys=["b"], propensities=[0.5], rewards=[0.25], scores=[0.1, 0.2],
+                 statuses=[200], completions=[NASTY], loss=0.1, seconds=[0.1], grades=[0.75])
+    asked = Prompting.ask(NASTY)
+    asked.completion, asked.dendrite.status_code = NASTY, 200
+    chain = EmbeddedChain()
+    chain.register(make_wallet("shown"), stake=3.0, validator_permit=True)
+    arena = Arena(NASTY, [NASTY, "p"], [], None, [ranking], [], kinds={NASTY: NASTY})
+    steps = [{"loss": 0.7}, {"loss": 0.1}]
+    return {"Ranking": ranking, "Trace": Trace(k=1, events=[step], holders=[Holder(1, NASTY, "b")]), "Arena": arena,
+            "Prompting": asked, "EmbeddedChain": chain, "History": History(steps, [{"accuracy": 0.875}], seconds=1.23)}
+
+
+@pytest.mark.parametrize("kind, parts", {
+    "Ranking": ["1.000", "0.500"], "Trace": ["1 steps, 1 uids asked at each", "0.750"], "Arena": ["2 prompts for 0 workers"],
+    "Prompting": ["user", "status 200"], "EmbeddedChain": ["netuid 1, block 1, 1 uids", "3.000", "yes"],
+    "History": ["from 0.700 to 0.100", "0.875", "1.2", "finished"]}.items())
+def test_objects_show_themselves(kind, parts):
+    value = shown_objects()[kind]
+    tree = BeautifulSoup(value._repr_html_(), "html.parser")
+    assert all(part in tree.get_text() for part in parts), tree.get_text()
+    assert not tree.select("script, img") and "<script" not in value._repr_html_() and tree.table.caption.get_text()
+    assert kind in repr(value) and (kind in ("Ranking", "History", "Arena") or len(repr(value)) < 300)
+
+
+def test_a_reward_model_is_one_line():
+    from prompting_nb.reward import RewardModel
+
+    model = RewardModel("minilm", device="cpu", length=0.5, bound=4.0).eval()
+    said = repr(model)
+    assert said == str(model) and "\n" not in said and len(said) < 200
+    for part in ("'minilm'", "bert", "mean pooling", "at most 512 tokens", "22.7 million weights", "length 0.500", "bound 4.0",
+                 "eval mode", "on cpu"):
+        assert part in said

@@ -28,7 +28,7 @@ from ..validators.event import Event
 from ..validators.simulate import Standing, alternatives, compare
 from ..validators.validator import Policy, Validator, default_gate
 from ..validators.warm import Known, track_records
-from ..show import arguments_in_help
+from ..show import Bar, arguments_in_help, html_table
 
 # %% ../../nbs/loop/00_run.ipynb #c049
 _log = logging.getLogger(__name__)
@@ -311,6 +311,25 @@ class Trace:
         self.events.append(dataclasses.replace(event, grades=got))
         self.truth.append(list(grades))
         return self.events[-1]
+
+    def __repr__(self) -> str:
+        moved = "" if self.moved is None else f", uid {self.moved} changed hands"
+        moved += "" if self.moved is None else f" before step {self.moved_at}"
+        return f"Trace({len(self.events)} steps, {self.k} uids asked at each{moved})"
+
+    def _repr_html_(self) -> str:
+        asked = Counter(uid for event in self.events for uid in event.uids)
+        grades: dict[int, list[float]] = {}
+        for event in self.events:
+            for uid, grade in zip(event.uids, event.grades or ()):
+                grades.setdefault(uid, []).append(float(grade))
+        most = max(asked.values(), default=1)
+        rows = [
+            [holder.uid, holder.name, Bar(asked[holder.uid], asked[holder.uid] / most)]
+            + [float(np.mean(grades[holder.uid])) if holder.uid in grades else None]
+            for holder in {holder.uid: holder for holder in self.holders}.values()
+        ]
+        return html_table(repr(self), ("uid", "held by", "asked", "mean grade"), rows)
 
     def most_asked(self) -> int:
         "Return the uid whose present holder was asked most."

@@ -29,6 +29,7 @@ import numpy as np
 from ..config import InputError
 from ..reward.preferences import Ranking, clean, read_rankings
 from ..files import read_lines, read_prompts
+from ..show import Bar, html_table
 
 # %% ../../nbs/loop/01_tasks.ipynb #c041
 @dataclass
@@ -57,6 +58,14 @@ class Arena:
             return text
         rankings = f"{len(self.train)} rankings to learn from"
         return f"{text}; {rankings}, {len(self.test)} to test on"
+
+    def __repr__(self) -> str:
+        return f"Arena({self})"
+
+    def _repr_html_(self) -> str:
+        kinds = Counter(self.kinds.get(prompt, "prompt") for prompt in self.prompts)
+        rows = [[kind, Bar(n, n / len(self.prompts))] for kind, n in kinds.items()]
+        return html_table(str(self), ("kind of prompt", "prompts"), rows)
 
     def truth(
         self,

@@ -84,6 +84,22 @@ class EmbeddedChain:
         )
         self.substrate = MemorySubstrate(self.subnet)
 
+    def __repr__(self) -> str:
+        count = len(self.subnet.neurons)
+        return f"EmbeddedChain(netuid {self.netuid}, block {self.block}, {count} uids)"
+
+    def _repr_html_(self) -> str:
+        neurons = list(enumerate(self.subnet.neurons))
+        shown = sorted(neurons, key=lambda one: (-one[1].stake, one[0]))[:10]
+        most = max((neuron.stake for _, neuron in shown), default=0) or 1
+        rows = [
+            [uid, neuron.hotkey, Bar(neuron.stake / 1e9, neuron.stake / most)]
+            + ["yes" if neuron.validator_permit else "no"]
+            for uid, neuron in shown
+        ]
+        title = repr(self) + ("" if len(neurons) == len(shown) else ", largest stakes")
+        return html_table(title, ("uid", "hotkey", "stake", "permit"), rows)
+
     def client(self) -> bt.SyncClient:
         "Return a new bittensor client of this chain; close it after use."
         # the address names the network in caches and links; nothing is opened there

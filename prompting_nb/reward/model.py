@@ -119,6 +119,24 @@ class RewardModel(torch.nn.Module):
         if self.length is not None:
             self.length.data = self.length.data.to(self.device)
 
+    def __repr__(self) -> str:
+        kind, weights = self.model.config.model_type, self.parameters()
+        learn = sum(
+            weight.numel() for weight in self.parameters() if weight.requires_grad
+        )
+        text = (
+            f"RewardModel({self.model_name!r}, {kind}, {self.encoder.pooling} pooling"
+        )
+        text += f", at most {self.encoder.max_length} tokens"
+        text += (
+            f", {sum(weight.numel() for weight in weights) / 1e6:.1f} million weights"
+        )
+        text += f" of which {learn / 1e6:.1f} learn"
+        text += "" if self.length is None else f", length {self.length.item():.3f}"
+        text += "" if self.bound is None else f", bound {self.bound}"
+        mode = "train" if self.training else "eval"
+        return f"{text}, {mode} mode, on {self.device})"
+
     @property
     def tokenizer(self) -> Any:
         "Return the tokenizer of the transformer."

@@ -17,6 +17,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 from ..config import InputError
 from .columns import Candidates, read_row
+from ..show import Bar, html_table
 from .sources import Unreadable, name_of, read_rows
 
 # %% ../../nbs/reward/03_preferences.ipynb #c005
@@ -49,6 +50,17 @@ class Ranking:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    def _repr_html_(self) -> str:
+        least, most = min(self.scores, default=0.0), max(self.scores, default=1.0)
+        rows = [
+            [completion, name or "", Bar(score, (score - least) / (most - least or 1))]
+            for completion, name, score in zip(
+                self.completions, self.names or [""] * len(self), self.scores
+            )
+        ]
+        rows.sort(key=lambda row: -row[-1].value)
+        return html_table(str(self.prompt), ("completion", "by", "score"), rows)
 
 # %% ../../nbs/reward/03_preferences.ipynb #c009
 class Pair(NamedTuple):

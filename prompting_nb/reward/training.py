@@ -58,6 +58,7 @@ from prompting_nb.reward.fast.packing import (
 )
 from .loss import RankingLoss, decided_pairs
 from .model import RewardModel
+from ..show import html_table
 from .tokens import cuts_of, pad
 from prompting_nb.reward.preferences import (
     Ranking,
@@ -218,6 +219,17 @@ class History:
         advice = "" if last < first else ": try more epochs, or another lr"
         text = f"{size}; the loss {verdict}, from {first:.3f} to {last:.3f}"
         return f"{text} (first and last quarter of the steps){advice}"
+
+    def _repr_html_(self) -> str:
+        last = self.evaluations[-1] if self.evaluations else {}
+        rows: list[list] = [["steps", len(self.steps), self.summary()]]
+        rows += [["seconds", round(self.seconds, 1), f"ended by: {self.stopped}"]]
+        rows += [
+            [name, value, "at the last evaluation"]
+            for name, value in last.items()
+            if isinstance(value, (int, float))
+        ]
+        return html_table("Training", ("what", "value", "note"), rows)
 
     def to_dict(self) -> dict:
         "Return the same as plain dicts and lists, for JSON."
