@@ -37,7 +37,7 @@ from prompting_nb.config import read_config
 from prompting_nb.network.auth import sign_request
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
-from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.dendrite import Dendrite, _discard, _read_stream
 from prompting_nb.network.isolation import Isolated
 from prompting_nb.network.legacy import legacy_headers
 from prompting_nb.network.server import Limits, Server, listen
@@ -1216,6 +1216,38 @@ def test_answer_that_comes_before_its_question(dendrite, kind):
     assert len(lines) == 1 and answer.dendrite.status_code == 408
     for line in lines:
         line.close()
+
+
+def test_stream_of_pieces_without_text(dendrite):
+    """A miner streams a megabyte of empty pieces as fast as it can, while others are asked.
+    Older client: -"""
+    answer = ok(b'{"piece": ""}\n' * 60_000)
+    turns = []
+
+    async def ask_beside():
+        async def others():
+            while True:
+                turns.append(1)
+                await asyncio.sleep(0)
+
+        class Response:  # all of it is there at once
+            class content:
+                @staticmethod
+                async def iter_any():
+                    yield answer.partition(b"\r\n\r\n")[2]
+
+        waiting = asyncio.ensure_future(others())
+        await asyncio.sleep(0)
+        turns.clear()
+        try:
+            await _read_stream(Response, 10**6, _discard)
+        except Exception as error:
+            assert error.args == (422, "the answer was cut off")
+        waiting.cancel()
+
+    asyncio.run(ask_beside())
+    assert len(turns) > 3
+    assert ask(dendrite, Raw(answer), StreamPrompting, SECONDS).dendrite.status_code == 413
 
 
 def test_silent_miner(dendrite):
