@@ -14,7 +14,7 @@ from typing import Optional
 
 from .blacklist import read_hotkeys
 from ..config import InputError, NonNegativeFloat, NonNegativeInt
-from ..config import PositiveFloat, PositiveInt, check_settings
+from ..config import Port, PositiveFloat, PositiveInt, check_settings
 from ..network.addresses import not_public
 from ..network.limited import CALL_TIMEOUT
 
@@ -173,9 +173,9 @@ class AxonSettings:
     """
 
     host: str = "127.0.0.1"
-    port: NonNegativeInt = 0
+    port: Port = 0
     external_ip: str = ""
-    external_port: NonNegativeInt = 0
+    external_port: Port = 0
     allow_private: bool = False
     no_legacy: bool = False
     nonces: str = ""

@@ -516,7 +516,10 @@ class Sent(NamedTuple):
 
 
 class RequestSigner:
-    "Sign requests with one hotkey, each with a nonce greater than the last."
+    """Sign requests with one hotkey, each with a nonce greater than the last.
+
+    A clock that was set back by more than a second begins anew at its time.
+    """
 
     def __init__(
         self,
@@ -536,11 +539,17 @@ class RequestSigner:
     ) -> tuple[dict[str, str], Sent]:  # headers, and what the answer must refer to
         "Sign one POST request."
         with self._lock:  # questions may come from several threads
-            nonce = self._nonce = max(self._clock(), self._nonce + 1)
+            now, last = self._clock(), self._nonce
+            # set back by more: miners whose clock is right refuse a nonce of the future
+            nonce = now if last - now > _SET_BACK else max(now, last + 1)
+            self._nonce = nonce
         headers = sign_request(
             self._key, body, path=path, receiver=receiver, nonce=nonce
         )
         return headers, Sent(receiver, self.hotkey, path, nonce)
+
+
+_SET_BACK = 1_000_000_000  # nanoseconds
 
 # %% ../../nbs/network/01_dendrite.ipynb #c022
 class Sessions:
