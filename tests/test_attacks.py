@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import textwrap
@@ -575,6 +576,32 @@ def connect_from(axon, address):
 
 
 ADDRESSES = [f"127.0.{i}.1" for i in range(1, 9)]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the system does not tell how many connections may wait")
+def test_many_that_connect_while_the_server_is_busy():
+    """Six hundred connect in a moment in which the server is busy with something else.
+    Older server: two thousand may wait."""
+    busy, free = threading.Event(), threading.Event()
+
+    async def hold(synapse):
+        busy.set()
+        free.wait(SECONDS)  # stops the event loop
+        return echo(synapse)
+
+    with Axon(MINER).attach(hold) as axon, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(status, axon)
+        assert busy.wait(SECONDS)
+        lines = [connect(axon) for _ in range(600)]
+        info = axon._server._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        waiting, most = struct.unpack_from("2I", info, 24)
+        free.set()
+        for line in lines:
+            line.sendall(b"GET /nothing HTTP/1.1\r\n\r\n")
+        assert {read_status(line) for line in lines} == {404} and held.result() == 200
+        for line in lines:
+            line.close()
+    assert waiting == 600 <= most
 
 
 def test_idle_connections_that_have_had_an_answer():
