@@ -435,7 +435,9 @@ def environment(legacy: str) -> dict:
              if row.startswith(f"{name}==")}
     names = ("bittensor", "starlette", "uvicorn", "uvloop", "httptools", "aiohttp", "pydantic")
     where = machine()
-    return {"cpu": where.pop("processor"), **where, "versions": {name: version(name) for name in names}, "stock_versions": stock}
+    others = os.getloadavg()[0]  # what else ran when this began
+    return {"cpu": where.pop("processor"), **where, "load": others,
+            "versions": {name: version(name) for name in names}, "stock_versions": stock}
 
 
 def table(title: str, rows: list[dict], columns: dict) -> Table:

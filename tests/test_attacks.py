@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import textwrap
@@ -37,7 +38,7 @@ from prompting_nb.config import read_config
 from prompting_nb.network.auth import sign_request
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
-from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.dendrite import Dendrite, _discard, _read_stream
 from prompting_nb.network.isolation import Isolated
 from prompting_nb.network.legacy import legacy_headers
 from prompting_nb.network.server import Limits, Server, listen
@@ -575,6 +576,32 @@ def connect_from(axon, address):
 
 
 ADDRESSES = [f"127.0.{i}.1" for i in range(1, 9)]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="the system does not tell how many connections may wait")
+def test_many_that_connect_while_the_server_is_busy():
+    """Six hundred connect in a moment in which the server is busy with something else.
+    Older server: two thousand may wait."""
+    busy, free = threading.Event(), threading.Event()
+
+    async def hold(synapse):
+        busy.set()
+        free.wait(SECONDS)  # stops the event loop
+        return echo(synapse)
+
+    with Axon(MINER).attach(hold) as axon, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(status, axon)
+        assert busy.wait(SECONDS)
+        lines = [connect(axon) for _ in range(600)]
+        info = axon._server._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        waiting, most = struct.unpack_from("2I", info, 24)
+        free.set()
+        for line in lines:
+            line.sendall(b"GET /nothing HTTP/1.1\r\n\r\n")
+        assert {read_status(line) for line in lines} == {404} and held.result() == 200
+        for line in lines:
+            line.close()
+    assert waiting == 600 <= most
 
 
 def test_idle_connections_that_have_had_an_answer():
@@ -1216,6 +1243,38 @@ def test_answer_that_comes_before_its_question(dendrite, kind):
     assert len(lines) == 1 and answer.dendrite.status_code == 408
     for line in lines:
         line.close()
+
+
+def test_stream_of_pieces_without_text(dendrite):
+    """A miner streams a megabyte of empty pieces as fast as it can, while others are asked.
+    Older client: -"""
+    answer = ok(b'{"piece": ""}\n' * 60_000)
+    turns = []
+
+    async def ask_beside():
+        async def others():
+            while True:
+                turns.append(1)
+                await asyncio.sleep(0)
+
+        class Response:  # all of it is there at once
+            class content:
+                @staticmethod
+                async def iter_any():
+                    yield answer.partition(b"\r\n\r\n")[2]
+
+        waiting = asyncio.ensure_future(others())
+        await asyncio.sleep(0)
+        turns.clear()
+        try:
+            await _read_stream(Response, 10**6, _discard)
+        except Exception as error:
+            assert error.args == (422, "the answer was cut off")
+        waiting.cancel()
+
+    asyncio.run(ask_beside())
+    assert len(turns) > 3
+    assert ask(dendrite, Raw(answer), StreamPrompting, SECONDS).dendrite.status_code == 413
 
 
 def test_silent_miner(dendrite):

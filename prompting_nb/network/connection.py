@@ -504,7 +504,7 @@ class _Exchange:
         self._on_leave: Optional[Callable[[], None]] = None
         scope["extensions"]["connection.on_leave"] = self.on_leave
         self.keep_alive, self._continue = keep_alive, asks
-        self._body, self.complete, self._gone = b"", False, False
+        self._body, self.complete, self._gone = bytearray(), False, False
         self._news: Optional[asyncio.Future] = None  # of the body, or of the caller
         self._ended = False  # whether the application has the whole body
         self._head: Optional[bytes] = None  # of the answer
@@ -587,11 +587,11 @@ class _Exchange:
                 await self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         while not (self._gone or self.answered):
             if self._body or (self.complete and not self._ended):
-                body, self._body, self._ended = self._body, b"", self.complete
+                body, self._body, self._ended = self._body, bytearray(), self.complete
                 more = not self.complete
                 if more:
                     self._connection.resume_reading()
-                return {"type": "http.request", "body": body, "more_body": more}
+                return {"type": "http.request", "body": bytes(body), "more_body": more}
             self._connection.resume_reading()
             self._news = asyncio.get_running_loop().create_future()
             await self._news

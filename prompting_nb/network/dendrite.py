@@ -450,6 +450,9 @@ def _completion(status: int, body: bytes) -> str:
         raise _Failure(422, f"not a completion: {error}") from None
 
 # %% ../../nbs/network/01_dendrite.ipynb #c016
+_TURN = 0.005  # seconds of reading after which others have a turn
+
+
 async def _lines(response: aiohttp.ClientResponse, limit: int) -> AsyncIterator[bytes]:
     "Yield the lines of an answer; `_Failure` above `limit` bytes."
     size, rest = 0, b""
@@ -470,8 +473,11 @@ async def _read_stream(
     response: aiohttp.ClientResponse, limit: int, emit: Callable
 ) -> tuple[str, str | None]:
     "Return the completion and its signature; each piece goes to `emit` as it arrives."
-    pieces = []
+    pieces, began = [], time.monotonic()
     async for line in _lines(response, limit):
+        if time.monotonic() - began > _TURN:  # many lines may arrive at once
+            await asyncio.sleep(0)
+            began = time.monotonic()
         try:
             event = read_event(line)
         except ValueError as error:

@@ -22,6 +22,7 @@ from .limits import Crowd, Limits
 
 # %% ../../nbs/network/06_server.ipynb #c015
 _log = logging.getLogger(__name__)
+_BACKLOG = 4096  # connections that wait to be accepted, if the system allows as many
 _servers: "weakref.WeakSet[Server]" = weakref.WeakSet()  # of this process
 
 
@@ -70,7 +71,10 @@ class Server:
     async def _serve(self) -> None:
         connection = partial(Connection, self._app, self.crowd, self._tasks)
         self._sock.setblocking(False)
-        server = await self.loop.create_server(connection, sock=self._sock)
+        # without `backlog` it would set its own, of 100
+        server = await self.loop.create_server(
+            connection, sock=self._sock, backlog=_BACKLOG
+        )
         self._failed = False
         self._ready.set()
         while not self._leaving.is_set():
@@ -179,7 +183,7 @@ def listen(
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, _reuse_port(), 1)
         sock.bind(address)
-        sock.listen(1024)
+        sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise _cannot_listen(host, port, error) from None
