@@ -100,7 +100,7 @@ Each is a process of its own that is started again when it dies. Nothing leaves 
 machine."""
 _EXAMPLES = """examples: prompting-nb subnet --miners 8 --dir run  |  prompting-nb
 subnet --miners miners.yaml --prompts mine.txt --reward runs/loop-1/reward  |
-prompting-nb subnet --prompts questions.txt --reward runs/loop-1/reward --duration 600"""
+prompting-nb subnet --prompts questions.txt --duration 600"""
 
 
 def subnet_parser() -> jsonargparse.ArgumentParser:
