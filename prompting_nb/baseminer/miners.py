@@ -174,7 +174,7 @@ def sentence_encoder(
     max_length: int = 256,  # tokens of a text that count
 ) -> Callable[[list], np.ndarray]:  # n texts -> (n, width) float32
     "Make a sentence encoder: the mean of the last hidden states over a text's tokens."
-    from prompting_nb.encoding import Encoder
+    from prompting_nb.encoding.encoder import Encoder
 
     encoder = Encoder(name, device="cpu", window=max_length, max_windows=1)
     lock = threading.Lock()  # fast tokenizers must not be used by two threads at a time

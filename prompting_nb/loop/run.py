@@ -243,6 +243,10 @@ class Loop:
             self.trace.complaint = f"{type(error).__name__}: {error}"
             _log.warning("setting weights failed: %s", self.trace.complaint)
         self.trace.weights = network.chain.weights.get(0, {})
+        network.chain.step(network.chain.subnet.tempo)  # an epoch pays by them
+        for neuron in network.client.subnets.metagraph(network.netuid):
+            self.trace.incentive[neuron.uid] = float(neuron.incentive)
+            self.trace.dividends[neuron.uid] = float(neuron.dividends)
 
 # %% ../../nbs/loop/00_run.ipynb #c047
 @dataclass
@@ -286,6 +290,8 @@ class Trace:
     moved_at: Optional[int] = None  # the step before which it did
     overdue: int = 0  # answers that came too late because the machine was busy
     weights: dict[int, float] = field(default_factory=dict)  # as read from the chain
+    incentive: dict[int, float] = field(default_factory=dict)  # after the next epoch
+    dividends: dict[int, float] = field(default_factory=dict)  # uid 0 is the validator
     complaint: Optional[str] = None  # of a chain that refused the weights
     known: Optional[Known] = None  # what the gate learned of before the first step
 

@@ -6,6 +6,7 @@
 __all__ = ['VALIDATOR', 'SubnetSettings', 'subnet_parser', 'SubnetProcesses', 'as_table', 'as_line', 'run_subnet']
 
 # %% ../../nbs/loop/14_subnet.ipynb #c003
+import http.client
 import json
 import logging
 import sys
@@ -197,7 +198,7 @@ class SubnetProcesses:
         try:
             with urllib.request.urlopen(url, timeout=2) as answer:
                 return json.load(answer)
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):  # killed meanwhile
             return None
 
     def __enter__(self) -> "SubnetProcesses":
@@ -230,9 +231,10 @@ class SubnetProcesses:
 
     def _register(self, names: list[str]) -> None:
         "Register the wallets that are not registered yet."
+        from prompting_nb.network.limited import limited
         from prompting_nb.network.wallets import local_wallet
 
-        client = self.chain.client()
+        client = limited(self.chain.client())
         try:
             known = set(client.subnets.metagraph(self.chain.netuid).hotkeys)
         finally:
@@ -252,6 +254,9 @@ def as_table(
 ) -> Any:  # a table of rich
     "Show what a subnet is doing."
     from rich.table import Table
+    from rich.text import Text
+
+    from prompting_nb.loop.ask import printable
 
     again = sum(restarts.values())
     if status is None:
@@ -259,7 +264,9 @@ def as_table(
     latest = status["latest"] or {"rewards": [0.0], "prompt": "", "uids": []}
     mean = sum(latest["rewards"]) / max(len(latest["rewards"]), 1)
     title = f"block {status['block']}, step {status['step']}, restarts {again}"
-    table = Table(title=title, caption=f"{latest['prompt'][:60]}  reward {mean:.2f}")
+    words = " ".join(printable(latest["prompt"]).split())[:60]
+    caption = Text(f"{words}  reward {mean:.2f}")  # brackets are no markup
+    table = Table(title=title, caption=caption)
     for column in (
         "uid",
         "serves",
@@ -304,6 +311,10 @@ def run_subnet(
         from prompting_nb.loop.validator import open_prompts
 
         open_prompts(run.prompts)  # to find out now whether it can be read
+    if run.reward and not Path(run.reward).expanduser().is_dir():
+        raise InputError(
+            f"{run.reward} is no folder: give a reward model's to --reward"
+        )
     log_to_stderr(logging.WARNING)
     started = time.monotonic()
     try:

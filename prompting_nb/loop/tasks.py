@@ -28,7 +28,7 @@ import numpy as np
 
 from ..config import InputError
 from ..reward.preferences import Ranking, clean, read_rankings
-from ..files import read_lines
+from ..files import read_lines, read_prompts
 
 # %% ../../nbs/loop/01_tasks.ipynb #c041
 @dataclass
@@ -710,12 +710,12 @@ def open_arena(
         steps = 240 if steps is None else steps
         return built_in(encode, steps, seed, train, test, count)
     path = Path(path)
-    prompts = _plain_prompts(path)
-    rankings = read_rankings(path, keep_all=True) if prompts is None else []
-    if not all(text.strip() for text in prompts or [r.prompt for r in rankings]):
-        raise InputError(f"{path} has an empty prompt: every prompt needs some text")
-    if prompts is not None:
+    if not _has_completions(path):
+        prompts = read_prompts(path)
         return ungraded(prompts, encode, path.name, steps, seed, train, count)
+    rankings = read_rankings(path, keep_all=True)
+    if not all(ranking.prompt.strip() for ranking in rankings):
+        raise InputError(f"{path} has an empty prompt: every prompt needs some text")
     if miners:
         raise InputError(
             f"{path.name} holds answers, and each of its models becomes a miner: give "
@@ -724,21 +724,16 @@ def open_arena(
     return recorded(rankings, path.name, steps, seed)
 
 
-def _plain_prompts(path: Path) -> list[str] | None:
-    "Read a file that holds prompts only; `None` when it holds more than that."
-    if path.suffix == ".txt":
-        return [text.strip() for _, text in read_lines(path) if text.strip()]
-    prompts = []
-    for number, line in read_lines(path):
+def _has_completions(path: Path) -> bool:
+    "Whether a file has a row with more than a prompt in it."
+    if path.name.endswith((".txt", ".txt.gz")):
+        return False
+    for _, line in read_lines(path):
         try:
             row = json.loads(line)
-        except ValueError:
-            raise InputError(
-                f"{path}:{number}: this is not JSON; every line must be a JSON object, "
-                "or name the file .txt"
-            ) from None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or set(row) & {"responses", "chosen"}:
-            return None
-        prompts.append(prompt)
-    return prompts
+        except (ValueError, RecursionError):
+            return False  # `read_prompts` says what is wrong
+        prompt = row.get("prompt") if isinstance(row, dict) else row
+        if not isinstance(prompt, str) or {"responses", "chosen"} & set(row):
+            return True
+    return False

@@ -26,7 +26,7 @@ def worker_named(
 ) -> Worker:  # raises `InputError` for another name
     "Make one of the built-in workers, and load the encoder only for the librarian."
     if name == "librarian":
-        from prompting_nb.encoding import Encoder
+        from prompting_nb.encoding.encoder import Encoder
         from prompting_nb.pretrained import MINILM
 
         encode: Any = Encoder(MINILM)
