@@ -614,7 +614,8 @@ def print_tables(
         console.print(f"note: {finding}")
     table = Table(title="miners")
     for key, title in _MINER_TITLES.items():
-        table.add_column(title, justify="left" if key in _TEXTS else "right")
+        text = key in _TEXTS  # a name is read whole, titles may be folded
+        table.add_column(title, justify="left" if text else "right", no_wrap=text)
     for row in summary["miners"]:
         table.add_row(*(_shown(row[key]) for key in _MINER_TITLES))
     console.print(table)
