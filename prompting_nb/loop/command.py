@@ -120,6 +120,8 @@ wallet, chain or model hub is needed."""
 def loop_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb loop`."
 
+    from prompting_nb.validators.cost import PriceSettings
+
     def warm(parser):
         add_argument(
             parser,
@@ -132,6 +134,7 @@ def loop_parser() -> jsonargparse.ArgumentParser:
     return command_parser(
         lambda parser: add_settings(parser, LoopSettings),
         lambda parser: add_settings(parser, JudgeSettings, "judge"),
+        lambda parser: add_settings(parser, PriceSettings, "prices"),
         lambda parser: add_gate(parser, "as many as the network has"),
         warm,
         prog="prompting-nb loop",
@@ -151,11 +154,13 @@ def run_loop(
     from prompting_nb.loop.teach import assess
     from prompting_nb.pretrained import MINILM
     from prompting_nb.encoding import Encoder, check_encoder
+    from prompting_nb.validators.cost import PriceSettings, read_prices
     from prompting_nb.validators.validator import Policy, default_gate
 
     started = time.monotonic()
     run = settings_of(LoopSettings, settings, ignore_unknown=True)
     gating = gate_settings(run.gate, settings.gating)
+    prices = read_prices(settings_of(PriceSettings, settings, "prices"))
     _check_files(run)
     check_encoder(settings.gating.model_name)  # to find out now whether it can be had
     encoder = Encoder(MINILM)  # kept to the end: others share its weights
@@ -164,6 +169,9 @@ def run_loop(
     policy = Policy(run.top_k, run.timeout, run.rule, explore_steps=explore)
     policy.check(len(arena.workers))
     _check_width(gating, uids=len(arena.workers) + 1)
+    if prices and not any(worker.name in prices.prices for worker in arena.workers):
+        names = ", ".join(worker.name for worker in arena.workers[:5])
+        raise InputError(f"--prices.file names none of the miners: {names} ...")
     say(str(arena))
     model = _reward_model(arena, run, say)
     correct = settings_of(JudgeSettings, settings, "judge").correct
@@ -174,7 +182,8 @@ def run_loop(
         metagraph, seed, {"gating": gating}, run.gate
     )
     warm = settings.gating.warm
-    loop = Loop(arena, judge, policy, gate, run.seed, recorder.event, warm)
+    parts = (judge, policy, gate, run.seed, recorder.event, warm, prices)
+    loop = Loop(arena, *parts)
     try:
         if not run.reward:
             model.save_pretrained(folder / "reward")
