@@ -49,7 +49,13 @@ class Journal:
         if self._size() and self._size() + len(line) > self.limit:
             self._rotate()
         file = self._open()
-        _write(file, line)
+        start = file.tell()
+        try:
+            if (written := file.write(line)) != len(line):
+                raise OSError(f"wrote {written} of {len(line)} bytes to {self.path}")
+        except OSError:
+            self._cut(file, start)
+            raise
         self.next_step += 1
 
     def read(
@@ -84,7 +90,8 @@ class Journal:
     def files(self) -> list[Path]:
         "List the files, the oldest first."
         old = [p for p in self.folder.glob("events.*.jsonl") if _number(p) is not None]
-        present = [self.path] if self.path.exists() else []
+        # a device would be read without an end
+        present = [self.path] if self.path.is_file() else []
         return sorted(old, key=lambda path: _number(path) or 0) + present
 
     def close(self) -> None:
@@ -101,8 +108,18 @@ class Journal:
 
     def _open(self):
         if self._file is None:
+            if self.path.is_file():
+                _cut_half_line(self.path)  # that could not be cut off before
             self._file = open(self.path, "ab", buffering=0)
         return self._file
+
+    def _cut(self, file, size: int) -> None:
+        "Cut the file back; it is opened anew, and a device, which has no size, stays."
+        try:
+            if self.path.is_file():
+                file.truncate(size)
+        finally:
+            self.close()
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
@@ -116,7 +133,7 @@ class Journal:
     def _recover(self) -> None:
         "Cut off half a line that a killed process left, and find the next step."
         for path in (self.path, self.folder / _LATE):
-            if path.exists() and (cut := _cut_half_line(path)):
+            if path.is_file() and (cut := _cut_half_line(path)):
                 what = "%s ended within a line, as after a kill: %d bytes were cut off"
                 _log.warning(what, path, cut)
         self.late_rewards = len(self.late())
