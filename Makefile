@@ -51,7 +51,7 @@ bench-miner: $(VENV)/.dev $(LEGACY)/.stock  ## measure the miner beside Starlett
 bench-reward: $(VENV)/.dev $(PEERS)/.trl  ## measure the reward model beside TRL, the reference and a pipeline (JSON=FILE keeps the figures)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/reward.py --trl-python $(PEERS)/bin/python $(if $(JSON),--json $(JSON)) $(ARGS)
 
-bench-gating: $(VENV)/.dev  ## measure how well and how fast gates learn (JSON=FILE keeps the figures; ten minutes)
+bench-gating: $(VENV)/.dev  ## measure how well and how fast gates learn (JSON=FILE keeps the figures; half an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/gating.py $(if $(JSON),--json $(JSON)) $(ARGS)
 
 lab: $(VENV)/.dev  ## open the notebooks in JupyterLab

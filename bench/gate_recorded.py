@@ -153,7 +153,7 @@ def _chosen(make, options, x, scores, inner, seed):
 
 
 # ridge and width
-RIDGES = ((0.1, 0.5), (0.3, 0.5), (1, 0.5), (3, 0.5), (10, 0.5), (30, 0.5), (3, 1.5))
+RIDGES = ((0.1, 0.5), (0.3, 0.5), (1, 0.5), (3, 0.5), (10, 0.5), (30, 0.5), (100, 0.5), (300, 0.5), (3, 1.5))
 
 
 def one_split(seed: int, x: torch.Tensor, scores: torch.Tensor) -> dict:
@@ -167,8 +167,10 @@ def one_split(seed: int, x: torch.Tensor, scores: torch.Tensor) -> dict:
         "LinTS": (lambda option, part: Ridge(x, n, seed, part, "ts", *option), RIDGES),
     }
     methods = {"ours": Ours(x, n, seed), "best fixed": Average(x, n, seed, None)}
+    chosen = {}
     for name, (make, options) in makes.items():
-        methods[name] = make(_chosen(make, options, x, scores, train, seed), train)
+        chosen[name] = _chosen(make, options, x, scores, train, seed)
+        methods[name] = make(chosen[name], train)
     methods["kNN-40"] = Average(x, n, seed, 40)
     found, predicted = {}, {}
     for name, method in methods.items():
@@ -176,7 +178,8 @@ def one_split(seed: int, x: torch.Tensor, scores: torch.Tensor) -> dict:
         predicted[name] = method.predict(held)
         found[name] = _top(predicted[name], scores[held])
     found["oracle"], found["random"] = _top(scores[held], scores[held]), [scores[held].mean().item()] * 2
-    return {"found": found, "predicted": {k: predicted[k] for k in ("ours", "kNN", "best fixed")}, "held": held}
+    return {"found": found, "predicted": {k: predicted[k] for k in ("ours", "kNN", "best fixed")}, "held": held,
+            "chosen": chosen}
 
 
 _PRICES = {"gpt4": 300, "gpt-3.5": 20, "gpt35": 20, "claude-instant": 20, "claude": 150, "davinci": 175, "phi-2": 2.7,

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from prompting_nb.baseminer.running import Runner
+from prompting_nb.config import InputError
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting
@@ -393,3 +394,19 @@ def test_judge_and_gate_of_a_loop_know_hotkeys_by_the_names_of_their_workers():
     assert trace.known.hotkeys == {hotkey[worker.name]: 36 for worker in arena.workers}
     assert loop.validator.gate.known == trace.known.hotkeys
     assert len(trace.favourites(arena.known)) == 8
+
+
+def test_prices_of_a_run_are_read_by_name_and_reported(tmp_path, reward):
+    file, run = tmp_path / "prices.json", ["--quiet", "--reward", str(reward), "--steps", "12", "--out", str(tmp_path / "run")]
+    flags = [*run, "--prices.file", str(file), "--prices.budget", "2"]
+    file.write_text('{"nobody": 1.0}')
+    with pytest.raises(InputError, match="names none of the miners"):
+        run_loop(loop_parser().parse_args(flags), say=lambda text: None)
+    file.write_text('{"lazy": 1.0, "slow": 4.0}')
+    summary = run_loop(loop_parser().parse_args(flags), say=lambda text: None)
+    assert 1 <= summary["paid"] <= 4 and summary["budget"] == 2 and set(summary["aiq"]) == {"gate", "fixed", "oracle"}
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert all(len(event["prices"]) == 3 == len(event["why"]["uids"]) for event in events)
+    assert "What it cost" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(InputError, match="--prices.file"):
+        run_loop(loop_parser().parse_args([*run, "--prices.worth", "2"]), say=lambda text: None)

@@ -1,14 +1,18 @@
 "A validator as a service: killed, without miners, without a chain, on a full disk; and the processes of a subnet."
 
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +22,7 @@ import pytest
 import torch
 
 from prompting_nb.baseminer.subnet import open_client
+from prompting_nb.config import InputError
 from prompting_nb.loop.ask import post_prompt
 from prompting_nb.loop.endpoint import Endpoint, status_of
 from prompting_nb.loop.journal import Journal
@@ -29,6 +34,7 @@ from prompting_nb.network.chain_server import read_token
 from prompting_nb.network.command import find_chain
 from prompting_nb.network.wallets import local_wallet
 from prompting_nb.validators.judge import Judge
+from prompting_nb.validators.pending import later
 from prompting_nb.validators.validator import FirstUids, Policy, Validator, default_gate
 
 ANSWERS = {"brief": "No.", "wordy": "Well, " * 9 + "yes.", "polite": "Yes, please do.", "odd": "Perhaps, or not."}
@@ -397,6 +403,58 @@ def test_the_endpoint_serves_while_the_service_asks(network, tmp_path):
         assert all(len(a["answers"]) == 2 and a["best"] is not None for a in answers)
     asked = [e["prompt"] for e in events(tmp_path)]
     assert {f"question {n}" for n in range(8)} <= set(asked)
+
+
+def post(address, body, path="/prompt"):
+    request = urllib.request.Request(f"http://{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as got:
+        return json.load(got)
+
+
+def test_rewards_that_come_later_survive_a_stop_and_are_learned_in_the_same_order(network, tmp_path):
+    def teach(service, steps):
+        for step in steps:
+            found = service.validator.pending.open[step][1]
+            last = service.reward(step, {uid: 0.1 * uid + 0.01 * step for uid in found})
+        return last
+
+    given = dict(judge=later, steps=6)
+    with service_of(network, tmp_path / "whole", **given) as whole:
+        assert whole.join(SECONDS)
+        assert teach(whole, (4, 0, 3))["waiting"] == sum(whole.validator.pending.waiting().values())
+        with pytest.raises(InputError, match="no answer of step 4 waits"):
+            whole.reward(4, {1: 0.5})
+        with pytest.raises(InputError, match="finite"):
+            whole.reward(5, {uid: math.nan for uid in whole.validator.pending.open[5][1]})
+    first = service_of(network, tmp_path / "parts", **given)
+    with first:
+        assert first.join(SECONDS)
+        teach(first, (4,))
+        teach(first, (0,))
+    shutil.copytree(tmp_path / "parts", tmp_path / "killed")
+    for state in sorted((tmp_path / "killed").glob("state-*"))[1:]:  # as if killed before the last save
+        shutil.rmtree(state)
+    for folder in ("parts", "killed"):
+        with service_of(network, tmp_path / folder, **given) as again:
+            teach(again, (3,))
+        one, other = whole.validator, again.validator
+        assert one.pending.open == other.pending.open and one.averages.values == other.averages.values, folder
+        torch.testing.assert_close(one.gate(PROMPTS[0]), other.gate(PROMPTS[0]))
+    assert [e["step"] for e in Journal(tmp_path / "parts").late()] == [4, 0, 3]
+
+
+def test_rewards_are_posted(network, tmp_path):
+    with service_of(network, tmp_path, judge=later, prompts=None) as service, Endpoint(service) as endpoint:
+        answer = post(endpoint.address, {"prompt": "Is 1 a number?"})
+        rows = answer["answers"]
+        assert answer["best"] is None and {row["because"] for row in rows} == {"new"} and rows[0]["sd"] > 0
+        rewards = {str(row["uid"]): 0.5 for row in rows if row["reward"] is None}
+        body = {"step": answer["step"], "rewards": rewards}
+        assert post(endpoint.address, body, "/reward") == {"learned": len(rewards), "waiting": 0}
+        for wrong, code in ((body, 409), ({"step": 1}, 400), ({"step": 0, "rewards": {"x": 1}}, 400), (body | {"k": 1}, 400)):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                post(endpoint.address, wrong, "/reward")
+            assert error.value.code == code
 
 
 # Real processes

@@ -245,6 +245,7 @@ def _open_saved(folder: Path, client: Any, wallet: Any, judge: Callable) -> Any:
     "Make a validator from the newest state and the events after it."
     from prompting_nb.loop.journal import Journal
     from prompting_nb.loop.state import resume
+    from prompting_nb.validators.cost import Prices
     from prompting_nb.validators.validator import FirstUids, Policy, Validator
     from prompting_nb.validators.validator import default_gate
 
@@ -255,7 +256,10 @@ def _open_saved(folder: Path, client: Any, wallet: Any, judge: Callable) -> Any:
     gate = default_gate(known, config=settings, kind=about["gate"])
     policy = Policy(**about["policy"])
     parts = (wallet, client, judge, gate, policy, about["netuid"])
-    validator = Validator(*parts, allow_private=about["allow_private"])
+    wish = about.get("prices")
+    prices = Prices(**wish) if wish else None
+    private = about["allow_private"]
+    validator = Validator(*parts, allow_private=private, prices=prices)
     resume(validator, folder, Journal(folder))
     return validator
 
@@ -380,7 +384,10 @@ def as_text(
         who = "the miner" if row["uid"] is None else f"uid {row['uid']}"
         parts = [who]
         if "score" in row:
-            parts.append(f"score {row['score']:.2f} (rank {row['rank']})")
+            off = "" if row.get("sd") is None else f" +- {row['sd']:.2f}"
+            parts.append(f"score {row['score']:.2f}{off} (rank {row['rank']})")
+            if row.get("because"):
+                parts.append(row["because"])
             parts.append(f"probability {row['propensity']:.2f}")
             parts.append(f"asked {row['asked_before']} times before")
         if row.get("status") is not None:

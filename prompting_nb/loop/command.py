@@ -164,6 +164,8 @@ miners.yaml --prompts mine.txt --reward runs/loop-1/reward --quick  |  prompting
 def loop_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb loop`."
 
+    from prompting_nb.validators.cost import PriceSettings
+
     def warm(parser):
         add_argument(
             parser,
@@ -176,6 +178,7 @@ def loop_parser() -> jsonargparse.ArgumentParser:
     return command_parser(
         lambda parser: add_settings(parser, LoopSettings),
         lambda parser: add_settings(parser, JudgeSettings, "judge"),
+        lambda parser: add_settings(parser, PriceSettings, "prices"),
         lambda parser: add_gate(parser, "as many as the network has"),
         warm,
         prog="prompting-nb loop",
@@ -196,12 +199,14 @@ def run_loop(
     from prompting_nb.loop.run import Loop
     from prompting_nb.pretrained import MINILM
     from prompting_nb.encoding.encoder import check_encoder, Encoder
+    from prompting_nb.validators.cost import PriceSettings, read_prices
     from prompting_nb.validators.validator import GATES, Policy, default_gate
 
     started = time.monotonic()
     run = settings_of(LoopSettings, settings, ignore_unknown=True)
     judging = settings_of(JudgeSettings, settings, "judge")
     gating = gate_settings(run.gate, settings.gating)
+    prices = read_prices(settings_of(PriceSettings, settings, "prices"))
     _check_files(run)
     miners = _miners(run)
     own = isinstance(miners, list)
@@ -216,6 +221,9 @@ def run_loop(
     policy = replace(policy, explore_steps=explore)
     policy.check(count)
     _check_width(gating, uids=count + 1)
+    if prices and not any(worker.name in prices.prices for worker in arena.workers):
+        names = ", ".join(worker.name for worker in arena.workers[:5])
+        raise InputError(f"--prices.file names none of the miners: {names} ...")
     say(str(arena))
     model, assessment, judge, about = _judge(arena, run, judging, say)
     folder = make_folder(run.out, run.force)
@@ -237,6 +245,7 @@ def run_loop(
         churn=0 if churn == "off" else int(churn),
         seconds=_QUICK["asking"] if run.quick else None,
         on_answers=recorder.answers,
+        prices=prices,
     )
     try:
         if model is not None:

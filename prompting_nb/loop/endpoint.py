@@ -94,6 +94,7 @@ class Endpoint:
     def _app(self) -> web.Application:
         app = web.Application(client_max_size=_LARGEST, middlewares=[_only_loopback])
         app.router.add_post("/prompt", self._prompt)
+        app.router.add_post("/reward", self._reward)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/metrics", self._metrics)
@@ -138,6 +139,27 @@ class Endpoint:
         finally:
             self._places.release()
 
+    async def _reward(self, request: web.Request) -> web.Response:
+        "Take rewards that the judge did not have when the answers came."
+        if request.content_type != "application/json":
+            return _refuse(415, "send application/json")
+        try:
+            body = await request.json()
+            step, rewards = int(body.pop("step")), dict(body.pop("rewards"))
+            given = {int(uid): float(reward) for uid, reward in rewards.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return _refuse(400, 'expected {"step": 12, "rewards": {"3": 0.75}}')
+        if body:
+            return _refuse(400, f"unknown: {', '.join(sorted(map(str, body)))}")
+        try:
+            loop, work = asyncio.get_running_loop(), self.service.reward
+            found = await loop.run_in_executor(self._workers, work, step, given)
+            return web.json_response(found)
+        except InputError as error:
+            return _refuse(409, str(error))
+        except NotReady as error:
+            return _refuse(503, str(error), retry=1)
+
     def _ask(self, prompt: str) -> dict:
         return as_answer(self.service.validator, *self.service.step(prompt))
 
@@ -181,6 +203,8 @@ def as_answer(
             "propensity": round.propensities[i],
             "asked_before": averages.counts[neuron.hotkey] - bool(event),
         }
+        if round.why is not None:
+            row |= {"sd": round.why.rows[i].sd, "because": round.why.rows[i].reason}
         if event is not None:
             row |= {
                 "status": event.statuses[i],
@@ -190,15 +214,18 @@ def as_answer(
             }
         rows.append(row)
     found = {"prompt": round.prompt, "available": len(round.available)}
+    if round.why is not None:
+        found["topics"] = round.why.topics
     if event is None:
         return found | {"answers": rows}
-    worth = [-math.inf if a["completion"] is None else a["reward"] for a in rows]
+    known = lambda row: row["completion"] is not None and row["reward"] is not None
+    worth = [row["reward"] if known(row) else -math.inf for row in rows]
     best = max(range(len(rows)), key=worth.__getitem__)
     best = None if worth[best] == -math.inf else best
     return found | {
         "step": event.step,
         "block": event.block,
-        "best": best,  # place in `answers`; `None` when nobody answered
+        "best": best,  # place in `answers`; `None` when no answer has a reward
         "answers": rows,
     }
 

@@ -11,14 +11,14 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Any, Iterator, Optional
 
 from ..config import InputError
 from ..validators.event import Event
 
 # %% ../../nbs/loop/08_journal.ipynb #c008
 _log = logging.getLogger(__name__)
-_NAME = "events.jsonl"
+_NAME, _LATE = "events.jsonl", "rewards.jsonl"
 
 
 class Journal:
@@ -33,6 +33,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / _NAME
         self.next_step = 0  # of the next event
+        self.late_rewards = 0  # lines of `rewards.jsonl`
         self._file = None
         self._recover()
 
@@ -65,6 +66,26 @@ class Journal:
         for path in self.files():
             # A whole file of earlier steps is skipped after a look at the next one.
             yield from (e for e in _entries(path) if e["step"] >= start)
+
+    def append_late(
+        self,
+        step: int,  # of the event
+        after: int,  # steps that had been taken when the rewards came
+        rewards: dict[int, float],  # by uid
+    ) -> None:  # raises OSError when it cannot be written; the file is unchanged then
+        "Write rewards that came after their event."
+        line = {"step": step, "after": after, "rewards": rewards}
+        with open(self.folder / _LATE, "ab", buffering=0) as file:
+            _write(file, f"{json.dumps(line, allow_nan=False)}\n".encode())
+        self.late_rewards += 1
+
+    def late(
+        self,
+        start: int = 0,  # lines to leave out
+    ) -> list[dict]:  # raises `InputError` that names a line it cannot read
+        "Read the rewards that came after their event, in the order in which they came."
+        path = self.folder / _LATE
+        return list(_entries(path))[start:] if path.exists() else []
 
     def files(self) -> list[Path]:
         "List the files, the oldest first."
@@ -111,11 +132,11 @@ class Journal:
 
     def _recover(self) -> None:
         "Cut off half a line that a killed process left, and find the next step."
-        if self.path.is_file():
-            cut = _cut_half_line(self.path)
-            if cut:
+        for path in (self.path, self.folder / _LATE):
+            if path.is_file() and (cut := _cut_half_line(path)):
                 what = "%s ended within a line, as after a kill: %d bytes were cut off"
-                _log.warning(what, self.path, cut)
+                _log.warning(what, path, cut)
+        self.late_rewards = len(self.late())
         for path in reversed(self.files()):
             if (last := _last_line(path)) is not None:
                 entry = _parse(last, path, "last line")
@@ -127,6 +148,18 @@ def _number(path: Path) -> Optional[int]:
     "Return the number of a rotated file; `None` for others."
     found = re.fullmatch(r"events\.(\d+)\.jsonl", path.name)
     return int(found[1]) if found else None
+
+
+def _write(file: Any, line: bytes) -> None:
+    "Write a whole line to the end of a file, or nothing."
+    start = file.tell()
+    try:
+        if (written := file.write(line)) != len(line):
+            raise OSError(f"wrote {written} of {len(line)} bytes to {file.name}")
+    except OSError:
+        file.truncate(start)
+        file.seek(start)
+        raise
 
 
 def _parse(line: bytes, path: Path, where: str) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['styled', 'new_axes', 'plot_loop', 'moving_mean', 'plot_routing', 'request_shares', 'plot_shares', 'plot_calibration',
            'plot_length_bias', 'plot_rejection', 'plot_loss_surface', 'plot_training', 'plot_regret', 'plot_queue',
-           'plot_estimates']
+           'plot_estimates', 'plot_costs']
 
 # %% ../../nbs/loop/04_plots.ipynb #c002
 import functools
@@ -412,4 +412,26 @@ def plot_estimates(
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     ax.set_yticks(places, list(estimates))
     ax.set(xlabel=what, ylim=(len(estimates) - 0.5, -0.5), title="Estimates")
+    return ax
+
+# %% ../../nbs/loop/04_plots.ipynb #c043
+@styled
+def plot_costs(
+    curves: Mapping[str, Sequence[tuple[float, float]]],  # label -> (cost, grade)
+    paid: tuple[float, float],  # (cost, grade) of the run
+    ax: Optional[Axes] = None,  # to draw on
+) -> Axes:
+    "Plot grades against what they cost."
+    ax = new_axes(ax)
+    looks = (("o", "-"), ("s", "--"), ("^", ":"))
+    for (label, points), (marker, line) in zip(curves.items(), looks):
+        x, y = zip(*sorted(points))
+        ax.plot(x, y, line, marker=marker, ms=3, lw=1.2, label=label)
+    ax.plot(*paid, "*", ms=13, color="#c8102e", label="this run")
+    ax.set(
+        xlabel="price of an answer (mean)",
+        ylabel="grade (mean)",
+        title="What grades cost",
+    )
+    ax.legend(loc="lower right")
     return ax

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recorder', 'check_folder', 'make_folder', 'summarise', 'render', 'verdict', 'unanswered', 'payment', 'knowledge',
-           'print_tables']
+           'cost', 'print_tables']
 
 # %% ../../nbs/loop/03_report.ipynb #c002
 import base64
@@ -16,9 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
+
 from ..config import InputError
 from ..files import write_file
-from .run import Answer, Loop
+from .run import Answer, Bought, Loop
 from .teach import Assessment
 from ..reward.tokens import cuts_text
 from ..validators.event import Event
@@ -168,6 +170,9 @@ def summarise(
             "weights_error": trace.complaint,
             "validator_dividends": round(trace.dividends.get(0, 0.0), 4),
             "miners": _miners(loop),
+            "reasons": _reasons(loop),
+            **_late(loop),
+            **_bought(loop),
         }
     if trace.events and loop.shows_answers:
         result |= {"prompts": len(loop.arena.prompts), "failures": _failures(loop)}
@@ -278,6 +283,55 @@ def _miners(loop: Loop) -> list[dict]:
         )
     return rows
 
+
+_WHY = ("good", "new", "uncertain", "cheap", "by chance")
+
+
+def _reasons(loop: Loop) -> list[dict]:
+    "Tell what the gate expected of each miner, how sure it was, and why it asked it."
+    trace, found = loop.trace, {}
+    first = len(trace.events) - trace.last()
+    for step, event in enumerate(trace.events):
+        for row in event.why.rows if event.why else []:
+            found.setdefault(row.hotkey, []).append((row, step >= first))
+    table = []
+    for holder in sorted(trace.holders, key=lambda holder: holder.uid):
+        rows = found.get(holder.hotkey, [])
+        late = [row for row, is_late in rows if is_late]
+        mean = lambda values: round(float(np.mean(values)), 4) if values else None
+        line: dict[str, Any] = {"name": holder.name}
+        line["expected"] = mean([row.mean for row in late])
+        line["sd"] = mean([row.sd for row in late if row.sd is not None])
+        why = Counter(row.reason for row, _ in rows)
+        table.append(line | {reason: why[reason] for reason in _WHY})
+    return table
+
+
+def _late(loop: Loop) -> dict:
+    "Tell what became of rewards that were not there at once."
+    pending = loop.validator.pending if loop.validator else None
+    waiting = sum(pending.waiting().values()) if pending else 0
+    counts = {name: n for name, n in pending.counts.items() if n} if pending else {}
+    return {"late_rewards": {**counts, "waiting": waiting}} if counts or waiting else {}
+
+
+def _bought(loop: Loop) -> dict:
+    "Tell what was paid, and what grades cost."
+    if loop.prices is None:
+        return {}
+    found, prices = loop.trace.bought(loop.prices), loop.prices
+    named = {holder.name for holder in loop.trace.holders}
+    curve = [[round(value, 4) for value in point] for point in found.curves["gate"]]
+    return {
+        "paid": round(found.paid, 4),
+        "budget": prices.budget,
+        "worth": prices.worth,
+        "price_weight": round(prices.weight, 6),
+        "without_price": sorted(named - set(prices.prices)),
+        "aiq": {name: round(area, 4) for name, area in found.aiq.items()},
+        "cost_curve": curve,
+    }
+
 # %% ../../nbs/loop/03_report.ipynb #c020
 def render(
     loop: Loop,
@@ -313,7 +367,16 @@ def render(
             *(f"<p>{html.escape(text)}.</p>" for text in unanswered(summary)),
             *(_who_answered(loop) if loop.shows_answers else ()),
             f"<p>{html.escape(payment(summary))}</p>",
+            "<h2>Why they were asked</h2>",
+            f"<p>{html.escape(_REASONS)}</p>",
+            _table(summary["reasons"], _REASON_TITLES),
         ]
+        if loop.prices is not None:
+            parts += ["<h2>What it cost</h2>", f"<p>{html.escape(cost(summary))}</p>"]
+            parts.append(_cost_picture(loop.trace.bought(loop.prices)))
+        if late := summary.get("late_rewards"):
+            told = ", ".join(f"{name} {count}" for name, count in late.items())
+            parts.append(f"<p>Rewards that came later: {html.escape(told)}.</p>")
     if summary.get("overdue"):
         parts.append(
             f"<p>{summary['overdue']} answers came too late because this machine was "
@@ -401,6 +464,28 @@ def knowledge(
         f"{text} The judge corrects the rewards of {len(values)} miners, by "
         f"{min(values):+.3f} to {max(values):+.3f}, which "
         f"{sum(row['answers'] for row in offsets)} graded answers taught it."
+    )
+
+
+def cost(
+    summary: dict,  # as `summarise` makes it, of a run with prices
+) -> str:
+    "Say what the answers cost, and how well the money was spent."
+    budget, worth = summary["budget"], summary["worth"]
+    wish = f"the budget was {budget:g}" if budget else f"a grade is worth {worth:g}"
+    aiq, missing = summary["aiq"], summary["without_price"]
+    text = (
+        f"An answer cost {summary['paid']:.3g} on average over the last third; {wish}. "
+        f"AIQ, the grade that money buys averaged over the range of prices, is "
+        f"{aiq['gate']:.3f} for this gate's scores, {aiq['fixed']:.3f} for fixed "
+        f"choices in hindsight, and {aiq['oracle']:.3f} for the best at each prompt."
+    )
+    if not missing:
+        return text
+    few = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+    return (
+        f"{text} {len(missing)} miners have no price and cost as much as the dearest "
+        f"one: {few}."
     )
 
 
@@ -510,6 +595,16 @@ def _pictures(loop: Loop, assessment: Optional[Assessment]) -> list[str]:
         parts.append(_picture(ax, caption))
     return parts
 
+
+def _cost_picture(found: Bought) -> str:
+    "Draw what grades cost."
+    from prompting_nb.loop.plots import plot_costs
+
+    names = {"gate": "the gate", "fixed": "fixed choices", "oracle": "the best"}
+    curves = {names[name]: points for name, points in found.curves.items()}
+    caption = "Mean grade and price of the answers, as price weighs more and more."
+    return _picture(plot_costs(curves, (found.paid, found.grade)), caption)
+
 # %% ../../nbs/loop/03_report.ipynb #c018
 _CSS = """
 :root { color-scheme: light dark; --line: #8885; }
@@ -538,6 +633,17 @@ _OFFSET_TITLES = {
     "high": "to",
     "answers": "graded answers",
 }
+_REASON_TITLES = {
+    "name": "miner",
+    "expected": "expected reward",
+    "sd": "standard deviation",
+} | {reason: reason for reason in _WHY}
+_REASONS = (
+    "What the gate expected of each miner when it asked it in the last third, with the "
+    "standard deviation of its posterior, and how often it was asked for which reason: "
+    "because it was among the best, because nothing was known of it, because it might "
+    "have been better than expected, because it was cheap, or by chance."
+)
 _ANSWER_TITLES = {
     "prompt": "prompt",
     "name": "miner",
@@ -630,3 +736,5 @@ def print_tables(
         table.add_row(text, f"{grade:.3f}", style=style)
     console.print(table)
     console.print(verdict(summary))
+    if "paid" in summary:
+        console.print(cost(summary))

@@ -30,6 +30,7 @@ from prompting_nb.config import (
 from .journal import Journal
 from .state import Saved, resume, save_state
 from ..validators.event import Event
+from ..validators.pending import finite
 from ..validators.validator import Round, Validator
 from ..show import arguments_in_help
 
@@ -177,6 +178,33 @@ class Service:
         with self._lock:
             return self._route(prompt)
 
+    def reward(
+        self,
+        step: int,  # of the event
+        rewards: dict[int, float],  # by uid that was asked
+    ) -> dict[str, int]:  # answers "learned" from, and those still "waiting"
+        """Learn from rewards that the judge did not have; several threads may.
+
+        Raises `InputError` for rewards that are not finite or for which nobody waits,
+        `NotReady` while the disk is full.
+        """
+        with self._lock:
+            _, held = self.validator.pending.open.get(step, ("", {}))
+            try:
+                given = {u: r for u, r in finite(rewards).items() if u in held}
+            except ValueError as error:
+                raise InputError(str(error)) from None
+            if not given:
+                raise InputError(f"no answer of step {step} waits for these rewards")
+            try:
+                self._flush()
+                self.journal.append_late(step, self.validator.steps, given)
+            except OSError as error:
+                raise NotReady(f"the rewards could not be written: {error}") from None
+            learned = self.validator.reward(step, given)
+            waiting = sum(self.validator.pending.waiting().values())
+            return {"learned": learned, "waiting": waiting}
+
     def problems(self) -> list[str]:  # empty: ready
         "Say why the service cannot do its work now."
         found = [self.chain.problem()]
@@ -301,6 +329,7 @@ class Service:
         "Save the state, unless there are events that are not on disk."
         if not self._unwritten:
             about = {"prompts_taken": self.prompts.taken - self._pending}
+            about["late_rewards"] = self.journal.late_rewards
             save_state(self.validator, self.folder, **self.about, **about)
 
     def _try_to_save(self) -> None:
@@ -482,4 +511,5 @@ class ServiceMetrics:
         self.block.set(event.block)
         for status, reward in zip(event.statuses, event.rewards):
             self.answers.labels(str(status)).inc()
-            self.reward.observe(reward or 0.0)
+            if reward is not None:  # it may come later
+                self.reward.observe(reward)

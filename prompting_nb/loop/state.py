@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,8 @@ def save_state(
             "hotkeys": list(validator.metagraph.hotkeys),
             "averages": averages.values,
             "counts": dict(averages.counts),
+            "pending": validator.pending.state(),
+            "price_weight": validator.prices.weight if validator.prices else None,
             "about": about,
         }
         with open(draft / "validator.json", "w", encoding="utf-8") as file:
@@ -114,15 +117,23 @@ def resume(
     validator.averages.values = dict(saved["averages"])
     validator.averages.counts.clear()
     validator.averages.counts.update(saved["counts"])
+    if "pending" in saved:  # versions before this one had no late rewards
+        validator.pending.restore(saved["pending"])
+    prices = validator.prices
+    if prices and prices.budget and saved.get("price_weight") is not None:
+        prices.weight = saved["price_weight"]  # that the budget was met with
     judge_again(validator.judge, path / "judge.json")
     found = Saved(path, saved["step"], saved["about"])
+    late = deque(journal.late(start=saved["about"].get("late_rewards", 0)))
     for entry in journal.read(start=saved["step"]):
+        _learn_late(validator, late)
         given = (entry["prompt"], entry["uids"], entry["hotkeys"], entry["rewards"])
         validator.observe(*given)
         if (counts := entry.get("watched")) and isinstance(validator.judge, Judge):
             watch = validator.judge.watch
             watch.seen, watch.below, watch.above = counts
         found.replayed += 1
+    _learn_late(validator, late)
     if journal.next_step < validator.steps:
         text = "%s has no events of steps %d to %d: they were removed"
         _log.warning(text, folder, journal.next_step, validator.steps - 1)
@@ -142,6 +153,14 @@ def read_about(
     if not states:
         raise InputError(f"{folder} holds no state of a validator")
     return _read(states[-1])
+
+
+def _learn_late(validator: Validator, late: deque) -> None:
+    "Learn from the rewards that had come before the next step."
+    while late and late[0]["after"] <= validator.steps:
+        entry = late.popleft()
+        given = {int(uid): reward for uid, reward in entry["rewards"].items()}
+        validator.reward(entry["step"], given)
 
 
 def saved_width(

@@ -262,7 +262,8 @@ def as_table(
     if status is None:
         return Table(title=f"the validator does not answer yet; restarts {again}")
     latest = status["latest"] or {"rewards": [0.0], "prompt": "", "uids": []}
-    mean = sum(latest["rewards"]) / max(len(latest["rewards"]), 1)
+    rewards = [reward for reward in latest["rewards"] if reward is not None]
+    mean = sum(rewards) / max(len(rewards), 1)
     title = f"block {status['block']}, step {status['step']}, restarts {again}"
     words = " ".join(printable(latest["prompt"]).split())[:60]
     caption = Text(f"{words}  reward {mean:.2f}")  # brackets are no markup

@@ -48,7 +48,8 @@ class ValidatorSettings:
             a prompt each), - for standard input, or tasks for the built-in ones.
             Without it only prompts that come over HTTP are asked.
         reward: Folder of a trained reward model. Without it: the one in DIR/reward,
-            which is taught on the built-in tasks at the first start.
+            which is taught on the built-in tasks at the first start. With later there
+            is none: rewards come by POST /reward.
         top_k: Miners asked for each prompt.
         timeout: Seconds that the miners have to answer.
         gate: Gating model that chooses the miners.
@@ -108,9 +109,11 @@ some-program | prompting-nb validator --prompts - --config validator.yaml"""
 def validator_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb validator`."
     from prompting_nb.loop.command import add_gate
+    from prompting_nb.validators.cost import PriceSettings
 
     return command_parser(
         lambda parser: add_settings(parser, ValidatorSettings),
+        lambda parser: add_settings(parser, PriceSettings, "prices"),
         lambda parser: add_settings(parser, PlaceSettings),
         lambda parser: add_gate(parser, "256, or those of the subnet"),
         prog="prompting-nb validator",
@@ -131,6 +134,7 @@ def make_service(
     from prompting_nb.baseminer.subnet import open_client, open_wallet
     from prompting_nb.loop.command import gate_settings
     from prompting_nb.loop.service import Service
+    from prompting_nb.validators.cost import PriceSettings, read_prices
     from prompting_nb.loop.state import saved_width
     from prompting_nb.validators.validator import (
         GATES,
@@ -140,6 +144,7 @@ def make_service(
         default_gate,
     )
 
+    prices = read_prices(settings_of(PriceSettings, settings, "prices"))
     run = settings_of(ValidatorSettings, settings, ignore_unknown=True)
     place = settings_of(PlaceSettings, settings, ignore_unknown=True)
     network, folder = place.subtensor.network, Path(run.dir).expanduser()
@@ -172,7 +177,8 @@ def make_service(
     gating.setdefault("num_uids", max(_WIDTH, len(metagraph.hotkeys)))
     gate = default_gate(metagraph, run.seed, {"gating": gating}, run.gate)
     parts = (wallet, client, judge, gate, policy, place.netuid, run.seed)
-    validator = Validator(*parts, allow_private=run.allow_private or local)
+    private = run.allow_private or local
+    validator = Validator(*parts, allow_private=private, prices=prices)
     about = {
         "network": network,
         "netuid": place.netuid,
@@ -181,6 +187,7 @@ def make_service(
         "gating": gating,
         "policy": {"k": run.top_k, "timeout": run.timeout, "rule": rule},
         "reward": run.reward,
+        "prices": prices and prices.wish(),
         "allow_private": run.allow_private or local,
     }
     work = (folder, prompts, place.validator, run.seed, about)
@@ -214,7 +221,10 @@ def open_judge(
     seed: int = 0,  # of the rankings
     say: Callable[[str], None] = print,  # told what happens
 ) -> Any:  # a `Judge`; raises `InputError` for a folder that holds no reward model
-    "Open the judge of a validator; teach a reward model where there is none."
+    """Open the judge of a validator; teach a reward model where there is none.
+
+    For "later" it is one that leaves the rewards to `POST /reward`.
+    """
     from prompting_nb.encoding.encoder import Encoder
     from prompting_nb.loop.tasks import built_in
     from prompting_nb.loop.teach import assess, teach
@@ -222,7 +232,10 @@ def open_judge(
     from prompting_nb.reward.checkpoints import score_digest
     from prompting_nb.reward.model import RewardModel
     from prompting_nb.validators.judge import Judge
+    from prompting_nb.validators.pending import later
 
+    if reward == "later":
+        return later
     place = Path(reward).expanduser() if reward else folder / "reward"
     if reward and not place.is_dir():
         raise InputError(f"{reward} is no folder: give a reward model's to --reward")

@@ -45,6 +45,11 @@ class Prices:
         self.most = max(self.prices.values())
         self.weight = 1 / self.worth if self.worth else 0.0
 
+    def wish(self) -> dict[str, Any]:
+        "Return plain values to make the same prices of, without the present weight."
+        names = ("prices", "worth", "budget", "rate")
+        return {name: getattr(self, name) for name in names}
+
     def of(
         self,
         hotkeys: Sequence[str],
