@@ -162,7 +162,7 @@ def test_half_characters_are_written_and_read(tmp_path):
                   completions=["half a character: \ud800"], loss=0.1, seconds=[0.1], block=1)
     with Journal(tmp_path) as journal:
         journal.append(event)
-        journal.append(replace(event, step=1, prompt="größer"))
+        journal.append(replace(event, step=1, prompt="größer", completions=["b"]))
     assert [e["prompt"] for e in events(tmp_path)] == ["\ud83d?", "größer"] and "größer" in (tmp_path / "events.jsonl").read_text()
 
 
