@@ -13,6 +13,7 @@ from typing import Optional
 
 from ..show import Bar, html_table
 from . import replay
+from .explain import Explanation
 
 # %% ../../nbs/validators/06_event.ipynb #c021
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +34,21 @@ class Event(replay.Event):
     sd: Optional[list[float]] = None  # standard deviations of the scores, if known
     # raw scores of the judge so far: all, and those below and above its fitted range
     watched: Optional[list[int]] = field(default=None, repr=False)
+    prices: Optional[list[float]] = None  # of the answers, where they cost something
+    why: Optional[Explanation] = None  # these uids
     grades: Optional[list[float]] = None  # true grades, if known; the gate sees none
 
     def to_json(self) -> str:
         "Return the event as a line of JSON."
-        values = dataclasses.asdict(self)
-        line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.why is not None:
+            content["why"] = self.why.to_dict()
+            del content["why"]["prompt"]  # it is the event's
+        line = json.dumps(content, ensure_ascii=False, allow_nan=False)
         try:
             line.encode()
         except UnicodeEncodeError:  # half a character, which JSON can carry
-            line = json.dumps(values, allow_nan=False)
+            line = json.dumps(content, allow_nan=False)
         return line
 
     def _repr_html_(self) -> str:

@@ -8,8 +8,9 @@ __all__ = ['Rule', 'GATES', 'GATE', 'Validator', 'Round', 'Policy', 'default_gat
 # %% ../../nbs/validators/07_validator.ipynb #v003
 import logging
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Literal, Optional, Sequence
+from typing import Any, Callable, Literal, Mapping, Optional, Sequence
 
 import torch
 
@@ -25,12 +26,16 @@ from prompting_nb.config import (
 )
 from ..network.chain import is_embedded
 from ..network.dendrite import Dendrite
+from ..network.limited import limited
 from ..pretrained import MINILM
 from ..protocol import Prompting
 from .bayes import BayesianGatingModel
 from .copies import Copies
+from .cost import Prices
 from .event import Event
+from .explain import Explanation, explain_choice
 from .judge import reward_with, watched_by
+from .pending import Pending, finite
 from prompting_nb.validators.gating import (
     BaseGatingModel,
     GatingModel,
@@ -65,15 +70,20 @@ class Validator:
         netuid: int = 1,  # of the subnet
         seed: int = 0,  # of the choices, and of the default gate's weights
         allow_private: bool | None = None,  # as of `Dendrite`; None: on `EmbeddedChain`
+        prices: Optional[Prices] = None,  # of the answers; `None`: they cost nothing
     ):
-        self.wallet, self.client, self.judge = wallet, client, judge
-        self.netuid, self.left_out = netuid, 0  # uids without a row in the gate
-        found = client.subnets.metagraph(netuid)
+        self.wallet, self.judge, self.netuid = wallet, judge, netuid
+        self.left_out = 0  # uids without a row in the gate
+        self.client = limited(client)
+        found = self.client.subnets.metagraph(netuid)
         self.gate: Any = gate or default_gate(found, seed)
         self.metagraph: Any = self._covered(found)
         self.policy = policy or Policy()
+        self.policy.rule_of(hasattr(self.gate, "posterior"))  # to refuse it now
         self.averages = MovingAverage(self.policy.alpha)
         self.copies = Copies()  # watched where the policy asks for distinct answers
+        self.prices = prices
+        self.pending = Pending(self.gate)  # steps whose rewards have not come yet
         if allow_private is None:
             allow_private = is_embedded(client)
         self.dendrite = Dendrite(wallet, allow_private=allow_private)
@@ -99,16 +109,55 @@ class Validator:
         # (network_size,), with gradient; a posterior has standard deviations as well
         scores, sd = posterior(prompt) if posterior else (self.gate(prompt), None)
         uids, propensities = self.choose(scores, sd, k)
+        neurons = [self.metagraph.neurons[uid] for uid in uids.tolist()]
+        known = scores.detach().cpu()
+        why = self._reasons(uids.tolist(), known, sd, propensities.tolist())
+        given = (known, sd, propensities.tolist())
+        prices = self.prices and self.prices.of([n.hotkey for n in neurons])
         return Round(
             prompt=prompt,
             step=self.steps,
             scores=scores,
             uids=uids.tolist(),
-            neurons=[self.metagraph.neurons[uid] for uid in uids.tolist()],
+            neurons=neurons,
             propensities=_five_digits(propensities),
             sd=None if sd is None else _five_digits(sd.cpu()[uids]),
             available=self.serving(),
+            prices=prices,
+            why=explain_choice(self.gate, prompt, why, *given),
         )
+
+    def batch(
+        self,
+        prompts: Sequence[str],
+    ) -> list[Event]:  # raises `InputError` when fewer than `policy.k` miners serve
+        "Choose for all prompts, ask them at once, and learn from all of them."
+        encoder = getattr(self.gate, "encoder", None)
+        if encoder is not None and len(prompts) > 1:
+            encoder(list(prompts))  # at once is faster; the results are cached
+        rounds = [self.route(prompt) for prompt in prompts]
+        with ThreadPoolExecutor(min(len(rounds), 16) or 1) as pool:
+            list(pool.map(self.ask, rounds))
+        return [self.learn(round) for round in rounds]
+
+    def reward(
+        self,
+        step: int,  # of the event
+        rewards: Mapping[
+            int, Optional[float]
+        ],  # by uid that was asked; `None`: not yet
+    ) -> int:  # answers learned from; raises ValueError for rewards that are not finite
+        """Learn from rewards that the judge did not have when the answers came.
+
+        They come in any order, in parts, or never; `pending.counts` says what became of
+        them.
+        """
+        given = finite(rewards)
+        _, held = self.pending.open.get(step, ("", {}))
+        for uid, reward in given.items():
+            if uid in held:
+                self.averages.update(held[uid], min(max(reward, 0.0), 1.0))
+        return self.pending.reward(step, given)
 
     def ask(
         self,
@@ -119,7 +168,9 @@ class Validator:
         round.answers = self.dendrite.query(round.neurons, request, timeout)
         hotkeys = [neuron.hotkey for neuron in round.neurons]
         rewards = reward_with(self.judge, round.prompt, round.completions, hotkeys)
-        round.rewards = _five_digits(rewards)
+        round.rewards = [
+            None if reward is None else _five_digits([reward])[0] for reward in rewards
+        ]
         if offset := getattr(self.judge, "offset", None):
             offsets = map(offset, hotkeys)
             given = zip(round.completions, offsets)
@@ -149,6 +200,8 @@ class Validator:
             propensities=round.propensities,
             rewards=round.rewards,
             offsets=round.offsets,
+            prices=round.prices,
+            why=round.why,
             scores=_five_digits(round.scores.detach()[: len(self.metagraph)]),
             available=round.available,
             sd=round.sd,
@@ -163,7 +216,7 @@ class Validator:
         prompt: str,
         uids: list[int],  # that were asked
         hotkeys: list[str],  # that held these uids then
-        rewards: Sequence[float],  # of their answers
+        rewards: Sequence[Optional[float]],  # of their answers; `None`: not yet
         scores: Optional[torch.Tensor] = None,  # the gate's; `None` computes them
     ) -> float:  # the gate's loss; raises ValueError for rewards that are not finite
         """Learn from a step that was taken, perhaps by another process.
@@ -171,16 +224,22 @@ class Validator:
         The gate learns nothing about a uid that has changed hands since.
         """
         held = dict(enumerate(self.metagraph.hotkeys))
-        kept = [i for i, uid in enumerate(uids) if held.get(uid) == hotkeys[i]]
+        there = [i for i, reward in enumerate(rewards) if reward is not None]
+        kept = [i for i in there if held.get(uids[i]) == hotkeys[i]]
         loss = torch.zeros(())
         if kept:
             known = self.gate(prompt) if scores is None else scores
             at = torch.tensor([uids[i] for i in kept], device=known.device)
             earned = torch.tensor([rewards[i] for i in kept], dtype=torch.float32)
             loss = self.gate.backward(known[at], earned)
-        for hotkey, reward in zip(hotkeys, rewards):
+        for i in there:
             # corrected rewards may leave [0, 1]; shares of weight must not be negative
-            self.averages.update(hotkey, min(max(reward, 0.0), 1.0))
+            self.averages.update(hotkeys[i], min(max(rewards[i] or 0.0, 0.0), 1.0))
+        if late := [i for i, reward in enumerate(rewards) if reward is None]:
+            who = [uids[i] for i in late], self.steps, [hotkeys[i] for i in late]
+            self.pending.add(prompt, *who)
+        if self.prices:
+            self.prices.paid(hotkeys)
         self.steps += 1
         return float(loss)
 
@@ -189,6 +248,19 @@ class Validator:
         own = self.wallet.hotkey.ss58_address
         return [n.uid for n in self.metagraph if n.axon and n.hotkey != own]
 
+    def newcomers(
+        self,
+        serving: Optional[list[int]] = None,  # uids that can be asked, if known
+    ) -> list[int]:
+        "Return the serving uids whose hotkeys were asked fewer than `welcome` times."
+        hotkeys, asked = self.metagraph.hotkeys, self.averages.counts
+        if len(self.pending):
+            asked = asked + self.pending.waiting()
+        known = getattr(self.gate, "known", {})  # before the first question
+        new = lambda key: asked[key] < self.policy.welcome and not known.get(key)
+        serving = self.serving() if serving is None else serving
+        return [uid for uid in serving if new(hotkeys[uid])]
+
     def choose(
         self,
         scores: torch.Tensor,  # (network_size,), the gate's
@@ -196,14 +268,10 @@ class Validator:
         k: Optional[int] = None,  # uids to ask; `None`: as many as the policy says
     ) -> Selection:  # uids and propensities (k,); raises `InputError` for too few uids
         "Choose the uids to ask."
-        asked, hotkeys = self.averages.counts, self.metagraph.hotkeys
-        known = getattr(self.gate, "known", {})  # before the first question
-        serving, least = self.serving(), self.policy.welcome
-        new = [
-            u
-            for u in serving
-            if asked[hotkeys[u]] < least and not known.get(hotkeys[u])
-        ]
+        hotkeys, serving = self.metagraph.hotkeys, self.serving()
+        new = self.newcomers(serving)
+        if self.prices:
+            scores = self.prices.adjust(scores, dict(enumerate(hotkeys)))
         policy = replace(self.policy, k=k) if k else self.policy
         rest = (new, self.steps, self.generator)
         if not policy.distinct:
@@ -215,6 +283,32 @@ class Validator:
         share = dict(zip(alone.uids, alone.shares))
         shares = torch.tensor([share[uid] for uid in found.uids.tolist()])
         return Selection(found.uids, found.propensities * shares)
+
+    def _reasons(
+        self,
+        uids: list[int],
+        scores: torch.Tensor,
+        sd: Optional[torch.Tensor],
+        chances: list[float],
+    ) -> dict[int, str]:
+        "Say of each uid why it is asked."
+        serving = self.serving()
+        new = set(self.newcomers(serving))
+        keys = dict(enumerate(self.metagraph.hotkeys))
+        adjusted = self.prices.adjust(scores, keys) if self.prices else scores
+        best = lambda s: {serving[i] for i in s[serving].topk(len(uids)).indices}
+        good, worth = best(scores), best(adjusted)
+        by_chance = 2 * self.policy.floor * len(uids) / max(len(serving), 1)
+        unsure = sd is not None and self.policy.rule in ("thompson", "ucb")
+
+        def reason(uid: int, chance: float) -> str:
+            if uid in new:
+                return "new"
+            if uid in worth:
+                return "good" if uid in good else "cheap"
+            return "uncertain" if unsure and chance > by_chance else "by chance"
+
+        return {uid: reason(uid, chance) for uid, chance in zip(uids, chances)}
 
     def sync(
         self,
@@ -285,8 +379,10 @@ class Round:
     available: list[int]  # uids that could have been asked
     sd: Optional[list[float]] = None  # of the scores of those asked, if known
     answers: list[Prompting] = field(default_factory=list)  # one for each uid
-    rewards: list = field(default_factory=list)  # five significant digits
+    rewards: list = field(default_factory=list)  # five digits; `None`: not yet
     offsets: Optional[list] = None  # that the judge added to them
+    prices: Optional[list[float]] = None  # of the answers
+    why: Optional[Explanation] = None  # these uids
 
     @property
     def completions(self) -> list[Optional[str]]:  # `None` where a miner failed
@@ -308,7 +404,8 @@ class Policy:
 
     k: PositiveInt = 3  # uids asked at once
     timeout: PositiveFloat = 1.0  # seconds that they have to answer
-    rule: Rule = "thompson"  # thompson and ucb need a posterior, or are epsilon
+    # `None`: thompson for a gate with a posterior, epsilon for others
+    rule: Optional[Rule] = None
     explore: ClosedUnitInterval = (
         1.0  # epsilon: probability of a random choice at first
     )
@@ -335,6 +432,20 @@ class Policy:
                 "ask fewer"
             )
 
+    def rule_of(
+        self,
+        posterior: bool,  # whether the gate knows how sure it is
+    ) -> str:  # raises `InputError` for a rule that needs a posterior where none is
+        "Return the rule, or the one that suits a gate."
+        if posterior:
+            return self.rule or "thompson"
+        if self.rule in ("thompson", "ucb"):
+            raise InputError(
+                f"--rule {self.rule} needs a gate with a posterior: take --gate bayes, "
+                "or --rule epsilon or gumbel"
+            )
+        return self.rule or "epsilon"
+
     def choose(
         self,
         scores: torch.Tensor,  # (network_size,), the gate's
@@ -351,16 +462,17 @@ class Policy:
             "generator": generator,
             "epsilon": self.floor,
         }
-        if self.rule == "gumbel":
+        chosen = self.rule_of(posterior=sd is not None)
+        if chosen == "gumbel":
             return gumbel_top_k(scores, self.k, temperature=self.temperature, **rest)
-        if self.rule == "epsilon" or sd is None:
+        if chosen == "epsilon" or sd is None:
             span = dict(start=self.explore, end=self.explore_end)
             steps = max(self.explore_steps, 1)
             rest["epsilon"] = annealed(step, **span, steps=steps)
             return select(scores, self.k, **rest)
         answers = step * self.k / max(len(available), 1)
         width = narrowing(answers, start=self.width, least=self.least)
-        rule = {"thompson": thompson, "ucb": ucb}[self.rule]
+        rule = {"thompson": thompson, "ucb": ucb}[chosen]
         return rule(scores, sd, self.k, width=width, **rest)
 
 # %% ../../nbs/validators/07_validator.ipynb #c034
