@@ -12,6 +12,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import bittensor as bt
 import pytest
@@ -23,7 +24,7 @@ from prompting_nb.loop.endpoint import Endpoint, status_of
 from prompting_nb.loop.journal import Journal
 from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.service import NotReady, Service, ServiceSettings
-from prompting_nb.loop.state import read_about
+from prompting_nb.loop.state import read_about, resume
 from prompting_nb.loop.tasks import Worker
 from prompting_nb.network.chain_server import read_token
 from prompting_nb.network.command import find_chain
@@ -264,6 +265,31 @@ def test_a_subnet_that_outgrows_the_gate(network, tmp_path, caplog):
     with service(steps=before + 20) as two:
         assert two.join(SECONDS) and two.validator.left_out == 3
     assert [e["step"] for e in events(tmp_path)] == list(range(before + 20))
+
+
+def test_a_subnet_that_swapped_shrank_or_grew_while_the_validator_was_down(network, tmp_path):
+    "What is known follows each hotkey to its uid; who left has no weight, and newcomers begin with nothing."
+    def gate_of(metagraph):
+        return default_gate(metagraph, config={"gating.num_uids": 8})
+
+    first = Validator(network.wallet, network.client, by_length, gate_of(network.client.subnets.metagraph(1)), Policy(k=2, timeout=30))
+    with Service(first, tmp_path, PROMPTS, ServiceSettings(interval=0, steps=10, no_set_weights=True, save_every=4)) as service:
+        assert service.join(SECONDS)
+    keys, scores = list(first.metagraph.hotkeys), first.gate(PROMPTS[3]).tolist()
+    known = dict(zip(keys, scores))
+    own, one, two, three, four = keys
+    for hotkeys in ([own, two, one, three, four], [own, one, two], [*keys, "5New", "5Newer"], [own, four, "5New", one]):
+        now = SimpleNamespace(hotkeys=hotkeys, neurons=[])
+        client = SimpleNamespace(subnets=SimpleNamespace(metagraph=lambda _, now=now: now), block=1)
+        again = Validator(network.wallet, client, by_length, gate_of(now), allow_private=True)
+        with Journal(tmp_path) as journal:
+            assert resume(again, tmp_path, journal).step == 10
+        found = dict(zip(hotkeys, again.gate(PROMPTS[3]).tolist()))
+        for hotkey in hotkeys:
+            assert (found[hotkey] == known[hotkey]) if hotkey in known else found[hotkey] not in scores[1:], hotkey
+        assert again.averages.values == first.averages.values
+        assert set(again.weights()) <= {uid for uid, hotkey in enumerate(hotkeys) if hotkey in known}
+        assert again.metagraph.hotkeys == hotkeys
 
 
 def test_corrections_of_the_judge_are_saved(network, tmp_path):
