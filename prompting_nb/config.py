@@ -105,13 +105,14 @@ def settings_of(
 
 # %% ../nbs/00_config.ipynb #s030
 if TYPE_CHECKING:  # what a function with such a setting may rely on
-    PositiveInt = NonNegativeInt = IntFrom2 = int
+    PositiveInt = NonNegativeInt = IntFrom2 = Port = int
     PositiveFloat = NonNegativeFloat = ClosedUnitInterval = HalfOpenUnitInterval = float
     NotEmptyStr = str
 else:
     PositiveInt, NonNegativeInt = types.PositiveInt, types.NonNegativeInt
     PositiveFloat, NonNegativeFloat = types.PositiveFloat, types.NonNegativeFloat
     ClosedUnitInterval, NotEmptyStr = types.ClosedUnitInterval, types.NotEmptyStr
+    Port = types.restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)])
     IntFrom2 = types.restricted_number_type("IntFrom2", int, (">=", 2))
     HalfOpenUnitInterval = types.restricted_number_type(
         "HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)]
@@ -283,6 +284,11 @@ def _how(field: Any, typed: bool) -> dict:
     return how | dict(type=_truth if base is bool else base, action=action)
 
 
+def _positionals(parser) -> set:
+    "The names of the arguments that are no flags."
+    return {action.dest for action in parser._actions if not action.option_strings}
+
+
 def add_settings(
     parser,  # of argparse or jsonargparse, or a group of one
     Settings: type,  # a dataclass
@@ -292,7 +298,7 @@ def add_settings(
     typed, groups = hasattr(parser, "add_class_arguments"), {}  # jsonargparse has it
     for name, field in _fields(Settings, prefix).items():
         flag, into, title = _flag(name), parser, field.container.title
-        if flag in parser._option_string_actions:
+        if flag in parser._option_string_actions or name in _positionals(parser):
             continue
         if isinstance(parser, argparse.ArgumentParser):  # a group holds no groups
             into = groups.get(title) or parser.add_argument_group(title)

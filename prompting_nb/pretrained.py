@@ -42,7 +42,8 @@ def load(
                 return loader(where, **kwargs)
         if not hub_answers():
             reason = "the hub cannot be reached"
-            kwargs = {**kwargs, "local_files_only": True}
+            with _offline():
+                return loader(where, **{**kwargs, "local_files_only": True})
         return loader(where, **kwargs)  # with its progress bar: a download takes long
     except (OSError, ValueError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -51,6 +52,18 @@ def load(
             f"cannot load the model {name!r} ({reason[:200]}): give a local folder "
             f"with its weights, connect to the hub, or use the built-in {MINILM!r}"
         ) from error
+
+
+@contextmanager
+def _offline():
+    "Keep the libraries from asking the hub; they would try five times."
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -14,8 +14,12 @@ from hypothesis import given, settings, strategies as st
 from toys import LETTERS, letter_tokenizer, save_model
 
 from prompting_nb.config import InputError
-from prompting_nb.encoding import (PRECISIONS, Encoder, check_encoder, cut, frozen_model, in_batches, in_threads, last_token,
-                                   last_window, micro_batches, own_weights, pad_rows)
+from prompting_nb.encoding.batches import in_batches, in_threads, micro_batches
+from prompting_nb.encoding.batches import pad_rows
+from prompting_nb.encoding.encoder import check_encoder, Encoder
+from prompting_nb.encoding.pooling import last_token, last_window
+from prompting_nb.encoding.weights import frozen_model, own_weights, PRECISIONS
+from prompting_nb.encoding.windows import cut
 
 
 @pytest.fixture(scope="session")

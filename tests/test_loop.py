@@ -26,7 +26,7 @@ from prompting_nb.loop.report import render, summarise
 from prompting_nb.loop.run import Loop
 from prompting_nb.loop.tasks import Worker, built_in, open_arena
 from prompting_nb.loop.teach import assess
-from prompting_nb.encoding import Encoder
+from prompting_nb.encoding.encoder import Encoder
 from prompting_nb.pretrained import MINILM, resolve
 from prompting_nb.validators.judge import Judge
 from prompting_nb.validators.replay import ask_anyone, estimate, read_events
@@ -295,7 +295,7 @@ def test_sync_starts_anew_for_the_uid_that_changed_hands_and_only_there():
 
 @pytest.mark.parametrize("source", ["built-in tasks", "recorded completions"])
 def test_a_run_loads_the_frozen_encoder_once(tmp_path, monkeypatch, reward, recordings, source):
-    monkeypatch.setattr("prompting_nb.encoding._frozen", WeakValueDictionary())  # as in a new process
+    monkeypatch.setattr("prompting_nb.encoding.weights._frozen", WeakValueDictionary())  # as in a new process
     seen, load = [], transformers.AutoModel.from_pretrained
 
     def counted(name, *args, **kwargs):

@@ -23,16 +23,10 @@ from transformers.models.auto.modeling_auto import (
 from typing_extensions import Self
 
 from ..config import InputError
-from prompting_nb.encoding import (
-    evaluating,
-    frozen_model,
-    in_batches,
-    last_token,
-    mean_pooling,
-    micro_batches,
-    own_weights,
-    pad_rows,
-)
+from ..encoding.batches import evaluating, in_batches, micro_batches
+from ..encoding.batches import pad_rows
+from ..encoding.pooling import last_token, mean_pooling
+from ..encoding.weights import frozen_model, own_weights
 from ..pretrained import load, resolve
 from prompting_nb.reward.classifiers import (
     Reader,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from ..config import InputError
-from ..encoding import evaluating
+from ..encoding.batches import evaluating
 from ..files import replacing_folder
 from ..pretrained import load, no_bars
 from prompting_nb.reward.classifiers import (
