@@ -155,8 +155,8 @@ def test_a_missing_encoder_is_found_without_reading_weights(folder, tmp_path, mo
     check_encoder(str(folder))
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "model.safetensors").unlink()
-    for name in ("copy", "nowhere"):
-        with pytest.raises(InputError, match="cannot load the model"):
+    for name, said in (("copy", "cannot load the model"), ("nowhere", "there is no folder")):
+        with pytest.raises(InputError, match=said):
             check_encoder(str(tmp_path / name))
 
 

@@ -369,11 +369,14 @@ def _finish(recorder, loop, assessment, status: str, about: str, say: Callable) 
 def _check_files(run: LoopSettings) -> None:
     "Raise `InputError` for a file that is not there, or a folder that is taken."
     from prompting_nb.loop.report import check_folder
+    from prompting_nb.pretrained import check_name
 
     if run.prompts and not Path(run.prompts).is_file():
         kinds = "give a .jsonl, .jsonl.gz or .txt file to --prompts"
         raise InputError(f"{run.prompts} is not a file: {kinds}")
     check_folder(run.out, run.force)
+    if run.reward:
+        check_name(run.reward)
 
 
 def _check_width(gating: dict, uids: int) -> None:
