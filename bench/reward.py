@@ -1,8 +1,8 @@
 """The reward model beside TRL, the reference and a transformers pipeline: speed (reward_speed.py) and quality (reward_quality.py).
 
-Both parts in one run: an hour or more on two cores, most of it TRL's training. The quality part keeps what it
-computed in a folder (--work), so a run that was interrupted goes on where it stopped. With --parts only one of them is
-measured, and the figures of the other stay in the JSON file as they were.
+Both parts in one run: two hours or more on two cores, most of it training. The quality part keeps what it
+computed in a folder (--work), and the speed part with --keep, so a run that was interrupted, or stopped by --minutes, goes on
+where it was. With --parts only one of them is measured, and the figures of the other stay in the JSON file as they were.
 
 TRL lives in an environment of its own; `make bench-reward JSON=FILE` makes it, from bench/requirements-reward.txt.
 """
@@ -19,9 +19,10 @@ import reward_speed
 from machine import machine
 from prompting_nb.config import InputError
 
-KEYS = ("train_vs_trl_default", "train_vs_trl_tuned", "train_vs_reference", "train_bert_vs_trl_default", "train_bert_vs_trl_tuned",
-        "score_vs_pipeline", "heldout_accuracy", "heldout_accuracy_trl", "heldout_accuracy_length", "best_of_16", "best_of_16_trl",
-        "ece", "ece_trl")
+KEYS = ("train_vs_trl_default", "train_vs_trl_tuned", "train_vs_reference_no_dropout", "train_vs_reference",
+        "train_bert_vs_trl_default", "train_bert_vs_trl_tuned", "score_vs_pipeline", "score_gpt2_vs_pipeline",
+        "score_bert_vs_pipeline", "heldout_accuracy_equal", "heldout_accuracy_trl", "heldout_accuracy", "heldout_accuracy_whole",
+        "heldout_accuracy_length", "best_of_16", "best_of_16_trl", "ece", "ece_trl")
 
 
 def parse(arguments=None):
@@ -44,11 +45,14 @@ def main():
     args = parse()
     result = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
     if "speed" in args.parts:
-        found = reward_speed.speed(args)
+        try:
+            found = reward_speed.speed(args)
+        except reward_speed.Pause as pause:
+            sys.exit(f"reward.py: {pause}; the same command goes on")
         reward_speed.show(found, Console(width=120))
         result |= found
     if "quality" in args.parts:
-        found = reward_quality.quality(args)
+        found = reward_quality.quality(args, result)
         reward_quality.show(found)
         result |= found
     result = {key: result.get(key) for key in KEYS} | result | {"machine": machine("torch", "transformers")}

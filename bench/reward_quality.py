@@ -2,9 +2,11 @@
 
 568 prompts of AlpacaEval 2 with the answers of 16 models, ranked by a judge. By prompt, 400 rankings are learned from and
 168 are held out, another division for every seed. Every model is MiniLM and reads a text at most once, up to 256 tokens.
-Settings were chosen on a part of the training prompts of division 0; its 168 held-out prompts were never looked at.
+Settings were chosen on a part of the training prompts of division 0; its 168 held-out prompts were never looked at. TRL's
+learning rate is chosen in the same way, among RATES, on the same prompts.
 
 What was computed is kept in a folder (--work): a run that was interrupted, or that adds seeds, takes up what is there.
+With --only, the rows of other models stay in the JSON file as they were, where they are of the same settings.
 """
 
 import argparse
@@ -31,11 +33,19 @@ READ = (2, 4, 8, 16)  # answers of a prompt that heads are fitted to, in the com
 CHUNK = 64  # prompts whose texts are read in one job
 MODEL = dict(pooling="layers", depth=4, length=1.0, max_length=256)
 TRAIN = dict(lr=2e-4, head_lr=1e-2, epochs=1, tokens_per_batch=4096)
-FITTED = {"ours": "RewardModel, fitted head (all pairs of a ranking)", "pairs": "the same, from disjoint pairs of it",
-          "no_prompt": "the same as the first, without the prompt"}
-TRAINED = {"trained": "RewardModel, train (four answers, all pairs)", "trained_pairs": "the same, two disjoint pairs",
-           "trl": "TRL RewardTrainer, two disjoint pairs", "trl_all": "TRL RewardTrainer, eight disjoint pairs"}
-MODELS = FITTED | TRAINED
+RATES = (1e-4, 3e-4, 6e-4)  # learning rates that TRL is tried with, of which the first is its default
+FITTED = {"ours": "RewardModel, fitted head (all pairs of a ranking)", "pairs": "fitted head, from disjoint pairs of a ranking",
+          "no_length": "fitted head, without the length term", "no_prompt": "fitted head, without the prompt"}
+TRAINED = {"trained_pairs": "RewardModel, train (two disjoint pairs)",
+           "trained_no_length": "RewardModel, train (two disjoint pairs), without the length term",
+           "trl": "TRL RewardTrainer (two disjoint pairs), searched rate",
+           "trl_default": "TRL RewardTrainer (two disjoint pairs), default rate",
+           "trl_all": "TRL RewardTrainer (eight disjoint pairs), searched rate",
+           "trained": "RewardModel, train (four answers, all pairs)",
+           "trained_all": "RewardModel, train (sixteen answers, all pairs)"}
+ANSWERS = {"trained": 4, "trained_all": 16, "trained_pairs": 2, "trained_no_length": 2}  # trained on at once
+MODELS = TRAINED | FITTED
+ONCE = {"trl_all"}  # trained on the first division only, unless --all is given
 RULES = {"cosine": "zero-shot cosine of prompt and answer", "length": "the longer answer wins"}
 FIGURES = ("accuracy", "shorter_accuracy", "best_of", "ece")
 
@@ -55,14 +65,21 @@ def division(args, seed):
     return split(rankings, test=round(TEST * len(rankings)), seed=seed)
 
 
-def model_of(seed):
+def searched(args):
+    "Three quarters and one quarter of the training prompts of the first division, on which settings are chosen."
+    from prompting_nb.reward.preferences import split
+
+    return split(division(args, 0)[0], test=0.25, seed=0)
+
+
+def model_of(seed, **options):
     "A fresh reward model."
     import torch
 
     from prompting_nb.reward import RewardModel
 
     torch.manual_seed(seed)
-    return RewardModel("minilm", device="cpu", **MODEL)
+    return RewardModel("minilm", device="cpu", **{**MODEL, **options})
 
 
 def as_pairs(rankings, count, seed):
@@ -113,11 +130,11 @@ def train_ours(args):
     from prompting_nb.reward.preferences import score_rankings
     from prompting_nb.reward.training import TrainConfig, train
 
-    (learn, test), model = division(args, args.number), model_of(args.number)
-    if args.job == "trained_pairs":
+    (learn, test), kind = division(args, args.number), args.job
+    model = model_of(args.number, **({"length": None} if kind == "trained_no_length" else {}))
+    if ANSWERS[kind] == 2:
         learn = as_pairs(learn, 2, args.number)
-    count = 2 if args.job == "trained_pairs" else 4
-    config = TrainConfig(seed=args.number, completions_per_prompt=count, packed=False, **TRAIN)
+    config = TrainConfig(seed=args.number, completions_per_prompt=ANSWERS[kind], packed=False, **TRAIN)
     history = train(model, learn, config, progress=False)
     return score_rankings(lambda *texts: model.score(*texts, bf16=history.bf16), test)
 
@@ -131,7 +148,7 @@ def train_trl(args):
     from prompting_nb.reward.tokens import encode_pairs
     from prompting_nb.reward.training import bf16_pays
 
-    learn, test = division(args, args.number)
+    learn, test = searched(args) if args.job == "trl_search" else division(args, args.number)
     length = MODEL["max_length"]
     encoder = TextEncoder("minilm", device="cpu", max_length=length)
     rows = lambda ranking: encode_pairs(encoder.tokenizer, ranking.prompt, ranking.completions, length)
@@ -141,7 +158,7 @@ def train_trl(args):
         pairs.append({"chosen_ids": better, "rejected_ids": worse})
     with tempfile.TemporaryDirectory() as folder:
         job = {"model": minilm_path(), "pairs": pairs, "test": [rows(ranking) for ranking in test], "seed": args.number,
-               "bf16": bf16_pays(torch.device("cpu")), "max_length": length, "lr": args.trl_lr, "folder": folder}
+               "bf16": bf16_pays(torch.device("cpu")), "max_length": length, "lr": args.lr, "folder": folder}
         Path(folder, "job.json").write_text(json.dumps(job))
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         subprocess.run([args.trl_python, HERE / "reward_quality_trl.py", f"{folder}/job.json", f"{folder}/scores.json"],
@@ -161,18 +178,18 @@ def worker(args):
 
 def folder_of(args):
     "Where the results for this data and these settings are kept."
-    stamp = Path(args.data).stat().st_size, args.prompts, MODEL, TRAIN, CHUNK, args.trl_lr
+    stamp = Path(args.data).stat().st_size, args.prompts, MODEL, TRAIN, CHUNK
     folder = Path(args.work) / hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def done(args, job, number):
+def done(args, job, number, lr=None):
     "The result of a job, which runs where it is not kept from before."
-    out = folder_of(args) / f"{job}-{number}.json"
+    out = folder_of(args) / f"{job}{f'-{lr:g}' if lr else ''}-{number}.json"
     if not out.is_file():
-        options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("data", "prompts", "trl_python", "trl_lr")
-                   if getattr(args, name) is not None]
+        given = {name: getattr(args, name) for name in ("data", "prompts", "trl_python")} | {"lr": lr}
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
         command = [*args.wrapper.split(), sys.executable, __file__, "--job", job, "--number", str(number), "--out", str(out)]
         ran = subprocess.run([*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if ran.returncode:
@@ -200,6 +217,8 @@ def fitted_scores(kind, features, args, seed, read=16):
     learn, test = division(args, seed)
     if kind == "cosine":
         return [features[r.prompt].tolist() for r in test]
+    if kind == "no_length":  # the term for the length is the last feature
+        features = {prompt: found[:, :-1] for prompt, found in features.items()}
     rng = random.Random(seed)
     drawn = [rng.sample(range(len(r)), min(read, len(r))) for r in learn]
     groups = [(r, places) for r, order in zip(learn, drawn) for places in (two_by_two(order) if kind == "pairs" else [order])]
@@ -226,76 +245,107 @@ def k_way(features, args, tests):
     return found
 
 
-def everything(args, kinds, seeds, progress):
-    "{(kind, seed): held-out scores}, {kind: processor seconds}, and what `k_way` found."
+def search(args, pool):
+    "The rate of `RATES` with which TRL is most accurate on a part of the training prompts, and what each of them gave."
+    from prompting_nb.reward.evaluation import evaluate_scores
+
+    running = {lr: pool.submit(done, args, "trl_search", 0, lr) for lr in RATES}
+    test = searched(args)[1]
+    found = {lr: evaluate_scores(job.result()["result"], test).accuracy for lr, job in running.items()}
+    return max(found, key=found.get), {f"{lr:g}": accuracy for lr, accuracy in found.items()}
+
+
+def everything(args, kinds, progress):
+    "{(kind, seed): held-out scores}, {kind: processor seconds}, what `k_way` found, and what `search` did."
     import torch
     from tqdm.auto import tqdm
 
-    every = rankings_of(args)
+    every, seeds = rankings_of(args), args.seeds
     chunks = range(math.ceil(len(every) / CHUNK))
-    sources = [name for name, needed in (("texts", {"ours", "pairs"}), ("texts_no_prompt", {"no_prompt"}), ("cosine", {"cosine"}))
-               if needed & {*kinds}]
-    todo = [(name, n) for name in sources for n in chunks] + [(k, s) for s in range(seeds) for k in kinds if k in TRAINED]
-    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=len(todo), desc="jobs", disable=not progress) as bar:
-        running = {job: pool.submit(done, args, *job) for job in todo}
-        results = {}
-        for job, future in running.items():
-            results[job] = future.result()
-            bar.update()
-    curve, scores = {}, {job: results[job]["result"] for job in todo if job[0] in TRAINED}
-    seconds = {kind: statistics.median(results[kind, s]["cpu_seconds"] for s in range(seeds)) for kind in kinds if kind in TRAINED}
+    sources = [name for name, needed in (("texts", {"ours", "pairs", "no_length"}), ("texts_no_prompt", {"no_prompt"}),
+                                         ("cosine", {"cosine"})) if needed & {*kinds}]
+    with ThreadPoolExecutor(args.workers) as pool:
+        best, tried = search(args, pool) if {"trl", "trl_all"} & {*kinds} else (None, None)
+        rates = {"trl": best, "trl_all": best, "trl_default": RATES[0]}
+        runs = [(k, s) for s in range(min(seeds, args.divisions)) for k in kinds
+                if k in TRAINED and (s == 0 or args.all or k not in ONCE)]
+        todo = [(name, n) for name in sources for n in chunks] + runs
+        with tqdm(total=len(todo), desc="jobs", disable=not progress) as bar:
+            # the two that TRL trains on two pairs are one where its default rate is the best
+            running = {job: pool.submit(done, args, {"trl_default": "trl"}.get(job[0], job[0]), job[1], rates.get(job[0]))
+                       for job in todo}
+            results = {}
+            for job, future in running.items():
+                results[job] = future.result()
+                bar.update()
+    curve, scores = {}, {job: results[job]["result"] for job in runs}
+    seconds = {kind: statistics.median(results[job]["cpu_seconds"] for job in runs if job[0] == kind) for kind, _ in runs}
     for name in sources:
         parts = [torch.tensor(part) for n in chunks for part in results[name, n]["result"]]
         features, took = dict(zip((r.prompt for r in every), parts)), sum(results[name, n]["cpu_seconds"] for n in chunks)
-        for kind in {"texts": ("ours", "pairs"), "texts_no_prompt": ("no_prompt",), "cosine": ("cosine",)}[name]:
+        for kind in {"texts": ("ours", "pairs", "no_length"), "texts_no_prompt": ("no_prompt",), "cosine": ("cosine",)}[name]:
             if kind in kinds:
                 seconds[kind] = took
                 scores |= {(kind, seed): fitted_scores(kind, features, args, seed) for seed in range(seeds)}
         if name == "texts":
             curve = k_way(features, args, [division(args, seed)[1] for seed in range(seeds)])
-    return scores, seconds, curve
+    return scores, seconds, curve, {"rates": tried, "best": best} if tried else None
 
 
-def quality(args, progress=True):
-    "Train and evaluate everything; a dict with a mean and an interval over seeds for each figure of each scorer."
+def compare(table):
+    "Add by how much each model is ahead of others, division by division."
+    for kind in (kind for kind in table if kind in MODELS):
+        for other in ("length", "pairs", "no_length", "no_prompt", "trl", "trl_default", "trl_all", "trained_pairs",
+                      "trained_no_length"):
+            for figure in ("accuracy", "best_of") if other in table and other != kind else ():
+                both = zip(table[kind][figure]["values"], table[other][figure]["values"])
+                table[kind][f"{figure}_over_{other}"] = interval([a - b for a, b in both])
+
+
+def quality(args, before=None, progress=True):
+    """Train and evaluate everything; a dict with a mean and an interval over seeds for each figure of each scorer.
+
+    `before` is what an earlier run found, of which the rows that are not computed now are kept."""
     from prompting_nb.config import InputError
     from prompting_nb.reward.evaluation import accuracy_by_length, evaluate_scores, longer_wins
     from prompting_nb.reward.preferences import score_rankings
 
     if not Path(args.data).is_file():
         raise InputError(f"{args.data} is missing: give the recorded rankings (.jsonl.gz) with --data")
-    usual = [kind for kind in (*MODELS, "cosine") if args.all or kind != "trl_all"]
-    kinds = [kind for kind in args.only or usual if not kind.startswith("trl") or args.trl_python]
+    kinds = [kind for kind in args.only or (*MODELS, "cosine") if not kind.startswith("trl") or args.trl_python]
     tests = [division(args, seed)[1] for seed in range(args.seeds)]
-    scores, seconds, curve = everything(args, kinds, args.seeds, progress)
+    settings = {"seeds": args.seeds, "prompts": len(rankings_of(args)), "held_out": len(tests[0]), "model": MODEL,
+                "training": TRAIN}
+    kept = (before or {}).get("quality", {})
+    if kept.get("settings") != settings:
+        kept = {}
+    scores, seconds, curve, tried = everything(args, kinds, progress)
     scores |= {("length", seed): score_rankings(longer_wins, test) for seed, test in enumerate(tests)}
     found = {}
     for (kind, seed), given in sorted(scores.items(), key=lambda item: item[0][1]):
         found.setdefault(kind, []).append(evaluate_scores(given, tests[seed]))
     table = {kind: {figure: interval([getattr(e, figure) for e in evaluations]) for figure in FIGURES}
+             | ({"cpu_seconds": seconds[kind], "measured": time.strftime("%Y-%m-%d")} if kind in seconds else {})
              for kind, evaluations in found.items()}
-    for kind in kinds:  # against the others on the same prompts
-        table[kind]["cpu_seconds"] = seconds[kind]
-        for other in ("length", "pairs", "no_prompt", "trl", "trl_all", "trained_pairs"):
-            if other in found and other != kind:
-                for figure in ("accuracy", "best_of"):
-                    gains = [getattr(a, figure) - getattr(b, figure) for a, b in zip(found[kind], found[other])]
-                    table[kind][f"{figure}_over_{other}"] = interval(gains)
-    by_length = {kind: [list(b) for b in accuracy_by_length(scores[kind, 0], tests[0])]
-                 for kind in ("ours", "trl", "trl_all", "length") if (kind, 0) in scores}
+    table = kept.get("table", {}) | table
+    compare(table)
+    by_length = kept.get("by_length", {}) | {
+        kind: [list(b) for b in accuracy_by_length(scores[kind, 0], tests[0])]
+        for kind in ("ours", "trained_pairs", "trained_no_length", "trl", "trl_all", "length") if (kind, 0) in scores}
+    bins = kept.get("reliability", {}) | {kind: [b._asdict() for b in found[kind][0].bins] for kind in kinds if kind != "cosine"}
     mean = lambda kind, figure: table[kind][figure]["mean"] if kind in table else None
-    trl = "trl_all" if "trl_all" in table else "trl"  # the peer that reads what ours reads, where it was run
-    return {"heldout_accuracy": mean("ours", "accuracy"), "heldout_accuracy_trl": mean(trl, "accuracy"),
-            "heldout_accuracy_length": mean("length", "accuracy"), "best_of_16": mean("ours", "best_of"),
-            "best_of_16_trl": mean(trl, "best_of"), "best_of_16_length": mean("length", "best_of"),
-            "ece": mean("ours", "ece"), "ece_trl": mean(trl, "ece"),
-            "shorter_accuracy": mean("ours", "shorter_accuracy"), "shorter_accuracy_trl": mean(trl, "shorter_accuracy"),
+    accuracies = {"heldout_accuracy_equal": "trained_pairs", "heldout_accuracy_equal_no_length": "trained_no_length",
+                  "heldout_accuracy_trl": "trl", "heldout_accuracy_trl_default": "trl_default",
+                  "heldout_accuracy_trl_all": "trl_all", "heldout_accuracy": "ours", "heldout_accuracy_whole": "trained_all",
+                  "heldout_accuracy_no_length": "no_length", "heldout_accuracy_length": "length"}
+    return {**{key: mean(kind, "accuracy") for key, kind in accuracies.items()}, "best_of_16": mean("ours", "best_of"),
+            "best_of_16_trl": mean("trl", "best_of"), "best_of_16_length": mean("length", "best_of"),
+            "ece": mean("ours", "ece"), "ece_trl": mean("trl", "ece"),
+            "shorter_accuracy": mean("ours", "shorter_accuracy"), "shorter_accuracy_trl": mean("trl", "shorter_accuracy"),
             "oracle": statistics.fmean(e.oracle for e in found["length"]),
             "random": statistics.fmean(e.random for e in found["length"]),
-            "quality": {"table": table, "names": MODELS | RULES, "by_length": by_length, "k_way": curve,
-                        "reliability": {kind: [b._asdict() for b in found[kind][0].bins] for kind in kinds if kind != "cosine"},
-                        "settings": {"seeds": args.seeds, "prompts": len(rankings_of(args)), "held_out": len(tests[0]),
-                                     "model": MODEL, "training": TRAIN, "trl_lr": args.trl_lr}}}
+            "quality": {"table": table, "names": MODELS | RULES, "by_length": by_length, "k_way": curve or kept.get("k_way", {}),
+                        "reliability": bins, "settings": settings, "trl_search": tried or kept.get("trl_search")}}
 
 
 def show(result):
@@ -318,6 +368,8 @@ def show(result):
     console = Console(width=170)
     console.print(table)
     console.print(f"best of 16 by the judge itself {result['oracle']:.3f}, by chance {result['random']:.3f}")
+    if found := result["quality"]["trl_search"]:
+        console.print(f"TRL's learning rate, on a part of the training prompts: {found['rates']}, so {found['best']:g}")
     for kind in (kind for kind in MODELS if kind in rows):
         console.print(f"{MODELS[kind]}: ahead of the longer answer by {cell(rows[kind]['accuracy_over_length'])} of the pairs")
 
@@ -329,11 +381,11 @@ def add_arguments(parser):
     parser.add_argument("--seeds", type=int, default=5, help="divisions of the prompts (default: %(default)s)")
     parser.add_argument("--prompts", type=int, help="take only the first so many")
     parser.add_argument("--trl-python", help="Python of an environment with trl; without it TRL is left out")
-    parser.add_argument("--trl-lr", type=float, default=1e-4, help="learning rate of TRL (default: %(default)s, its own)")
+    parser.add_argument("--divisions", type=int, default=5, help="of them, those that whole models are trained on (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--wrapper", default="", help="command that every job is run with, such as 'nice -n 19'")
-    parser.add_argument("--only", nargs="+", choices=[*MODELS, "cosine"], help="only these models")
-    parser.add_argument("--all", action="store_true", help="trl_all as well: a quarter of an hour more for each division")
+    parser.add_argument("--only", nargs="+", choices=[*MODELS, "cosine"], help="only these models; others stay as they were")
+    parser.add_argument("--all", action="store_true", help="trl_all for every division: a quarter of an hour each")
 
 
 def main():
@@ -344,6 +396,7 @@ def main():
     for name in ("--job", "--out"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--lr", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         return worker(args)
@@ -352,7 +405,8 @@ def main():
     from prompting_nb.config import InputError
 
     try:
-        result = quality(args) | {"machine": machine("torch", "transformers")}
+        before = json.loads(Path(args.json).read_text()) if args.json and Path(args.json).is_file() else None
+        result = quality(args, before) | {"machine": machine("torch", "transformers")}
     except InputError as error:
         sys.exit(f"reward_quality.py: {error}")
     show(result)

@@ -40,10 +40,14 @@ class Ends(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def train(folder, rows, tuned, at_once=None, group=False, pairs_a_step=STEP, test=None):
-    "Train on the tokens of pairs [chosen, rejected]; the time that takes, and the loss of the first step."
+def train(folder, rows, tuned, at_once=None, group=False, gelu=False, attention=None, pairs_a_step=STEP, test=None):
+    """Train on the tokens of pairs [chosen, rejected]; the time that takes, and the loss of the first step.
+
+    `gelu` takes torch's own GELU by tanh in place of the same formula in single operations (GPT-2's)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    how = {"attn_implementation": attention} if attention else {}
+    how |= {"activation_function": "gelu_pytorch_tanh"} if gelu else {}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **how)
     columns = {"chosen_ids": [a for a, _ in rows], "rejected_ids": [b for _, b in rows]}
     if group:  # this is where the sampler looks for lengths
         columns["input_ids"] = [max(both, key=len) for both in rows]
