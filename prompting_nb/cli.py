@@ -16,7 +16,7 @@ from typing import Callable, Optional
 import jsonargparse
 
 from . import __version__
-from .config import InputError
+from .config import InputError, command_line
 from .files import on_sigterm
 
 # %% ../nbs/07_cli.ipynb #c014
@@ -36,6 +36,16 @@ COMMANDS = {  # name: parser, function that takes what it parsed, and one line o
         _later("network.command", "chain_parser"),
         _later("network.command", "run_chain"),
         "serve a chain on this machine that is kept on disk",
+    ),
+    "compare": (
+        _later("loop.compare", "compare_parser"),
+        _later("loop.compare", "run_compare"),
+        "lay runs of the loop side by side",
+    ),
+    "doctor": (
+        _later("loop.doctor", "doctor_parser"),
+        _later("loop.doctor", "run_doctor"),
+        "say what is wrong with this machine, and what to do",
     ),
     "loop": (
         _later("loop.command", "loop_parser"),
@@ -99,8 +109,12 @@ def main(
         parser, run, _ = COMMANDS[argv[0]]
         with _reported(argv[0], "--debug" in argv):
             settings = parser().parse_args(argv[1:])
-        with _reported(argv[0], settings.debug), on_sigterm():
-            run(settings)
+        before = command_line.set(tuple(argv))
+        try:
+            with _reported(argv[0], settings.debug), on_sigterm():
+                run(settings)
+        finally:
+            command_line.reset(before)
     else:
         message = f"there is no command {argv[0]!r}; the commands are: "
         print(f"prompting-nb: {message}{', '.join(COMMANDS)}", file=sys.stderr)

@@ -6,6 +6,7 @@
 __all__ = ['JudgeSettings', 'LoopSettings', 'add_gate', 'loop_parser', 'run_loop', 'gate_settings']
 
 # %% ../../nbs/loop/06_command.ipynb #m003
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from prompting_nb.config import (
     add_argument,
     add_settings,
     check_settings,
+    command_line,
     command_parser,
     merge,
     read_config,
@@ -169,15 +171,16 @@ def run_loop(
     correct = settings_of(JudgeSettings, settings, "judge").correct
     assessment, judge = assess(model, arena, not run.quiet, correct)
     folder = make_folder(run.out, run.force)
-    recorder, status = Recorder(folder), "failed"
+    if not run.reward:
+        model.save_pretrained(folder / "reward")
+    recorder = Recorder(folder, **_about(settings, run, folder))
+    status = "failed"
     gate = lambda metagraph, seed: default_gate(
         metagraph, seed, {"gating": gating}, run.gate
     )
     warm = settings.gating.warm
     loop = Loop(arena, judge, policy, gate, run.seed, recorder.event, warm)
     try:
-        if not run.reward:
-            model.save_pretrained(folder / "reward")
         what = f"starting {len(arena.workers)} miners, asking {policy.k} of them"
         say(f"{what} at each of {len(arena.prompts)} steps")
         loop.run(progress=not run.quiet)
@@ -201,6 +204,28 @@ def _reward_model(arena: Any, run: LoopSettings, say: Callable):
         return RewardModel.from_pretrained(run.reward, device=None)
     say(f"teaching the reward model on {len(arena.train)} rankings")
     return teach(arena, run.seed, progress=not run.quiet, epochs=run.epochs)
+
+
+def _about(settings: Config, run: LoopSettings, folder: Path) -> dict:
+    "Say what the run is made with, as `describe` takes it."
+    from prompting_nb.loop.record import digest_of_path
+    from prompting_nb.loop.teach import training
+
+    given = " ".join(map(shlex.quote, command_line.get()))
+    place = Path(run.reward or folder / "reward")
+    judge: dict[str, Any] = {"folder": str(place), "sha256": digest_of_path(place)}
+    if not run.reward:
+        own = training(run.seed, epochs=run.epochs)
+        used = ("epochs", "lr", "completions_per_prompt", "seed")
+        judge["training"] = {name: getattr(own, name) for name in used}
+    seeds = {"prompts": run.seed} | ({} if run.reward else {"reward": run.seed})
+    return {
+        "command": f"prompting-nb {given}" if given else None,
+        "settings": settings,
+        "seeds": seeds,
+        "judge": judge,
+        "files": [run.prompts] if run.prompts else [],
+    }
 
 
 def _finish(recorder, loop, assessment, status: str, say: Callable) -> dict:
