@@ -31,7 +31,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModel
 
-from prompting_nb.encoding import PRECISIONS, EmbeddingCache, Encoder
+from prompting_nb.encoding.encoder import EmbeddingCache, Encoder
+from prompting_nb.encoding.weights import PRECISIONS
 from prompting_nb.pretrained import MINILM, load, minilm_path, no_bars
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
 

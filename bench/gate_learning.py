@@ -14,7 +14,7 @@ import torch
 
 from gate_prompts import TEMPLATES, prompts
 from prompting_nb.validators.bayes import BayesianGatingModel
-from prompting_nb.encoding import Encoder
+from prompting_nb.encoding.encoder import Encoder
 from prompting_nb.validators.selection import narrowing, thompson
 
 STEPS, K, NOISE, REPLACED = 6000, 10, 0.15, 0.2

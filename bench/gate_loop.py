@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import reward_quality as quality
-from prompting_nb.encoding import Encoder
+from prompting_nb.encoding.encoder import Encoder
 from prompting_nb.loop.tables import subnet_of
 from prompting_nb.loop.tasks import built_in, recorded
 from prompting_nb.loop.teach import calibrate, teach

@@ -16,7 +16,7 @@ import torch
 from gate_learning import K, Table
 from prompting_nb.config import InputError
 from prompting_nb.validators.bayes import BayesianGatingModel
-from prompting_nb.encoding import Encoder
+from prompting_nb.encoding.encoder import Encoder
 from prompting_nb.validators.selection import narrowing, thompson
 
 PASSES = 4

@@ -29,6 +29,7 @@ import torch
 
 from gate_learning import K, NOISE, TOPICS, embedded
 from prompting_nb.validators.bayes import BayesianGatingModel
+from prompting_nb.validators.pending import Pending
 from prompting_nb.validators.policies import LinTS
 from prompting_nb.validators.selection import narrowing, thompson
 from prompting_nb.validators.copies import Copies
@@ -159,6 +160,7 @@ def choose_ms(uids: int, rounds: int = 30) -> float:
 
     validator.metagraph, validator.averages, validator.policy = Network(neurons), MovingAverage(), Policy(k=K)
     validator.gate, validator.copies, validator.steps = None, Copies(), 60
+    validator.prices, validator.pending = None, Pending(None)
     validator.averages.counts = Counter(hotkeys)
     validator.wallet = SimpleNamespace(hotkey=SimpleNamespace(ss58_address="own"))
     validator.generator = torch.Generator().manual_seed(0)

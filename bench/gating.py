@@ -63,10 +63,13 @@ TUNED = {
     64: {"LinUCB": dict(width=1.0), "LinTS": dict(width=0.6), "kNN-40": dict(share=0.0, steps=1000)},
     256: {"LinUCB": dict(width=1.0), "LinTS": dict(width=0.6), "kNN-40": dict(share=0.0, steps=1000)},
 }
+RIDGES = (0.25, 0.5, 2.0, 4.0)  # beside 1.0, which the widths above them have
 GRID = {
-    "LinUCB": [dict(width=w, components=c) for w in (0.5, 1.0, 2.0, 3.0) for c in (16, 32)],
-    "LinTS": [dict(width=w, components=c) for w in (0.3, 0.6, 1.0) for c in (16, 32)],
-    "kNN-40": [dict(share=e, steps=s) for e in (0.0, 0.02, 0.05) for s in (300, 1000)],
+    "LinUCB": [dict(width=w, components=c) for w in (0.5, 1.0, 2.0, 3.0) for c in (16, 32)]
+    + [dict(width=1.0, ridge=r) for r in RIDGES],
+    "LinTS": [dict(width=w, components=c) for w in (0.3, 0.6, 1.0) for c in (16, 32)]
+    + [dict(width=0.6, ridge=r) for r in RIDGES],
+    "kNN-40": [dict(share=e, steps=s) for e in (0.0, 0.005, 0.02, 0.05) for s in (300, 1000, 2000)],
 }
 
 
@@ -244,6 +247,19 @@ def _show(results: dict) -> None:
     console.print({name: round(value, 3) for name, value in results["costs"].items()})
 
 
+def stopwatch():
+    "Returns a function that gives the seconds since it was last called, and logs them."
+    last = [time.perf_counter()]
+
+    def lap() -> float:
+        now = time.perf_counter()
+        taken, last[0] = now - last[0], now
+        print(f"{taken:.0f} seconds", file=sys.stderr, flush=True)
+        return taken
+
+    return lap
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the results there")
@@ -257,27 +273,34 @@ def main() -> int:
         if args.tune:
             tune(pool)
             return 0
-        results = {"machine": machine("torch")}
+        results, part = {"machine": machine("torch"), "seconds": {}}, stopwatch()
         results["synthetic"] = synthetic(pool, args.quick)
+        results["seconds"]["synthetic"] = part()
         if Path(args.scores).is_file():
             results["recorded"] = on_records(pool, args.scores, args.quick)
+            results["seconds"]["recorded"] = part()
         else:
             print(f"{args.scores} is not there: no recorded models. --scores FILE says where they are.", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             results["scenarios"] = scenarios.scenarios(pool, folder, args.quick)
+            results["seconds"]["scenarios"] = part()
     responses = str(Path(args.scores).with_name("prompts-responses.jsonl.gz"))
     results |= gate_loop.measure(responses, args.quick)
+    results["seconds"]["loop"] = part()
     results["costs"] = costs(args.quick)
     results["costs"] |= {f"choose_ms_{n}": scenarios.choose_ms(n) for n in (1024, 4096)}
+    results["seconds"]["costs"] = part()
     try:
         import gate_latency
     except ImportError:
         print("bench/gate_latency.py is not there: no latencies of the encoder", file=sys.stderr)
     else:
         results["latency"] = gate_latency.measure(progress=True)
+        results["seconds"]["latency"] = part()
     results = _keys(results) | results
     _show(results)
     gate_loop.show(results, Console())
+    print("seconds:", {name: round(seconds) for name, seconds in results["seconds"].items()})
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -18,12 +18,20 @@ from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, TypeVar, Union
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, TypeVar
 from typing import get_args, get_origin, get_type_hints
 
 import jsonargparse
 from jsonargparse import typing as types
+
+from prompting_nb.usage import (
+    HelpFormatter,
+    describe,
+    plain_type,
+    tidy_help,
+    union_parts,
+)
 
 # %% ../nbs/00_config.ipynb #c005
 class InputError(ValueError):
@@ -105,23 +113,20 @@ def settings_of(
 
 # %% ../nbs/00_config.ipynb #s030
 if TYPE_CHECKING:  # what a function with such a setting may rely on
-    PositiveInt = NonNegativeInt = IntFrom2 = int
+    PositiveInt = NonNegativeInt = IntFrom2 = Port = int
     PositiveFloat = NonNegativeFloat = ClosedUnitInterval = HalfOpenUnitInterval = float
     NotEmptyStr = str
 else:
     PositiveInt, NonNegativeInt = types.PositiveInt, types.NonNegativeInt
     PositiveFloat, NonNegativeFloat = types.PositiveFloat, types.NonNegativeFloat
     ClosedUnitInterval, NotEmptyStr = types.ClosedUnitInterval, types.NotEmptyStr
+    Port = types.restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)])
     IntFrom2 = types.restricted_number_type("IntFrom2", int, (">=", 2))
     HalfOpenUnitInterval = types.restricted_number_type(
         "HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)]
     )
 
 # %% ../nbs/00_config.ipynb #s011
-_NAMES = {int: "a whole number", float: "a number", str: "a text"}
-_NAMES |= {bool: "true or false", list: "a list", NoneType: "null"}
-_NAMES |= {NotEmptyStr: "a text that is not empty"}
-_BOUNDS = {">=": "at least ", "<=": "at most ", ">": "greater than ", "<": "less than "}
 jsonargparse.set_loader("as_is", lambda text: text)  # else "null" would become None
 
 
@@ -138,7 +143,7 @@ def _read(kind: Any, value: Any) -> Any:
     if kind is Any or value is None and kind is NoneType:
         return value
     # the types of a union one by one, or jsonargparse reads the text "null" as None
-    for part in _parts(kind):
+    for part in union_parts(kind):
         with suppress(argparse.ArgumentError):
             return _read(part, value)
     found = _plain(_reader(kind).parse_object({"value": value}, defaults=False).value)
@@ -158,7 +163,7 @@ def _checked(flag: str, kind: Any, value: Any) -> Any:
     try:
         return _read(kind, plain)
     except (argparse.ArgumentError, OverflowError):
-        text = f"{flag} must be {_words(kind, plain)}, not {value!r}"
+        text = f"{flag} must be {describe(kind, plain)}, not {value!r}"
         raise InputError(text) from None
 
 
@@ -169,36 +174,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _parts(kind: Any) -> tuple:
-    "The types that a union is made of; of another type none."
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
-
-
-def _base(kind: Any) -> Any:
-    "The plain type: `int` of a bounded number, `str` of `Literal['a']`."
-    if get_origin(kind) is Literal:
-        return type(get_args(kind)[0])
-    return getattr(kind, "_type", get_origin(kind) or kind)
-
-
-def _words(kind: Any, value: Any) -> str:
-    "What a setting of this type must be; bounds alone where the value is a number."
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
-    if parts := _parts(kind):
-        return " or ".join(_words(part, value) for part in parts)
-    base, bounds = _base(kind), getattr(kind, "_expression", "")  # v>=0 and v<1
-    if base is int:
-        bounds = re.sub(r">(\d+)", lambda found: f">={int(found[1]) + 1}", bounds)
-    for sign, words in _BOUNDS.items():
-        bounds = bounds.replace(f"v{sign}", words)
-    name = _NAMES.get(kind) or _NAMES.get(base, getattr(base, "__name__", str(base)))
-    if not bounds or kind in _NAMES:
-        return name
-    number = type(value) in (int, float) and type(value) in (int, base)
-    return bounds if number and abs(value) < math.inf else f"{name}, {bounds}"
 
 # %% ../nbs/00_config.ipynb #s015
 def _flag(name: str) -> str:
@@ -266,8 +241,8 @@ def _how(field: Any, typed: bool) -> dict:
     kind, default, missing = field._typehint, field.default, field.required
     how: dict = dict(required=True) if missing else dict(default=default)
     how["help"] = field.help or ""
-    base = [part for part in _parts(kind) or (kind,) if part is not NoneType]
-    base = _base(base[0]) if len(base) == 1 and base != [Any] else str
+    base = [part for part in union_parts(kind) or (kind,) if part is not NoneType]
+    base = plain_type(base[0]) if len(base) == 1 and base != [Any] else str
     if base is list:
         return how | dict(nargs="*", type=str)
     if typed:  # a bare flag switches on
@@ -283,6 +258,11 @@ def _how(field: Any, typed: bool) -> dict:
     return how | dict(type=_truth if base is bool else base, action=action)
 
 
+def _positionals(parser) -> set:
+    "The names of the arguments that are no flags."
+    return {action.dest for action in parser._actions if not action.option_strings}
+
+
 def add_settings(
     parser,  # of argparse or jsonargparse, or a group of one
     Settings: type,  # a dataclass
@@ -292,7 +272,7 @@ def add_settings(
     typed, groups = hasattr(parser, "add_class_arguments"), {}  # jsonargparse has it
     for name, field in _fields(Settings, prefix).items():
         flag, into, title = _flag(name), parser, field.container.title
-        if flag in parser._option_string_actions:
+        if flag in parser._option_string_actions or name in _positionals(parser):
             continue
         if isinstance(parser, argparse.ArgumentParser):  # a group holds no groups
             into = groups.get(title) or parser.add_argument_group(title)
@@ -310,7 +290,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex=None):
         "Name flag and bound of a wrong value, and the flag nearest to an unknown one."
-        super().error(self._in_words(message), ex)
+        super().error(self._indescribe(message), ex)
 
     def parse_args(self, *args, **kwargs):
         "Read the arguments; in a command of ours no variable may have a wrong name."
@@ -318,7 +298,14 @@ class _Parser(jsonargparse.ArgumentParser):
             self._check_variables()
         return super().parse_args(*args, **kwargs)
 
-    is_command = False
+    def format_help(self, *args, **kwargs) -> str:
+        "Write the help, of a command in order."
+        if self.is_command and not self.is_tidy:
+            tidy_help(self)
+            self.is_tidy = True
+        return super().format_help(*args, **kwargs)
+
+    is_command = is_tidy = False
 
     def _check_variables(self) -> None:
         "Refuse unknown variables of a section of this parser; warn of all others."
@@ -332,23 +319,28 @@ class _Parser(jsonargparse.ArgumentParser):
                     self.error(str(wrong))
                 print(f"{self.prog}: warning: {wrong}; it is ignored", file=sys.stderr)
 
-    def _in_words(self, message: str) -> str:
+    def _indescribe(self, message: str) -> str:
         fields = {action.dest: action for action in self._actions}
         found = re.match(r'Parser key "([\w.]+)"', message)
         if found and (kind := getattr(fields.get(found[1]), "_typehint", None)):
             flag = _flag(found[1])
             written = re.search(_WRITTEN, message)
             if not written:
-                return f"{flag} must be {_words(kind, None)}"
+                return f"{flag} must be {describe(kind, None)}"
             value = written[1] or written[2] or ""
             with suppress(ValueError):
                 value = float(value) if "." in value else int(value)
-            return f"{flag} must be {_words(kind, value)}, not {value!r}"
+            return f"{flag} must be {describe(kind, value)}, not {value!r}"
         if found := re.match(r"unrecognized arguments: --([\w.-]+)", message):
             known = {flag.lstrip("-") for flag in self._option_string_actions}
             return str(_unknown(found[1], known))
         if found := re.match(r".*[Oo]ption '([\w.]+)' is not accepted", message, re.S):
             return str(_unknown(found[1], fields))
+        if found := re.match(r"the following arguments are required: (.*)", message):
+            missing = [_flag(name.strip()) for name in found[1].split(",")]
+            return f"{' and '.join(missing)} must be given"
+        if found := re.search(r"File does not exist: '?(.*?)'?$", message):
+            return f"there is no file {found[1]}: give one to --config"
         return " ".join(message.split())
 
 
@@ -362,6 +354,7 @@ def make_parser(
     With `prog` it is that of a command, which refuses unknown variables as well.
     """
     own: dict = dict(env_prefix="PROMPTING_NB", allow_abbrev=False)
+    own |= dict(formatter_class=HelpFormatter)
     parser = _Parser(default_env=environment, **own, **kwargs)
     parser.is_command = "prog" in kwargs
     for add in add_args:

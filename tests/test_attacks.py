@@ -1185,6 +1185,39 @@ def test_answer_of_another_question(dendrite):
     assert (replayed.dendrite.status_code, replayed.completion) == (422, None)
 
 
+@pytest.mark.parametrize("kind", [Prompting, StreamPrompting])
+def test_answer_that_comes_before_its_question(dendrite, kind):
+    """A miner answers, and on the kept connection sends the beginning of an answer to a question that nobody has asked yet.
+    Older client: -"""
+    lines = []
+
+    def serve():
+        while True:
+            try:
+                lines.append(server.accept()[0])
+            except OSError:
+                return
+            if len(lines) == 1:
+                lines[0].recv(65536)
+                lines[0].sendall(ok(b"{}"))
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        there = SimpleNamespace(hotkey=ME, axon=f"127.0.0.1:{server.getsockname()[1]}")
+        assert ask(dendrite, there).dendrite.status_code == 422
+
+        async def ask_again():  # in the loop that keeps the connection
+            lines[0].sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{")
+            await asyncio.sleep(0.05)
+            return (await dendrite([there], kind.ask("hello"), 0.3))[0]
+
+        asking = asyncio.run_coroutine_threadsafe(ask_again(), dendrite._sessions.background())
+        answer = asking.result(SECONDS)  # it does not hang
+    assert len(lines) == 1 and answer.dendrite.status_code == 408
+    for line in lines:
+        line.close()
+
+
 def test_silent_miner(dendrite):
     """A miner that takes the connection and says nothing, or stops in the middle.
     Older client: waits for the time limit as well."""
@@ -1370,7 +1403,7 @@ def test_chain_that_hangs(chain, caplog):
     """A call to the chain never returns.
     Older miner: -"""
     with chain.client() as client:
-        hang, settings = threading.Event(), {"miner": {"poll_interval": 0.001, "chain_timeout": 0.05, "retries": 1000}}
+        hang, settings = threading.Event(), {"miner": {"poll_interval": 0.001, "retries": 1000}, "subtensor.timeout": 0.05}
         hang.set()
 
         class Silent:

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from families import COMPLETIONS, IDS, PROMPTS, as_transformers, changed, close, scores, tiny
 from toys import LETTERS, letter_tokenizer, save_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from prompting_nb.config import InputError
 from prompting_nb.reward.classifiers import last_layer, tokenizer_frame
@@ -127,6 +127,57 @@ def test_options_are_handed_on(tmp_path):
     close(scores(placed), scores(model), 1e-6)
     model.save_pretrained(tmp_path / "saved")
     assert RewardModel.from_pretrained(tmp_path / "saved", device="cpu", dtype=torch.float32).head[1].weight.dtype == torch.float32
+
+
+def test_a_revision_is_asked_of_the_hub(tmp_path, monkeypatch):
+    "For a reward model and for a new head; no hub is needed to see it."
+    folder, _, _ = classifier_in(tmp_path / "base", "llama")
+    known, asked = scores(RewardModel.from_pretrained(folder, device="cpu")), []
+
+    def snapshot_download(name, revision=None, **options):
+        asked.append((name, revision))
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model = RewardModel.from_pretrained("nobody/judge", device="cpu", revision="v2")
+    assert asked == [("nobody/judge", "v2")] and model.model_name == "nobody/judge"
+    close(scores(model), known, 1e-6)
+    RewardModel.from_pretrained("nobody/judge", device="cpu")
+    assert asked[1:] == [("nobody/judge", None)]
+    loaded, load = [], AutoModel.from_pretrained
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda name, **options: loaded.append(options) or load(name))
+    read = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: loaded.append(options) or read(name))
+    with pytest.warns(RuntimeWarning, match="its head is left out"):
+        RewardModel(folder, device="cpu", options={"revision": "v3"})
+    assert [options["revision"] for options in loaded] == ["v3", "v3"]  # of the model, and of its tokenizer
+
+
+def test_a_quantisation_config_reaches_transformers(tmp_path, monkeypatch):
+    "For others' reward models, for ours, and for a new head."
+    folder, _, _ = classifier_in(tmp_path / "base", "llama")
+    model = RewardModel.from_pretrained(folder, device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    config, seen = hf.BitsAndBytesConfig(load_in_8bit=True), []
+
+    def spy(kind):
+        load = kind.from_pretrained
+
+        def from_pretrained(name, *args, quantization_config=None, **options):
+            seen.append(quantization_config)
+            return load(name, *args, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+    spy(AutoModelForSequenceClassification)
+    spy(AutoModel)
+    for path in (folder, tmp_path / "saved"):
+        again = RewardModel.from_pretrained(path, device="cpu", quantization_config=config)
+        assert seen.pop() is config and not seen
+        close(scores(again), scores(model), 1e-6)
+    with pytest.warns(RuntimeWarning, match="its head is left out"):
+        RewardModel(folder, device="cpu", options={"quantization_config": config})
+    assert seen == [config]
 
 
 # ---------------------------------------------------------------- refusals and warnings

@@ -158,6 +158,26 @@ def test_what_cannot_be_read_is_named_with_file_and_row(row, reason, tmp_path):
         read_rankings(path, skip_bad=1)
 
 
+@pytest.mark.parametrize("line, reason", [
+    ("only one", "it has 1 cells, and the first line has 3"),
+    ("p,a,b,c,d", "it has 5 cells, and the first line has 3"),
+    ('p,"a"b,c', "expected after"),
+])  # fmt: skip
+@pytest.mark.parametrize("mark", [",", "\t"])
+def test_rows_of_a_table_that_do_not_fit_its_titles_are_counted(line, reason, mark, tmp_path):
+    path = tmp_path / ("rows.csv" if mark == "," else "rows.tsv")
+    lines = ["prompt,chosen,rejected", "p,a,b", line, "q,a,b", line, "r,a,b"]
+    path.write_text("\n".join(lines).replace(",", mark) + "\n")
+    report = Report()
+    assert [ranking.prompt for ranking in read_rankings(path, report, skip_bad=2)] == ["p", "q", "r"]
+    assert (report.rows, report.bad) == (5, 2) and report.first_bad.startswith(f"{path} row 1: ") and reason in report.first_bad
+    with pytest.raises(InputError, match=f"{path} row 3: "):
+        read_rankings(path, skip_bad=1)
+    path.write_text(path.read_text() + 's,"a,b\nt,a,b\n'.replace(",", mark))  # an open quote would swallow what follows
+    with pytest.raises(InputError, match="row 5: unexpected end of data"):
+        read_rankings(path, skip_bad=9)
+
+
 def test_every_kind_of_source_gives_the_same_rankings(tmp_path, monkeypatch):
     rows = [{"prompt": f"Say {n}.", "chosen": f"0{n}", "rejected": "NA"} for n in range(4)]
     wanted = [Ranking(row["prompt"], [row["chosen"], "NA"], [1.0, 0.0]) for row in rows]

@@ -50,7 +50,7 @@ def test_a_summary_says_what_the_run_was_made_with(runs):
     assert summary["versions"]["torch"] == torch.__version__ and "python" in summary["versions"]
     assert summary["gating"]["kind"] == "bayes" and summary["rule"] == "thompson"
     assert summary["loss"] == "reward_mse" and summary["learning_rate"] == 0.2
-    assert summary["date"].endswith("+00:00") and summary["judge"]["kind"]
+    assert summary["date"].endswith("+00:00") and summary["judging"]["kind"]
     assert summary["data"]["prompts"] == {"count": 30, "sha256": digest(PROMPTS)}
     (file,) = summary["data"]["files"]
     assert file["sha256"] == digest_of_path(file["path"])

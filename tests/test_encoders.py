@@ -14,8 +14,12 @@ from hypothesis import given, settings, strategies as st
 from toys import LETTERS, letter_tokenizer, save_model
 
 from prompting_nb.config import InputError
-from prompting_nb.encoding import (PRECISIONS, Encoder, check_encoder, cut, frozen_model, in_batches, in_threads, last_token,
-                                   last_window, micro_batches, own_weights, pad_rows)
+from prompting_nb.encoding.batches import in_batches, in_threads, micro_batches
+from prompting_nb.encoding.batches import pad_rows
+from prompting_nb.encoding.encoder import check_encoder, Encoder
+from prompting_nb.encoding.pooling import last_token, last_window
+from prompting_nb.encoding.weights import frozen_model, own_weights, PRECISIONS
+from prompting_nb.encoding.windows import cut
 
 
 @pytest.fixture(scope="session")
@@ -151,8 +155,8 @@ def test_a_missing_encoder_is_found_without_reading_weights(folder, tmp_path, mo
     check_encoder(str(folder))
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "model.safetensors").unlink()
-    for name in ("copy", "nowhere"):
-        with pytest.raises(InputError, match="cannot load the model"):
+    for name, said in (("copy", "cannot load the model"), ("nowhere", "there is no folder")):
+        with pytest.raises(InputError, match=said):
             check_encoder(str(tmp_path / name))
 
 

@@ -33,7 +33,8 @@ MODULES = sorted(name_of(p) for p in PACKAGE.rglob("*.py") if p.name not in ("__
 
 
 def wing(module: str) -> str:
-    return module.split(".")[0] if "." in module else "root"
+    first = module.split(".")[0]
+    return first if first in MAY_IMPORT else "root"  # encoding is a folder of the root
 
 
 @cache

@@ -1,5 +1,6 @@
 """The loop from the outside: the program `prompting-nb` in a process of its own, as a person runs it."""
 
+import dataclasses
 import gzip
 import json
 import signal
@@ -21,9 +22,11 @@ from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
 from prompting_nb.loop.command import loop_parser, run_loop
 from prompting_nb.loop.network import Network, WorkerMiner
+from prompting_nb.loop.report import render, summarise
 from prompting_nb.loop.run import Loop
-from prompting_nb.loop.tasks import Worker, built_in
-from prompting_nb.encoding import Encoder
+from prompting_nb.loop.tasks import Worker, built_in, open_arena
+from prompting_nb.loop.teach import assess
+from prompting_nb.encoding.encoder import Encoder
 from prompting_nb.pretrained import MINILM, resolve
 from prompting_nb.validators.judge import Judge
 from prompting_nb.validators.replay import ask_anyone, estimate, read_events
@@ -84,7 +87,7 @@ def test_built_in_run_leaves_events_summary_and_report(tmp_path, reward):
         assert 0 <= summary[name] <= 1
     assert summary["random"] <= summary["oracle"] and summary["best_fixed"] <= summary["oracle"]
     assert summary["command"].startswith("prompting-nb loop --quiet --reward") and summary["settings"]["steps"] == 14
-    assert summary["judge"]["folder"] == str(reward) and len(summary["judge"]["sha256"]) == 64
+    assert summary["judging"]["folder"] == str(reward) and len(summary["judging"]["sha256"]) == 64
     assert summary["data"]["prompts"]["count"] == 14 and summary["seeds"] == {"run": 0, "prompts": 0}
     for event in events:
         assert len(set(event["uids"])) == 3 and 0 not in event["uids"], "the validator itself is never asked"
@@ -113,6 +116,22 @@ def test_recorded_completions_go_through_the_same_loop(tmp_path, reward, recordi
     for event in events:
         for text, grade in zip(event["completions"], event["grades"]):
             assert grade == (grades[text] if text else 0)
+
+
+def test_what_the_reward_model_does_not_read_is_in_the_report(recordings):
+    "Told as counts in the summary, and in a sentence on the page."
+    arena = open_arena(str(recordings), Encoder(MINILM), steps=4)
+    torch.manual_seed(0)
+    model = RewardModel("minilm", device="cpu", depth=1, max_length=12)
+    assessment, judge = assess(model, arena, progress=False)
+    texts = sum(map(len, arena.test))
+    assert assessment.cuts.texts == texts and 0 < assessment.cuts.completions < texts and assessment.cuts.max_length == 12
+    loop = Loop(arena, judge)
+    summary = summarise(loop, assessment)
+    assert summary["reward_cuts"] == assessment.cuts.to_dict()
+    assert f"Of what it was tested on, of {texts} texts, " in render(loop, summary, assessment)
+    whole = dataclasses.replace(assessment, cuts=None)  # a judge that does not tell
+    assert "tested on" not in render(loop, summarise(loop, whole), whole)
 
 
 @pytest.mark.slow
@@ -279,7 +298,7 @@ def test_sync_starts_anew_for_the_uid_that_changed_hands_and_only_there():
 
 @pytest.mark.parametrize("source", ["built-in tasks", "recorded completions"])
 def test_a_run_loads_the_frozen_encoder_once(tmp_path, monkeypatch, reward, recordings, source):
-    monkeypatch.setattr("prompting_nb.encoding._frozen", WeakValueDictionary())  # as in a new process
+    monkeypatch.setattr("prompting_nb.encoding.weights._frozen", WeakValueDictionary())  # as in a new process
     seen, load = [], transformers.AutoModel.from_pretrained
 
     def counted(name, *args, **kwargs):

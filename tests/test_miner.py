@@ -497,7 +497,7 @@ EFFECTS = {  # flag: (what is written, what else is written in both cases, what 
     "--miner.blocks_per_epoch": (["3"], [], after_blocks(lambda miner, chain: miner.synced_at, 5)),
     "--miner.poll_interval": (["2.5"], [], first_wait),
     "--miner.retries": (["1"], [], outlasts_failures),
-    "--miner.chain_timeout": (["7.5"], [], lambda miner, chain: miner.subnet.timeout),
+    "--subtensor.timeout": (["7.5"], [], lambda miner, chain: miner.subnet.client.seconds),
     "--miner.no_set_weights": ([], [], after_blocks(lambda m, c: "set_mechanism_weights" in c.calls, 100)),
     "--miner.blacklist.whitelist": ([STRANGER.hotkey.ss58_address], [], refused(STRANGER)),
     "--miner.blacklist.blacklist": ([VALIDATOR.hotkey.ss58_address, SMALL.hotkey.ss58_address], [], refused(VALIDATOR)),
@@ -1014,7 +1014,7 @@ def test_a_failed_publish_is_tried_again_at_the_next_look(make, chain, caplog):
 
 
 def test_a_call_that_hangs_is_given_up_and_tried_again(make, chain, caplog):
-    with make(config={"miner.chain_timeout": 0.1, "miner.blocks_per_epoch": 1, "miner.name": "patient"}) as miner:
+    with make(config={"subtensor.timeout": 0.1, "miner.blocks_per_epoch": 1, "miner.name": "patient"}) as miner:
         chain.answering.clear()
         wait_until(lambda: "retry 3 of 10" in caplog.text)
         assert miner.runner.failures >= 3 and ask(miner).completion == "Hello"
@@ -1024,7 +1024,7 @@ def test_a_call_that_hangs_is_given_up_and_tried_again(make, chain, caplog):
         chain.step()
         assert miner.wait_for_block(chain.block) and miner.runner.failures == 0 and miner.synced_at == chain.block
         assert get(miner.axon, "/ready")[0] == 200
-    assert "the chain failed (TimeoutError: the block number: the chain did not answer within 0.1 s)" in caplog.text
+    assert "the chain failed (TimeoutError: block: the chain did not answer within 0.1 s)" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["metagraph", "execute"])
@@ -1038,12 +1038,12 @@ def test_every_call_to_the_chain_has_its_limit(client, what):
 
     subnet = Subnet(MINER, Silent(), 1, timeout=0.05)
     if what == "metagraph":
-        with pytest.raises(TimeoutError, match="the metagraph: the chain did not answer within 0.05 s"):
+        with pytest.raises(TimeoutError, match="subnets.metagraph: the chain did not answer within 0.05 s"):
             subnet.sync()
     else:
         assert subnet.set_weights({0: 1.0}) is False
-        with pytest.raises(TimeoutError, match="publishing the address"):
-            subnet.publish(SimpleNamespace(host="127.0.0.1", port=1, serve=lambda *_: hang.wait(SECONDS)))
+        with pytest.raises(TimeoutError, match="execute: the chain did not answer"):
+            subnet.publish(SimpleNamespace(host="127.0.0.1", port=1, serve=lambda client, *_: client.execute()))
     hang.set()
 
 

@@ -336,7 +336,7 @@ def test_the_help_is_grouped_with_choices_and_defaults():
                     "Whom to serve, and how often:", "Whom to serve first:", *(f"--miner.kind {name}:" for name in MINERS)):
         assert f"\n{heading}\n" in shown, heading
     words = " ".join(shown.split())
-    assert "{template,replay,retrieval,transformers,openai}" in words and "default: 7200" in words
+    assert "{template,replay,retrieval,transformers,openai,process}" in words and "default: 7200" in words
     for flag in ("--miner.blacklist.quota", "--axon.port", "--netuid", "--transformers.batch"):
         assert f"{flag} " in shown, flag
 

@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom in a Jupyter kernel of its own and shows what is stored in it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -36,3 +37,17 @@ def test_differences_name_the_cell():
     assert differences(_notebook("one\n", "two\n"), _notebook("one\ntwo\n")) == []
     found, = differences(_notebook("one\n"), _notebook())
     assert found.startswith("cell 0") and "one" in found
+
+
+def test_each_page_runs_in_a_process_of_its_own(tmp_path):
+    "Large libraries are there already, the package is not, and nothing is left of an earlier page."
+    source = "import os, sys\nprint(os.getpid(), 'left' in globals(), 'prompting_nb' in sys.modules)\nleft = 1"
+    path = tmp_path / "page.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    shown = [run(path).cells[0].outputs[0].text.split() for _ in range(2)]
+    assert [words[1:] for words in shown] == [["False", "False"]] * 2
+    pids = {int(words[0]) for words in shown}
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

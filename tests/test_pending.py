@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +10,16 @@ import pytest
 import torch
 
 from prompting_nb.config import InputError
+from prompting_nb.loop.network import Network
+from prompting_nb.loop.tasks import Worker
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.cost import Prices, aiq, cost_curve, hull
-from prompting_nb.validators.explain import explain
+from prompting_nb.validators.explain import Explanation, explain
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
-from prompting_nb.validators.pending import Pending
+from prompting_nb.validators.pending import Pending, later
 from prompting_nb.validators.policies import MeanPerUid
 from prompting_nb.validators.selection import select, thompson
+from prompting_nb.validators.validator import Policy, Validator, default_gate
 
 NETWORK = SimpleNamespace(hotkeys=["k0", "k1", "k2", "k3"])
 PROMPTS = [f"what is {n} plus 9" for n in range(6)]
@@ -143,3 +147,107 @@ def test_the_curve_goes_from_the_best_to_the_cheapest():
     assert cost_curve(grades, grades, np.ones(4))[0].cost == 1.0  # all cost the same
     with pytest.raises(InputError, match="should be"):
         cost_curve(grades, grades[:, :3], price)
+
+# ---------------------------------------------------------------- in a validator
+
+
+def yes(prompt):
+    return "Yes, please do."
+
+
+def broken(prompt):
+    raise RuntimeError("out of memory")
+
+
+@pytest.fixture(scope="module")
+def small_network():
+    workers = [Worker("ann", yes), Worker("bob", lambda _: "No."), Worker("cy", yes), Worker("dot", broken)]
+    with Network(workers) as network:
+        yield network
+
+
+def opened(network, judge, **more):
+    policy = more.pop("policy", Policy(k=2, timeout=30))
+    return Validator(network.wallet, network.client, judge, policy=policy, allow_private=True, **more)
+
+
+def test_a_validator_takes_rewards_by_event_in_any_order_or_never(small_network):
+    with opened(small_network, later) as validator:
+        events = [validator.step(text) for text in PROMPTS]
+        asked = {uid for event in events[:2] for uid in event.uids}
+        assert asked == {1, 2, 3, 4}, "who waits for a reward is no newcomer any more"
+        for event in events:  # an answer that failed is worth 0 at once
+            assert event.rewards == [0.0 if text is None else None for text in event.completions]
+        waiting = sum(reward is None for event in events for reward in event.rewards)
+        assert sum(validator.pending.waiting().values()) == waiting
+        before = validator.gate.seen
+        both = [event for event in events if event.rewards == [None, None]][::-1]
+        assert len(both) >= 2
+        for event in both:
+            found = {uid: 0.9 for uid, reward in zip(event.uids, event.rewards) if reward is None}
+            first = min(found)
+            assert validator.reward(event.step, {first: 0.8}) == 1
+            assert validator.reward(event.step, found) == len(found) - 1  # the other, and one again
+        assert validator.pending.counts["repeated"] == len(both) and validator.gate.seen > before
+        assert validator.reward(99, {1: 0.5}) == 0 and validator.pending.counts["unknown"] == 1
+        with pytest.raises(ValueError, match="finite"):
+            validator.reward(events[0].step, {events[0].uids[0]: math.nan})
+        learned = Counter(validator.averages.counts)
+        assert sum(learned.values()) == 12 - waiting + validator.pending.counts["learned"]
+        state = json.loads(json.dumps(validator.pending.state()))
+        again = Pending(validator.gate)
+        again.restore(state)
+        assert again.open == validator.pending.open and again.waiting() == validator.pending.waiting()
+
+
+def test_late_rewards_teach_what_rewards_at_once_do(small_network):
+    with opened(small_network, later) as late, opened(small_network, lambda _, texts: [0.7 if t else 0.0 for t in texts]) as now:
+        for n, text in enumerate(PROMPTS):
+            for validator in (late, now):
+                validator.generator.manual_seed(n)
+            one, other = late.step(text), now.step(text)
+            assert one.uids == other.uids and one.hotkeys == other.hotkeys
+            late.reward(one.step, {uid: 0.7 for uid, reward in zip(one.uids, one.rewards) if reward is None})
+        assert late.averages.values == now.averages.values and late.averages.counts == now.averages.counts
+        torch.testing.assert_close(late.gate(PROMPTS[0]), now.gate(PROMPTS[0]))
+
+
+def test_a_validator_chooses_by_price_and_says_so(small_network):
+    hotkeys = {neuron.uid: neuron.hotkey for neuron in small_network.client.subnets.metagraph(1)}
+    dear = {hotkeys[1]: 10.0, hotkeys[2]: 1.0, hotkeys[3]: 10.0, hotkeys[4]: 10.0}
+    judge = lambda _, texts: [0.0 if t is None else 0.9 if t.startswith("Yes") else 0.8 for t in texts]
+    policy = Policy(k=1, timeout=30)
+    with opened(small_network, judge, policy=policy, prices=Prices(dear, worth=10.0)) as validator:
+        events = [validator.step(f"{text}, {n}") for n in range(5) for text in PROMPTS]
+        assert [event.prices for event in events] == [[dear[event.hotkeys[0]]] for event in events]
+        last = Counter(uid for event in events[-15:] for uid in event.uids)
+        assert last[2] >= 12, "the cheap one is worth more: 0.8 - 1/10 against 0.9 - 10/10"
+        assert {event.why.rows[0].reason for event in events[-15:] if event.uids == [2]} == {"cheap"}
+        assert {event.why.rows[0].reason for event in events[:4]} == {"new"}
+    with opened(small_network, judge, policy=policy) as validator:
+        events = [validator.step(f"{text}, {n}") for n in range(5) for text in PROMPTS]
+        assert events[-1].prices is None and sum(event.uids == [2] for event in events[-15:]) < 5
+
+
+def test_the_explanation_of_a_choice_is_one_value_in_round_event_and_log(small_network):
+    with opened(small_network, lambda _, texts: [0.5 if t else 0.0 for t in texts]) as validator:
+        rounds = [validator.route(text) for text in PROMPTS]
+        validator.ask(rounds[0])
+        event = validator.learn(rounds[0])
+        assert event.why is rounds[0].why and [row.uid for row in event.why.rows] == event.uids
+        logged = json.loads(event.to_json())["why"]
+        assert Explanation.from_dict(logged | {"prompt": event.prompt}) == event.why
+        for row, chance, sd in zip(event.why.rows, event.propensities, event.sd):
+            assert (row.hotkey, row.reason) == (event.hotkeys[event.uids.index(row.uid)], "new")
+            assert row.chance == pytest.approx(chance, abs=1e-4) and row.sd == pytest.approx(sd, abs=1e-4)
+    gate = default_gate(small_network.client.subnets.metagraph(1), kind="sentence")
+    with opened(small_network, lambda _, texts: [0.5] * len(texts), gate=gate) as validator:
+        why = validator.step(PROMPTS[0]).why
+        assert [row.sd for row in why.rows] == [None, None] and not why.topics and "answers" not in str(why)
+
+
+def test_a_batch_is_asked_at_once_and_learned_in_order(small_network):
+    with opened(small_network, lambda _, texts: [0.5 if t else 0.0 for t in texts]) as validator:
+        events = validator.batch(PROMPTS)
+        assert [event.step for event in events] == list(range(6)) and validator.steps == 6
+        assert [event.prompt for event in events] == PROMPTS and validator.batch([]) == []

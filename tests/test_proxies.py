@@ -1,7 +1,8 @@
-"""nginx in front of a miner, with the configuration that the page about proxies shows."""
+"""nginx and Caddy in front of a miner, with the configurations that the page about proxies shows."""
 
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -21,10 +22,9 @@ from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
 
 ROOT = Path(__file__).resolve().parent.parent
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+PROGRAMS = {name: shutil.which(name) or shutil.which(name, path="/usr/sbin") for name in ("nginx", "caddy")}
 MINER, VALIDATOR = make_wallet("miner"), make_wallet("validator")
 SECONDS = 20
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (apt-get install nginx)")
 
 
 def shown(language: str) -> str:
@@ -57,29 +57,52 @@ def words(synapse):
         assert heard.acquire(timeout=SECONDS)  # the next is made when this one has been heard
 
 
-@pytest.fixture(scope="module")
-def nginx(tmp_path_factory):
-    "A miner behind nginx: its own axon, and the proxy's ports for HTTP and TLS."
-    folder, plain, tls = tmp_path_factory.mktemp("nginx"), free_port(), free_port()
+def nginx_command(folder, axon, plain, tls):
+    "Write the configuration of the page for these ports; the command that runs it."
+    site = shown("nginx").replace("127.0.0.1:8091", axon.address).replace("/etc/ssl", str(folder))
+    site = site.replace("listen 443 ssl;", f"listen 127.0.0.1:{tls} ssl; listen 127.0.0.1:{plain};")
+    temporary = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in
+                        ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
+    main = f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+    (folder / "nginx.conf").write_text(f"{main}http {{ access_log off; {temporary}\n{site}}}")
+    return [PROGRAMS["nginx"], "-p", folder, "-c", folder / "nginx.conf"]
+
+
+def caddy_command(folder, axon, plain, tls):
+    site = shown("caddyfile").replace("127.0.0.1:8091", axon.address)
+    assert site.count("miner.example.org {") == 1
+    certificate = f"tls {folder}/miner.pem {folder}/miner.key"
+    with_tls = site.replace("miner.example.org {", f"https://miner.example.org:{tls} {{\n    {certificate}")
+    without = site.replace("miner.example.org {", f"http://:{plain} {{")
+    alone = f"admin off\n    default_bind 127.0.0.1\n    auto_https off\n    storage file_system {folder}"
+    (folder / "Caddyfile").write_text(f"{{\n    {alone}\n}}\n{with_tls}\n{without}")
+    return [PROGRAMS["caddy"], "run", "--config", folder / "Caddyfile", "--adapter", "caddyfile"]
+
+
+COMMANDS = {"nginx": nginx_command, "caddy": caddy_command}
+
+
+@pytest.fixture(scope="module", params=list(COMMANDS))
+def proxy(request, tmp_path_factory):
+    "A miner behind a proxy: its own axon, and the proxy's ports for HTTP and TLS."
+    name = request.param
+    if PROGRAMS[name] is None:
+        pytest.skip(f"{name} is not installed (apt-get install {name})")
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder, plain, tls = tmp_path_factory.mktemp(name), free_port(), free_port()
     key = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
            "-subj", "/CN=miner.example.org", "-addext", "subjectAltName=DNS:miner.example.org",
            "-keyout", folder / "miner.key", "-out", folder / "miner.pem"]  # fmt: skip
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
     subprocess.run(key, check=True, capture_output=True)
     with Axon(MINER, trusted_proxies=["127.0.0.1"]).attach(words) as axon:
-        site = shown("nginx").replace("127.0.0.1:8091", axon.address).replace("/etc/ssl", str(folder))
-        site = site.replace("listen 443 ssl;", f"listen 127.0.0.1:{tls} ssl; listen 127.0.0.1:{plain};")
-        temporary = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in
-                            ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
-        main = f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-        (folder / "nginx.conf").write_text(f"{main}http {{ access_log off; {temporary}\n{site}}}")
-        process = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE)
+        command, alone = COMMANDS[name](folder, axon, plain, tls), {"HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+        with open(folder / "log", "wb") as log:
+            process = subprocess.Popen(command, stderr=log, stdout=log, env={**os.environ, **alone})
         try:
             end = time.monotonic() + SECONDS
-            while not listens(plain):
-                assert process.poll() is None, process.stderr.read().decode()
-                assert time.monotonic() < end
+            while not (listens(plain) and listens(tls)):
+                assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
                 time.sleep(0.01)
             yield SimpleNamespace(axon=axon, plain=plain, tls=tls, certificate=folder / "miner.pem")
         finally:
@@ -100,50 +123,50 @@ def post(connection, question, more=None):
     return answer.status, answer.read().decode()
 
 
-def behind(nginx):
-    return SimpleNamespace(hotkey=MINER.hotkey.ss58_address, axon=f"127.0.0.1:{nginx.plain}")
+def behind(proxy):
+    return SimpleNamespace(hotkey=MINER.hotkey.ss58_address, axon=f"127.0.0.1:{proxy.plain}")
 
 
 @pytest.mark.parametrize("kind", [Prompting, StreamPrompting])
-def test_a_validator_asks_through_nginx(nginx, kind):
+def test_a_validator_asks_through_a_proxy(proxy, kind):
     with Dendrite(VALIDATOR, allow_private=True) as dendrite:
-        answers = [dendrite.query([behind(nginx)], kind.ask("What is 6 times 7?"))[0] for _ in range(5)]
+        answers = [dendrite.query([behind(proxy)], kind.ask("What is 6 times 7?"))[0] for _ in range(5)]
     assert [a.completion for a in answers] == ["It is 42."] * 5
 
 
-def test_the_miner_sees_the_real_address_and_no_forged_one(nginx):
+def test_the_miner_sees_the_real_address_and_no_forged_one(proxy):
     seen.clear()
     for forged in ({}, {"X-Forwarded-For": "8.8.8.8"}):
-        connection = http.client.HTTPConnection("127.0.0.1", nginx.plain, timeout=SECONDS, source_address=("127.0.5.1", 0))
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.plain, timeout=SECONDS, source_address=("127.0.5.1", 0))
         assert post(connection, Prompting.ask("x"), forged)[0] == 200
         connection.close()
     assert seen == ["127.0.5.1"] * 2
 
 
-def test_streams_are_not_held_back(nginx):
+def test_streams_are_not_held_back(proxy):
     with Dendrite(VALIDATOR, allow_private=True) as dendrite:
-        stream, got = dendrite.stream(behind(nginx), StreamPrompting.ask("slowly"), timeout=SECONDS), []
+        stream, got = dendrite.stream(behind(proxy), StreamPrompting.ask("slowly"), timeout=SECONDS), []
         for piece in stream:
             got.append(piece)
             heard.release()
     assert got == ["It ", "is ", "42."] and stream.answer.is_success
 
 
-def test_tls(nginx):
-    class ToNginx(http.client.HTTPSConnection):
+def test_tls(proxy):
+    class ToProxy(http.client.HTTPSConnection):
         def connect(self):
-            sock = socket.create_connection(("127.0.0.1", nginx.tls), SECONDS)
+            sock = socket.create_connection(("127.0.0.1", proxy.tls), SECONDS)
             self.sock = self._context.wrap_socket(sock, server_hostname="miner.example.org")
 
-    context = ssl.create_default_context(cafile=str(nginx.certificate))
-    connection = ToNginx("miner.example.org", context=context)
+    context = ssl.create_default_context(cafile=str(proxy.certificate))
+    connection = ToProxy("miner.example.org", context=context)
     assert json.loads(post(connection, Prompting.ask("x"))[1]) == {"completion": "It is 42."}
     connection.close()
 
 
-def test_an_upgrade_smuggles_no_request_through_nginx(nginx):
+def test_an_upgrade_smuggles_no_request_through_a_proxy(proxy):
     smuggled = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", nginx.plain), SECONDS) as line:
+    with socket.create_connection(("127.0.0.1", proxy.plain), SECONDS) as line:
         head = f"POST /Prompting HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\ncontent-length: {len(smuggled)}"
         line.sendall(head.encode() + b"\r\n\r\n" + smuggled)
         line.settimeout(1.0)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from families import tiny
+from toys import letter_tokenizer, save_model
 
 from prompting_nb.cli import main
 from prompting_nb.config import InputError
@@ -85,6 +88,17 @@ def test_bad_rows_keep_their_line(model, tmp_path):
     assert lines[1]["error"].startswith(f"{tmp_path / 'rows.jsonl'}:2: not JSON")
 
 
+def test_a_row_of_a_table_with_a_wrong_number_of_cells_keeps_its_line(model, tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\np,a\nb\nq,c,d\nr,e\n")
+    argv = ["score", "--model", model.folder, "--data", tmp_path / "rows.csv", "--out", tmp_path / "out.jsonl"]
+    with pytest.raises(InputError, match="row 2: it has 3 cells, and the first line has 2"):
+        command(*argv, "--skip-bad", 1)
+    found, said = command(*argv, "--skip-bad", 2)
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [len(line["rewards"]) for line in lines] == [1, 0, 0, 1] and found.bad == 2 and "2 bad rows" in said
+    assert lines[1]["error"] == f"{tmp_path / 'rows.csv'} row 1: it has 1 cells, and the first line has 2"
+
+
 def test_rows_are_read_as_they_are_needed(model, tmp_path):
     "At no time is more than a round read ahead of what is written."
     out, ahead = tmp_path / "out.jsonl", []
@@ -121,6 +135,32 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
+
+
+def scored_in(folder, model, count):
+    "Let the command score short texts in a process of its own; its peak memory in MB, and the seconds it took."
+    rows, out = folder / "rows.jsonl", folder / "out.jsonl"
+    with rows.open("w") as file:
+        file.writelines(json.dumps({"prompt": f"say {n % 977}", "completion": "abcdefghij"[: n % 10 + 1]}) + "\n" for n in range(count))
+    program = [sys.executable, "-c", "from prompting_nb.cli import main; main()", "reward", "score"]
+    started = time.monotonic()
+    pid = os.posix_spawn(sys.executable, [*program, "--model", model, "--data", str(rows), "--out", str(out)], os.environ)
+    _, status, used = os.wait4(pid, 0)
+    assert status == 0
+    with out.open() as file:
+        assert sum(1 for _ in file) == count
+    return used.ru_maxrss / 1024, time.monotonic() - started
+
+
+@pytest.mark.long
+def test_a_million_texts_take_the_memory_of_a_hundred_thousand(tmp_path):
+    torch.manual_seed(0)
+    name = save_model(tmp_path / "encoder", tiny("bert"), letter_tokenizer(bert=True))
+    model = str(tmp_path / "model")
+    RewardModel(name, device="cpu").save_pretrained(model)
+    found = {count: scored_in(tmp_path, model, count) for count in (100_000, 1_000_000)}
+    print({count: f"{peak:.0f} MB at most, {seconds:.0f} s" for count, (peak, seconds) in found.items()})
+    assert found[1_000_000][0] < 1.05 * found[100_000][0]
 
 
 @pytest.mark.slow

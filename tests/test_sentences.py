@@ -14,7 +14,8 @@ from toys import LETTERS, letter_tokenizer, save_model
 
 from prompting_nb.baseminer.miners import sentence_encoder
 from prompting_nb.config import InputError
-from prompting_nb.encoding import Encoder, check_encoder, last_token
+from prompting_nb.encoding.encoder import check_encoder, Encoder
+from prompting_nb.encoding.pooling import last_token
 from prompting_nb.pretrained import minilm_path
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.gating import GatingModel, SentenceEmbedGatingModel

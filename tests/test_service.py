@@ -6,23 +6,30 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import bittensor as bt
 import pytest
 import torch
 
 from prompting_nb.baseminer.subnet import open_client
-from prompting_nb.loop.endpoint import Endpoint
+from prompting_nb.loop.ask import post_prompt
+from prompting_nb.loop.endpoint import Endpoint, status_of
 from prompting_nb.loop.journal import Journal
 from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.service import NotReady, Service, ServiceSettings
+from prompting_nb.loop.state import read_about
 from prompting_nb.loop.tasks import Worker
 from prompting_nb.network.chain_server import read_token
 from prompting_nb.network.command import find_chain
 from prompting_nb.network.wallets import local_wallet
-from prompting_nb.validators.validator import Policy, Validator
+from prompting_nb.validators.judge import Judge
+from prompting_nb.validators.validator import FirstUids, Policy, Validator, default_gate
 
 ANSWERS = {"brief": "No.", "wordy": "Well, " * 9 + "yes.", "polite": "Yes, please do.", "odd": "Perhaps, or not."}
 PROMPTS = [f"Is {n} a number?" for n in range(7)]
@@ -84,12 +91,7 @@ def test_prompts_at_the_same_time(network, tmp_path):
 def test_averages_equal_what_the_events_say(network, tmp_path):
     with service_of(network, tmp_path, steps=12) as service:
         assert service.join(SECONDS)
-    said = {}
-    for event in events(tmp_path):
-        for hotkey, reward in zip(event["hotkeys"], event["rewards"]):
-            old = said.get(hotkey, reward)
-            said[hotkey] = old + 0.1 * (reward - old)
-    assert said == service.validator.averages.values
+    assert averages_of(tmp_path) == service.validator.averages.values
 
 
 def test_a_judge_that_gives_nan_costs_its_step_only(network, tmp_path, caplog):
@@ -132,10 +134,40 @@ def test_a_chain_that_is_away(network, tmp_path, caplog):
     assert "the chain failed" in caplog.text
 
 
+def test_a_chain_that_goes_back(network, tmp_path, caplog):
+    "As after it was restored from an older copy: the metagraph is read again."
+    with service_of(network, tmp_path, steps=0, sync_every=10) as service:
+        network.chain.step(500)
+        until(lambda: service.chain.block > 500 and service._synced_at > 500)
+        network.chain.subnet.block = 20
+        network.chain.register("a newcomer")
+        until(lambda: service.validator.left_out == 1)  # it was seen; the gate has five rows
+    assert "the chain went back from block 501 to 20" in caplog.text
+
+
+def test_prompts_that_cannot_be_read_end_the_asking_and_are_reported(network, tmp_path, caplog):
+    def prompts():
+        yield "Is 1 a number?"
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    with service_of(network, tmp_path, prompts=prompts()) as service:
+        assert service.join(SECONDS)
+    assert len(events(tmp_path)) == 1 and "no more prompts can be read: UnicodeDecodeError" in caplog.text
+
+
+def test_half_characters_of_a_miner_are_written_and_read(tmp_path):
+    odd = Worker("odd", lambda _: "half a character: \ud800")
+    with Network([*workers(), odd]) as network, service_of(network, tmp_path, steps=12) as service:
+        assert service.join(SECONDS) and service.validator.steps == 12
+    found = events(tmp_path)
+    assert [e["step"] for e in found] == list(range(12))
+    assert any("\ud800" in (text or "") for e in found for text in e["completions"])
+
+
 def test_refused_weights_are_tried_again(network, tmp_path, monkeypatch, caplog):
     calls = []
 
-    def set_weights(self, weights=None):
+    def set_weights(self, weights=None, version_key=0):
         calls.append(weights)
         if len(calls) == 1:
             raise RuntimeError("the chain refused the weights: too soon")
@@ -149,6 +181,109 @@ def test_refused_weights_are_tried_again(network, tmp_path, monkeypatch, caplog)
         network.chain.step(1)
         until(lambda: len(calls) >= 2)
     assert "too soon; another attempt" in caplog.text and abs(sum(calls[-1].values()) - 1) < 1e-6
+
+
+def test_weights_are_committed_and_revealed_and_carry_the_version_key(network, tmp_path, caplog):
+    rules = network.chain.subnet.rules
+    network.chain.subnet.tempo = 10
+    network.chain.subnet.rules = replace(rules, commit_reveal=True, reveal_period=2, weights_version=7)
+    with service_of(network, tmp_path, no_set_weights=False, weights_every=1, version_key=7) as service:
+        until(lambda: service.validator.steps > 4)
+        network.chain.step(2)
+        until(lambda: service.weights)
+        assert network.chain.weights == {}  # committed, and secret
+        network.chain.step(30)
+        shares = network.chain.weights[0]
+        assert set(shares) == set(service.weights) and abs(sum(shares.values()) - 1) < 1e-6
+    with service_of(network, tmp_path / "older", no_set_weights=False, weights_every=1) as service:
+        until(lambda: service.validator.steps > 4)
+        network.chain.step(2)
+        network.chain.subnet.rules = replace(rules, weights_version=7)
+        until(lambda: network.chain.step() and "the version key is 0; the subnet requires 7" in caplog.text)
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_a_clock_that_jumps(network, tmp_path, monkeypatch, hours):
+    "The wall clock is set back or ahead while miners and validator work: requests are still accepted, and blocks still followed."
+    with service_of(network, tmp_path, steps=0) as service:
+        until(lambda: service.validator.steps > 3)
+        before, seconds, exact = service.validator.steps, time.time, time.time_ns
+        monkeypatch.setattr(time, "time", lambda: seconds() + hours * 3600)
+        late = [*network.miners.values(), service.validator]
+        shifted = lambda: exact() + hours * 3600 * 10**9
+        for part in late:
+            for clocked in clocked_parts(part):
+                monkeypatch.setattr(clocked, next(n for n in ("clock", "_clock") if hasattr(clocked, n)), shifted)
+        until(lambda: service.validator.steps > before + 12)
+        network.chain.step(30)
+        until(lambda: service.chain.block == network.chain.block)
+        assert service.problems() == []
+    last = events(tmp_path)[-6:]
+    assert all(status == 200 for event in last for status in event["statuses"])
+    assert [e["step"] for e in events(tmp_path)] == list(range(service.validator.steps))
+
+
+def clocked_parts(root):
+    "All objects within one that hold the wall clock."
+    seen, todo, found = set(), [root], []
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or not type(one).__module__.startswith("prompting_nb."):
+            continue
+        seen.add(id(one))
+        held = {name: getattr(one, name, None) for name in (*getattr(one, "__dict__", {}), *getattr(type(one), "__slots__", ()))}
+        if any(held.get(name) is time.time_ns for name in ("clock", "_clock")):
+            found.append(one)
+        for value in held.values():
+            todo += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return found
+
+
+def test_a_subnet_that_outgrows_the_gate(network, tmp_path, caplog):
+    "While the validator runs, and while it is down: the uids that the gate has rows for are served, the others are counted."
+    narrow = lambda: default_gate(FirstUids(network.client.subnets.metagraph(1), 6), config={"gating.num_uids": 6})
+
+    def service(**more):
+        parts = (network.wallet, network.client, by_length, narrow(), Policy(k=2, timeout=30))
+        settings = ServiceSettings(interval=0, poll_interval=0.05, sync_every=1, no_set_weights=True, **more)
+        return Service(Validator(*parts), tmp_path, PROMPTS, settings)
+
+    with service() as one:
+        until(lambda: one.validator.steps > 3)
+        for number in range(3):
+            network.chain.register(f"late-{number}")
+        network.chain.step()
+        until(lambda: one.validator.left_out == 2)
+        before = one.validator.steps
+        until(lambda: one.validator.steps > before + 3)
+        assert status_of(one)["left_out"] == 2 and one.problems() == []
+    assert "2 of 8 uids are left out, since the gate has rows for 6" in caplog.text
+    network.chain.register("one more, while it is down")
+    with service(steps=before + 20) as two:
+        assert two.join(SECONDS) and two.validator.left_out == 3
+    assert [e["step"] for e in events(tmp_path)] == list(range(before + 20))
+
+
+def test_corrections_of_the_judge_are_saved(network, tmp_path):
+    class Length:
+        def score(self, prompts, completions):
+            return torch.tensor([[len(text) / 60] for text in completions])
+
+    def judge():
+        made = Judge(Length(), [0.0, 1.0], [0.0, 1.0])
+        made.watch.low, made.watch.high = 0.1, 0.9
+        return made
+
+    first = judge()
+    with service_of(network, tmp_path, first, steps=6) as service:
+        first.offsets.add(service.validator.metagraph.hotkeys[2], -0.25)
+        assert service.join(SECONDS)
+    second = judge()
+    with service_of(network, tmp_path, second, steps=12) as service:
+        assert service.validator.judge.offsets.errors == first.offsets.errors
+        assert second.watch.seen >= first.watch.seen > 0
+        assert service.join(SECONDS)
+    assert second.watch.seen == sum(len(e["uids"]) for e in events(tmp_path))
 
 
 def test_a_full_disk_is_waited_out(network, tmp_path, caplog):
@@ -197,6 +332,45 @@ def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):
     out = subprocess.run([sys.executable, "-c", "\n".join(line[8:] for line in code.splitlines())], capture_output=True, text=True)
     failed, kind = out.stdout.split()
     assert kind == "OSError" and [e["step"] for e in events(tmp_path)] == list(range(int(failed)))
+
+
+@pytest.mark.slow
+def test_a_service_waits_while_files_may_not_grow(tmp_path):
+    "A real limit on the size of files: events and states cannot be written for a while; nothing is lost, doubled or half-written."
+    code = f"""
+        import logging, resource, signal, sys
+        logging.basicConfig()
+        sys.path.insert(0, "tests")
+        import test_service as t
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        with t.Network(t.workers()) as network, t.service_of(network, t.Path({str(tmp_path)!r}), save_every=1) as service:
+            t.until(lambda: service.validator.steps > 7)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (service.journal.path.stat().st_size + 700, hard))
+            t.until(lambda: any("could not be written" in problem for problem in service.problems()))
+            stood = service.validator.steps
+            t.time.sleep(0.5)
+            assert service.validator.steps <= stood + 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            t.until(lambda: service.validator.steps > stood + 5)
+        print(service.validator.steps)
+    """
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert out.returncode == 0, out.stderr
+    found = [e["step"] for e in events(tmp_path)]
+    assert found == list(range(int(out.stdout))) and "the state could not be saved" in out.stderr
+    assert read_about(tmp_path)["step"] == len(found) and not list(tmp_path.glob(".state-*"))
+
+
+def test_a_log_on_a_full_device(network, tmp_path, caplog):
+    "/dev/full takes no byte: the service starts, waits, and says so; it goes on when there is room."
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    with service_of(network, tmp_path, steps=3) as service:
+        until(lambda: any("could not be written" in problem for problem in service.problems()))
+        (tmp_path / "events.jsonl").unlink()
+        service.journal.close()
+        assert service.join(SECONDS)
+    assert [e["step"] for e in events(tmp_path)] == [0, 1, 2] and "No space left" in caplog.text
 
 
 def test_half_a_line_after_a_kill_costs_that_step_only(network, tmp_path, caplog):
@@ -325,41 +499,104 @@ def alive(pid):
         return False
 
 
+class Asking(threading.Thread):
+    "Posts a question every half second, and keeps what became of it; registers hotkeys on the chain, and keeps what was acknowledged."
+
+    def __init__(self, run):
+        super().__init__(daemon=True)
+        self.run_folder, self.ended = run, threading.Event()
+        self.answered, self.reported, self.registered = {}, [], {}
+
+    def run(self):
+        number = 0
+        while not self.ended.wait(0.5):
+            number += 1
+            prompt = f"What is {number} plus {number}?"
+            try:
+                found = post_prompt(self.run_folder / "validator", prompt, timeout=30)
+                if found is None:  # nobody listens: the validator is being started again
+                    self.reported.append((prompt, "no validator"))
+                else:
+                    self.answered[prompt] = found
+            except (RuntimeError, OSError, ValueError) as error:
+                self.reported.append((prompt, error))
+            if number % 10 == 0:
+                wallet = local_wallet(self.run_folder / "chain" / "wallets", f"guest-{number}")
+                try:
+                    chain = find_chain(self.run_folder / "chain")
+                    if chain:
+                        self.registered[wallet.hotkey.ss58_address] = chain.register(wallet)
+                except (bt.RpcConnectionError, OSError):
+                    pass  # it was not acknowledged
+
+    def stop(self):
+        self.ended.set()
+        self.join(SECONDS)
+
+
+def averages_of(folder, steps=None):
+    "The moving averages that the events of a validator lead to."
+    said = {}
+    for event in events(folder)[:steps]:
+        for hotkey, reward in zip(event["hotkeys"], event["rewards"]):
+            reward = min(max(reward, 0.0), 1.0)
+            old = said.get(hotkey, reward)
+            said[hotkey] = old + 0.1 * (reward - old)
+    return said
+
+
 def _subnet(tmp_path, judged, miners, seconds, every):
-    "Kill a random process now and then; the subnet goes on, and its events have no gap."
+    "Kill a random process now and then; the subnet goes on, loses nothing, and its events have no gap."
     run = tmp_path / "run"
     flags = ["--miners", miners, "--dir", run, "--reward", judged / "reward", "--block-time", 1, "--tempo", 10]
     log = open(tmp_path / "log", "wb")
     subnet = subprocess.Popen(command("subnet", *flags), stdout=log, stderr=log)
     listed = lambda: {e["name"]: e for e in json.loads((run / "processes.json").read_text())}
     steps = lambda: len(events(run / "validator")) if (run / "validator" / "events.jsonl").exists() else 0
-    chance = random.Random(3)
+    chance, healed, asking = random.Random(3), [], Asking(run)
     try:
         until(lambda: steps() >= 3, "the first steps")
         names = ["chain", "validator", *(f"miner-{n + 1}" for n in range(miners))]
         assert sorted(listed()) == sorted(names)
         end, killed = time.monotonic() + seconds, 0
         queue = ["chain", "validator", "miner-1"]
+        asking.start()
         while time.monotonic() < end:
-            name = queue.pop(0) if queue else chance.choice(names)
+            begun, name = time.monotonic(), queue.pop(0) if queue else chance.choice(names)
             pid = listed()[name]["pid"]
             os.kill(pid, signal.SIGKILL)
             killed += 1
             until(lambda: listed()[name]["pid"] != pid, f"a new {name}")
             before = steps()
             until(lambda: steps() >= before + 2, f"steps after {name} was killed")
-            time.sleep(every)
-        assert killed >= 3
+            healed.append((name, round(time.monotonic() - begun, 1)))
+            time.sleep(max(0.0, begun + every - time.monotonic()))
+        asking.stop()
+        assert killed >= 3 and asking.answered
         found = events(run / "validator")
         assert [e["step"] for e in found] == list(range(len(found)))
+        # every question was answered or reported, and an answer is in the events as it was given
+        said = {(e["step"], e["prompt"]): e for e in found}
+        for prompt, answer in asking.answered.items():
+            event = said[answer["step"], prompt]
+            assert event["completions"] == [a["completion"] for a in answer["answers"]]
+        # what the chain acknowledged is there
+        with closing(find_chain(run / "chain").client()) as client:
+            there = {n.hotkey: n.uid for n in client.subnets.metagraph(1).neurons}
+        assert asking.registered.items() <= there.items()
         pids = [entry["pid"] for entry in listed().values()]
         subnet.send_signal(signal.SIGKILL)
         subnet.wait()
-        deadline = time.monotonic() + 5 + 10  # five seconds on an idle machine
+        died, deadline = time.monotonic(), time.monotonic() + 5 + 10  # five seconds on an idle machine
         while any(map(alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.1)
+        print(f"healed: {healed}; all had ended {time.monotonic() - died:.1f} s after the supervisor;", end=" ")
+        print(f"{len(asking.answered)} answers, {len(asking.reported)} reports, {len(asking.registered)} guests, {len(found)} steps")
         assert not any(map(alive, pids))
+        saved = read_about(run / "validator")
+        assert saved["averages"] == averages_of(run / "validator", saved["step"]) and saved["step"] > 3
     finally:
+        asking.ended.set()
         subnet.kill()
         subnet.wait()
         log.close()

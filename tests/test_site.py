@@ -117,7 +117,7 @@ def test_every_page_has_its_text_its_notebook_and_a_place_in_llms_txt(site):
     for page in pages(site):
         name, tree = page.relative_to(site).as_posix(), soup(page)
         text = Path(f"{page}.md").read_text()
-        assert text.startswith("# " + tree.h1.get_text()) and f"]({name}.md)" in listed
+        assert text.splitlines()[0].replace("`", "") == "# " + tree.h1.get_text() and f"]({name}.md)" in listed
         assert ":::" not in text and "{=html}" not in text and "api-name" not in text, name
         links = {a.get_text(): a["href"] for a in tree.select(".page-actions a")}
         assert links["Open in Colab"].startswith("https://colab.research.google.com/github/")
@@ -146,6 +146,45 @@ def test_nothing_is_fetched_from_elsewhere(site):
         loaded = [tag.get("src") or tag["href"] for tag in soup(page).select("script[src], img, link, iframe, source")]
         assert not [url for url in loaded if re.match(r"(https?:)?//", url)], page
     assert not re.search(r"https?://|url\(|@import", (site / "style.css").read_text() + (site / "api.css").read_text())
+
+
+def test_every_picture_says_what_it_shows(site):
+    "And not only under which heading it stands, which is what is said where a cell has no `fig-alt`."
+    silent = []
+    for page in pages(site):
+        for picture in soup(page).select("main img, main svg"):
+            said = picture.get("alt") or picture.get("aria-label") or (picture.title.get_text() if picture.title else "")
+            silent += [] if said.strip() and not said.startswith("Plot: ") and "\\" not in said else [f"{page.name}: {said!r}"]
+    assert silent == []
+
+
+def test_titles_are_rendered(site):
+    for page in pages(site):
+        tree = soup(page)
+        texts = [tree.title.get_text(), tree.h1.get_text(), *(a.get_text() for a in tree.select(".sidebar a, .turn a"))]
+        assert not [text for text in texts if "`" in text or "\\" in text], page
+    assert soup(site / "loop" / "subnet.html").h1.code.get_text() == "subnet"
+
+
+def test_links_to_the_repository_and_the_sitemap(site):
+    tree = soup(site / "loop" / "run.html")
+    links = {a.get_text(): a["href"] for a in tree.select(".repo-actions a")}
+    base = "https://github.com/prompting-nb/prompting_nb"
+    assert links == {"View source": f"{base}/blob/main/nbs/loop/00_run.ipynb", "Report an issue": f"{base}/issues/new"}
+    listed = re.findall("<loc>(.*?)</loc>", (site / "sitemap.xml").read_text())
+    assert set(listed) == {f"https://prompting-nb.github.io/prompting_nb/{p.relative_to(site).as_posix()}" for p in pages(site)}
+
+
+def test_no_rule_of_the_style_is_dead(site):
+    "What a selector names is on some page, or is made by the script."
+    html = "".join(path.read_text() for path in [HERE / "quarto.html", ROOT / "tools" / "site" / "site.js", *pages(site)])
+    used = {word for texts in re.findall(r"""(?:class|id|className:?)\s*=?\s*["']([^"']+)["']""", html) for word in texts.split()}
+    used |= set(re.findall(r"""classList\.\w+\(["']([\w-]+)""", html)) | set(re.findall(r"<([a-z]+\d?)\b", html)) | {"root", "found", "quarto-dark"}
+    for name in ("style.css", "api.css"):
+        other = r"/\*.*?\*/|\{[^{}]*\}|@[^{]*\{|\[[^]]*\]|::?(?!is|not|has)[\w-]+(\([^)]*\))?"  # comments, rules, attributes, states
+        text = re.sub(other, " ", (site / name).read_text(), flags=re.S)
+        named = set(re.findall(r"(?<![\w-])[.#]?([a-z][\w-]*)", text.replace(":is", "").replace(":not", "").replace(":has", "")))
+        assert named - used == set(), name
 
 
 # ---- the points of a page of the API
@@ -419,6 +458,37 @@ def test_every_page_loads_fits_a_phone_and_passes_axe(site, browser, serve):
     assert complaints == []
 
 
+def test_nothing_is_cut_at_1280_pixels(site, browser):
+    "No code, output, table or formula scrolls sideways, folded code included."
+    from tools.survey import survey
+
+    figures, lines = survey(site, browser)
+    assert {name: lines[name] for name, page in figures.items() if page.cut} == {}
+    assert sum(page.silent for page in figures.values()) == 0 and figures["reward/model.html"].blocks > 60
+
+
+def test_the_survey_prints_before_and_after():
+    from tools.survey import Figures, table
+
+    old, new = Figures(100, 10, 3, 2, 1, 1), Figures(90, 10, 3, 0, 1, 0)
+    rows = table({"a.html": new}, {"a.html": old}).splitlines()
+    assert rows[2] == "| a.html | 100 → 90 | 10 | 3 | 2 → 0 | 1 | 1 → 0 |" and rows[-1].startswith("| **all pages** | 100 → 90")
+    assert table({"a.html": new}).splitlines()[2] == "| a.html | 90 | 10 | 3 | 0 | 1 | 0 |"
+
+
+def test_a_page_of_quarto_has_names_in_monospace_and_no_prose(browser):
+    "Quarto gives a section the classes of its heading; a long output wraps, a name stays in one piece."
+    page = browser.new_page(viewport={"width": 700, "height": 800})
+    page.set_content((HERE / "quarto.html").read_text().replace("https://", "about:"))
+    page.add_style_tag(content=(ROOT / "nbs" / "api.css").read_text())
+    font = lambda selector: page.evaluate("s => getComputedStyle(document.querySelector(s)).fontFamily", selector)
+    assert "monospace" in font("h3.api-name") and "monospace" not in font("#details") + font("#prose")
+    assert page.evaluate("document.querySelector('#output').scrollWidth <= document.querySelector('#output').clientWidth")
+    name = ".module-index p:last-child code"
+    assert page.evaluate(f"document.querySelector('{name}').getClientRects().length") == 1
+    page.close()
+
+
 def test_the_wide_layout_passes_axe_in_both_themes(small, browser, serve):
     base, complaints = serve(small), []
     for scheme in ("light", "dark"):
@@ -455,6 +525,43 @@ def test_search_finds_names_and_words(site, browser, serve):
     page.keyboard.press("Escape")
     assert not page.query_selector("dialog[open]")
     page.close()
+
+
+def test_search_answers_questions_and_ranks_whole_words_first(site, browser, serve):
+    page = browser.new_page()
+    page.goto(serve(site) + "index.html")
+    page.keyboard.press("/")
+
+    def search(query: str) -> list[tuple[str, str, list[str]]]:
+        page.fill("dialog.search input", query)
+        page.wait_for_function("query => document.querySelector('.hint').textContent.includes('result') || "
+                               "document.querySelector('.hint').textContent.includes('Nothing')", arg=query)
+        return [(li.get_attribute("data-url"), li.query_selector("b").inner_text(),
+                 [m.inner_text() for m in li.query_selector_all("mark")]) for li in page.query_selector_all("#found li")]
+
+    for question, wanted in QUESTIONS.items():
+        found = search(question)
+        assert any(re.search(wanted, url) for url, _, _ in found[:3]), f"{question}: {found[:5]}"
+    for _, name, marks in search("gate "):
+        assert all(re.match(r"gat", mark, re.I) for mark in marks)
+    names = [name.lower() for _, name, _ in search("axon ")]
+    whole = [bool(re.search(r"\baxon\b", name)) for name in names]
+    assert whole[0] and whole == sorted(whole, reverse=True)
+    url, name, marks = search("--gating.num_uids")[0]
+    assert name == "--gating.num_uids" and "--gating.num_uids" in marks
+    assert search("prompting-nb subnet")[0][1] == "prompting-nb subnet" and not search("xyzzy")
+    page.close()
+
+
+QUESTIONS = {  # what is asked: what is among the first three
+    "how do I run a validator": "start_here|loop/validator|validators/validator",
+    "how can I write my own miner?": "start_here|your_own_miner|my_own_miners",
+    "train a reward model": "reward_from_preferences|bring_your_own|reward/training|start_here",
+    "what does padding do to scores": "padding_and_scores",
+    "which miners does the gate ask": "gating|bayes|whom_to_ask|selection|start_here",
+    "what will my miner earn": "what_will_my_miner_earn|start_here",
+    "refused callers": "blacklist",
+}
 
 
 def test_the_dark_theme_is_remembered(small, browser, serve):

@@ -229,6 +229,30 @@ def test_a_follower_neither_publishes_nor_sets_weights(pair):
     assert published == leader.axon.address
 
 
+def page(axon):
+    "Status of /metrics, and the answered requests of each process."
+    connection = http.client.HTTPConnection(axon.host, axon.port, timeout=SECONDS)
+    connection.request("GET", "/metrics")
+    answer = connection.getresponse()
+    lines = [line for line in answer.read().decode().splitlines() if line.startswith('axon_requests_total{outcome="answered"')]
+    connection.close()
+    return answer.status, sorted(float(line.rpartition(" ")[2]) for line in lines), lines
+
+
+def test_metrics_of_one_process_show_those_of_all(pair, redis):
+    one, two = pair({"miner.poll_interval": 0.02})
+    for miner in (one, one, two):
+        assert status(miner.axon) == 200
+    for miner in (one, two):
+        until(lambda: page(miner.axon)[1] == [1.0, 2.0])
+        assert all('process="' in line for line in page(miner.axon)[2])
+    two.stop_run_thread()
+    one.axon.metrics.shared.kept = 0.1  # seconds, instead of a minute
+    until(lambda: page(one.axon)[1] == [2.0])
+    redis.kill()
+    assert page(one.axon)[:2] == (200, [2.0])  # its own
+
+
 def test_several_processes_need_a_store():
     with pytest.raises(InputError, match="--axon.store redis://"):
         Echo({"axon.processes": 2}, wallet=MINER, subtensor=EmbeddedChain().client())

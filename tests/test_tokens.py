@@ -1,5 +1,7 @@
 """The answer is always read: chat templates of many kinds, texts where lists belong, and what is cut and said."""
 
+import random
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -10,6 +12,7 @@ from toys import byte_tokenizer
 from transformers import BertConfig, LlamaConfig
 
 from prompting_nb.config import InputError
+from prompting_nb.pretrained import word_tokenizer
 from prompting_nb.reward.conversations import Conversation, answer_of
 from prompting_nb.reward.tokens import LONGEST, Cuts, cuts_of, encode, length_limit
 
@@ -153,3 +156,18 @@ def test_tokens_share_their_numbers():
     tokenizer = byte_tokenizer()
     one, other = encode(tokenizer, ["ÿÿÿ a"] * 2, ["ÿ b", "ÿ c"])
     assert all(a is b for a, b in zip(one, other) if a == b)
+
+
+def test_a_token_takes_few_bytes():
+    "Of rows that are kept, and at most while they are made; a tokenizer's own result takes 134 bytes a token."
+    words = [f"w{n}" for n in range(5000)]
+    tokenizer = word_tokenizer(["[UNK]", *words], eos_token="[UNK]")
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=200)) for _ in range(3000)]
+    encode(tokenizer, texts[:1200])  # what is kept of ids that occur
+    tracemalloc.start()
+    rows = encode(tokenizer, texts)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = sum(map(len, rows))
+    assert tokens > 600_000 and kept / tokens < 11 and peak / tokens < 45

@@ -11,7 +11,7 @@ import torch
 from test_reward import kind_words, toy, toys  # noqa: F401 (a fixture)
 
 from prompting_nb.config import InputError
-from prompting_nb.reward.checkpoints import run_digest
+from prompting_nb.reward.checkpoints import run_digest, score_digest
 from prompting_nb.reward.fast.packing import can_pack
 from prompting_nb.reward.training import TrainConfig, bf16_pays, train
 
@@ -100,6 +100,22 @@ def test_a_checkpoint_belongs_to_its_settings():
         TrainConfig(), TrainConfig(max_seconds=9.0), TrainConfig(checkpoint_every=7))}
     assert len(digests) == 1  # how long a run may take, and how often it is saved, may change
     assert run_digest(TrainConfig(lr=2e-4), rankings) not in digests
+
+
+def test_a_digest_of_scores_follows_what_they_depend_on(toys, tmp_path):  # noqa: F811
+    model = toy(toys, "bert")
+    digest = score_digest(model)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(str(tmp_path / "saved"), device="cpu")
+    assert score_digest(loaded) == digest  # also from another folder, and after use
+    model.score(["a"], ["b"])
+    model.requires_grad_(False)  # what it will learn says nothing about scores
+    assert score_digest(model) == digest
+    model.tokenizer.chat_template = "{{ messages }}"
+    assert score_digest(model) != digest
+    with torch.no_grad():
+        next(loaded.head.parameters()).add_(1e-3)
+    assert score_digest(loaded) != digest
 
 
 @pytest.mark.parametrize("supported, pays", [((), False), (("bf16",), True), (("amx",), True), (("bf16", "amx"), True)])

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp|export)\b", re.M)
-LINK = re.compile(r"\]\((?!\w+:)([\w./-]+\.ipynb)")  # to another page, as seen from nbs/
+LINK = re.compile(r"\]\((?!\w+:)([\w./-]+\.(?:ipynb|svg|png))")  # to another page or a picture, as seen from nbs/
 
 
 def _output(cell: dict) -> str:

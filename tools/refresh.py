@@ -20,12 +20,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image, ImageChops
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tools.kernels import ForkedKernelManager  # noqa: E402
+
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar, which is gone when the page is read
 TEXTS = ("text/markdown", "text/html", "text/plain")  # the first of these that an output has is compared
@@ -46,8 +50,9 @@ def run(path: Path, timeout: int = 600):
     for cell in notebook.cells:
         if cell.cell_type == "code" and re.search(r"^#\|\s*eval:\s*false", cell.source, re.M):
             cell.metadata["tags"] = [SKIPPED]
+    manager = ForkedKernelManager if sys.platform == "linux" else AsyncKernelManager
     client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", skip_cells_with_tag=SKIPPED,
-                            resources={"metadata": {"path": str(path.parent)}})
+                            kernel_manager_class=manager, resources={"metadata": {"path": str(path.parent)}})
     client.execute(env={**os.environ, **ENVIRONMENT, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     return notebook
 

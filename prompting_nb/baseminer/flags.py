@@ -14,8 +14,9 @@ from typing import Optional
 
 from .blacklist import read_hotkeys
 from ..config import InputError, NonNegativeFloat, NonNegativeInt
-from ..config import PositiveFloat, PositiveInt, check_settings
+from ..config import Port, PositiveFloat, PositiveInt, check_settings
 from ..network.addresses import not_public
+from ..network.limited import CALL_TIMEOUT
 
 # %% ../../nbs/baseminer/03_flags.ipynb #m03025
 @dataclass
@@ -48,7 +49,6 @@ class LoopSettings:
         blocks_per_epoch: Blocks between two readings of the metagraph.
         poll_interval: Seconds between two looks at the block number.
         retries: Failures of the chain in a row that are waited out.
-        chain_timeout: Seconds that one call to the chain may take.
         no_set_weights: Do not set weights.
         blacklist: Whom to serve.
         priority: Whom to serve first.
@@ -58,7 +58,6 @@ class LoopSettings:
     blocks_per_epoch: PositiveInt = 100
     poll_interval: PositiveFloat = 6.0
     retries: NonNegativeInt = 10
-    chain_timeout: PositiveFloat = 90.0
     no_set_weights: bool = False
     blacklist: "BlacklistSettings" = field(default_factory=lambda: BlacklistSettings())
     priority: "PrioritySettings" = field(default_factory=lambda: PrioritySettings())
@@ -127,9 +126,11 @@ class SubtensorSettings:
     Args:
         network: Chain to follow: finney, test, local, a ws:// address, or the
             embedded://HOST:PORT that prompting-nb chain says.
+        timeout: Seconds that one call to the chain may take.
     """
 
     network: str = "finney"
+    timeout: PositiveFloat = CALL_TIMEOUT
 
     __post_init__ = check_settings
 
@@ -172,9 +173,9 @@ class AxonSettings:
     """
 
     host: str = "127.0.0.1"
-    port: NonNegativeInt = 0
+    port: Port = 0
     external_ip: str = ""
-    external_port: NonNegativeInt = 0
+    external_port: Port = 0
     allow_private: bool = False
     no_legacy: bool = False
     nonces: str = ""

@@ -29,7 +29,7 @@ from ..config import Config, InputError, add_settings, read_config
 from ..config import settings_of
 from ..network.axon import Axon
 from ..network.isolation import Isolated
-from ..network.store import Store, StoredNonces
+from ..network.store import Store, StoredMetrics, StoredNonces
 from ..network.store import StoredPrompts, StoredQuota
 from ..protocol import Prompting, Synapse
 from ..show import Bar, html_table, arguments_in_help
@@ -69,7 +69,8 @@ class Miner(abc.ABC):
         if subtensor is None:
             subtensor = open_client(settings.subtensor.network)
         self.wallet, self.subtensor, self.netuid = wallet, subtensor, settings.netuid
-        self.subnet = Subnet(wallet, subtensor, settings.netuid, loop.chain_timeout)
+        limit = settings.subtensor.timeout
+        self.subnet = Subnet(wallet, subtensor, settings.netuid, limit)
         self._unpublished = True  # since the start, or the latest epoch
         self.sync()  # a miner that is not registered does not listen
         store = settings.axon.store
@@ -89,6 +90,9 @@ class Miner(abc.ABC):
             fatal=(NotRegisteredError,),
         )
         self.axon.not_ready = self._not_ready
+        if self.store is not None:
+            kept = max(60.0, 10 * loop.poll_interval)
+            self.axon.metrics.shared = StoredMetrics(self.store, kept)
         self._attach(loop.priority.default)
 
     # Settings
@@ -303,7 +307,9 @@ class Miner(abc.ABC):
     def _each_block(self) -> int:
         "Look at the chain and do what is due; send nothing once a stop is asked for."
         loop, stopping = self.settings.miner, self.runner.stopping
-        first = self.runner.block < 0
+        first, metrics = self.runner.block < 0, self.axon.metrics
+        if metrics.shared is not None:
+            metrics.shared.share(metrics.text().decode())
         block = self.subnet.look()
         epoch = block - self.synced_at >= loop.blocks_per_epoch
         if epoch and not stopping.is_set():

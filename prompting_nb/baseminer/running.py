@@ -8,7 +8,6 @@ __all__ = ['Runner']
 # %% ../../nbs/baseminer/06_running.ipynb #m06002
 import logging
 import threading
-from concurrent.futures import Future, wait
 from typing import Any, Callable, Optional
 
 from ..files import on_sigterm
@@ -168,28 +167,3 @@ def _stop_by_signal(stopping: threading.Event, name: str) -> None:
     _log.warning("%s: SIGTERM, stopping after this block", name)
     # The interrupted thread may be waiting for this very event and hold its lock.
     threading.Thread(target=stopping.set).start()
-
-# %% ../../nbs/baseminer/06_running.ipynb #m06025
-def within(
-    seconds: float,  # that the call may take
-    call: Callable[[], Any],  # without arguments
-    what: str,  # is called, for the message
-) -> Any:  # what the call returns; raises what it raises, or `TimeoutError`
-    "Call a function that may hang, in a thread of its own."
-    outcome: Future = Future()
-
-    def work() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, name=f"call: {what}", daemon=True).start()
-    wait([outcome], seconds)
-    if not outcome.done():
-        raise TimeoutError(f"{what}: the chain did not answer within {seconds:g} s")
-    error = outcome.exception()
-    if error is not None and not isinstance(error, Exception):
-        kind = type(error).__name__
-        raise RuntimeError(f"{what}: the client failed with {kind}: {error}") from error
-    return outcome.result()

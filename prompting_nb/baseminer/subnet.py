@@ -7,10 +7,9 @@ __all__ = ['NotRegisteredError', 'Subnet', 'open_wallet', 'open_client']
 
 # %% ../../nbs/baseminer/04_subnet.ipynb #m04002
 import logging
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Mapping, Optional
 
 from .blacklist import Caller, find_caller, index_callers
-from .running import within
 from ..config import InputError
 from prompting_nb.network.addresses import (
     not_public,
@@ -18,6 +17,7 @@ from prompting_nb.network.addresses import (
     split_address,
     written_alike,
 )
+from ..network.limited import limited
 
 # %% ../../nbs/baseminer/04_subnet.ipynb #m04009
 _log = logging.getLogger(__name__)
@@ -35,10 +35,10 @@ class Subnet:
         wallet: Any,  # signs what is sent to the chain; its hotkey is "our own"
         client: Any,  # a `bittensor.SyncClient`; nothing is asked before `sync`
         netuid: int,  # which subnet
-        timeout: float = 90.0,  # seconds that one call to the chain may take
+        timeout: float | None = None,  # seconds for one call; None: as of `limited`
     ):
-        self.wallet, self.client, self.netuid = wallet, client, netuid
-        self.timeout = timeout
+        self.wallet, self.netuid = wallet, netuid
+        self.client = limited(client, timeout)
         self.block = 0  # the newest block that was seen
         self.synced_at = 0  # the block of the metagraph
         self.uid: Optional[int] = None  # our own; None while not registered
@@ -61,15 +61,8 @@ class Subnet:
 
     def look(self) -> int:
         "Read the present block number from the chain, and return it."
-        self.block = self._block()
+        self.block = int(self.client.block)
         return self.block
-
-    def _block(self) -> int:
-        return int(self._call("the block number", lambda: self.client.block))
-
-    def _call(self, what: str, call: Callable[[], Any]) -> Any:
-        "Ask the chain, and wait no longer than `timeout`."
-        return within(self.timeout, call, what)
 
     def sync(self) -> None:
         """Read block and metagraph from the chain and find our own uid.
@@ -77,8 +70,8 @@ class Subnet:
         Raises `NotRegisteredError` when the hotkey has none, `InputError` when there
         is no such subnet, and `TimeoutError` when the chain is silent.
         """
-        block, graph = self._block(), self.client.subnets.metagraph
-        metagraph = self._call("the metagraph", lambda: graph(self.netuid))
+        block = int(self.client.block)
+        metagraph = self.client.subnets.metagraph(self.netuid)
         network = getattr(self.client, "network", "this chain")
         if metagraph is None:
             here = f"{network} has no subnet {self.netuid}"
@@ -115,8 +108,7 @@ class Subnet:
         if len(shown) == 1 and _same_address(shown[0], ip, port):
             return  # chains limit how often one may do this
         self._warn_of_private(ip)
-        serve = lambda: axon.serve(self.client, self.netuid, ip, port)
-        self._call("publishing the address", serve)
+        axon.serve(self.client, self.netuid, ip, port)
 
     def _warn_of_private(self, ip: str) -> None:
         "Say in the log that nobody will reach this address, except in a test."
@@ -137,8 +129,7 @@ class Subnet:
 
         call = SetWeights(netuid=self.netuid, weights=dict(weights))
         try:
-            execute = lambda: self.client.execute(call, self.wallet)
-            result = self._call("setting weights", execute)
+            result = self.client.execute(call, self.wallet)
         except Exception as error:
             _log.warning("setting weights failed: %s: %s", type(error).__name__, error)
             return False
@@ -176,15 +167,16 @@ def open_wallet(
 
 def open_client(
     network: str,  # finney, test, local, ws://... or embedded://HOST:PORT
+    timeout: float | None = None,  # seconds for one call; None: as of `limited`
 ) -> Any:  # raises `InputError` for another network
-    "Make a `bittensor.SyncClient`."
+    "Make a `bittensor.SyncClient` whose calls have a limit."
     import bittensor
 
     if network.startswith("embedded://"):  # `prompting-nb chain` serves it
         from prompting_nb.network.remote import open_remote
 
-        return open_remote(network)
+        return limited(open_remote(network), timeout)
     try:
-        return bittensor.SyncClient(network)
+        return limited(bittensor.SyncClient(network), timeout)
     except ValueError as error:
         raise InputError(f"{error} Or embedded://HOST:PORT.") from error

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['AskSettings', 'RouteSettings', 'ask_parser', 'route_parser', 'run_ask', 'run_route', 'find_folder', 'post_prompt',
-           'post_when_up', 'as_text']
+           'NotNow', 'post_when_up', 'as_text', 'printable']
 
 # %% ../../nbs/loop/15_ask.ipynb #c003
+import http.client
 import json
 import os
 import secrets
@@ -161,7 +162,7 @@ def post_prompt(
     question: str,
     route: bool = False,  # ask nobody, only say who would be asked
     timeout: float = 30.0,  # seconds
-) -> Optional[dict]:  # `None`: no validator runs; raises RuntimeError when it refuses
+) -> Optional[dict]:  # `None`: none runs; raises RuntimeError, `NotNow` if it may pass
     "Post a question to the validator that runs with a folder."
     try:
         place = json.loads((folder / "endpoint.json").read_text(encoding="utf-8"))
@@ -175,14 +176,35 @@ def post_prompt(
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=timeout) as answer:
-            return json.load(answer)
+            found = json.load(answer)
     except urllib.error.HTTPError as error:
-        reason = json.load(error).get("error", error.reason)
-        raise RuntimeError(f"the validator answered {error.code}: {reason}") from None
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ConnectionRefusedError):
+        kind = NotNow if error.code == 503 else RuntimeError
+        raise kind(f"the validator answered {error.code}: {_reason(error)}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = getattr(error, "reason", error)
+        if isinstance(cause, ConnectionRefusedError):
             return None  # it was killed: the file was left behind
-        raise RuntimeError(f"the validator at {address}: {error.reason}") from None
+        if isinstance(cause, TimeoutError):
+            late = f"the validator at {address} did not answer within {timeout:g} s"
+            raise RuntimeError(late) from None
+        if isinstance(cause, (ConnectionError, http.client.HTTPException)):
+            raise NotNow(f"the validator at {address} ended meanwhile") from None
+        raise RuntimeError(f"{address} is no validator: {cause}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("answers"), list):
+        raise RuntimeError(f"{address} is no validator: its answer is another one")
+    return found
+
+
+class NotNow(RuntimeError):
+    "The validator cannot answer at the moment; a later attempt may be answered."
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    "Read why a request was refused."
+    try:
+        return str(json.load(error)["error"])
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        return str(error.reason)
 
 # %% ../../nbs/loop/15_ask.ipynb #c010
 def post_when_up(
@@ -191,14 +213,19 @@ def post_when_up(
     route: bool = False,  # ask nobody, only say who would be asked
     timeout: float = 30.0,  # seconds
 ) -> Optional[dict]:  # `None`: no validator runs, and none is being started again
-    "Post a question; wait for a validator that a supervisor is starting again."
+    "Post a question; wait while the validator is busy, or is being started again."
     deadline = time.monotonic() + timeout
     while True:
-        found = post_prompt(folder, question, route, timeout)
-        if found is not None or not _is_supervised(folder):
-            return found
+        rest, last = deadline - time.monotonic(), "it is being started again"
+        try:
+            found = post_prompt(folder, question, route, max(rest, 1.0))
+            if found is not None or not _is_supervised(folder):
+                return found
+        except NotNow as error:  # busy, without miners, or killed while it answered
+            last = str(error)
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the validator did not answer within {timeout:g} s")
+            late = f"the validator did not answer within {timeout:g} s"
+            raise RuntimeError(f"{late}: {last}")
         time.sleep(0.2)
 
 
@@ -217,13 +244,15 @@ def _is_supervised(folder: Path) -> bool:
 def _open_saved(folder: Path, client: Any, wallet: Any, judge: Callable) -> Any:
     "Make a validator from the newest state and the events after it."
     from prompting_nb.loop.journal import Journal
-    from prompting_nb.loop.state import read_about, resume
-    from prompting_nb.validators.validator import Policy, Validator, default_gate
+    from prompting_nb.loop.state import resume
+    from prompting_nb.validators.validator import FirstUids, Policy, Validator
+    from prompting_nb.validators.validator import default_gate
 
-    about = read_about(folder)["about"]
+    about = _about(folder)
     metagraph = client.subnets.metagraph(about["netuid"])
     settings = {"gating": about["gating"]}
-    gate = default_gate(metagraph, config=settings, kind=about["gate"])
+    known = FirstUids(metagraph, about["gating"]["num_uids"])
+    gate = default_gate(known, config=settings, kind=about["gate"])
     policy = Policy(**about["policy"])
     parts = (wallet, client, judge, gate, policy, about["netuid"])
     validator = Validator(*parts, allow_private=about["allow_private"])
@@ -231,16 +260,37 @@ def _open_saved(folder: Path, client: Any, wallet: Any, judge: Callable) -> Any:
     return validator
 
 
+def _about(folder: Path) -> dict:
+    "Read what `prompting-nb validator` has saved about itself."
+    from prompting_nb.loop.state import read_about
+
+    about, needed = read_about(folder)["about"], ("network", "wallet", "gate", "policy")
+    if missing := [name for name in needed if name not in about]:
+        raise InputError(
+            f"the state in {folder} does not say its {', '.join(missing)}: "
+            "prompting-nb validator, which saves them, has not run with this folder"
+        )
+    return about
+
+
 def _ask_saved(folder: Path, question: str) -> dict:
     "Ask with the saved gate; nothing is learned."
+    from bittensor.result import RpcConnectionError
+
     from prompting_nb.baseminer.subnet import open_client, open_wallet
     from prompting_nb.loop.endpoint import as_answer
-    from prompting_nb.loop.state import read_about
     from prompting_nb.loop.validator import open_judge
 
-    about = read_about(folder)["about"]
+    about = _about(folder)
     wallet = open_wallet(**about["wallet"])
     with open_client(about["network"]) as client:
+        try:
+            _ = client.block
+        except RpcConnectionError as error:
+            raise RuntimeError(
+                f"no validator runs with {folder}, and its miners cannot be found: "
+                f"{error}; prompting-nb subnet or prompting-nb validator goes on there"
+            ) from None
         judge = open_judge(folder, about["reward"])
         validator = _open_saved(folder, client, wallet, judge)
         with validator:
@@ -292,10 +342,16 @@ class _Then:
 
 def _ask_one(run: AskSettings) -> dict:
     "Ask one miner, with a hotkey that is made up for this question."
+    from prompting_nb.network.addresses import hotkey_address, split_address
     from prompting_nb.network.dendrite import Dendrite
     from prompting_nb.network.wallets import make_wallet
     from prompting_nb.protocol import Prompting
 
+    try:
+        hotkey_address(run.hotkey or "")
+        split_address(run.axon or "")
+    except ValueError as error:
+        raise InputError(f"--axon HOST:PORT --hotkey SS58: {error}") from None
     target = SimpleNamespace(uid=None, hotkey=run.hotkey, axon=run.axon)
     wallet = make_wallet(secrets.token_hex(16))
     # the address was typed by the caller: no chain could have steered it
@@ -317,7 +373,7 @@ def as_text(
     rows, lines = found["answers"], []
     best = found.get("best")
     if best is not None:
-        lines += [str(rows[best]["completion"]), ""]
+        lines += [printable(str(rows[best]["completion"])), ""]
     elif "best" in found:
         lines += ["nobody answered", ""]
     for place, row in enumerate(rows):
@@ -334,9 +390,18 @@ def as_text(
         mark = "*" if place == best else " "
         lines.append(f"{mark} {', '.join(parts)}")
         if row.get("completion") is not None and place != best:
-            lines.append(f"    {' '.join(row['completion'].split())[:160]}")
+            words = " ".join(printable(row["completion"]).split())
+            lines.append(f"    {words[:160]}")
     if "available" in found:
         lines.append(f"{len(rows)} of {found['available']} miners")
     if found.get("learned") is False:
         lines.append("no validator runs with this folder: nothing was learned")
     return "\n".join(lines)
+
+
+def printable(
+    text: str,  # from a stranger
+) -> str:
+    "Replace what would move a terminal's cursor or cannot be written."
+    shown = (c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "".join(shown)

@@ -8,14 +8,15 @@ __all__ = ['JudgeSettings', 'LoopSettings', 'add_gate', 'loop_parser', 'run_loop
 # %% ../../nbs/loop/06_command.ipynb #m003
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Literal, Optional
+from typing import Any, Callable, Literal, Optional, Union
 
 import jsonargparse
 
 from prompting_nb.config import (
     IntFrom2,
+    NonNegativeInt,
     Config,
     InputError,
     PositiveFloat,
@@ -41,9 +42,32 @@ class JudgeSettings:
     Args:
         correct: Correct rewards for who answered, as far as the rankings that
             calibrate the judge show whom it flatters.
+        kind: What judges: the reward model of --reward; a cross-encoder in that folder;
+            a model behind a server with OpenAI's API, which compares answers; or a
+            class or function of your own. The last two need prompts of your own.
+        base_url: Address of the server, up to /v1.
+        model: Name of the model at that server; its key is OPENAI_API_KEY.
+        budget: Most questions to the server. Without it: as many as it takes.
+        python: FILE.py:NAME or MODULE:NAME of a class with score(prompt, answers), or a
+            function of both that gives rewards from 0 to 1.
     """
 
     correct: bool = True
+    kind: Literal["reward", "cross-encoder", "openai", "python"] = "reward"
+    base_url: str = "http://127.0.0.1:8000/v1"
+    model: str = ""
+    budget: Optional[PositiveInt] = None
+    python: str = ""
+
+    def __post_init__(self):
+        check_settings(self)
+        for name, kind in (("model", "openai"), ("python", "python")):
+            given = bool(getattr(self, name))
+            if given != (self.kind == kind):
+                which = "needs" if not given else "is for"
+                flags = f"--judge.kind {kind}", f"--judge.{name}"
+                first, second = flags if not given else reversed(flags)
+                raise InputError(f"{first} {which} {second}")
 
 
 @dataclass(frozen=True)
@@ -54,32 +78,42 @@ class LoopSettings:
         prompts: File with recorded completions (.jsonl, .jsonl.gz) or with plain
             prompts (.txt, or JSON lines with a prompt each). Without it: built-in
             tasks that a program can check.
+        miners: YAML file of your own miners, or a number of built-in ones. Without it:
+            ten built-in ones, or the recorded models.
         steps: Prompts in the loop. Without it: 240, three tenths of recorded
-            completions, or all plain prompts.
-        top_k: Miners asked at each step.
+            completions, or all plain prompts once. More than there are are asked over
+            and over.
+        top_k: Miners asked at each step. Without it: 3, or half of a few miners.
+        churn: Times that the uid which is asked most goes to a weak newcomer; off for
+            never. Without it: once, with your own miners or plain prompts never.
+        quick: Take about 30 seconds, with fewer steps and less training.
         gate: Gating model that chooses the miners.
-        rule: How chance takes part in the choice; thompson and ucb need the gate bayes
-            and are epsilon with the others.
+        rule: How chance takes part in the choice. Without it: thompson with the gate
+            bayes, epsilon with the others, for which thompson and ucb are refused.
         seed: Of everything that is drawn at random.
         out: Folder for the results. Without it: the next free runs/loop-N.
         force: Overwrite the folder if it has results.
-        timeout: Seconds that the miners have to answer.
-        reward: Folder of a trained reward model, such as runs/loop-1/reward. Without
-            it: train one first.
+        timeout: Seconds that the miners have to answer. Without it: 1, or 20 for your
+            own.
+        reward: Folder of a trained reward model, such as runs/loop-1/reward, or of a
+            classifier of transformers with one label. Without it: train one first.
         epochs: Times that the reward model sees every training prompt.
         quiet: Show no progress bars.
         debug: Show the traceback of an error.
     """
 
     prompts: Optional[str] = None
+    miners: Optional[Union[PositiveInt, str]] = None
     steps: Optional[IntFrom2] = None
-    top_k: PositiveInt = 3
+    top_k: Optional[PositiveInt] = None
+    churn: Optional[Union[NonNegativeInt, bool, str]] = None  # YAML's off is false
+    quick: bool = False
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
-    rule: Literal["thompson", "ucb", "gumbel", "epsilon"] = "thompson"
+    rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
     seed: int = 0
     out: Optional[str] = None
     force: bool = False
-    timeout: PositiveFloat = 1.0
+    timeout: Optional[PositiveFloat] = None
     reward: Optional[str] = None
     epochs: PositiveInt = 2
     quiet: bool = False
@@ -87,6 +121,8 @@ class LoopSettings:
 
     def __post_init__(self):
         check_settings(self)
+        if self.churn is True or isinstance(self.churn, str) and self.churn != "off":
+            raise InputError(f"--churn must be a whole number or off, not {self.churn}")
         if self.prompts is None and (self.steps or 0) > _MOST_STEPS:
             raise InputError(
                 f"--steps must be at most {_MOST_STEPS} for the built-in tasks, "
@@ -116,7 +152,15 @@ def add_gate(
 # %% ../../nbs/loop/06_command.ipynb #m010
 _LOOP = """Run the whole loop on this machine: a reward model learns from preferences,
 miners are started on an embedded chain, a gate learns which of them to ask. No GPU,
-wallet, chain or model hub is needed."""
+wallet, chain or model hub is needed.
+
+A file of miners is a list of entries, each with a kind (template, replay, retrieval,
+transformers, openai, process, builtin) and its settings, or with a class of your own:
+[{kind: openai, base_url: "http://127.0.0.1:11434/v1", model: llama3.2}, {python:
+my_miner.py:MyMiner, name: mine}, {kind: template, completion: No idea., count: 2}]"""
+_EXAMPLES = """examples: prompting-nb loop --quick  |  prompting-nb loop --miners
+miners.yaml --prompts mine.txt --reward runs/loop-1/reward --quick  |  prompting-nb loop
+--prompts mine.txt --miners miners.yaml --judge.kind openai --judge.model llama3.2"""
 
 
 def loop_parser() -> jsonargparse.ArgumentParser:
@@ -138,10 +182,13 @@ def loop_parser() -> jsonargparse.ArgumentParser:
         warm,
         prog="prompting-nb loop",
         description=_LOOP,
-        epilog="example: prompting-nb loop --steps 100 --top-k 2 --out my-run",
+        epilog=_EXAMPLES,
     )
 
 # %% ../../nbs/loop/06_command.ipynb #c010
+_QUICK = {"steps": 40, "train": 60, "test": 40, "max_seconds": 6.0, "asking": 14.0}
+
+
 def run_loop(
     settings: Config,  # as `loop_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
@@ -149,50 +196,150 @@ def run_loop(
     "Run the command `prompting-nb loop`."
     from prompting_nb.loop.report import Recorder, make_folder
     from prompting_nb.loop.run import Loop
-    from prompting_nb.loop.tasks import open_arena
-    from prompting_nb.loop.teach import assess
     from prompting_nb.pretrained import MINILM
-    from prompting_nb.encoding import Encoder, check_encoder
-    from prompting_nb.validators.validator import Policy, default_gate
+    from prompting_nb.encoding.encoder import check_encoder, Encoder
+    from prompting_nb.validators.validator import GATES, Policy, default_gate
 
     started = time.monotonic()
     run = settings_of(LoopSettings, settings, ignore_unknown=True)
+    judging = settings_of(JudgeSettings, settings, "judge")
     gating = gate_settings(run.gate, settings.gating)
     _check_files(run)
+    miners = _miners(run)
+    own = isinstance(miners, list)
+    policy = Policy(timeout=run.timeout or (20.0 if own else 1.0), rule=run.rule)
+    policy.rule_of(hasattr(GATES[run.gate], "posterior"))
     check_encoder(settings.gating.model_name)  # to find out now whether it can be had
     encoder = Encoder(MINILM)  # kept to the end: others share its weights
-    arena = open_arena(run.prompts, encoder, run.steps, run.seed)
-    explore = round(0.3 * len(arena.prompts))
-    policy = Policy(run.top_k, run.timeout, run.rule, explore_steps=explore)
-    policy.check(len(arena.workers))
-    _check_width(gating, uids=len(arena.workers) + 1)
+    teaches = judging.kind == "reward" and run.reward is None
+    arena = _arena(run, encoder, miners, teaches)
+    explore, count = round(0.3 * len(arena.prompts)), len(arena.workers)
+    policy = replace(policy, k=run.top_k or max(1, min(3, count // 2)))
+    policy = replace(policy, explore_steps=explore)
+    policy.check(count)
+    _check_width(gating, uids=count + 1)
     say(str(arena))
-    model = _reward_model(arena, run, say)
-    correct = settings_of(JudgeSettings, settings, "judge").correct
-    assessment, judge = assess(model, arena, not run.quiet, correct)
+    model, assessment, judge, about = _judge(arena, run, judging, say)
     folder = make_folder(run.out, run.force)
-    if not run.reward:
+    if model is not None:
         model.save_pretrained(folder / "reward")
-    recorder = Recorder(folder, **_about(settings, run, folder))
-    status = "failed"
+    made_with = _made_with(settings, run, judging, model is not None, folder)
+    recorder, status = Recorder(folder, **made_with), "failed"
     gate = lambda metagraph, seed: default_gate(
         metagraph, seed, {"gating": gating}, run.gate
     )
-    warm = settings.gating.warm
-    loop = Loop(arena, judge, policy, gate, run.seed, recorder.event, warm)
+    churn = run.churn
+    if churn is None:
+        churn = 0 if own or arena.grade is None else 1
+    loop = Loop(
+        arena,
+        judge,
+        policy,
+        gate,
+        run.seed,
+        recorder.event,
+        warm=settings.gating.warm,
+        churn=0 if churn == "off" else int(churn),
+        seconds=_QUICK["asking"] if run.quick else None,
+        on_answers=recorder.answers,
+    )
     try:
-        what = f"starting {len(arena.workers)} miners, asking {policy.k} of them"
+        what = f"starting {count} miners, asking {policy.k} of them"
         say(f"{what} at each of {len(arena.prompts)} steps")
         loop.run(progress=not run.quiet)
         status = "finished"
+        if len(loop.trace.events) < len(arena.prompts):
+            say(f"--quick: the time was over after {len(loop.trace.events)} steps")
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        summary = _finish(recorder, loop, assessment, status, say)
+        summary = _finish(recorder, loop, assessment, status, about, say)
         took, page = time.monotonic() - started, folder / "report.html"
         say(f"{status} after {took:.0f} s; report: {page}")
     return summary
+
+
+def _miners(run: LoopSettings) -> Any:  # a list, a number, or `None`
+    "Read who answers."
+    if isinstance(run.miners, str):
+        from prompting_nb.loop.miners import read_miners
+
+        return read_miners(run.miners)
+    return run.miners
+
+
+def _arena(run: LoopSettings, encoder: Any, miners: Any, teaches: bool) -> Any:
+    "Open what is asked, with those who answer."
+    from prompting_nb.loop.tasks import open_arena
+
+    sizes = [int(_QUICK[name]) if run.quick else None for name in ("train", "test")]
+    train, test = sizes[0] or 240, sizes[1] or 120
+    if run.prompts and not teaches:
+        train = 0  # plain prompts need no built-in tasks then
+    make = lambda steps: open_arena(
+        run.prompts, encoder, steps, run.seed, train, test, miners
+    )
+    if not run.quick or run.steps:
+        return make(run.steps)
+    most = int(_QUICK["steps"])
+    if run.prompts is None:
+        return make(most)
+    arena = make(None)
+    arena.prompts = arena.prompts[:most]
+    return arena
+
+
+def _judge(arena: Any, run: LoopSettings, judging: JudgeSettings, say: Callable):
+    """Find the judge: a model to save, its test, the judge, and words about it.
+
+    Prompts without grades give a judge no scale; it finds one in the first answers.
+    """
+    from prompting_nb.loop.teach import assess
+
+    scorer, about, new = _scorer(arena, run, judging, say)
+    if arena.grade is None and not arena.test:
+        from prompting_nb.loop.judging import OwnJudge
+
+        if judging.kind != "reward":
+            arena.graded_by = "the judge"
+        return new, None, OwnJudge(scorer, about), about
+    if judging.kind in ("openai", "python"):
+        what = "needs --prompts with plain prompts, and compares nothing else"
+        raise InputError(f"--judge.kind {judging.kind} {what}")
+    assessment, judge = assess(scorer, arena, not run.quiet, judging.correct)
+    return new, assessment, judge, about
+
+
+def _scorer(arena: Any, run: LoopSettings, judging: JudgeSettings, say: Callable):
+    "Open what scores answers: the scorer, words about it, and the model if it is new."
+    if judging.kind == "python":
+        from prompting_nb.loop.miners import load_object
+
+        found = load_object(judging.python)
+        made = found() if isinstance(found, type) else found
+        return made, judging.python, None
+    if judging.kind == "openai":
+        from prompting_nb.baseminer.miners import OpenAISettings
+        from prompting_nb.loop.judging import server_judge
+
+        server = OpenAISettings(judging.base_url, judging.model, temperature=0.0)
+        about = f"{judging.model} at {judging.base_url}, which compares answers"
+        return server_judge(server, budget=judging.budget), about, None
+    if judging.kind == "cross-encoder":
+        from prompting_nb.validators.judge import CrossEncoderScorer
+
+        if not run.reward:
+            raise InputError("--judge.kind cross-encoder needs its folder: --reward")
+        return CrossEncoderScorer(run.reward), f"the cross-encoder {run.reward}", None
+    model = _reward_model(arena, run, say)
+    if run.reward:
+        return model, f"the reward model {run.reward}", None
+    taught = "the reward model of this run"
+    if arena.grade is None and not arena.test:
+        taught += ", taught on built-in tasks, which may not be like these prompts"
+        say(f"the judge is {taught}: give a better one with --reward or --judge.kind")
+    return model, taught, model
 
 
 def _reward_model(arena: Any, run: LoopSettings, say: Callable):
@@ -203,37 +350,49 @@ def _reward_model(arena: Any, run: LoopSettings, say: Callable):
     if run.reward:
         return RewardModel.from_pretrained(run.reward, device=None)
     say(f"teaching the reward model on {len(arena.train)} rankings")
-    return teach(arena, run.seed, progress=not run.quiet, epochs=run.epochs)
+    more: dict[str, Any] = {"epochs": run.epochs}
+    if run.quick:
+        more["max_seconds"] = _QUICK["max_seconds"]
+    return teach(arena, run.seed, progress=not run.quiet, **more)
 
 
-def _about(settings: Config, run: LoopSettings, folder: Path) -> dict:
+def _made_with(
+    settings: Config, run: LoopSettings, judging: JudgeSettings, new: bool, folder: Path
+) -> dict:
     "Say what the run is made with, as `describe` takes it."
     from prompting_nb.loop.record import digest_of_path
     from prompting_nb.loop.teach import training
 
     given = " ".join(map(shlex.quote, command_line.get()))
-    place = Path(run.reward or folder / "reward")
-    judge: dict[str, Any] = {"folder": str(place), "sha256": digest_of_path(place)}
-    if not run.reward:
+    seeds, found = {"prompts": run.seed}, {"kind": judging.kind}
+    place = folder / "reward" if new else Path(run.reward or "")
+    if new or (run.reward and place.exists()):
+        found |= {"folder": str(place), "sha256": digest_of_path(place)}
+    if new:
         own = training(run.seed, epochs=run.epochs)
         used = ("epochs", "lr", "completions_per_prompt", "seed")
-        judge["training"] = {name: getattr(own, name) for name in used}
-    seeds = {"prompts": run.seed} | ({} if run.reward else {"reward": run.seed})
+        found["training"] = {name: getattr(own, name) for name in used}
+        if run.quick:
+            found["training"]["max_seconds"] = _QUICK["max_seconds"]
+        seeds["reward"] = run.seed
+    files = [run.prompts, run.miners]  # miners may be a number
     return {
         "command": f"prompting-nb {given}" if given else None,
         "settings": settings,
         "seeds": seeds,
-        "judge": judge,
-        "files": [run.prompts] if run.prompts else [],
+        "judging": found,
+        "files": [name for name in files if isinstance(name, str)],
     }
 
 
-def _finish(recorder, loop, assessment, status: str, say: Callable) -> dict:
+def _finish(recorder, loop, assessment, status: str, about: str, say: Callable) -> dict:
     "Write the results of a run, however it ended, and show them."
     from prompting_nb.loop.report import print_tables
 
-    summary = recorder.close(loop, assessment, status)
+    summary = recorder.close(loop, assessment, status, judge=about)
     print_tables(summary)
+    if loop.shows_answers:
+        say(f"who answered what: {recorder.folder / 'answers.jsonl'}, and the report")
     if summary.get("weights_error"):
         say(f"the weights were not set: {summary['weights_error']}")
     return summary
@@ -242,11 +401,14 @@ def _finish(recorder, loop, assessment, status: str, say: Callable) -> dict:
 def _check_files(run: LoopSettings) -> None:
     "Raise `InputError` for a file that is not there, or a folder that is taken."
     from prompting_nb.loop.report import check_folder
+    from prompting_nb.pretrained import check_name
 
     if run.prompts and not Path(run.prompts).is_file():
         kinds = "give a .jsonl, .jsonl.gz or .txt file to --prompts"
         raise InputError(f"{run.prompts} is not a file: {kinds}")
     check_folder(run.out, run.force)
+    if run.reward:
+        check_name(run.reward)
 
 
 def _check_width(gating: dict, uids: int) -> None:

@@ -383,6 +383,7 @@ _KEPT = (  # keys of a summary that say how a run was made; the others are resul
     "gating",
     "policy",
     "judge",
+    "judging",
     "data",
 )
 _PLACES = ("out", "force", "quiet", "debug", "config")  # flags that change no figure
@@ -414,11 +415,13 @@ def _alike(run: RunFolder) -> Optional[str]:  # `None`: not known
     flags = summary.get("settings")
     if not isinstance(flags, dict):
         return None
-    data, judge = summary.get("data") or {}, summary.get("judge") or {}
+    data, judge = summary.get("data") or {}, summary.get("judging") or {}
     same = {k: v for k, v in flags.items() if k not in ("seed", *_PLACES)}
     if flags.get("prompts"):  # a file that moved is the same file
         same["prompts"] = None
     files = [file.get("sha256") for file in data.get("files", [])]
+    if isinstance(flags.get("miners"), str):
+        same["miners"] = None
     if flags.get("reward"):
         same["reward"] = judge.get("sha256")
     versions, status = summary.get("versions"), summary.get("status")

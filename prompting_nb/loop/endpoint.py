@@ -19,7 +19,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from ..config import InputError
-from .service import NotReady, Service
+from .service import NotReady, Service, is_text
 from ..validators.event import Event
 from ..validators.validator import Round, Validator
 
@@ -56,14 +56,21 @@ class Endpoint:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
-    def start(self) -> None:  # raises OSError when the port is taken
+    def start(self) -> None:  # raises `InputError` when the port is taken
         "Listen, in a thread."
         self._loop = asyncio.new_event_loop()
         self._runner = web.AppRunner(self._app(), access_log=None)
         work = self._loop.run_forever
         self._thread = threading.Thread(target=work, name="endpoint", daemon=True)
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(30)
+        try:
+            asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(30)
+        except OSError as error:
+            self.stop()
+            raise InputError(
+                f"the endpoint cannot listen on {self.address}: {error.strerror}; "
+                "choose another port with --port, or stop the program that holds it"
+            ) from None
 
     def stop(self) -> None:
         "Close all connections and end the thread. A second call does nothing."
@@ -104,10 +111,12 @@ class Endpoint:
             return _refuse(415, "send application/json")
         try:
             body = await request.json()
-        except ValueError:
+        except web.HTTPRequestEntityTooLarge:
+            return _refuse(413, f"a request has at most {_LARGEST} bytes")
+        except (ValueError, LookupError, RecursionError):  # text, its encoding, depth
             return _refuse(400, "the body is not JSON")
         prompt = body.get("prompt") if isinstance(body, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not is_text(prompt):
             return _refuse(400, 'expected {"prompt": text}, and "route": true or false')
         route = body.get("route", False)
         unknown = sorted(body.keys() - {"prompt", "route"})
@@ -218,6 +227,7 @@ def status_of(
         "step": validator.steps,
         "block": service.chain.block,
         "problems": service.problems(),
+        "left_out": validator.left_out,  # uids that the gate has no row for
         "latest": None if event is None else json.loads(event.to_json()),
         "uids": uids,
     }

@@ -53,8 +53,7 @@ class Journal:
             if (written := file.write(line)) != len(line):
                 raise OSError(f"wrote {written} of {len(line)} bytes to {self.path}")
         except OSError:
-            file.truncate(start)
-            file.seek(start)
+            self._cut(file, start)
             raise
         self.next_step += 1
 
@@ -70,7 +69,8 @@ class Journal:
     def files(self) -> list[Path]:
         "List the files, the oldest first."
         old = [p for p in self.folder.glob("events.*.jsonl") if _number(p) is not None]
-        present = [self.path] if self.path.exists() else []
+        # a device would be read without an end
+        present = [self.path] if self.path.is_file() else []
         return sorted(old, key=lambda path: _number(path) or 0) + present
 
     def close(self) -> None:
@@ -87,8 +87,18 @@ class Journal:
 
     def _open(self):
         if self._file is None:
+            if self.path.is_file():
+                _cut_half_line(self.path)  # that could not be cut off before
             self._file = open(self.path, "ab", buffering=0)
         return self._file
+
+    def _cut(self, file, size: int) -> None:
+        "Cut the file back; it is opened anew, and a device, which has no size, stays."
+        try:
+            if self.path.is_file():
+                file.truncate(size)
+        finally:
+            self.close()
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
@@ -101,7 +111,7 @@ class Journal:
 
     def _recover(self) -> None:
         "Cut off half a line that a killed process left, and find the next step."
-        if self.path.exists():
+        if self.path.is_file():
             cut = _cut_half_line(self.path)
             if cut:
                 what = "%s ended within a line, as after a kill: %d bytes were cut off"

@@ -32,7 +32,7 @@ def describe(
     settings: Any = None,  # the configuration of a command, nested or not
     date: Optional[str] = None,  # ISO 8601, when the run began
     seeds: Optional[dict[str, int]] = None,  # besides the run's own
-    judge: Optional[dict] = None,  # where the judge's model is from
+    judging: Optional[dict] = None,  # where the judge's model is from
     files: Iterable[str | Path] = (),  # that the run read, beside the arena
 ) -> dict:  # plain values, as for JSON
     "Say what a run was made with."
@@ -45,11 +45,11 @@ def describe(
         "seeds": {"run": loop.seed} | (seeds or {}),
         "settings": None if settings is None else flatten(settings),
         "gating": gating,
-        "rule": loop.policy.rule,
+        "rule": loop.policy.rule_of(hasattr(gate, "posterior")) if gate else None,
         "policy": asdict(loop.policy),
         "loss": (gating or {}).get("loss"),
         "learning_rate": (gating or {}).get("learning_rate"),
-        "judge": describe_judge(loop.judge) | (judge or {}),
+        "judging": describe_judge(loop.judge) | (judging or {}),
         "data": describe_data(loop.arena, files),
     }
 

@@ -6,6 +6,7 @@
 __all__ = ['VALIDATOR', 'SubnetSettings', 'subnet_parser', 'SubnetProcesses', 'as_table', 'as_line', 'run_subnet']
 
 # %% ../../nbs/loop/14_subnet.ipynb #c003
+import http.client
 import json
 import logging
 import sys
@@ -16,7 +17,7 @@ import urllib.request
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
 
 import jsonargparse
 
@@ -32,6 +33,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..files import log_to_stderr, read_json, write_file
+from .miners import OwnMiner, read_miners, save_miner
 from .processes import Supervisor, free_port
 from .worker import NAMES
 
@@ -42,12 +44,13 @@ class SubnetSettings:
 
     Args:
         dir: Folder of the subnet; made if it is missing.
-        miners: Number of miners, built-in workers of ten kinds in turn.
+        miners: YAML file of your own miners, as prompting-nb loop takes it, or a number
+            of built-in workers, of ten kinds in turn.
         duration: Seconds after which it ends; 0 for no end.
         prompts: File of prompts to ask over and over. Without it: built-in tasks.
         reward: Folder of a trained reward model. Without it: a small one, which is
             taught once.
-        top_k: Miners asked for each prompt.
+        top_k: Miners asked for each prompt. Without it: 3, or all of fewer.
         timeout: Seconds that the miners have to answer.
         interval: Least seconds from one prompt to the next.
         block_time: Seconds from block to block.
@@ -58,11 +61,11 @@ class SubnetSettings:
     """
 
     dir: str = "runs/subnet"
-    miners: PositiveInt = 8
+    miners: Union[PositiveInt, str] = 8
     duration: NonNegativeFloat = 0.0
     prompts: Optional[str] = None
     reward: Optional[str] = None
-    top_k: PositiveInt = 3
+    top_k: Optional[PositiveInt] = None
     timeout: PositiveFloat = 5.0
     interval: NonNegativeFloat = 0.5
     block_time: PositiveFloat = 2.0
@@ -73,22 +76,32 @@ class SubnetSettings:
 
     def __post_init__(self):
         check_settings(self)
-        if self.miners > 250:
-            raise InputError(
-                f"--miners {self.miners}: a subnet holds 256 uids, so at most 250"
-            )
-        if self.top_k > self.miners:
+        if isinstance(self.miners, int):
+            if self.miners > 250:
+                raise InputError(
+                    f"--miners {self.miners}: a subnet holds 256 uids, so at most 250"
+                )
+            self.asked(self.miners)
+
+    def asked(
+        self,
+        miners: int,  # in the subnet
+    ) -> int:  # raises `InputError` when there are fewer miners than are asked
+        "Return how many miners are asked for each prompt."
+        if self.top_k and self.top_k > miners:
             raise InputError(
                 f"--top-k {self.top_k} asks for more miners than there are "
-                f"({self.miners}): ask fewer"
+                f"({miners}): ask fewer"
             )
+        return self.top_k or min(3, miners)
 
 # %% ../../nbs/loop/14_subnet.ipynb #c008
 _ABOUT = """Run a subnet on this machine until Ctrl-C: a chain, miners and a validator.
 Each is a process of its own that is started again when it dies. Nothing leaves the
 machine."""
 _EXAMPLES = """examples: prompting-nb subnet --miners 8 --dir run  |  prompting-nb
-subnet --prompts questions.txt --reward runs/loop-1/reward --duration 600"""
+subnet --miners miners.yaml --prompts mine.txt --reward runs/loop-1/reward  |
+prompting-nb subnet --prompts questions.txt --reward runs/loop-1/reward --duration 600"""
 
 
 def subnet_parser() -> jsonargparse.ArgumentParser:
@@ -115,6 +128,10 @@ class SubnetProcesses:
         say: Callable[[str], None] = print,  # told what happens
     ):  # raises `InputError` when another subnet runs in this folder
         self.settings, self.say = settings, say
+        self.own: list[OwnMiner] = []  # those of a file
+        if isinstance(settings.miners, str):
+            self.own = read_miners(settings.miners)
+            settings.asked(len(self.own))
         self.folder = Path(settings.dir).expanduser().resolve()
         self.supervisor = Supervisor(self.folder)
         self.chain: Any = None  # a `RemoteChain`
@@ -143,16 +160,17 @@ class SubnetProcesses:
             own += ["--axon.nonces", str(state / "nonces.sqlite")]
             own += ["--miner.name", name, "--miner.no_set_weights", "true"]
             own += ["--miner.poll_interval", "1", "--miner.blocks_per_epoch", "5"]
-            command = [
-                "prompting_nb.loop.worker:run_worker",
-                NAMES[i % len(NAMES)],
-                *place,
-                *own,
-            ]
+            if self.own:
+                save_miner(self.own[i], state / "miner.json")
+                served = ["prompting_nb.loop.miners:run_own", str(state / "miner.json")]
+            else:
+                worker = NAMES[i % len(NAMES)]
+                served = ["prompting_nb.loop.worker:run_worker", worker]
+            command = [*served, *place, *own]
             self.supervisor.add(name, command, f"127.0.0.1:{port}")
         own = ["--dir", str(self.folder / "validator"), "--wallet.name", VALIDATOR]
         own += ["--prompts", self._prompts(), "--port", str(self.port(VALIDATOR))]
-        own += ["--top-k", str(run.top_k), "--timeout", f"{run.timeout:g}"]
+        own += ["--top-k", str(run.asked(len(names))), "--timeout", f"{run.timeout:g}"]
         own += ["--seed", str(run.seed), "--validator.interval", f"{run.interval:g}"]
         own += ["--validator.poll_interval", "1", "--validator.sync_every", "5"]
         if run.reward:
@@ -163,6 +181,8 @@ class SubnetProcesses:
 
     def miners(self) -> list[str]:
         "Return the names of the miners."
+        if isinstance(self.settings.miners, str):
+            return [miner.name for miner in self.own]
         return [f"miner-{number + 1}" for number in range(self.settings.miners)]
 
     def port(self, name: str) -> int:
@@ -178,7 +198,7 @@ class SubnetProcesses:
         try:
             with urllib.request.urlopen(url, timeout=2) as answer:
                 return json.load(answer)
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):  # killed meanwhile
             return None
 
     def __enter__(self) -> "SubnetProcesses":
@@ -211,9 +231,10 @@ class SubnetProcesses:
 
     def _register(self, names: list[str]) -> None:
         "Register the wallets that are not registered yet."
+        from prompting_nb.network.limited import limited
         from prompting_nb.network.wallets import local_wallet
 
-        client = self.chain.client()
+        client = limited(self.chain.client())
         try:
             known = set(client.subnets.metagraph(self.chain.netuid).hotkeys)
         finally:
@@ -233,6 +254,9 @@ def as_table(
 ) -> Any:  # a table of rich
     "Show what a subnet is doing."
     from rich.table import Table
+    from rich.text import Text
+
+    from prompting_nb.loop.ask import printable
 
     again = sum(restarts.values())
     if status is None:
@@ -240,7 +264,9 @@ def as_table(
     latest = status["latest"] or {"rewards": [0.0], "prompt": "", "uids": []}
     mean = sum(latest["rewards"]) / max(len(latest["rewards"]), 1)
     title = f"block {status['block']}, step {status['step']}, restarts {again}"
-    table = Table(title=title, caption=f"{latest['prompt'][:60]}  reward {mean:.2f}")
+    words = " ".join(printable(latest["prompt"]).split())[:60]
+    caption = Text(f"{words}  reward {mean:.2f}")  # brackets are no markup
+    table = Table(title=title, caption=caption)
     for column in (
         "uid",
         "serves",
@@ -285,11 +311,18 @@ def run_subnet(
         from prompting_nb.loop.validator import open_prompts
 
         open_prompts(run.prompts)  # to find out now whether it can be read
+    if run.reward and not Path(run.reward).expanduser().is_dir():
+        raise InputError(
+            f"{run.reward} is no folder: give a reward model's to --reward"
+        )
     log_to_stderr(logging.WARNING)
     started = time.monotonic()
     try:
         subnet = SubnetProcesses(run, say)
-        say(f"starting a chain, {run.miners} miners and a validator in {subnet.folder}")
+        count = len(subnet.miners())
+        say(f"starting a chain, {count} miners and a validator in {subnet.folder}")
+        for miner in subnet.own:
+            say(f"  {miner.name} ({miner.kind})")
         with subnet:
             say(f'ask it: prompting-nb ask "What is 6 times 7?" --dir {run.dir}')
             _show(subnet, run, started, say)

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'SKILLS', 'Arena', 'built_in', 'Task', 'grade', 'same_number', 'same_text', 'same_words', 'same_json',
            'library', 'make_tasks', 'calculate', 'look_up_date', 'convert_units', 'handle_text', 'write_json',
            'recall_library', 'chance', 'WorkerFailed', 'Worker', 'specialist', 'librarian', 'crew', 'recorded',
-           'ungraded', 'open_arena']
+           'ungraded', 'with_miners', 'open_arena']
 
 # %% ../../nbs/loop/01_tasks.ipynb #c002
 import datetime as dt
@@ -21,13 +21,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Optional
+from itertools import cycle, islice
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 
 from ..config import InputError
 from ..reward.preferences import Ranking, clean, read_rankings
-from ..files import read_lines
+from ..files import read_lines, read_prompts
 
 # %% ../../nbs/loop/01_tasks.ipynb #c041
 @dataclass
@@ -48,11 +49,14 @@ class Arena:
     known: list[Ranking] = field(repr=False, default_factory=list)
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.name}: {len(self.prompts)} prompts for "
-            f"{len(self.workers)} workers, graded by {self.graded_by}; "
-            f"{len(self.train)} rankings to learn from, {len(self.test)} to test on"
+            f"{len(self.workers)} workers, graded by {self.graded_by}"
         )
+        if not self.test:
+            return text
+        rankings = f"{len(self.train)} rankings to learn from"
+        return f"{text}; {rankings}, {len(self.test)} to test on"
 
     def truth(
         self,
@@ -72,9 +76,10 @@ def built_in(
     seed: int = 0,  # of the prompts
     train: int = 240,  # prompts that the reward model learns from
     test: int = 120,  # prompts that it is tested on
+    miners: int = 10,  # workers, of ten kinds in turn
 ) -> Arena:  # raises `InputError` when there are not so many different prompts
     "Make the arena of checked tasks."
-    workers = crew(encode)
+    workers = _several(crew(encode), miners)
     tasks = make_tasks(steps, seed=seed)
     by_prompt = {task.prompt: task for task in tasks}
 
@@ -90,13 +95,24 @@ def built_in(
         "built-in tasks",
         list(by_prompt),
         workers,
-        newcomer=Worker("beginner", lambda prompt: "Let me think about that."),
+        newcomer=_BEGINNER,
         train=ranked(train, seed + 1000, held_out=False),
         test=ranked(test, seed + 2000, held_out=True),
         grade=lambda prompt, completion: grade(by_prompt[prompt], completion),
         kinds={task.prompt: task.kind for task in tasks},
         known=known,
     )
+
+
+def _several(workers: list["Worker"], count: int) -> list["Worker"]:
+    "Take so many workers, from the beginning again after the last one."
+    found = []
+    for number in range(count):
+        again, at = divmod(number, len(workers))
+        worker = workers[at]
+        name = f"{worker.name}-{again + 1}" if again else worker.name
+        found.append(replace(worker, name=name))
+    return found
 
 
 def _rank(tasks: list["Task"], workers: list["Worker"]) -> list[Ranking]:
@@ -642,23 +658,38 @@ def _of_models(ranking: Ranking, models: dict) -> Ranking:
 
 # %% ../../nbs/loop/01_tasks.ipynb #c054
 def ungraded(
-    prompts: list[str],  # repeated ones count once
+    prompts: list[str],  # in the order in which they are asked, repeated or not
     encode: Callable,  # as for `built_in`
     name: str = "a list of prompts",  # for messages and captions
-    steps: int | None = None,  # how many of them; all by default
+    steps: int | None = None,  # prompts in the loop, over and over; by default all once
     seed: int = 0,  # of the rankings that the reward model learns from
-) -> Arena:  # without grades; raises `InputError` for fewer prompts than steps
+    train: int = 240,  # built-in tasks that a reward model can learn from
+    miners: int = 10,  # as for `built_in`; 0 for an arena that still lacks workers
+) -> Arena:  # without grades; raises `InputError` where there is no prompt
     "Make an arena of prompts without grades, answered by the built-in workers."
-    prompts = list(dict.fromkeys(prompts))
-    if not prompts or steps is not None and steps > len(prompts):
-        raise InputError(
-            f"{name} has {len(prompts)} different prompts: give a longer list, or ask "
-            "for fewer steps"
-        )
-    arena = built_in(encode, steps=1, seed=seed)
-    arena.name, arena.prompts = name, prompts[:steps]
-    arena.grade, arena.kinds, arena.graded_by = None, {}, "the reward model"
+    if not prompts:
+        raise InputError(f"{name} has no prompts: give a list with some")
+    asked = [*islice(cycle(prompts), len(prompts) if steps is None else steps)]
+    arena = Arena(name, asked, [], newcomer=_BEGINNER, train=[], test=[])
+    arena.graded_by = "the reward model"
+    if train or miners:  # what is known of them is of other prompts than these
+        tasks = built_in(encode, 1, seed, train=train, test=0, miners=miners)
+        arena.train, arena.workers = tasks.train, tasks.workers
     return arena
+
+
+_BEGINNER = Worker("beginner", lambda prompt: "Let me think about that.")
+
+
+def with_miners(
+    arena: Arena,  # for its prompts, grades, and what a reward model can learn from
+    miners: Sequence[Any],  # as `Network` takes them: workers, or what opens a miner
+) -> Arena:
+    "Let other miners answer the prompts of an arena; nothing is known of them."
+    unnamed = lambda rankings: [replace(ranking, names=None) for ranking in rankings]
+    workers: Any = list(miners)
+    rest = dict(train=unnamed(arena.train), test=unnamed(arena.test), known=[])
+    return replace(arena, workers=workers, newcomer=_BEGINNER, **rest)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c055
 def open_arena(
@@ -666,35 +697,43 @@ def open_arena(
     encode: Callable,  # texts -> sentence embeddings (n, hidden), rows of length 1
     steps: int | None = None,  # prompts in the loop
     seed: int = 0,  # of the random choices
+    train: int = 240,  # built-in tasks that a reward model can learn from
+    test: int = 120,  # built-in tasks that it is tested on
+    miners: int | Sequence[Any] | None = None,  # built-in ones, or as `with_miners`
 ) -> Arena:  # raises `InputError` for a file that is missing, malformed or too small
     "Make the arena that a file describes."
+    if miners is not None and not isinstance(miners, int):
+        few = open_arena(path, encode, steps, seed, train, test, 0 if path else None)
+        return with_miners(few, miners)
+    count = 10 if miners is None else miners
     if path is None:
-        return built_in(encode, steps=240 if steps is None else steps, seed=seed)
+        steps = 240 if steps is None else steps
+        return built_in(encode, steps, seed, train, test, count)
     path = Path(path)
-    prompts = _plain_prompts(path)
-    rankings = read_rankings(path, keep_all=True) if prompts is None else []
-    if not all(text.strip() for text in prompts or [r.prompt for r in rankings]):
+    if not _has_completions(path):
+        prompts = read_prompts(path)
+        return ungraded(prompts, encode, path.name, steps, seed, train, count)
+    rankings = read_rankings(path, keep_all=True)
+    if not all(ranking.prompt.strip() for ranking in rankings):
         raise InputError(f"{path} has an empty prompt: every prompt needs some text")
-    if prompts is not None:
-        return ungraded(prompts, encode, path.name, steps, seed)
+    if miners:
+        raise InputError(
+            f"{path.name} holds answers, and each of its models becomes a miner: give "
+            "a file of miners to --miners, or prompts without answers"
+        )
     return recorded(rankings, path.name, steps, seed)
 
 
-def _plain_prompts(path: Path) -> list[str] | None:
-    "Read a file that holds prompts only; `None` when it holds more than that."
-    if path.suffix == ".txt":
-        return [text.strip() for _, text in read_lines(path) if text.strip()]
-    prompts = []
-    for number, line in read_lines(path):
+def _has_completions(path: Path) -> bool:
+    "Whether a file has a row with more than a prompt in it."
+    if path.name.endswith((".txt", ".txt.gz")):
+        return False
+    for _, line in read_lines(path):
         try:
             row = json.loads(line)
-        except ValueError:
-            raise InputError(
-                f"{path}:{number}: this is not JSON; every line must be a JSON object, "
-                "or name the file .txt"
-            ) from None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or set(row) & {"responses", "chosen"}:
-            return None
-        prompts.append(prompt)
-    return prompts
+        except (ValueError, RecursionError):
+            return False  # `read_prompts` says what is wrong
+        prompt = row.get("prompt") if isinstance(row, dict) else row
+        if not isinstance(prompt, str) or {"responses", "chosen"} & set(row):
+            return True
+    return False

@@ -22,6 +22,7 @@ from prompting_nb.reward.evaluation import (
 )
 from ..reward.model import RewardModel, TextEncoder
 from ..reward.preferences import score_rankings
+from ..reward.tokens import Cuts, cuts_of
 from ..reward.training import TrainConfig, train
 from ..validators.judge import Judge
 
@@ -62,7 +63,8 @@ def assess(
     rules = (cosine, longer_wins)
     accuracies = [evaluate(rule, arena.test).accuracy for rule in rules]
     judge = calibrate(model, arena, scores, correct)
-    return Assessment(evaluate_scores(scores, arena.test), *accuracies), judge
+    learned = evaluate_scores(scores, arena.test)
+    return Assessment(learned, *accuracies, cuts=_cuts(model, arena)), judge
 
 
 def calibrate(
@@ -85,6 +87,16 @@ class Assessment:
     learned: RewardEvaluation  # of the reward model
     cosine: float  # pairwise accuracy of the cosine between prompt and answer
     longer: float  # pairwise accuracy of the rule that the longer answer wins
+    cuts: Cuts | None = None  # what it could not read of them; `None`: it does not tell
+
+
+def _cuts(model: Any, arena: Arena) -> Cuts | None:
+    "Count what a model does not read of the held-out rankings, as they are too long."
+    if not isinstance(model, RewardModel):
+        return None
+    encode = model.encode_texts
+    rows = [row for one in arena.test for row in encode(one.prompt, one.completions)]
+    return cuts_of(rows, model.max_length)
 
 # %% ../../nbs/loop/07_teach.ipynb #t011
 def _by_author(arena: Arena, scores: list[list[float]]) -> tuple:

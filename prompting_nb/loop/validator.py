@@ -7,7 +7,7 @@ __all__ = ['ValidatorSettings', 'PlaceSettings', 'validator_parser', 'make_servi
            'run_validator']
 
 # %% ../../nbs/loop/12_validator.ipynb #c003
-import hashlib
+import io
 import json
 import logging
 import os
@@ -25,6 +25,7 @@ from prompting_nb.config import (
     Config,
     InputError,
     NonNegativeInt,
+    Port,
     PositiveFloat,
     PositiveInt,
     add_settings,
@@ -32,7 +33,8 @@ from prompting_nb.config import (
     command_parser,
     settings_of,
 )
-from ..files import log_to_stderr, read_json, read_lines, write_file
+from ..files import log_to_stderr, read_json, read_prompts, write_file
+from .processes import lock_folder
 from .service import ServiceSettings
 
 # %% ../../nbs/loop/12_validator.ipynb #c007
@@ -50,7 +52,8 @@ class ValidatorSettings:
         top_k: Miners asked for each prompt.
         timeout: Seconds that the miners have to answer.
         gate: Gating model that chooses the miners.
-        rule: How chance takes part in the choice.
+        rule: How chance takes part in the choice. Without it: thompson with the gate
+            bayes, epsilon with the others, for which thompson and ucb are refused.
         seed: Of everything that is drawn at random.
         port: Port of the HTTP endpoint on loopback; 0 takes one that is free.
         allow_private: Ask miners at private and loopback addresses too. They are asked
@@ -64,9 +67,9 @@ class ValidatorSettings:
     top_k: PositiveInt = 3
     timeout: PositiveFloat = 12.0
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
-    rule: Literal["thompson", "ucb", "gumbel", "epsilon"] = "thompson"
+    rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
     seed: int = 0
-    port: NonNegativeInt = 0
+    port: Port = 0
     allow_private: bool = False
     debug: bool = False
 
@@ -128,7 +131,14 @@ def make_service(
     from prompting_nb.baseminer.subnet import open_client, open_wallet
     from prompting_nb.loop.command import gate_settings
     from prompting_nb.loop.service import Service
-    from prompting_nb.validators.validator import Policy, Validator, default_gate
+    from prompting_nb.loop.state import saved_width
+    from prompting_nb.validators.validator import (
+        GATES,
+        FirstUids,
+        Policy,
+        Validator,
+        default_gate,
+    )
 
     run = settings_of(ValidatorSettings, settings, ignore_unknown=True)
     place = settings_of(PlaceSettings, settings, ignore_unknown=True)
@@ -139,10 +149,12 @@ def make_service(
             "chain, and give its embedded://HOST:PORT to --subtensor.network"
         )
     gating = gate_settings(run.gate, settings.gating)
+    policy = Policy(run.top_k, run.timeout, run.rule)
+    rule = policy.rule_of(hasattr(GATES[run.gate], "posterior"))
     prompts = open_prompts(run.prompts, run.seed)
     local = network.startswith("embedded://")
     wallet = open_wallet(**vars(place.wallet))
-    client = open_client(network)
+    client = open_client(network, place.subtensor.timeout)
     metagraph = client.subnets.metagraph(place.netuid)
     if metagraph is None:
         raise InputError(f"{network} has no subnet {place.netuid}: give --netuid")
@@ -154,9 +166,11 @@ def make_service(
         )
     folder.mkdir(parents=True, exist_ok=True)
     judge = open_judge(folder, run.reward, run.seed, say)
+    if width := saved_width(folder):  # the subnet may have outgrown it meanwhile
+        gating.setdefault("num_uids", width)
+        metagraph = FirstUids(metagraph, gating["num_uids"])
     gating.setdefault("num_uids", max(_WIDTH, len(metagraph.hotkeys)))
     gate = default_gate(metagraph, run.seed, {"gating": gating}, run.gate)
-    policy = Policy(run.top_k, run.timeout, run.rule)
     parts = (wallet, client, judge, gate, policy, place.netuid, run.seed)
     validator = Validator(*parts, allow_private=run.allow_private or local)
     about = {
@@ -165,7 +179,7 @@ def make_service(
         "wallet": vars(place.wallet),
         "gate": run.gate,
         "gating": gating,
-        "policy": {"k": run.top_k, "timeout": run.timeout, "rule": run.rule},
+        "policy": {"k": run.top_k, "timeout": run.timeout, "rule": rule},
         "reward": run.reward,
         "allow_private": run.allow_private or local,
     }
@@ -181,6 +195,8 @@ def open_prompts(
     if source is None:
         return None
     if source == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no UTF-8 are shown
+            sys.stdin.reconfigure(errors="backslashreplace")
         return (line.strip() for line in sys.stdin if line.strip())
     if source == "tasks":
         from prompting_nb.loop.tasks import make_tasks
@@ -189,29 +205,7 @@ def open_prompts(
     path = Path(source).expanduser()
     if not path.is_file():
         raise InputError(f"{source} is not a file: give a .txt or .jsonl to --prompts")
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = ((number, _prompt_in(line)) for number, line in read_lines(path))
-    else:
-        rows = ((number, line.strip()) for number, line in read_lines(path))
-    prompts = []
-    for number, prompt in rows:
-        if not prompt:
-            shape = 'expected {"prompt": text}'
-            raise InputError(f"{source}:{number}: {shape}")
-        prompts.append(prompt)
-    if not prompts:
-        raise InputError(f"{source} holds no prompt")
-    return prompts
-
-
-def _prompt_in(line: str) -> Optional[str]:
-    "Read the prompt in a line of JSON; `None` when there is none."
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    prompt = row.get("prompt") if isinstance(row, dict) else row
-    return prompt.strip() if isinstance(prompt, str) and prompt.strip() else None
+    return read_prompts(path)
 
 # %% ../../nbs/loop/12_validator.ipynb #c013
 def open_judge(
@@ -221,10 +215,11 @@ def open_judge(
     say: Callable[[str], None] = print,  # told what happens
 ) -> Any:  # a `Judge`; raises `InputError` for a folder that holds no reward model
     "Open the judge of a validator; teach a reward model where there is none."
-    from prompting_nb.encoding import Encoder
+    from prompting_nb.encoding.encoder import Encoder
     from prompting_nb.loop.tasks import built_in
     from prompting_nb.loop.teach import assess, teach
     from prompting_nb.pretrained import MINILM
+    from prompting_nb.reward.checkpoints import score_digest
     from prompting_nb.reward.model import RewardModel
     from prompting_nb.validators.judge import Judge
 
@@ -240,7 +235,7 @@ def open_judge(
         arena = built_in(encoder, steps=1, seed=seed, train=80, test=60)
         model = teach(arena, seed, progress=False)
         model.save_pretrained(str(place))
-    digest, known = _digest(place), folder / "judge.json"
+    digest, known = score_digest(model), folder / "judge.json"
     calibrated = read_json(folder / "judged.json")
     if known.exists() and calibrated.get("sha256") == digest:
         return Judge.load(known, model)
@@ -254,26 +249,26 @@ def open_judge(
     write_file(folder / "judged.json", json.dumps(about) + "\n")
     return judge
 
-
-def _digest(folder: Path) -> str:
-    "Hash the files of a folder, with their names."
-    total = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        total.update(str(path.relative_to(folder)).encode())
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                total.update(chunk)
-    return total.hexdigest()
-
 # %% ../../nbs/loop/12_validator.ipynb #c015
 def run_validator(
     settings: Config,  # as `validator_parser` reads it
     say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "Run the command `prompting-nb validator`."
+    log_to_stderr(debug=settings.debug)
+    folder = Path(settings.dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {folder}: {error.strerror}") from None
+    with lock_folder(folder / "validator.lock"):  # two would spoil each other's log
+        _run_alone(settings, say)
+
+
+def _run_alone(settings: Config, say: Callable[[str], None]) -> None:
+    "Run a validator whose folder nobody else uses."
     from prompting_nb.loop.endpoint import Endpoint
 
-    log_to_stderr(debug=settings.debug)
     service = make_service(settings, say)
     validator, folder = service.validator, service.folder
     if service.saved:

@@ -967,7 +967,7 @@ class _Status:
         path = request.url.path
         self._guard.check(request.scope)
         if path == "/metrics":
-            text = self._metrics.text()
+            text = await self._metrics.page()
             return Response(text, media_type="text/plain; version=0.0.4")
         health = self._health()
         if path == "/ready":

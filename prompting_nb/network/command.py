@@ -21,6 +21,7 @@ from prompting_nb.config import (
     InputError,
     NonNegativeFloat,
     NonNegativeInt,
+    Port,
     PositiveInt,
     add_settings,
     check_settings,
@@ -61,7 +62,7 @@ class ChainSettings:
     """
 
     dir: str
-    port: Optional[NonNegativeInt] = None
+    port: Optional[Port] = None
     block_time: Optional[NonNegativeFloat] = None
     register: list[str] = field(default_factory=list)
     stake: NonNegativeFloat = 0.0

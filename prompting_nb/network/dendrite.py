@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -38,6 +39,11 @@ from prompting_nb.protocol import (
     write_body,
 )
 from ..show import arguments_in_help
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout as time_limit
+else:
+    from async_timeout import timeout as time_limit  # pyright: ignore
 
 # %% ../../nbs/network/01_dendrite.ipynb #c026
 @arguments_in_help
@@ -271,9 +277,10 @@ class Question:
             receiver = where.checked()
             async with session.places.of(receiver, limit) as waited:
                 start = time.monotonic() - waited
-                completion, message = await self._post(
-                    session.http, where, receiver, start + limit, emit
-                )
+                async with time_limit(left := limit - waited):
+                    completion, message = await self._post(
+                        session.http, where, receiver, left, emit
+                    )
         except _Failure as failure:
             status, message = failure.args
         except asyncio.TimeoutError:
@@ -301,13 +308,12 @@ class Question:
         session: aiohttp.ClientSession,
         where: "Target",
         receiver: str,  # hotkey
-        end: float,  # of the time that the miner has, as `time.monotonic` counts
+        left: float,  # seconds that the miner has
         emit: Callable,
     ) -> tuple[str, str]:
         "Send the request; the completion and a status message, or an exception."
         host, port = split_address(where.address or "")
         allowed = self.allow_private or where.ours
-        left = end - time.monotonic()
         addresses = await find_addresses(host, port, allowed, left)
         headers, sent = self.signer.sign(self.body, self.synapse.path, receiver)
         if addresses != [host]:  # a name, which the server may want to know
@@ -315,7 +321,7 @@ class Question:
         for address in addresses:
             url = _url(address, port, self.synapse.path)
             try:
-                return await self._exchange(session, url, headers, sent, end, emit)
+                return await self._exchange(session, url, headers, sent, emit)
             except aiohttp.ClientConnectorError:
                 if address == addresses[-1]:
                     raise
@@ -327,13 +333,9 @@ class Question:
         url: URL,
         headers: dict,
         sent: "Sent",
-        end: float,
         emit: Callable,
     ) -> tuple[str, str]:
-        limit = aiohttp.ClientTimeout(
-            total=max(1e-6, end - time.monotonic()), ceil_threshold=float("inf")
-        )
-        options = {"headers": headers, "timeout": limit, "allow_redirects": False}
+        options = {"headers": headers, "allow_redirects": False}
         async with session.post(url, data=self.body, **options) as response:
             if isinstance(self.synapse, StreamPrompting) and response.status == 200:
                 completion, signature = await _read_stream(
@@ -349,6 +351,8 @@ class Question:
 
 def _cause(error: Exception) -> str:
     "Say in a few words what went wrong with a connection."
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the connection was closed"  # its text may be half an answer
     number = getattr(error, "errno", None) or 0
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
 
@@ -506,7 +510,10 @@ class Sent(NamedTuple):
 
 
 class RequestSigner:
-    "Sign requests with one hotkey, each with a nonce greater than the last."
+    """Sign requests with one hotkey, each with a nonce greater than the last.
+
+    A clock that was set back by more than a second begins anew at its time.
+    """
 
     def __init__(
         self,
@@ -526,11 +533,17 @@ class RequestSigner:
     ) -> tuple[dict[str, str], Sent]:  # headers, and what the answer must refer to
         "Sign one POST request."
         with self._lock:  # questions may come from several threads
-            nonce = self._nonce = max(self._clock(), self._nonce + 1)
+            now, last = self._clock(), self._nonce
+            # set back by more: miners whose clock is right refuse a nonce of the future
+            nonce = now if last - now > _SET_BACK else max(now, last + 1)
+            self._nonce = nonce
         headers = sign_request(
             self._key, body, path=path, receiver=receiver, nonce=nonce
         )
         return headers, Sent(receiver, self.hotkey, path, nonce)
+
+
+_SET_BACK = 1_000_000_000  # nanoseconds
 
 # %% ../../nbs/network/01_dendrite.ipynb #c022
 class Sessions:
@@ -588,6 +601,11 @@ class _NoNames(AbstractResolver):
         "Do nothing."
 
 
+# `Question.ask` has the only clock: aiohttp's own stops once a connection is given
+# back, with the rest of an answer still awaited
+_NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=None)
+
+
 def _new_session() -> aiohttp.ClientSession:
     "Make a session that keeps connections and nothing else: no cookies, no proxies."
     return aiohttp.ClientSession(
@@ -599,6 +617,7 @@ def _new_session() -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         trust_env=False,
+        timeout=_NO_LIMIT,
         headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
     )
 

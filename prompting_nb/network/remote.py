@@ -12,23 +12,17 @@ from urllib.parse import urlsplit
 
 import bittensor as bt
 import httpx
-from bittensor.balance import Balance
 from bittensor.result import ChainError, ExtrinsicResult, RpcConnectionError
 
 from ..config import InputError
 from .calls import check_call
 from .commits import remember_commits
 from .neurons import UnknownCall
-from prompting_nb.network.signing import (
-    Extrinsic,
-    Shielded,
-    pack,
-    result_of,
-    submit_call,
-    unpack,
-)
+from .signing import Extrinsic, Shielded
+from .signing import pack, result_of, unpack
 from .state import Receipt
-from .substrate import refuse
+from .substrate import no_fee, open_key, refuse_the_rest
+from .substrate import sign_shielded, take_signed, token_balance
 
 # %% ../../nbs/network/28_remote.ipynb #d53008
 SCHEME = "embedded://"  # of the addresses of served chains
@@ -94,6 +88,7 @@ def _head(token: str) -> dict:
     return {"content-type": "application/json", **known}
 
 # %% ../../nbs/network/28_remote.ipynb #d53013
+@refuse_the_rest
 class RemoteSubstrate:
     "bittensor's `Substrate` protocol over a chain that another process serves."
 
@@ -103,7 +98,7 @@ class RemoteSubstrate:
     ):
         self.address, self._url = address, url_of(address)
         self.token_symbols: dict[int, str] = {}
-        self._shielded = Shielded()
+        self.shielded = Shielded()
         self._http: httpx.AsyncClient | None = None  # of the loop that runs
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -136,8 +131,7 @@ class RemoteSubstrate:
             await self._http.aclose()
         self._http = None
 
-    def balance(self, rao: int, netuid: int = 0) -> Balance:
-        return Balance(int(rao), netuid, None)
+    balance, estimate_fee = token_balance, no_fee
 
     # blocks
 
@@ -199,9 +193,6 @@ class RemoteSubstrate:
         check_call(call)
         return call
 
-    async def estimate_fee(self, call, keypair) -> Balance:
-        return self.balance(0)
-
     async def chain_id(self) -> str:
         "Return the name of the chain, for which calls are signed."
         return (await self._ask("info"))["chain_id"]
@@ -211,25 +202,11 @@ class RemoteSubstrate:
 
     async def send(self, extrinsic: Extrinsic) -> Receipt:
         "Have a signed extrinsic carried out, with what it holds encrypted."
-        inner = self._shielded.take(extrinsic)
+        inner = self.shielded.take(extrinsic)
         more = {"inner": vars(inner)} if inner else {}
         return Receipt(**await self._ask("send", extrinsic=vars(extrinsic), **more))
 
-    async def submit(self, call, keypair, *, nonce=None, **_) -> ExtrinsicResult:
-        "Take a signed call. A refusal is reported in the result and not raised."
-        await self.compose(call)
-        return await submit_call(self, call, keypair, nonce)
-
-    # shielded extrinsics
-
-    async def mev_next_key(self) -> bytes:
-        "Return a key of ML-KEM-768 that hides nothing: the chain needs no secret half."
-        return bytes(1184)
-
-    async def sign_extrinsic(
-        self, call, keypair, *, nonce, period
-    ) -> tuple[bytes, str]:
-        return await self._shielded.sign(self, call, keypair, nonce)
+    submit, sign_extrinsic, mev_next_key = take_signed, sign_shielded, open_key
 
     async def find_extrinsic(
         self, extrinsic_hash: str, block_hash: str
@@ -238,19 +215,6 @@ class RemoteSubstrate:
         asked = {"extrinsic_hash": extrinsic_hash, "block": block}
         found = await self._ask("receipt", **asked)
         return result_of(Receipt(**found)) if found else None
-
-    # not needed here
-
-    map_has_entries = refuse("map_has_entries")
-    decode_scale = refuse("decode_scale")
-    get_block = refuse("get_block")
-    events = refuse("events")
-    estimate_weight = refuse("estimate_weight")
-    prepare = refuse("prepare")
-    submit_signature = refuse("submit_signature")
-    submit_signed = refuse("submit_signed")
-    submit_multisig = refuse("submit_multisig")
-    multisig_account = refuse("multisig_account")
 
 
 def open_remote(

@@ -165,6 +165,9 @@ def listen(
     shared: bool = False,  # let other processes listen on the same port
 ) -> socket.socket:  # listens; raises `OSError` with cause and remedy
     "Open a listening socket."
+    if not 0 <= port < 1 << 16:  # the system would take the port modulo 65536
+        wrong = OSError(f"{port} is no port: give one from 1 to 65535, or 0")
+        raise _cannot_listen(host, port, wrong)
     try:
         kind = socket.SOCK_STREAM
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=kind)[0]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from ..config import InputError
-from ..encoding import evaluating
+from ..encoding.batches import evaluating
 from ..pretrained import load
 
 # %% ../../nbs/reward/18_classifiers.ipynb #k008

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Literal, Optional, TypeVar, cast
 
@@ -24,10 +25,11 @@ from prompting_nb.config import (
     PositiveInt,
     add_settings,
     check_settings,
-    make_parser,
+    command_parser,
     settings_of,
 )
 from ..files import write_file
+from ..pretrained import check_name
 
 # %% ../../nbs/reward/10_command.ipynb #m004
 def reward_parser() -> "RewardParser":
@@ -196,22 +198,19 @@ def _settings(name: str) -> list[type]:
 class RewardParser:
     "Reads the arguments of `prompting-nb reward`: which of the three, and its flags."
 
+    names = tuple(_ABOUT)
+
     def parser(
         self,
         name: str,  # "train", "eval" or "score"
     ) -> jsonargparse.ArgumentParser:
         "Make the parser of one of the three."
-        parser = make_parser(
+        return command_parser(
+            *(partial(add_settings, Settings=group) for group in _settings(name)),
             prog=f"prompting-nb reward {name}",
-            exit_on_error=False,
             description=f"{_ABOUT[name]} {_DATA}",
             epilog=f"example: prompting-nb reward {_EXAMPLES[name]}",
         )
-        for settings in _settings(name):
-            add_settings(parser, settings)
-        about = "YAML file with any of these flags."
-        parser.add_argument("--config", action="config", help=about)
-        return parser
 
     def parse_args(
         self,
@@ -314,6 +313,7 @@ def run_train(
 
     data, chosen = _part(DataSettings, settings), _part(ModelSettings, settings)
     config, output = _part(TrainConfig, settings), _part(OutputSettings, settings)
+    check_name(chosen.model)
     out, (rank, processes) = Path(output.out), this_process()
     if (out / "reward.json").exists() and not output.force:
         raise InputError(
@@ -370,6 +370,7 @@ def run_eval(
     from prompting_nb.reward.preferences import Report, read_rankings
 
     given, report = _part(EvalSettings, settings), Report()
+    check_name(given.model)
     rankings = read_rankings(_sources(given.data), report, skip_bad=given.skip_bad)
     say(f"{given.data}: {report}")
     _decided(rankings, given.data)
@@ -401,6 +402,7 @@ def run_score(
     from prompting_nb.reward.sources import read_rows
 
     given = _part(ScoreSettings, settings)
+    check_name(given.model)
     if given.out == "-":  # the rewards are there
         say = lambda text: print(text, file=sys.stderr)
     rows = read_rows(_sources(given.data))

@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ..config import InputError
-from ..encoding import evaluating, in_batches, micro_batches, pad_rows
+from ..encoding.batches import evaluating, in_batches, micro_batches
+from ..encoding.batches import pad_rows
 from .model import RewardModel
 from .preferences import Ranking, decided, decisions
 from .tokens import length_of

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..config import InputError
-from ..encoding import evaluating
+from ..encoding.batches import evaluating
 from ..files import replacing_folder
 from ..pretrained import load, no_bars
 from prompting_nb.reward.classifiers import (

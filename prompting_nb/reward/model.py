@@ -23,16 +23,10 @@ from transformers.models.auto.modeling_auto import (
 from typing_extensions import Self
 
 from ..config import InputError
-from prompting_nb.encoding import (
-    evaluating,
-    frozen_model,
-    in_batches,
-    last_token,
-    mean_pooling,
-    micro_batches,
-    own_weights,
-    pad_rows,
-)
+from ..encoding.batches import evaluating, in_batches, micro_batches
+from ..encoding.batches import pad_rows
+from ..encoding.pooling import last_token, mean_pooling
+from ..encoding.weights import frozen_model, own_weights
 from ..pretrained import load, resolve
 from prompting_nb.reward.classifiers import (
     Reader,
@@ -44,6 +38,7 @@ from prompting_nb.reward.classifiers import (
 from .export import to_sequence_classification
 from prompting_nb.reward.saving import (
     add_adapters,
+    hub_options,
     load_model,
     merge_adapters,
     push_model,
@@ -356,7 +351,9 @@ class TextEncoder:
             own_weights(self)  # others may need the layers that go
             keep_layers(self.model, depth)
         if not reader:
-            self.tokenizer = load(AutoTokenizer.from_pretrained, model_name)
+            asked = hub_options(options or {})
+            make = AutoTokenizer.from_pretrained
+            self.tokenizer = load(make, model_name, **asked)
         self.skip = reader.skip if reader else None  # passed over at the end of a text
         self.frame = tokenizer_frame(self.tokenizer) if reader and reader.pair else None
         if not getattr(self.model, "hf_device_map", None):

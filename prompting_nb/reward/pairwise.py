@@ -16,7 +16,7 @@ from typing import Callable, MutableMapping
 import torch
 
 from ..config import InputError
-from ..encoding import in_threads
+from ..encoding.batches import in_threads
 
 # %% ../../nbs/reward/19_pairwise.ipynb #j008
 QUESTION = """Which of two answers to a user is better? Judge whether an answer is

@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 from ..config import InputError
 from .columns import Candidates, read_row
-from .sources import name_of, read_rows
+from .sources import Unreadable, name_of, read_rows
 
 # %% ../../nbs/reward/03_preferences.ipynb #c005
 @dataclass
@@ -237,9 +237,11 @@ def _collect(
 
 
 def decoded(
-    row: Any,  # a dict, or a line of JSON
-) -> Any:  # raises ValueError where it is no JSON
+    row: Any,  # a dict, a line of JSON, or what `read_rows` could not read
+) -> Any:  # raises ValueError where it is no JSON, or an `Unreadable`
     "Decode a row that is a line of JSON."
+    if isinstance(row, Unreadable):
+        raise ValueError(row.reason)
     try:
         return json.loads(row) if isinstance(row, str) else row
     except (ValueError, RecursionError) as error:

@@ -16,10 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
-import torch
-
 from ..config import InputError
 from ..files import write_file
+from .checkpoints import score_digest
 from .columns import read_row
 from .conversations import Conversation
 from .model import RewardModel
@@ -61,7 +60,7 @@ def score_rows_of(
     found, lines = Scored(), None
     source: Iterator[tuple[str, Any]] = iter(())
     if rank == 0:
-        lines = _Lines(out, _digest(model) if str(out) != "-" else "")
+        lines = _Lines(out, score_digest(model) if str(out) != "-" else "")
         source = lines.skip(iter(rows))
         found.lines = found.resumed = lines.rows
         found.bad, found.texts = lines.bad, lines.texts
@@ -140,17 +139,6 @@ class _Exchange:
         return together, found
 
 # %% ../../nbs/reward/16_scoring.ipynb #r012
-def _digest(model: RewardModel) -> str:
-    "Hash what decides a reward: weights and settings."
-    seen = hashlib.sha256()
-    settings = model.pooling, model.max_length, model.depth, model.bound
-    seen.update(repr((settings, model.tokenizer.chat_template)).encode())
-    for name, value in model.state_dict().items():
-        seen.update(name.encode())
-        seen.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return seen.hexdigest()
-
-
 class _Lines:
     "The file of the rewards, and how far it is."
 

@@ -16,7 +16,7 @@ import torch
 from jinja2 import TemplateError
 
 from ..config import InputError
-from ..encoding import pad_rows
+from ..encoding.batches import pad_rows
 from prompting_nb.reward.conversations import (
     Conversation,
     answer_of,

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from ..config import InputError, NonNegativeFloat, PositiveInt
-from ..encoding import Encoder, mean_direction, mean_pooling
+from ..encoding.encoder import Encoder
+from ..encoding.pooling import mean_direction, mean_pooling
 from ..shapes import TensorType, check_shapes
 from .gating import BaseGatingModel, GatingSettings, embed
 from .gating import finite_rewards, warn_of_pooling

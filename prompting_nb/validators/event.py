@@ -13,6 +13,7 @@ from typing import Optional
 
 from ..show import Bar, html_table
 from . import replay
+from .explain import Explanation
 
 # %% ../../nbs/validators/06_event.ipynb #c021
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,24 @@ class Event(replay.Event):
     seconds: list[float] = field(repr=False)  # from the request to each answer
     offsets: Optional[list[float]] = None  # that the judge added to the rewards
     sd: Optional[list[float]] = None  # standard deviations of the scores, if known
+    # raw scores of the judge so far: all, and those below and above its fitted range
+    watched: Optional[list[int]] = field(default=None, repr=False)
+    prices: Optional[list[float]] = None  # of the answers, where they cost something
+    why: Optional[Explanation] = None  # these uids
     grades: Optional[list[float]] = None  # true grades, if known; the gate sees none
 
     def to_json(self) -> str:
         "Return the event as a line of JSON."
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.why is not None:
+            content["why"] = self.why.to_dict()
+            del content["why"]["prompt"]  # it is the event's
+        line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # half a character, which JSON can carry
+            line = json.dumps(content, allow_nan=False)
+        return line
 
     def _repr_html_(self) -> str:
         cells = zip(

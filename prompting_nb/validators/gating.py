@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from ..config import Config, HalfOpenUnitInterval, InputError, NotEmptyStr
 from ..config import NonNegativeFloat, PositiveInt, add_settings, read_config
 from ..config import check_settings, merge, settings_of
-from ..encoding import Encoder, last_token, last_window, mean_direction
-from ..encoding import mean_pooling
+from ..encoding.encoder import Encoder
+from ..encoding.pooling import last_token, last_window, mean_direction
+from ..encoding.pooling import mean_pooling
 from ..shapes import TensorType, check_shapes
 from ..show import Bar, html_table, arguments_in_help
 from .rows import RowAdagrad, check_capacity, uid_hotkeys

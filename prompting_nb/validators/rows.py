@@ -241,7 +241,7 @@ def save_rows(
     identity: dict[str, str],  # what must agree with the gate that loads them
     hotkeys: dict[int, str],  # of the rows
     **about: str,  # anything else
-) -> None:
+) -> None:  # raises OSError when it cannot be written; an earlier file stays then
     "Write tensors and the hotkeys of their rows to a safetensors file."
     stored = {
         name: value.detach().cpu().contiguous().clone()
@@ -249,7 +249,10 @@ def save_rows(
     }
     about = identity | about | {"hotkeys": json.dumps(hotkeys)}
     with replacing(path) as draft:
-        save_file(stored, draft, metadata=about)
+        try:
+            save_file(stored, draft, metadata=about)
+        except SafetensorError as error:  # a full disk, which is no OSError there
+            raise OSError(f"{path} cannot be written: {error}") from None
 
 # %% ../../nbs/validators/04_rows.ipynb #c035
 class SavedRows(NamedTuple):

@@ -1,6 +1,7 @@
 """`python -m tools.site build` makes the documentation; `preview` serves it and makes it again when something changes."""
 
 import argparse
+import contextlib
 import functools
 import http.server
 import multiprocessing
@@ -15,16 +16,26 @@ ROOT = Path(__file__).resolve().parents[2]
 NBS, OUT, CACHE = ROOT / "nbs", ROOT / "_docs", ROOT / "_proc" / "pandoc"
 
 
+@contextlib.contextmanager
+def kept(path: Path):
+    "A file that is afterwards as it was, whatever happens to it or to the build meanwhile."
+    text = path.read_bytes()
+    path.touch()  # nbdev makes a README only where it is older than the index
+    try:
+        yield
+    finally:
+        path.write_bytes(text)
+
+
 def with_quarto(out: Path) -> None:
     "nbdev_docs, which is only called when Quarto is there: it would install it otherwise; then what goes with a site."
     from tools.site import render
 
-    readme = (ROOT / "README.md").read_bytes()  # nbdev_docs would make it too; ours comes from tools/readme.py
-    subprocess.run([sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"], cwd=ROOT, check=True)
-    (ROOT / "README.md").write_bytes(readme)
+    with kept(ROOT / "README.md"):  # nbdev_docs makes it too; ours comes from tools/readme.py
+        subprocess.run([sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs()"], cwd=ROOT, check=True)
     render.add_text(NBS, OUT)
     if out != OUT:
-        OUT.rename(out)
+        shutil.move(OUT, out)
 
 
 def alone(out: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from nbdev.config import get_config
 from nbdev.showdoc import BasicMarkdownRenderer
 
+WIDTH = 84  # columns of a signature, which stands a little to the right of other code
 DOCUMENTED = {"_prompt"}  # private by name, but part of the reference's interface
 MARKS = {"classmethod": "classmethod", "staticmethod": "static method", "property": "property",
          "cached_property": "property", "abstractmethod": "abstract"}
@@ -43,6 +44,17 @@ def _comments(source: str) -> dict[int, str]:
 
 def _text(node: ast.AST | None) -> str:
     return "" if node is None else ast.unparse(node)
+
+
+def _default(node: ast.AST | None) -> str:
+    "The default of a field: that of `field(default=...)`, and what a default factory makes."
+    if not (isinstance(node, ast.Call) and _text(node.func).rpartition(".")[2] == "field"):
+        return _text(node)
+    named = {word.arg: word.value for word in node.keywords}
+    factory = named.get("default_factory")
+    if factory is None:
+        return _text(named.get("default"))
+    return _text(factory.body) if isinstance(factory, ast.Lambda) else f"{_text(factory)}()"
 
 
 def _type(node: ast.AST | None) -> str:
@@ -76,7 +88,7 @@ def _of_function(node: ast.FunctionDef, comments: dict[int, str]) -> Signature:
 
 def _of_fields(node: ast.ClassDef, comments: dict[int, str]) -> list[Parameter]:
     fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-    return [Parameter(n.target.id, _type(n.annotation), _text(n.value), comments.get(n.end_lineno, ""))
+    return [Parameter(n.target.id, _type(n.annotation), _default(n.value), comments.get(n.end_lineno, ""))
             for n in fields if not n.target.id.startswith("_") and "ClassVar" not in _text(n.annotation)]
 
 
@@ -220,7 +232,12 @@ def _spread(name: str, sig: Signature, arrow: bool) -> str:
             f"={r.default}" if r.default else "") for r in sig.parameters]
     end = f") -> {sig.returns.type}" if arrow and sig.returns and sig.returns.type else ")"
     line = f"{name}({', '.join(rows)}{end}"
-    return line if len(line) <= 84 else f"{name}(\n" + "".join(f"    {row},\n" for row in rows) + end
+    if len(line) <= WIDTH:
+        return line
+    inner = "".join(textwrap.fill(row + ",", WIDTH, initial_indent="    ", subsequent_indent="        ",
+                                  break_long_words=False, break_on_hyphens=False) + "\n" for row in rows)
+    end = textwrap.fill(end, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return f"{name}(\n{inner}{end}"
 
 
 class Renderer(BasicMarkdownRenderer):
@@ -307,7 +324,7 @@ class Renderer(BasicMarkdownRenderer):
             code = shown + (f": {sig.returns.type}" if sig.returns.type else "")
             sig.parameters, sig.returns.type = [], sig.returns.details and sig.returns.type
         else:
-            code = ("class " if "class" in kinds else "async " if "async" in kinds else "") + _spread(shown, sig, True)
+            code = _spread(("class " if "class" in kinds else "async " if "async" in kinds else "") + shown, sig, True)
         title = f"{'#' * self.level} {self.nm.replace('_', chr(92) + '_')} {{#{anchor(self.nm, self.module)} .api-name}}"
         body = "\n\n".join([head, f"```{{.python .api-signature}}\n{code}\n```", *self._entry(sig)])
         return f"{title}\n\n::: {{.api}}\n{body}\n\n:::"

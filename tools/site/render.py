@@ -47,12 +47,35 @@ def fenced(text: str, attributes: str) -> str:
     return f"{fence}{attributes}\n{text.rstrip()}\n{fence}"
 
 
-def options(source: str) -> tuple[dict[str, str], str]:
+def options(source: str) -> tuple[dict[str, str | list[str]], str]:
     "Quarto's `#| name: value` lines, read as YAML as Quarto reads them, and the code without them."
     lines = re.findall(r"^#\|[ \t]*([\w-]+:(?:[ \t].*)?)$", source, re.M)
     found = yaml.load("\n".join(lines), Loader=yaml.BaseLoader) or {}  # every value as a text
     code = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
     return found, code.strip("\n")
+
+
+def bare(markdown: str) -> str:
+    "A line of Markdown as plain text: no backticks, emphasis, links or backslashes."
+    markdown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
+    parts = re.split(r"(`+)(.+?)\1", markdown)  # text, ticks, code, text ...
+    for i in range(0, len(parts), 3):
+        text = re.sub(r"(?<![\\\w])([*_]{1,2})(?=\S)(.+?)(?<=\S)\1(?!\w)", r"\2", parts[i])
+        parts[i] = re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text)
+    return "".join(part for i, part in enumerate(parts) if i % 3 != 1).strip()
+
+
+def inline(markdown: str) -> str:
+    "A line of Markdown as HTML, as far as titles and descriptions need it: code, and text."
+    parts = re.split(r"(`[^`]+`)", markdown)
+    return "".join(f"<code>{html.escape(part[1:-1])}</code>" if i % 2 else html.escape(bare_ends(part))
+                   for i, part in enumerate(parts))
+
+
+def bare_ends(text: str) -> str:
+    "Plain text that keeps the spaces at its ends."
+    lead, trail = text[:len(text) - len(text.lstrip())], text[len(text.rstrip()):] if text.strip() else ""
+    return lead + bare(text) + trail
 
 
 @dataclass
@@ -64,17 +87,18 @@ class Writer:
     blocks: list[str] = field(default_factory=list)
     figures: dict[str, bytes] = field(default_factory=dict)
 
-    def figure(self, data: str | bytes, kind: str, option: dict) -> str:
+    def figure(self, data: str | bytes, kind: str, option: dict, number: int) -> str:
         data = data.encode() if kind == "svg" else base64.b64decode(data)
         name = f"{self.stem}_files/figure-{len(self.figures) + 1}.{kind}"
         self.figures[name] = data
         size = 'width="{}" height="{}"'.format(*struct.unpack(">II", data[16:24])) if kind == "png" else ""
-        caption = option.get("fig-cap", "")
-        alt = html.escape(option.get("fig-alt") or caption or f"Plot: {self.heading}")
+        caption, alt = (one_of(option.get(name, ""), number) for name in ("fig-cap", "fig-alt"))
+        alt = html.escape(bare(alt or caption or f"Plot: {self.heading}"))
         image = f'<img src="{name}" alt="{alt}" {size}>'
         return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>" if caption else image
 
-    def output(self, out: dict, option: dict) -> str:
+    def output(self, out: dict, option: dict, number: int = 0) -> str:
+        "What a cell shows; `number` counts its figures."
         if out["output_type"] == "stream":
             return "" if out.get("name") == "stderr" else _plain("".join(out["text"]))
         if out["output_type"] == "error":
@@ -84,7 +108,7 @@ class Writer:
             return _raw(f'<div class="cell-output-html">{data["text/html"]}</div>')
         for kind in ("svg+xml", "png"):
             if f"image/{kind}" in data:
-                return _raw(self.figure(data[f"image/{kind}"], kind[:3], option))
+                return _raw(self.figure(data[f"image/{kind}"], kind[:3], option, number))
         for kind in ("text/markdown", "text/latex"):
             if kind in data:
                 return data[kind]
@@ -105,11 +129,18 @@ class Writer:
                 label = html.escape(option.get("code-summary", "Code"))
                 parts = [_raw(f'<details class="code-fold"><summary>{label}</summary>'), *parts, _raw("</details>")]
         if option.get("output") != "false" and option.get("include") != "false":
-            shown = [self.output(out, option) for out in cell.get("outputs", [])]
+            shown, drawn = [], len(self.figures)
+            for out in cell.get("outputs", []):
+                shown.append(self.output(out, option, len(self.figures) - drawn))
             wrap = "{text}" if option.get("output") == "asis" else "::: {{.cell-output}}\n{text}\n\n:::"
             parts += [wrap.format(text=text) for text in shown if text]
         if parts:
             self.blocks.append("\n\n".join(["::: {.cell}", *parts, ":::"]))
+
+
+def one_of(texts: str | list[str], number: int) -> str:
+    "The text for a figure of a cell: Quarto's options take one, or one for each."
+    return texts if isinstance(texts, str) else texts[number] if number < len(texts) else ""
 
 
 def _raw(text: str) -> str:
@@ -201,12 +232,32 @@ class Made:
     sections: list = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        return bare(self.title)
+
+    @property
+    def shown(self) -> str:
+        return inline(self.title)
+
+    @property
+    def about(self) -> str:
+        return bare(self.description)
+
+    @property
     def lede(self) -> str:
-        return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(self.description))
+        return inline(self.description)
 
     @property
     def url(self) -> str:
         return address(self.notebook)
+
+    def actions(self, settings: dict) -> list[tuple[str, str]]:
+        "The links of Quarto's `repo-actions`, with the addresses that Quarto gives them."
+        repo = settings.get("repo-url", "").rstrip("/")
+        place = "/".join(filter(None, [settings.get("repo-branch", "main"), settings.get("repo-subdir", ""), self.notebook]))
+        links = {"edit": ("Edit this page", f"{repo}/edit/{place}"), "source": ("View source", f"{repo}/blob/{place}"),
+                 "issue": ("Report an issue", settings.get("issue-url", f"{repo}/issues/new"))}
+        return [links[action] for action in settings.get("repo-actions", ()) if repo]
 
 
 def make(path: Path, notebook: str) -> Made:
@@ -248,7 +299,7 @@ def build(nbs: Path, out: Path, cache: Path | None = None) -> list[Made]:
     pages = [page for _, inside in menu for page in inside]
     with ThreadPoolExecutor(2) as pool:  # pandoc runs beside Python
         for page, body in zip(pages, pool.map(lambda p: to_html(p.markdown, cache), pages)):
-            page.body, page.sections = body, Sections(body, page.title).found
+            page.body, page.sections = body, Sections(body, page.name).found
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     write(fresh, menu, settings)
@@ -256,6 +307,26 @@ def build(nbs: Path, out: Path, cache: Path | None = None) -> list[Made]:
     shutil.rmtree(out, ignore_errors=True)
     fresh.rename(out)
     return pages
+
+
+def commands_and_flags(pages: list[Made]) -> list[list]:
+    "Entries of the search index for `prompting-nb ...` and `--flags`: the section that says most about each of them."
+    best = {}
+    for page in pages:
+        for s in page.sections:
+            text = " ".join("".join(s["text"]).split())
+            names = re.findall(r"prompting-nb(?: [a-z]+)(?: (?:train|eval|score)\b)?|(?<![\w-])--[a-z][\w.]*[\w]", text)
+            for name in set(names):
+                command = not name.startswith("-")
+                about = re.search(re.escape(name) + r"(?![\w.])(.{0,300})", text)
+                head = page.name.lower().startswith("the command") or "command" in page.url.rpartition("/")[2]
+                words = set(re.findall(r"\w+", page.name.lower())) & set(name.split()[1:])
+                helped = re.search(re.escape(name) + r"(?: [A-Z_]+)? .{0,120}\(default", text)  # as `--help` has it
+                rank = (bool(command and words), bool(helped), head, len(about[1]) if about else 0)
+                if name not in best or rank > best[name][0]:
+                    place = f"{page.url}#{s['id']}".rstrip("#")
+                    best[name] = rank, [place, page.name, name, 1, (name + about[1]) if about else text[:200]]
+    return [entry for _, entry in best.values()]
 
 
 def write(out: Path, menu: list, settings: dict) -> None:
@@ -269,14 +340,18 @@ def write(out: Path, menu: list, settings: dict) -> None:
         before, after = pages[i - 1] if i else None, pages[i + 1] if i + 1 < len(pages) else None
         part = next((heading for heading, inside in menu if page in inside), "")
         path.write_text(template.render(page=page, up=up, menu=menu, settings=settings, part=part, before=before,
-                                        after=after, repo=get_config().git_url), encoding="utf-8")
+                                        after=after), encoding="utf-8")
         for name, data in page.figures.items():
             (path.parent / name).parent.mkdir(exist_ok=True)
             (path.parent / name).write_bytes(data)
     for path in (HERE / "style.css", HERE / "site.js", get_config().nbs_path / "api.css"):  # the last is Quarto's too
         shutil.copy(path, out / path.name)
-    index = [[f"{page.url}#{s['id']}".rstrip("#"), page.title, s["name"], int(s["api"]), " ".join("".join(s["text"]).split())[:4000]]
-             for page in pages for s in page.sections]
+    index = [[f"{page.url}#{s['id']}".rstrip("#"), page.name, s["name"], int(s["api"]), " ".join("".join(s["text"]).split())[:4000]]
+             for page in pages for s in page.sections] + commands_and_flags(pages)
+    if site := settings.get("site-url", "").rstrip("/"):  # as Quarto: with the address of the site there is a sitemap
+        urls = "".join(f"  <url><loc>{html.escape(site)}/{page.url}</loc></url>\n" for page in pages)
+        (out / "sitemap.xml").write_text(f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/'
+                                         f'schemas/sitemap/0.9">\n{urls}</urlset>\n', encoding="utf-8")
     (out / "search.js").write_text(f"window.searchIndex={json.dumps(index, ensure_ascii=False)}", encoding="utf-8")
 
 
@@ -285,9 +360,13 @@ def write_text(out: Path, menu: list, settings: dict, nbs: Path) -> None:
     lines = [f"# {settings['title']}", "", f"> {settings['description']}", ""]
     for heading, inside in menu:
         lines += [f"## {heading or 'Start'}", ""]
-        lines += [f"- [{page.title}]({page.url}.md): {page.description}" for page in inside] + [""]
+        lines += [f"- [{page.name}]({page.url}.md): {page.description}" for page in inside] + [""]
     (out / "llms.txt").write_text("\n".join(lines), encoding="utf-8")
     for page in [page for _, inside in menu for page in inside]:
+        for name in set(re.findall(r'<img src="(?!\w+:)([^"]+)"', page.body)) - set(page.figures):  # beside the notebook
+            picture = (out / page.url).parent / name
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy((nbs / page.notebook).parent / name, picture)
         text, copy = out / (page.url + ".md"), out / "notebooks" / page.notebook
         for path in (text, copy):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ const current = $("[aria-current]", sidebar);
 if (current) sidebar.scrollTop = current.offsetTop - sidebar.clientHeight / 2;
 
 // what scrolls sideways can be reached with the keyboard
-const reachable = () => all("pre, .table-wrap, .cell-output-html, math[display=block]").forEach((box) => {
+const reachable = () => all("pre, .table-wrap, .cell-output, .cell-output-html, math[display=block]").forEach((box) => {
   const wide = box.scrollWidth > box.clientWidth;
   wide ? box.setAttribute("tabindex", 0) : box.removeAttribute("tabindex");
 });
@@ -66,42 +66,71 @@ const follow = () => {
 addEventListener("scroll", follow, { passive: true });
 follow();
 
-// search: every word must occur; names and headings count more than text
+// search: words count by how rare they are, whole words more than beginnings, headings more than text
 const dialog = $("dialog.search"), input = $("input", dialog), results = $("#found"), hint = $(".hint", dialog);
 const idle = hint.textContent;
 const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
-let chosen = -1;
+const FILLER = new Set("a an and are at be by can could do does for from how i if in is it me my of on or our should that the there this to want was we what when where which who why will with would you your".split(" "));
+const split = (text) => text.toLowerCase().match(/--?[a-z][\w.-]*\w|[\p{L}\p{N}_]+(?:[.-][\p{L}\p{N}_]+)*/gu) ?? [];
+const stem = (word) => word.length > 3 && !/^-|[._]/.test(word) ? word.replace(/(?:(?<=[^aeiou])(?:ies|ing|ed|es)|(?<!s)s)$/, (end) => end === "ies" ? "y" : "") : word;
+let chosen = -1, prepared;
 const load = () => new Promise((done) => {
   if (window.searchIndex) return done();
   document.head.append(Object.assign(document.createElement("script"), { src: up + "search.js", onload: done }));
 });
 const openSearch = async () => { if (dialog.open) return; dialog.showModal(); input.select(); await load(); find() };
-function score([, title, name, api, text], words) {
-  let sum = 0;
-  for (const word of words) {
-    const at = name.toLowerCase(), last = at.split(".").pop();
-    if (at === word || last === word) sum += api ? 60 : 50;
-    else if (at.startsWith(word) || last.startsWith(word)) sum += api ? 30 : 25;
-    else if (at.includes(word)) sum += 15;
-    else if (title.toLowerCase().includes(word)) sum += 6;
-    else if (text.toLowerCase().includes(word)) sum += 2;
-    else return 0;
+function prepare() {  // the words of every section, and in how many sections each of them is
+  const counts = new Map(), bag = (text) => new Set(split(text).flatMap((word) => [word, stem(word), ...word.split(/[.-]+/).filter(Boolean)]));
+  const sections = searchIndex.map((entry) => {
+    const [, title, name, , text] = entry, words = { name: bag(name), title: bag(title), text: bag(text) };
+    for (const word of new Set([...words.name, ...words.title, ...words.text])) counts.set(word, 1 + (counts.get(word) ?? 0));
+    return { entry, words };
+  });
+  return { sections, vocabulary: [...counts.keys()], rarity: (word) => Math.log(1 + sections.length / (1 + (counts.get(word) ?? 0))) };
+}
+function terms(query) {  // a question without its small words; of the last word the beginning is enough
+  const all = split(query), wanted = all.filter((word) => !FILLER.has(word));
+  return (wanted.length ? wanted : all).map((word, i, { length }) => {
+    const open = i === length - 1 && !/\s$/.test(query) || /^-/.test(word);
+    const begins = (other) => other.startsWith(word) || open && other.startsWith(stem(word));
+    const whole = new Set([word, stem(word)]), begun = prepared.vocabulary.filter(begins);
+    return { word, whole, begun, weight: Math.min(prepared.rarity(word), prepared.rarity(stem(word))) };
+  });
+}
+function score({ entry: [, title, name, api], words }, wanted) {
+  const any = (set, list) => { for (const word of list) if (set.has(word)) return true; return false };
+  let sum = 0, met = 0, total = 0;
+  for (const { word, whole, begun, weight } of wanted) {
+    const at = name.toLowerCase(), grade = Math.max(
+      at === word || at.split(".").pop() === word ? 14 + api : 0, any(words.name, whole) ? 8 : any(words.name, begun) ? 4 : 0,
+      any(words.title, whole) ? 3 : 0, any(words.text, whole) ? 2 : any(words.text, begun) ? 1 : 0);
+    total += weight;
+    if (grade) met += weight;
+    sum += grade * weight + (any(words.title, whole) ? weight : 0);
   }
-  return sum - name.length / 100;
+  const needed = wanted.length > 2 ? .6 : .999;  // of a long question not every word has to be there
+  if (name.startsWith("-") && !wanted.some(({ word }) => word.startsWith("-"))) sum /= 4;  // a flag is not what a word asks for
+  return met >= needed * total ? sum * met / total / (1 + split(name).length / 12) : 0;
 }
-function snippet(text, words) {
-  const at = Math.min(...words.map((w) => text.toLowerCase().indexOf(w)).filter((i) => i >= 0), text.length);
-  const from = at === text.length ? 0 : Math.max(0, at - 40), part = text.slice(from, from + 130);
-  return mark((from ? "… " : "") + part + (from + 130 < text.length ? " …" : ""), words);
+const pattern = (wanted) => new RegExp(`(?<![\\p{L}\\p{N}_-])(?:${wanted.flatMap(({ word }) => [word, stem(word)])
+  .map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|")})[\\p{L}\\p{N}_]*`, "giu");
+function snippet(text, wanted) {
+  const at = text.search(pattern(wanted)), from = at < 0 ? 0 : Math.max(0, at - 40), part = text.slice(from, from + 130);
+  return mark((from ? "… " : "") + part + (from + 130 < text.length ? " …" : ""), wanted);
 }
-function mark(text, words) {
-  const pattern = words.map((w) => escape(w).replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join("|");
-  return escape(text).replace(new RegExp(pattern, "gi"), (found) => `<mark>${found}</mark>`);
+function mark(text, wanted) {  // whole words, in pieces so that what is escaped stays whole
+  let done = 0, html = "";
+  for (const found of text.matchAll(pattern(wanted))) {
+    html += escape(text.slice(done, found.index)) + `<mark>${escape(found[0])}</mark>`;
+    done = found.index + found[0].length;
+  }
+  return html + escape(text.slice(done));
 }
 function find() {
-  const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = words.length && window.searchIndex
-    ? searchIndex.map((entry) => [score(entry, words), entry]).filter(([s]) => s > 0).sort((a, b) => b[0] - a[0]).slice(0, 20) : [];
+  if (window.searchIndex) prepared ??= prepare();
+  const words = prepared ? terms(input.value) : [];
+  const found = words.length ? prepared.sections.map((section) => [score(section, words), section.entry])
+    .filter(([s]) => s > 0).sort((a, b) => b[0] - a[0]).slice(0, 20) : [];
   results.innerHTML = found.map(([, [url, title, name, api, text]], i) =>
     `<li role="option" id="result-${i}" aria-selected="false" data-url="${up}${url}"><i>${name === title ? "" : escape(title)}</i><b${api ? ' class="name"' : ""}>${mark(name, words)}</b><small>${snippet(text, words)}</small></li>`).join("");
   hint.textContent = !words.length ? idle : found.length ? `${found.length}${found.length === 20 ? " best" : ""} results` : `Nothing has “${input.value}”.`;

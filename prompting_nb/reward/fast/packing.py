@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .attention import Span, attend
 from ..model import RewardModel, TextEncoder
-from ...encoding import evaluating
+from ...encoding.batches import evaluating
 from ..tokens import length_of
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c040

@@ -1,0 +1,125 @@
+"""The program `prompting-nb` as a person meets it: help, topics, completion, pipes that nobody reads, and errors in a line."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from prompting_nb.cli import COMMANDS, command_parsers, main
+from prompting_nb.usage import completion_script
+
+PROGRAM = [sys.executable, "-c", "import sys; from prompting_nb.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    return command_parsers()
+
+
+def run(*argv, **how):
+    return subprocess.run([*PROGRAM, *argv], capture_output=True, text=True, timeout=60, **how)
+
+
+def failed(capsys, *argv):
+    "Exit status and message of a call that fails."
+    with pytest.raises(SystemExit) as end:
+        main(list(argv))
+    return end.value.code, capsys.readouterr().err.strip()
+
+
+# ---- help
+
+def test_help_shows_choices_bounds_and_defaults_in_groups(parsers):
+    text = parsers["loop"].format_help()
+    assert "--gate {bayes,sentence,last-token}" in text and "(default: bayes)" in text
+    assert re.search(r"--top-k N +Miners asked at each step\. \(at least 1; default: 3\)", text)
+    assert "\n  --force  " in text  # a switch shows no value
+    gating = text[text.index("Settings of a Bayesian gating model:"):]
+    assert gating.index("--gating.warm") < gating.index("general:") < gating.index("--help")
+
+
+def test_every_help_names_the_environment_once_and_no_type(parsers):
+    for name, parser in parsers.items():
+        text = parser.format_help()
+        assert text.count("PROMPTING_NB_") == 2, name  # the rule and its example
+        assert not re.search(r"ARG:|ENV:|type: |Optional\[|Literal\[|PositiveInt| null ", text), name
+        assert text.startswith(f"usage: prompting-nb {name} "), name
+        assert "example" in text, name
+        assert text == parser.format_help(), name  # a second time as well
+
+
+def test_usage_names_required_flags(parsers):
+    assert parsers["reward train"].format_help().splitlines()[0] == "usage: prompting-nb reward train --data DATA --out OUT [flags]"
+
+
+def test_topics(capsys, parsers):
+    main(["help"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in COMMANDS) and "--gating.*, of loop, validator" in listed
+    main(["help", "gating"])
+    part = capsys.readouterr().out
+    assert "--gating.topics N" in part and "--steps" not in part
+    main(["help", "reward", "train"])
+    assert capsys.readouterr().out.strip() == parsers["reward train"].format_help().strip()
+    main(["help", "environment"])
+    variables = capsys.readouterr().out
+    assert re.search(r"PROMPTING_NB_GATING__TOPICS +--gating\.topics, of loop, validator", variables)
+    assert failed(capsys, "help", "gatin") == (
+        2, "prompting-nb help: there is no topic 'gatin'; the nearest is gating; `prompting-nb help` lists them")
+
+
+# ---- completion
+
+@pytest.mark.parametrize("words, wanted", [
+    (["prompting-nb", "lo"], {"loop"}), (["prompting-nb", "loop", "--gate", ""], {"bayes", "sentence", "last-token"}),
+    (["prompting-nb", "loop", "--gating.lo"], {"--gating.loss"}), (["prompting-nb", "reward", "tr"], {"train"}),
+    (["prompting-nb", "reward", "train", "--lo"], {"--lora", "--log-folder"})])
+def test_bash_completes_commands_flags_and_choices(parsers, tmp_path, words, wanted):
+    bash = shutil.which("bash") or pytest.skip("no bash")
+    script = tmp_path / "complete.bash"
+    script.write_text(completion_script(parsers, "bash", {}) + '\nCOMP_WORDS=("${@}")\nCOMP_CWORD=$(($# - 1))\n'
+                      "_shtab_prompting_nb\necho ${COMPREPLY[@]}\n")
+    done = subprocess.run([bash, script, *words], capture_output=True, text=True)
+    assert set(done.stdout.split()) == wanted, done.stderr
+
+
+def test_zsh_reads_its_script(parsers, tmp_path):
+    script = completion_script(parsers, "zsh", {"loop": "run the loop"})
+    assert script.startswith("#compdef prompting-nb") and "loop:'run the loop'" in script
+    zsh = shutil.which("zsh") or pytest.skip("no zsh: apt-get install zsh")
+    (tmp_path / "_prompting-nb").write_text(script)
+    assert subprocess.run([zsh, "-n", tmp_path / "_prompting-nb"]).returncode == 0
+
+
+def test_completion_for_another_shell_says_what_there_is(capsys):
+    status, message = failed(capsys, "completion", "fish")
+    assert status == 2 and "prompting-nb completion bash" in message
+
+
+# ---- pipes and errors
+
+@pytest.mark.parametrize("argv", [["--help"], ["chain", "--help"]])
+def test_a_reader_that_leaves_gets_no_traceback(argv):
+    with subprocess.Popen([*PROGRAM, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONUNBUFFERED": ""}) as process:
+        process.stdout.close()  # before anything was written
+        assert process.stderr.read() == ""
+    assert process.returncode in (0, 141)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["reward", "train", "--data", "x"], "--out must be given"),
+    (["reward", "score"], "--model and --data must be given"),
+    (["loop", "--steps", "x"], "--steps must be a whole number, at least 2"),
+    (["loop", "--config", "no.yaml"], "there is no file"),
+    (["lop"], "do you mean loop?"),
+    (["loop", "--reward", "runs/no/folder"], "there is no folder runs/no/folder"),
+    (["loop", "--gating.model_name", "./nothing"], "there is no folder ./nothing"),
+    (["reward", "eval", "--model", "runs/no/reward", "--data", __file__], "there is no folder runs/no/reward"),
+    (["miner", "--axon.port", "99999"], "--axon.port must be"),
+])
+def test_one_line_says_what_is_wrong(capsys, argv, message):
+    status, text = failed(capsys, *argv)
+    assert status == 2 and message in text and "\n" not in text, text

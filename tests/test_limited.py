@@ -1,0 +1,93 @@
+"""Every call to the chain ends in time: of a miner, of a validator, and of what the commands open."""
+
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from prompting_nb.baseminer.subnet import Subnet, open_client
+from prompting_nb.loop.validator import PlaceSettings
+from prompting_nb.network.chain import EmbeddedChain, is_embedded, make_wallet
+from prompting_nb.network.limited import CALL_TIMEOUT, LimitedClient, limited
+from prompting_nb.validators.validator import Validator
+
+ME = make_wallet("validator")
+
+
+class Node:
+    "A client of a chain that stops answering when told to."
+
+    network = "ws://embedded"
+
+    def __init__(self, client):
+        self.client, self.answers, self.hung = client, threading.Event(), threading.Event()
+        self.answers.set()
+        self.subnets = SimpleNamespace(metagraph=lambda netuid: self.wait() or client.subnets.metagraph(netuid))
+
+    def wait(self):
+        if not self.answers.is_set():
+            self.hung.set()
+            self.answers.wait(20)
+
+    @property
+    def block(self):
+        self.wait()
+        return self.client.block
+
+    def execute(self, call, wallet):
+        self.wait()
+        return self.client.execute(call, wallet)
+
+
+@pytest.fixture
+def node():
+    chain = EmbeddedChain()
+    chain.register(ME, stake=9.0, validator_permit=True)
+    with chain.client() as client:
+        node = Node(client)
+        yield node
+        node.answers.set()
+
+
+def test_a_validator_waits_no_longer_than_its_limit(node):
+    gate = SimpleNamespace(resync=lambda *_: None)
+    with Validator(ME, limited(node, 0.1), None, gate) as validator:
+        node.answers.clear()
+        for call in (validator.sync, lambda: validator.set_weights({0: 1.0}), lambda: validator.client.block):
+            with pytest.raises(TimeoutError, match="the chain did not answer within 0.1 s"):
+                call()
+        node.answers.set()
+        assert validator.sync() == [] and validator.set_weights({0: 1.0}) == {0: 1.0}
+    with Validator(ME, node, None, gate) as validator:  # a client without a limit gets one
+        assert validator.client.seconds == CALL_TIMEOUT == Subnet(ME, node, 1).client.seconds
+
+
+@pytest.mark.parametrize("kind", ["validator", "miner"])
+def test_a_node_that_takes_connections_and_says_nothing(kind, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"://127.0.0.1:{server.getsockname()[1]}"
+        for scheme in ("embedded", "ws"):
+            client = open_client(scheme + address, 0.3)
+            ask = {"validator": lambda c=client: c.subnets.metagraph(1), "miner": Subnet(ME, client, 1).sync}[kind]
+            with pytest.raises(TimeoutError, match="did not answer within 0.3 s"):
+                ask()
+
+
+def test_the_clients_of_all_commands_are_limited():
+    for network in ("embedded://127.0.0.1:1", "ws://127.0.0.1:1", "local"):
+        client = open_client(network)
+        assert isinstance(client, LimitedClient) and client.seconds == CALL_TIMEOUT
+        assert is_embedded(client) == network.startswith("embedded://")
+    assert PlaceSettings().subtensor.timeout == CALL_TIMEOUT
+
+
+def test_a_limited_client_is_the_client_in_all_other_ways():
+    chain = EmbeddedChain()
+    chain.register(ME)
+    with limited(chain.client(), 20.0) as client:
+        chain.step(3)
+        assert client.block == chain.block and client.subnets.metagraph(chain.netuid).hotkeys == [ME.hotkey.ss58_address]
+        assert client.at(2).block == 2 and is_embedded(client) and client.constant is not None
+        with pytest.raises(AttributeError):
+            client.no_such_thing
