@@ -17,7 +17,7 @@ from typing import Callable, Optional
 import jsonargparse
 
 from . import __version__
-from .config import InputError
+from .config import InputError, command_line
 from .files import on_sigterm
 from .help.usage import Topics, completion_script
 
@@ -38,6 +38,16 @@ COMMANDS = {  # name: parser, function that takes what it parsed, and one line o
         _later("network.command", "chain_parser"),
         _later("network.command", "run_chain"),
         "serve a chain on this machine that is kept on disk",
+    ),
+    "compare": (
+        _later("loop.compare", "compare_parser"),
+        _later("loop.compare", "run_compare"),
+        "lay runs of the loop side by side",
+    ),
+    "doctor": (
+        _later("loop.doctor", "doctor_parser"),
+        _later("loop.doctor", "run_doctor"),
+        "say what is wrong with this machine, and what to do",
     ),
     "loop": (
         _later("loop.command", "loop_parser"),
@@ -127,8 +137,12 @@ def _run(command: str, argv: list[str]) -> None:
     name = " ".join([command, *inner])
     with _reported(name, "--debug" in argv):
         settings = parser.parse_args(argv)
-    with _reported(name, settings.debug), on_sigterm():
-        run(settings)
+    before = command_line.set((command, *argv))
+    try:
+        with _reported(name, settings.debug), on_sigterm():
+            run(settings)
+    finally:
+        command_line.reset(before)
 
 # %% ../nbs/07_cli.ipynb #c013
 @contextmanager

@@ -87,6 +87,9 @@ def test_built_in_run_leaves_events_summary_and_report(tmp_path, reward):
     for name in ("reward_accuracy", "random", "best_fixed", "gate", "oracle"):
         assert 0 <= summary[name] <= 1
     assert summary["random"] <= summary["oracle"] and summary["best_fixed"] <= summary["oracle"]
+    assert summary["command"].startswith("prompting-nb loop --quiet --reward") and summary["settings"]["steps"] == 14
+    assert summary["judging"]["folder"] == str(reward) and len(summary["judging"]["sha256"]) == 64
+    assert summary["data"]["prompts"]["count"] == 14 and summary["seeds"] == {"run": 0, "prompts": 0}
     for event in events:
         assert len(set(event["uids"])) == 3 and 0 not in event["uids"], "the validator itself is never asked"
         assert all(0 < p <= 1 for p in event["propensities"])

@@ -6,6 +6,7 @@
 __all__ = ['JudgeSettings', 'LoopSettings', 'add_gate', 'loop_parser', 'run_loop', 'gate_settings']
 
 # %% ../../nbs/loop/06_command.ipynb #m003
+import shlex
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from prompting_nb.config import (
     add_argument,
     add_settings,
     check_settings,
+    command_line,
     command_parser,
     merge,
     read_config,
@@ -227,7 +229,10 @@ def run_loop(
     say(str(arena))
     model, assessment, judge, about = _judge(arena, run, judging, say)
     folder = make_folder(run.out, run.force)
-    recorder, status = Recorder(folder), "failed"
+    if model is not None:
+        model.save_pretrained(folder / "reward")
+    made_with = _made_with(settings, run, judging, model is not None, folder)
+    recorder, status = Recorder(folder, **made_with), "failed"
     gate = lambda metagraph, seed: default_gate(
         metagraph, seed, {"gating": gating}, run.gate
     )
@@ -248,8 +253,6 @@ def run_loop(
         prices=prices,
     )
     try:
-        if model is not None:
-            model.save_pretrained(folder / "reward")
         what = f"starting {count} miners, asking {policy.k} of them"
         say(f"{what} at each of {len(arena.prompts)} steps")
         loop.run(progress=not run.quiet)
@@ -360,6 +363,35 @@ def _reward_model(arena: Any, run: LoopSettings, say: Callable):
     if run.quick:
         more["max_seconds"] = _QUICK["max_seconds"]
     return teach(arena, run.seed, progress=not run.quiet, **more)
+
+
+def _made_with(
+    settings: Config, run: LoopSettings, judging: JudgeSettings, new: bool, folder: Path
+) -> dict:
+    "Say what the run is made with, as `describe` takes it."
+    from prompting_nb.loop.record import digest_of_path
+    from prompting_nb.loop.teach import training
+
+    given = " ".join(map(shlex.quote, command_line.get()))
+    seeds, found = {"prompts": run.seed}, {"kind": judging.kind}
+    place = folder / "reward" if new else Path(run.reward or "")
+    if new or (run.reward and place.exists()):
+        found |= {"folder": str(place), "sha256": digest_of_path(place)}
+    if new:
+        own = training(run.seed, epochs=run.epochs)
+        used = ("epochs", "lr", "completions_per_prompt", "seed")
+        found["training"] = {name: getattr(own, name) for name in used}
+        if run.quick:
+            found["training"]["max_seconds"] = _QUICK["max_seconds"]
+        seeds["reward"] = run.seed
+    files = [run.prompts, run.miners]  # miners may be a number
+    return {
+        "command": f"prompting-nb {given}" if given else None,
+        "settings": settings,
+        "seeds": seeds,
+        "judging": found,
+        "files": [name for name in files if isinstance(name, str)],
+    }
 
 
 def _finish(recorder, loop, assessment, status: str, about: str, say: Callable) -> dict:
