@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any, Callable, Iterator
 
 import torch
-from tqdm.auto import tqdm
+
+from ..progress import progress as progress_bar
 
 # %% ../../nbs/encoding/03_batches.ipynb #b001
 def pad_rows(
@@ -85,7 +86,7 @@ def in_batches(
     progress: bool = False,  # show a progress bar
 ) -> torch.Tensor:  # (len(rows), size), in the order of `rows`
     "Apply a function to all rows, group by group."
-    jobs: Any = tqdm(groups, disable=not progress, desc="scoring")
+    jobs: Any = progress_bar(groups, unit="batch", disable=not progress, desc="scoring")
     run = lambda group: function([rows[i] for i in group])
     found = torch.cat(in_threads(run, jobs, threads))
     order = torch.tensor([place for group in groups for place in group]).argsort()

@@ -30,6 +30,7 @@ from prompting_nb.config import (
     read_config,
     settings_of,
 )
+from ..usage import next_step
 
 # %% ../../nbs/loop/06_command.ipynb #m009
 _MOST_STEPS = 5000  # there are not many more different built-in prompts
@@ -266,6 +267,8 @@ def run_loop(
         summary = _finish(recorder, loop, assessment, status, about, say)
         took, page = time.monotonic() - started, folder / "report.html"
         say(f"{status} after {took:.0f} s; report: {page}")
+        taught = run.reward or folder / "reward"
+        say(next_step(f"subnet --miners 8 --dir run --reward {taught}"))
     return summary
 
 

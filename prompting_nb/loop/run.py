@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Optional
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..config import InputError
+from ..progress import progress as progress_bar
 from .network import Network
 from ..network import axon
 from ..network.dendrite import Dendrite
@@ -174,7 +174,7 @@ class Loop:
         "Take a step for each prompt; now and then a uid changes hands."
         prompts, trace = self.arena.prompts, self.trace
         moves = _spread(self.churn, len(prompts))
-        bar = tqdm(prompts, desc="asking", unit="prompt", disable=not progress)
+        bar = progress_bar(prompts, desc="asking", unit="prompt", disable=not progress)
         started = time.monotonic()
         with bar:
             for step, prompt in enumerate(bar):

@@ -30,6 +30,7 @@ from prompting_nb.config import (
 )
 from ..files import write_file
 from ..pretrained import check_name
+from ..usage import next_step
 
 # %% ../../nbs/reward/10_command.ipynb #m004
 def reward_parser() -> "RewardParser":
@@ -357,6 +358,11 @@ def run_train(
         f"{history.stopped} after {len(history.steps)} steps in {history.processes} "
         f"process(es); the model is in {out}"
     )
+    say(
+        next_step(
+            f"reward eval --model {out} --data {data.eval_data or 'held-out.jsonl'}"
+        )
+    )
     return found.to_dict() if found else {}
 
 # %% ../../nbs/reward/10_command.ipynb #c017
@@ -386,6 +392,7 @@ def run_eval(
     say(f"{found.cuts}; {found.equal} pairs are equal after cutting")
     if given.json:
         write_file(given.json, json.dumps(found.to_dict(), indent=2) + "\n")
+    say(next_step(f"reward score --model {given.model} --data completions.jsonl"))
     return found.to_dict()
 
 
@@ -415,4 +422,5 @@ def run_score(
     found = score_rows_of(model, rows, given.out, *how)
     if not rank:
         say(str(found))
+        say(next_step(f"loop --reward {given.model}"))
     return found

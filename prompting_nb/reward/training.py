@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import register_fsdp_forward_method
-from tqdm.auto import tqdm
 
+from ..progress import progress as progress_bar
 from prompting_nb.config import (
     IntFrom2,
     HalfOpenUnitInterval,
@@ -799,13 +799,14 @@ class Tracker:
         total: int,  # steps
         first: int,  # the step that the run begins at
         shown: bool = True,  # in the first process; others never show it
-    ) -> tqdm:
+    ) -> Any:  # a tqdm
         "Make the progress bar."
         name = f"training ({self.processes.count} process(es))"
         hidden = not (shown and self.processes.rank == 0)
-        return tqdm(total=total, initial=first, desc=name, disable=hidden)
+        how: dict = dict(total=total, initial=first, unit="step", desc=name)
+        return progress_bar(**how, disable=hidden)
 
-    def show(self, bar: tqdm, record: dict) -> None:
+    def show(self, bar: Any, record: dict) -> None:
         "Show and log the record of a step."
         self.log("train", record)
         shown = {name: round(record[name], 3) for name in ("loss", "accuracy")}
