@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator
 
 import torch
 
-from ..progress import progress as progress_bar
+from ..help.progress import progress as progress_bar
 
 # %% ../../nbs/encoding/03_batches.ipynb #b001
 def pad_rows(

@@ -30,7 +30,7 @@ from prompting_nb.config import (
     read_config,
     settings_of,
 )
-from ..usage import next_step
+from ..help.usage import next_step
 
 # %% ../../nbs/loop/06_command.ipynb #m009
 _MOST_STEPS = 5000  # there are not many more different built-in prompts
@@ -376,7 +376,8 @@ def _made_with(
     from prompting_nb.loop.teach import training
 
     given = " ".join(map(shlex.quote, command_line.get()))
-    seeds, found = {"prompts": run.seed}, {"kind": judging.kind}
+    seeds: dict[str, Any] = {"prompts": run.seed}
+    found: dict[str, Any] = {"kind": judging.kind}
     place = folder / "reward" if new else Path(run.reward or "")
     if new or (run.reward and place.exists()):
         found |= {"folder": str(place), "sha256": digest_of_path(place)}

@@ -637,7 +637,7 @@ def _cost_picture(found: Bought) -> str:
     names = {"gate": "the gate", "fixed": "fixed choices", "oracle": "the best"}
     curves = {names[name]: points for name, points in found.curves.items()}
     caption = "Mean grade and price of the answers, as price weighs more and more."
-    return _picture(plot_costs(curves, (found.paid, found.grade)), caption)
+    return picture(plot_costs(curves, (found.paid, found.grade)), caption)
 
 # %% ../../nbs/loop/03_report.ipynb #c018
 _CSS = """

@@ -18,7 +18,7 @@ from typing import Any, Callable, Iterable, Optional
 import numpy as np
 
 from ..config import InputError
-from ..progress import progress as progress_bar
+from ..help.progress import progress as progress_bar
 from .network import Network
 from ..network import axon
 from ..network.dendrite import Dendrite

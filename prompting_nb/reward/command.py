@@ -30,7 +30,7 @@ from prompting_nb.config import (
 )
 from ..files import write_file
 from ..pretrained import check_name
-from ..usage import next_step
+from ..help.usage import next_step
 
 # %% ../../nbs/reward/10_command.ipynb #m004
 def reward_parser() -> "RewardParser":

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from ..progress import progress as progress_bar
+from ..help.progress import progress as progress_bar
 from prompting_nb.config import (
     IntFrom2,
     HalfOpenUnitInterval,
