@@ -34,7 +34,7 @@ def failed(capsys, *argv):
 def test_help_shows_choices_bounds_and_defaults_in_groups(parsers):
     text = parsers["loop"].format_help()
     assert "--gate {bayes,sentence,last-token}" in text and "(default: bayes)" in text
-    assert re.search(r"--top-k N +Miners asked at each step\. \(at least 1; default: 3\)", text)
+    assert re.search(r"--epochs N +Times that the reward model sees every training prompt\. \(at least 1; default: 2\)", " ".join(text.split()))
     assert "\n  --force  " in text  # a switch shows no value
     gating = text[text.index("Settings of a Bayesian gating model:"):]
     assert gating.index("--gating.warm") < gating.index("general:") < gating.index("--help")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import gzip
+import html
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -103,6 +105,22 @@ def test_built_in_run_leaves_events_summary_and_report(tmp_path, reward):
     # the log can be replayed: what was asked is what random choice would ask, as far as it explored
     replayed = estimate(read_events(out / "events.jsonl"), ask_anyone(3))
     assert replayed.answers == 3 * 14 and replayed.ips > 0
+
+
+@pytest.mark.slow
+def test_the_report_shows_answers_moves_and_files(tmp_path, reward):
+    out = tmp_path / "run"
+    assert run("--reward", reward, "--steps", 12, "--out", out).returncode == 0
+    page, summary = (out / "report.html").read_text(), json.loads((out / "summary.json").read_text())
+    assert "1 is a perfect answer, 0 a useless one" in page
+    assert "Three of the last 4 steps" in page
+    for kind in ("best", "typical", "worst"):
+        assert page.count(f"{kind}, step ") == summary["top_k"]  # each of those who were asked
+    last = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()][-4:]
+    assert any(html.escape(event["prompt"])[:60] in page for event in last)
+    assert re.search(r"Before step 6, uid \d+ passed from \w+ to \w+", page)  # the one that changes hands half-way
+    files = re.findall(r'href="([^"]+)"', page)
+    assert files and all((out / name).is_file() for name in files)
 
 
 @pytest.mark.slow

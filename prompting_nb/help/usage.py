@@ -111,6 +111,8 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
         parts = [part for part in union_parts(kind) or (kind,) if part is not NoneType]
         if len(parts) == 1 and plain_type(parts[0]) in (int, float):
             return "N" if plain_type(parts[0]) is int else "X"
+        if len(parts) == 1 and get_origin(parts[0]) is Literal:
+            return "{" + ",".join(map(str, get_args(parts[0]))) + "}"
         return action.dest.rsplit(".")[-1].upper()
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:

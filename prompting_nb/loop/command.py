@@ -157,11 +157,16 @@ wallet, chain or model hub is needed.
 
 A file of miners is a list of entries, each with a kind (template, replay, retrieval,
 transformers, openai, process, builtin) and its settings, or with a class of your own:
-[{kind: openai, base_url: "http://127.0.0.1:11434/v1", model: llama3.2}, {python:
-my_miner.py:MyMiner, name: mine}, {kind: template, completion: No idea., count: 2}]"""
-_EXAMPLES = """examples: prompting-nb loop --quick  |  prompting-nb loop --miners
-miners.yaml --prompts mine.txt --reward runs/loop-1/reward --quick  |  prompting-nb loop
---prompts mine.txt --miners miners.yaml --judge.kind openai --judge.model llama3.2"""
+
+  - {kind: openai, base_url: "http://127.0.0.1:11434/v1", model: llama3.2}
+  - {python: my_miner.py:MyMiner, name: mine}
+  - {kind: template, completion: No idea., count: 2}"""
+_EXAMPLES = """examples:
+  prompting-nb loop --quick
+  prompting-nb loop --prompts mine.txt --miners miners.yaml --quick \\
+    --reward runs/loop-1/reward
+  prompting-nb loop --prompts mine.txt --miners miners.yaml \\
+    --judge.kind openai --judge.model llama3.2"""
 
 
 def loop_parser() -> jsonargparse.ArgumentParser:

@@ -359,7 +359,9 @@ def render(
     parts = [
         f"<h1>{title}</h1><p>{summary['steps']} steps, {summary['top_k']} uids asked "
         f"at each, seed {summary['seed']}; {summary['status']}. Grades come from "
-        f"{html.escape(summary['graded_by'])}.</p>"
+        f"{html.escape(summary['graded_by'])}: 1 is a perfect answer, 0 a useless one "
+        "or none. A reward is the judge's estimate of the grade, which is all that the "
+        "gate learns from.</p>"
     ]
     if "reward_accuracy" in summary:
         parts += ["<h2>The reward model</h2>", _reward_text(summary)]
@@ -381,6 +383,8 @@ def render(
             "<h2>The miners</h2>",
             _table(summary["miners"], _MINER_TITLES),
             *(f"<p>{html.escape(text)}.</p>" for text in unanswered(summary)),
+            *_moves(loop),
+            *_sample(loop),
             *(_who_answered(loop) if loop.shows_answers else ()),
             f"<p>{html.escape(payment(summary))}</p>",
             "<h2>Why they were asked</h2>",
@@ -407,6 +411,11 @@ def render(
             "busy; the gate got nothing for them, the other choices are given their "
             "full grade.</p>"
         )
+    if loop.trace.events:
+        files = ["events.jsonl", "summary.json", "curves.json"]
+        files += ["answers.jsonl"] if loop.shows_answers else []
+        links = ", ".join(f'<a href="{name}">{name}</a>' for name in files)
+        parts.append(f"<p>All steps and figures, beside this page: {links}.</p>")
     return page_of(f"Loop over {summary['arena']}", "".join(parts))
 
 # %% ../../nbs/loop/03_report.ipynb #pgof
@@ -558,6 +567,61 @@ def picture(
 
 _MOST_PROMPTS = 60  # in the table of answers
 _MOST_TEXT = 400  # characters of an answer there
+
+
+def _moves(loop: Loop) -> list[str]:
+    "Tell who left a uid, and who came."
+    holders, texts = sorted(loop.trace.holders, key=lambda held: held.since), []
+    for came in holders:
+        before = [h for h in holders if h.uid == came.uid and h.since < came.since]
+        if before:
+            texts.append(
+                f"Before step {came.since}, uid {came.uid} passed from "
+                f"{before[-1].name} to {came.name}."
+            )
+    return [f"<p>{html.escape(' '.join(texts))}</p>"] if texts else []
+
+
+def _sample(loop: Loop) -> list[str]:
+    "Show the best, a typical and the worst step of the last third."
+    events = loop.trace.events[-max(1, len(loop.trace.events) // 3) :]
+    by_step: dict[int, dict] = {}
+    for answer in loop.trace.answers:
+        if answer.asked and answer.grade is not None:
+            by_step.setdefault(answer.step, {})[answer.uid] = answer
+    worth = lambda event: sum(a.grade for a in by_step[event.step].values())
+    ranked = sorted((e for e in events if e.step in by_step), key=worth, reverse=True)
+    if not ranked:
+        return []
+    picks = {"best": ranked[0], "typical": ranked[len(ranked) // 2]}
+    picks["worst"] = ranked[-1]
+    rows = []
+    for kind, event in picks.items():
+        rewards = dict(zip(event.uids, event.rewards))
+        for uid, answer in by_step[event.step].items():
+            text = answer.completion or "(no answer)"
+            rows.append(
+                {
+                    "step": f"{kind}, step {event.step}",
+                    "prompt": answer.prompt[:_MOST_TEXT],
+                    "name": answer.name,
+                    "text": text[:_MOST_TEXT] + "…" * (len(text) > _MOST_TEXT),
+                    "reward": rewards.get(uid),
+                    "grade": answer.grade,
+                }
+            )
+    title = f"<h2>Three of the last {len(events)} steps</h2>"
+    return [title, _table(rows, _SAMPLE_TITLES)]
+
+
+_SAMPLE_TITLES = {
+    "step": "which",
+    "prompt": "prompt",
+    "name": "who was asked",
+    "text": "answer",
+    "reward": "reward",
+    "grade": "grade",
+}
 
 
 def _who_answered(loop: Loop) -> list[str]:
