@@ -34,7 +34,8 @@ def failed(capsys, *argv):
 def test_help_shows_choices_bounds_and_defaults_in_groups(parsers):
     text = parsers["loop"].format_help()
     assert "--gate {bayes,sentence,last-token}" in text and "(default: bayes)" in text
-    assert re.search(r"--epochs N +Times that the reward model sees every training prompt\. \(at least 1; default: 2\)", " ".join(text.split()))
+    epochs = "--epochs N Times that the reward model sees every training prompt. (at least 1; default: 2)"
+    assert epochs in " ".join(text.split())
     assert "\n  --force  " in text  # a switch shows no value
     gating = text[text.index("Settings of a Bayesian gating model:"):]
     assert gating.index("--gating.warm") < gating.index("general:") < gating.index("--help")

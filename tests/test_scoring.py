@@ -123,6 +123,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         encode_texts = RewardModel.encode_texts
         state_dict = staticmethod(dict)
         encoder = SimpleNamespace(frame=None)
+        model = SimpleNamespace(config=SimpleNamespace(model_type="cheap"))
 
         def score_rows(self, rows, batch_size):
             return torch.tensor([[float(len(row))] for row in rows])

@@ -21,30 +21,34 @@ from .state import Receipt, SubnetState
 from .storage import Queries
 
 # %% ../../nbs/network/25_substrate.ipynb #0ad008
-def token_balance(self, rao: int, netuid: int = 0) -> Balance:
+def token_balance(substrate: Any, rao: int, netuid: int = 0) -> Balance:
     "Return an amount in the token of a subnet."
     return Balance(int(rao), netuid, None)
 
 
-async def no_fee(self, call, keypair) -> Balance:
+async def no_fee(substrate: Any, call, keypair) -> Balance:
     "Return the fee of a call, which is nothing."
-    return self.balance(0)
+    return substrate.balance(0)
 
 
-async def take_signed(self, call, keypair, *, nonce=None, **_) -> ExtrinsicResult:
+async def take_signed(
+    substrate: Any, call, keypair, *, nonce=None, **_
+) -> ExtrinsicResult:
     "Take a signed call. A refusal is reported in the result and not raised."
-    await self.compose(call)
-    return await submit_call(self, call, keypair, nonce)
+    await substrate.compose(call)
+    return await submit_call(substrate, call, keypair, nonce)
 
 
-async def open_key(self) -> bytes:
+async def open_key(substrate: Any) -> bytes:
     "Return a key of ML-KEM-768 that hides nothing: the chain needs no secret half."
     return bytes(1184)
 
 
-async def sign_shielded(self, call, keypair, *, nonce, period) -> tuple[bytes, str]:
+async def sign_shielded(
+    substrate: Any, call, keypair, *, nonce, period
+) -> tuple[bytes, str]:
     "Sign an extrinsic that will travel encrypted."
-    return await self.shielded.sign(self, call, keypair, nonce)
+    return await substrate.shielded.sign(substrate, call, keypair, nonce)
 
 
 _Class = TypeVar("_Class", bound=type)
