@@ -247,13 +247,11 @@ class Omniscient:
 
 
 @pytest.mark.slow
-def test_the_gate_learns_for_three_seeds():
-    encoder = Encoder("minilm")
-    for seed in range(3):
-        arena = built_in(encoder, steps=180, seed=seed, train=12, test=12)
-        trace = Loop(arena, Judge(Omniscient(arena)), seed=seed).run(progress=False)
-        standing = trace.standing()
-        assert standing.gap_closed > 0.5, (seed, standing)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+def test_the_gate_learns(seed):
+    arena = built_in(Encoder("minilm"), steps=180, seed=seed, train=12, test=12)
+    trace = Loop(arena, Judge(Omniscient(arena)), seed=seed).run(progress=False)
+    assert trace.standing().gap_closed > 0.5, trace.standing()
 
 
 @pytest.mark.slow
