@@ -58,11 +58,11 @@ _NOT_NEEDED = (
 ).split()
 
 
-def refuse_the_rest(cls: _Class) -> _Class:
+def refuse_the_rest(kind: _Class) -> _Class:
     "Give a class the methods that the embedded chain lacks; they raise `UnknownCall`."
     for name in _NOT_NEEDED:
-        setattr(cls, name, _refused(name))
-    return cls
+        setattr(kind, name, _refused(name))
+    return kind
 
 
 def _refused(name: str) -> Callable:
