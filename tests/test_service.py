@@ -483,6 +483,11 @@ def test_rewards_are_posted(network, tmp_path):
             with pytest.raises(urllib.error.HTTPError) as error:
                 post(endpoint.address, wrong, "/reward")
             assert error.value.code == code
+        for deep in (b"[" * 50_000, b"{"):  # nested deeper than Python reads, and half a body
+            head = {"Content-Type": "application/json"}
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(urllib.request.Request(f"http://{endpoint.address}/reward", deep, head), timeout=60)
+            assert error.value.code == 400
 
 
 # Real processes

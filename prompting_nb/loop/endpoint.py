@@ -108,14 +108,9 @@ class Endpoint:
 
     async def _prompt(self, request: web.Request) -> web.Response:
         "Send a prompt through the validator."
-        if request.content_type != "application/json":
-            return _refuse(415, "send application/json")
-        try:
-            body = await request.json()
-        except web.HTTPRequestEntityTooLarge:
-            return _refuse(413, f"a request has at most {_LARGEST} bytes")
-        except (ValueError, LookupError, RecursionError):  # text, its encoding, depth
-            return _refuse(400, "the body is not JSON")
+        body, refusal = await _read_json(request)
+        if refusal:
+            return refusal
         prompt = body.get("prompt") if isinstance(body, dict) else None
         if not is_text(prompt):
             return _refuse(400, 'expected {"prompt": text}, and "route": true or false')
@@ -141,10 +136,10 @@ class Endpoint:
 
     async def _reward(self, request: web.Request) -> web.Response:
         "Take rewards that the judge did not have when the answers came."
-        if request.content_type != "application/json":
-            return _refuse(415, "send application/json")
+        body, refusal = await _read_json(request)
+        if refusal:
+            return refusal
         try:
-            body = await request.json()
             step, rewards = int(body.pop("step")), dict(body.pop("rewards"))
             given = {int(uid): float(reward) for uid, reward in rewards.items()}
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -268,6 +263,18 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+async def _read_json(request: web.Request) -> tuple[Any, Optional[web.Response]]:
+    "Read a body that must be JSON; the second value is a refusal where it is not."
+    if request.content_type != "application/json":
+        return None, _refuse(415, "send application/json")
+    try:
+        return await request.json(), None
+    except web.HTTPRequestEntityTooLarge:
+        return None, _refuse(413, f"a request has at most {_LARGEST} bytes")
+    except (ValueError, LookupError, RecursionError):  # text, its encoding, depth
+        return None, _refuse(400, "the body is not JSON")
 
 
 def _refuse(status: int, reason: str, retry: Optional[int] = None) -> web.Response:
