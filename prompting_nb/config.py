@@ -31,6 +31,7 @@ from prompting_nb.help.usage import (
     plain_type,
     tidy_help,
     union_parts,
+    variable_of,
 )
 
 # %% ../nbs/00_config.ipynb #c005
@@ -290,7 +291,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex=None):
         "Name flag and bound of a wrong value, and the flag nearest to an unknown one."
-        super().error(self._indescribe(message), ex)
+        super().error(self._in_words(message), ex)
 
     def parse_args(self, *args, **kwargs):
         "Read the arguments; in a command of ours no variable may have a wrong name."
@@ -310,7 +311,7 @@ class _Parser(jsonargparse.ArgumentParser):
     def _check_variables(self) -> None:
         "Refuse unknown variables of a section of this parser; warn of all others."
         dests, start = {action.dest for action in self._actions}, f"{self.env_prefix}_"
-        known = {start + dest.replace(".", "__").upper() for dest in dests - {"help"}}
+        known = {variable_of(dest) for dest in dests - {"help"}}
         parts = {dest.split(".")[0].upper() for dest in dests if "." in dest}
         for name in sorted(os.environ):
             if name.startswith(start) and name not in known:
@@ -319,7 +320,7 @@ class _Parser(jsonargparse.ArgumentParser):
                     self.error(str(wrong))
                 print(f"{self.prog}: warning: {wrong}; it is ignored", file=sys.stderr)
 
-    def _indescribe(self, message: str) -> str:
+    def _in_words(self, message: str) -> str:
         fields = {action.dest: action for action in self._actions}
         found = re.match(r'Parser key "([\w.]+)"', message)
         if found and (kind := getattr(fields.get(found[1]), "_typehint", None)):
@@ -354,7 +355,7 @@ def make_parser(
     With `prog` it is that of a command, which refuses unknown variables as well.
     """
     own: dict = dict(env_prefix="PROMPTING_NB", allow_abbrev=False)
-    own |= dict(formatter_class=HelpFormatter)
+    own["formatter_class"] = HelpFormatter
     parser = _Parser(default_env=environment, **own, **kwargs)
     parser.is_command = "prog" in kwargs
     for add in add_args:

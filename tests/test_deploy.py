@@ -3,7 +3,6 @@
 import configparser
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from prompting_nb.loop.validator import validator_parser
 from prompting_nb.network.chain import EmbeddedChain
 from prompting_nb.network.chain_server import ChainServer
 from prompting_nb.network.wallets import local_wallet
+from test_chain_service import line_of
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 UNITS = {"miner": miner_parser, "validator": validator_parser}
@@ -88,15 +88,6 @@ def stopped(name, process):
     accepted = {0, int(unit(name)["Service"]["SuccessExitStatus"])}
     assert process.returncode in accepted and "Traceback" not in err, err
     return out
-
-
-def line_of(process, pattern):
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if found := re.search(pattern, line):
-            return found
-    raise AssertionError("".join(said) + process.stderr.read())
 
 
 def test_the_command_of_the_miner_runs(tmp_path):

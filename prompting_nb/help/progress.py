@@ -14,10 +14,6 @@ from tqdm.auto import tqdm as notebook_or_terminal
 from tqdm.std import tqdm as terminal
 
 # %% ../../nbs/help/01_progress.ipynb #c008
-class _Nothing(io.StringIO):
-    "Takes what tqdm writes to clear a bar."
-
-
 class TenthLines(terminal):
     "Writes a line for each tenth of the work, and one at its end."
 
@@ -37,7 +33,7 @@ class TenthLines(terminal):
     def close(self) -> None:
         "End without the empty line of a bar."
         self.leave, self._shown = False, sys.maxsize
-        self.fp = _Nothing()
+        self.fp = io.StringIO()  # takes what tqdm writes to clear a bar
         super().close()
 
     def _line(self) -> str:
