@@ -173,6 +173,29 @@ def test_half_characters_are_written_and_read(tmp_path):
     assert [e["prompt"] for e in events(tmp_path)] == ["\ud83d?", "größer"] and "größer" in (tmp_path / "events.jsonl").read_text()
 
 
+def test_who_reads_the_log_of_a_living_validator_changes_nothing(tmp_path):
+    "A reader may come while a line is being written: were it cut off as after a kill, the writer's next line would be garbled."
+    event = Event(step=0, prompt="a", uids=[1], hotkeys=["5"], scores=[0.5], propensities=[1.0], rewards=[1.0], statuses=[200],
+                  completions=["b" * 100], loss=0.1, seconds=[0.1], block=1)
+    lines = [f"{replace(event, step=step).to_json()}\n".encode() for step in range(3)]
+    late = [b'{"step": 0, "after": 1, "rewards": {"1": 0.5}}\n', b'{"step": 1, "after": 2, "rewards": {"1": 0.25}}\n']
+    with open(tmp_path / "events.jsonl", "ab", buffering=0) as file, open(tmp_path / "rewards.jsonl", "ab", buffering=0) as rewards:
+        file.write(lines[0])
+        rewards.write(late[0])
+        for line in lines[1:]:
+            for cut in range(1, len(line), 37):
+                reader = Journal(tmp_path)
+                before = (tmp_path / "events.jsonl").read_bytes()
+                file.write(line[len(before.rpartition(b"\n")[2]):cut])
+                assert [e["step"] for e in Journal(tmp_path).read()] == [e["step"] for e in reader.read()]
+                assert Journal(tmp_path).next_step == reader.next_step == before.count(b"\n")
+            file.write(line[len((tmp_path / "events.jsonl").read_bytes().rpartition(b"\n")[2]):])
+        rewards.write(late[1][:20])
+        assert Journal(tmp_path).late_rewards == 1
+        rewards.write(late[1][20:])
+    assert (tmp_path / "events.jsonl").read_bytes() == b"".join(lines) and len(Journal(tmp_path).late()) == 2
+
+
 def test_refused_weights_are_tried_again(network, tmp_path, monkeypatch, caplog):
     calls = []
 
@@ -642,6 +665,7 @@ def _subnet(tmp_path, judged, miners, seconds, every):
     flags = ["--miners", miners, "--dir", run, "--reward", judged / "reward", "--block-time", 1, "--tempo", 10]
     log = open(tmp_path / "log", "wb")
     subnet = subprocess.Popen(command("subnet", *flags), stdout=log, stderr=log)
+    told = lambda: f"; the log ends with\n{(tmp_path / 'log').read_text(errors='replace')[-5000:]}"
     listed = lambda: {e["name"]: e for e in json.loads((run / "processes.json").read_text())}
     steps = lambda: len(events(run / "validator")) if (run / "validator" / "events.jsonl").exists() else 0
     chance, healed, asking = random.Random(3), [], Asking(run)
@@ -686,6 +710,8 @@ def _subnet(tmp_path, judged, miners, seconds, every):
         assert not any(map(alive, pids))
         saved = read_about(run / "validator")
         assert saved["averages"] == averages_of(run / "validator", saved["step"]) and saved["step"] > 3
+    except AssertionError as error:
+        raise AssertionError(f"{error}{told()}") from None
     finally:
         asking.ended.set()
         subnet.kill()

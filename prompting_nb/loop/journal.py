@@ -34,8 +34,8 @@ class Journal:
         self.path = self.folder / _NAME
         self.next_step = 0  # of the next event
         self.late_rewards = 0  # lines of `rewards.jsonl`
-        self._file = None
-        self._recover()
+        self._file, self._late = None, None  # opened by the first line that is written
+        self._find_end()
 
     def append(
         self,
@@ -75,8 +75,13 @@ class Journal:
     ) -> None:  # raises OSError when it cannot be written; the file is unchanged then
         "Write rewards that came after their event."
         line = {"step": step, "after": after, "rewards": rewards}
-        with open(self.folder / _LATE, "ab", buffering=0) as file:
-            _write(file, f"{json.dumps(line, allow_nan=False)}\n".encode())
+        if self._late is None:
+            self._late = _open_to_append(self.folder / _LATE)
+        try:
+            _write(self._late, f"{json.dumps(line, allow_nan=False)}\n".encode())
+        except OSError:
+            self._close_late()  # so that the next line is written after a whole one
+            raise
         self.late_rewards += 1
 
     def late(
@@ -95,10 +100,9 @@ class Journal:
         return sorted(old, key=lambda path: _number(path) or 0) + present
 
     def close(self) -> None:
-        "Close the file; `append` opens it again."
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        "Close the files; `append` and `append_late` open them again."
+        self._close_events()
+        self._close_late()
 
     def __enter__(self) -> "Journal":
         return self
@@ -108,10 +112,18 @@ class Journal:
 
     def _open(self):
         if self._file is None:
-            if self.path.is_file():
-                _cut_half_line(self.path)  # that could not be cut off before
-            self._file = open(self.path, "ab", buffering=0)
+            self._file = _open_to_append(self.path)
         return self._file
+
+    def _close_events(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _close_late(self) -> None:
+        if self._late is not None:
+            self._late.close()
+            self._late = None
 
     def _cut(self, file, size: int) -> None:
         "Cut the file back; it is opened anew, and a device, which has no size, stays."
@@ -119,23 +131,19 @@ class Journal:
             if self.path.is_file():
                 file.truncate(size)
         finally:
-            self.close()
+            self._close_events()
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def _rotate(self) -> None:
         "Give the present file the next number."
-        self.close()
+        self._close_events()
         last = max((_number(path) or 0 for path in self.files()), default=0)
         os.rename(self.path, self.folder / f"events.{last + 1:06}.jsonl")
 
-    def _recover(self) -> None:
-        "Cut off half a line that a killed process left, and find the next step."
-        for path in (self.path, self.folder / _LATE):
-            if path.is_file() and (cut := _cut_half_line(path)):
-                what = "%s ended within a line, as after a kill: %d bytes were cut off"
-                _log.warning(what, path, cut)
+    def _find_end(self) -> None:
+        "Find the next step. Nothing is written: another process may be appending."
         self.late_rewards = len(self.late())
         for path in reversed(self.files()):
             if (last := _last_line(path)) is not None:
@@ -148,6 +156,14 @@ def _number(path: Path) -> Optional[int]:
     "Return the number of a rotated file; `None` for others."
     found = re.fullmatch(r"events\.(\d+)\.jsonl", path.name)
     return int(found[1]) if found else None
+
+
+def _open_to_append(path: Path) -> Any:
+    "Open a file for whole lines; half a line that a killed process left is cut off."
+    if path.is_file() and (cut := _cut_half_line(path)):
+        what = "%s ended within a line, as after a kill: %d bytes were cut off"
+        _log.warning(what, path, cut)
+    return open(path, "ab", buffering=0)
 
 
 def _write(file: Any, line: bytes) -> None:
@@ -192,7 +208,8 @@ def _last_line(path: Path, block: int = 1 << 16) -> Optional[bytes]:
             start = max(0, end - block)
             file.seek(start)
             tail, end = file.read(end - start) + tail, start
-            lines = tail.rstrip(b"\n").rsplit(b"\n", 1)
+            whole = tail[: tail.rfind(b"\n") + 1].rstrip(b"\n")
+            lines = whole.rsplit(b"\n", 1)
             if len(lines) > 1 or start == 0:
                 return lines[-1] or None
     return None
