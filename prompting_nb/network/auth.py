@@ -61,7 +61,7 @@ class Gatekeeper:
         "Verify all but the nonce, which `accept` or `store` has to take afterwards."
         if repeats(headers, b"x-bittensor-"):
             raise _unauthorized("MalformedAuth", "an X-Bittensor header appears twice")
-        named = decode_headers(headers)
+        named = decode_headers(headers, b"x-bittensor-")
         receiver = named.get("x-bittensor-receiver", "")
         try:
             caller = http_auth.verify(
@@ -356,9 +356,13 @@ def claimed_hotkey(headers: list) -> str:
     return next(named, b"").decode("latin-1")
 
 
-def decode_headers(headers: list) -> dict[str, str]:
-    "Return raw headers by name."
-    return {key.decode("latin-1"): value.decode("latin-1") for key, value in headers}
+def decode_headers(headers: list, prefix: bytes = b"") -> dict[str, str]:
+    "Return the raw headers whose names begin with `prefix`, by name."
+    return {
+        key.decode("latin-1"): value.decode("latin-1")
+        for key, value in headers
+        if key.startswith(prefix)
+    }
 
 # %% ../../nbs/network/03_auth.ipynb #d021
 class Spans:

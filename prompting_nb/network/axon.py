@@ -388,10 +388,9 @@ class _Endpoint:
     async def _parse(self, request: "_Exchange", caller: Synapse) -> Prompting:
         "Parse the prompt, and let the miner check it."
         try:
-            synapse = await request.wire.parse(request)
+            synapse = await request.wire.parse(request, caller)
         except ValueError as error:
             raise Refusal(400, str(error), "malformed") from None
-        synapse.dendrite, synapse.axon = caller.dendrite, caller.axon
         if self._attached.check is not None:
             await _call(self._attached.check, synapse)
         return synapse
@@ -815,9 +814,10 @@ class _Btauth:
         check, headers = self._gate.check, scope["headers"]
         return await self._gate.accept(check(headers, body, scope["method"], path))
 
-    async def parse(self, request: _Exchange) -> Prompting:
+    async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Parse the prompt in the body; `ValueError` if there is none."
-        return read_body(request.signed, self._bounds.max_timeout, self._kind)
+        ends = {"dendrite": caller.dendrite, "axon": caller.axon}
+        return read_body(request.signed, self._bounds.max_timeout, self._kind, ends)
 
     def answer(self, request: _Exchange, synapse: Prompting) -> tuple[bytes, tuple]:
         "Body and headers of a completion."
@@ -872,11 +872,13 @@ class _Legacy:
         caller, request.signed = check_legacy(self._gate, request.scope["headers"])
         return await self._gate.accept(caller)
 
-    async def parse(self, request: _Exchange) -> Prompting:
+    async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Read the body and parse the prompt; `Refusal` 401 if the hash is another."
         body = await request.read(self._bounds)
         limit = self._bounds.max_timeout
-        return read_legacy(body, request.signed, limit, self._kind)
+        synapse = read_legacy(body, request.signed, limit, self._kind)
+        synapse.dendrite, synapse.axon = caller.dendrite, caller.axon
+        return synapse
 
     def answer(self, request: _Exchange, synapse: Prompting) -> tuple[bytes, tuple]:
         "Body and headers of a completion."

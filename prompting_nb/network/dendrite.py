@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, AsyncIterator, Callable, Mapping, NamedTuple, NoReturn
@@ -275,12 +275,15 @@ class Question:
         where, limit = read_target(target), self.synapse.timeout
         try:
             receiver = where.checked()
-            async with session.places.of(receiver, limit) as waited:
+            waited = await session.places.take(receiver, limit)
+            try:
                 start = time.monotonic() - waited
                 async with time_limit(left := limit - waited):
                     completion, message = await self._post(
                         session.http, where, receiver, left, emit
                     )
+            finally:
+                session.places.give(receiver)
         except _Failure as failure:
             status, message = failure.args
         except asyncio.TimeoutError:
@@ -648,14 +651,18 @@ class Places:
     def __len__(self) -> int:
         return sum(self._users.values())
 
-    @asynccontextmanager
-    async def of(
+    async def take(
         self,
         target: str,  # hotkey
         seconds: float,  # its time limit
-    ) -> AsyncIterator[float]:  # seconds that it has used up already
-        "Hold a place for a request. Raises `_Failure` 408 when `seconds` are over."
-        own = self._own.setdefault(target, asyncio.Semaphore(self._per_target))
+    ) -> float:  # seconds that it has used up already
+        """Take a place for a request; `give` it back afterwards.
+
+        Raises `_Failure` 408 when `seconds` are over.
+        """
+        own = self._own.get(target)
+        if own is None:
+            own = self._own[target] = asyncio.Semaphore(self._per_target)
         self._users[target] = self._users.get(target, 0) + 1
         try:
             began = time.monotonic()
@@ -665,14 +672,28 @@ class Places:
                 await own.acquire()
             waited = time.monotonic() - began
             try:
-                async with self._total:
-                    yield waited
-            finally:
+                await self._total.acquire()
+            except BaseException:
                 own.release()
-        finally:
-            self._users[target] -= 1
-            if not self._users[target]:
-                del self._users[target], self._own[target]
+                raise
+        except BaseException:
+            self._forget(target)
+            raise
+        return waited
+
+    def give(
+        self,
+        target: str,  # hotkey of a request that had a place
+    ) -> None:
+        "Give a place back."
+        self._total.release()
+        self._own[target].release()
+        self._forget(target)
+
+    def _forget(self, target: str) -> None:
+        self._users[target] -= 1
+        if not self._users[target]:
+            del self._users[target], self._own[target]
 
     async def _wait(self, own: asyncio.Semaphore, seconds: float) -> None:
         try:
