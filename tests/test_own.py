@@ -196,7 +196,8 @@ def test_the_table_of_miners_fits_a_terminal_of_80_columns(place, tmp_path):
 
 def test_a_judge_of_ones_own_and_a_uid_that_changes_hands(place, tmp_path):
     flags = ["--judge.kind", "python", "--judge.python", f"{place}/own.py:shorter", "--churn", 1, "--top-k", 1]
-    summary, answers, _ = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
+    summary, answers, said = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
+    assert "next: prompting-nb subnet --miners 8 --dir run" in said and "--reward" not in said, "there is no such folder"
     assert summary["moved_at"] == 2 and summary["churn"] == 1 and summary["judge"].endswith("own.py:shorter")
     assert [row["kind"] for row in summary["miners"] if row["name"] == "beginner"] == ["built-in"]
     for row in answers:
@@ -295,6 +296,10 @@ def test_keys_are_not_shown(place, tmp_path):
     (["--judge.kind", "openai"], "--judge.kind openai needs --judge.model"),
     (["--judge.python", "a:b"], "--judge.python is for --judge.kind python"),
     (["--churn", "9"], "--churn 9 needs more than 4 steps"),
+    (["--epochs", "3"], "--epochs 3 has no effect with --reward"),
+    (["--judge.budget", "3"], "--judge.budget is for --judge.kind openai"),
+    (["--judge.base_url", "http://127.0.0.1:1/v1"], "--judge.base_url is for --judge.kind openai"),
+    (["--judge.kind", "python", "--judge.python", "own.py:shorter"], "--reward has no effect with --judge.kind python"),
 ])  # fmt: skip
 def test_wrong_flags(place, tmp_path, flags, says):
     with pytest.raises(InputError, match=says):

@@ -391,7 +391,7 @@ class Service:
             self._say("weights", f"{error}; another attempt at the next block")
 
     def _say(self, subject: str, text: str) -> None:
-        "Log a state of affairs once, and once more when it is over."
+        "Log a condition once, and once more when it is over."
         if self._said.get(subject, "") != text:
             if text:
                 _log.warning("%s: %s", subject, text)
