@@ -831,7 +831,9 @@ def print_tables(
     console.print(knowledge(summary))
     for finding in summary.get("judge_findings", []):
         console.print(f"note: {finding}")
-    table, rows = Table(title="miners", pad_edge=False), summary["miners"]
+    # padded on one side only, so that eight columns fit into 80 characters
+    table = Table(title="miners", padding=(0, 0, 0, 1))
+    rows = summary["miners"]
     # only validators earn dividends: a column of zeros says nothing
     unpaid = not any(row["dividends"] for row in rows)
     titles = {k: t for k, t in _MINER_TITLES.items() if k != "dividends" or not unpaid}
