@@ -8,7 +8,7 @@ __all__ = ['Terminal', 'Synapse', 'Prompting', 'StreamPrompting', 'write_body', 
 
 # %% ../nbs/02_protocol.ipynb #c002
 import json
-from typing import ClassVar, Mapping, Optional
+from typing import Any, ClassVar, Mapping, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -147,7 +147,7 @@ def read_body(
     body: bytes,  # as received
     timeout: float | None = None,  # upper limit in seconds for the caller's timeout
     kind: type[Prompting] = Prompting,  # or `StreamPrompting`
-    ends: Mapping[str, Terminal] = {},  # `dendrite` and `axon`, if they are known
+    ends: Mapping[str, Any] = {},  # `dendrite` and `axon`, if they are known
 ) -> Prompting:  # of that kind; raises `ValueError` with one line for anything else
     "Read the prompt in the body of a request."
     try:

@@ -1,21 +1,25 @@
 """Your own miners and your own prompts: a file of miners, a judge of one's choice, and what the report says of them."""
 
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
+from rich.console import Console
 from toys import byte_tokenizer, save_model
 
 from prompting_nb.config import InputError
 from prompting_nb.loop.command import loop_parser, run_loop
 from prompting_nb.loop.miners import read_miners
 from prompting_nb.loop.network import Network
+from prompting_nb.loop.report import print_tables
 from prompting_nb.loop.run import Loop
 from prompting_nb.loop.subnet import SubnetProcesses, SubnetSettings
 from prompting_nb.loop.tasks import Arena, Worker
@@ -176,9 +180,24 @@ def test_own_prompts_ask_own_miners(place, tmp_path, capsys):
         assert event["rewards"] == pytest.approx(event["grades"], abs=1e-4)
 
 
+def test_the_table_of_miners_fits_a_terminal_of_80_columns(place, tmp_path):
+    summary, _, _ = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", "--reward", place / "reward")
+    console = Console(width=80, record=True, file=StringIO())
+    print_tables(summary, console)
+    told = console.export_text()
+    words = set(re.findall(r"[\w.]+", told))
+    for row in summary["miners"]:
+        assert {row["name"], row["kind"], f"{row['share']:.3f}", f"{row['weight']:.3f}", f"{row['incentive']:.3f}"} <= words
+    assert "…" not in told and "incentive" in words and "dividends" not in told.partition("The epoch")[0]  # nobody earned any
+    summary["miners"][0]["dividends"] = 0.125
+    print_tables(summary, console)
+    assert "0.125" in console.export_text()
+
+
 def test_a_judge_of_ones_own_and_a_uid_that_changes_hands(place, tmp_path):
     flags = ["--judge.kind", "python", "--judge.python", f"{place}/own.py:shorter", "--churn", 1, "--top-k", 1]
-    summary, answers, _ = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
+    summary, answers, said = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
+    assert "next: prompting-nb subnet --miners 8 --dir run" in said and "--reward" not in said, "there is no such folder"
     assert summary["moved_at"] == 2 and summary["churn"] == 1 and summary["judge"].endswith("own.py:shorter")
     assert [row["kind"] for row in summary["miners"] if row["name"] == "beginner"] == ["built-in"]
     for row in answers:
@@ -277,6 +296,10 @@ def test_keys_are_not_shown(place, tmp_path):
     (["--judge.kind", "openai"], "--judge.kind openai needs --judge.model"),
     (["--judge.python", "a:b"], "--judge.python is for --judge.kind python"),
     (["--churn", "9"], "--churn 9 needs more than 4 steps"),
+    (["--epochs", "3"], "--epochs 3 has no effect with --reward"),
+    (["--judge.budget", "3"], "--judge.budget is for --judge.kind openai"),
+    (["--judge.base_url", "http://127.0.0.1:1/v1"], "--judge.base_url is for --judge.kind openai"),
+    (["--judge.kind", "python", "--judge.python", "own.py:shorter"], "--reward has no effect with --judge.kind python"),
 ])  # fmt: skip
 def test_wrong_flags(place, tmp_path, flags, says):
     with pytest.raises(InputError, match=says):

@@ -35,7 +35,7 @@ def same_hotkey(
     one: Any,  # ss58 address of any network, or anything else
     other: Any,  # likewise
 ) -> bool:
-    "Whether two texts are equal, or addresses of the same key."
+    "Tell whether two texts are equal, or addresses of the same key."
     return one == other or written_alike(one) == written_alike(other)
 
 

@@ -219,9 +219,15 @@ class Stream:
     @staticmethod
     async def _run(ask: Callable, pieces: asyncio.Queue) -> Prompting:
         try:
-            return await ask(pieces.put)
-        finally:
-            await pieces.put(None)  # the end
+            try:
+                return await ask(pieces.put)
+            finally:
+                await pieces.put(None)  # the end
+        except asyncio.CancelledError:  # closed early: perhaps nobody reads on
+            if pieces.full():
+                pieces.get_nowait()
+            pieces.put_nowait(None)
+            raise
 
     def _next(self) -> Future:
         return asyncio.run_coroutine_threadsafe(self._pieces.get(), self._loop)
@@ -400,7 +406,7 @@ def read_target(target: Any) -> Target:
         ours = issubclass(type(target), Axon) or issubclass(type(where), Axon)
         address = getattr(where, "address", where)
         if not isinstance(hotkey, str):
-            kind = "a text" if isinstance(target, str) else type(target).__name__
+            kind = "a string" if isinstance(target, str) else type(target).__name__
             lacks = f"{kind} names no hotkey that the request could be signed for"
             return Target(None, address, False, f"{lacks}: {_WANTED}")
     except Exception as error:  # of a property
@@ -521,7 +527,7 @@ class Sent(NamedTuple):
 class RequestSigner:
     """Sign requests with one hotkey, each with a nonce greater than the last.
 
-    A clock that was set back by more than a second begins anew at its time.
+    After the clock was set back by more than a second, nonces follow it again.
     """
 
     def __init__(
@@ -601,7 +607,7 @@ class Session(NamedTuple):
 
 
 class _NoNames(AbstractResolver):
-    "A resolver that knows nothing: names are looked up, and judged, before."
+    "A resolver that refuses all names: `find_addresses` has looked them up before."
 
     async def resolve(self, host: str, *_, **__) -> NoReturn:
         raise OSError(f"{host} is no address")
