@@ -524,7 +524,7 @@ def cost(
         return text
     few = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
     return (
-        f"{text} {len(missing)} miners have no price and cost as much as the dearest "
+        f"{text} {len(missing)} miners have no price and count as the most expensive "
         f"one: {few}."
     )
 
