@@ -130,6 +130,32 @@ def test_without_a_miner_it_waits_and_says_so(tmp_path, caplog):
     assert events(tmp_path) == []
 
 
+def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
+    "A join that a signal interrupts must not make Python think that the thread has ended."
+    begun, over = threading.Event(), threading.Event()
+
+    def slow(prompt):
+        begun.set()
+        over.wait(SECONDS)
+        return "late"
+
+    with Network([Worker("slow", slow)]) as network:
+        service = service_of(network, tmp_path, k=1)
+        service.start()
+        try:
+            assert begun.wait(SECONDS)
+            interrupt = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                service.join(SECONDS)
+            assert not service.join(0.01)  # it works on
+            threading.Timer(0.2, over.set).start()
+        finally:
+            service.stop()
+        assert service.join(0) and [e["completions"] for e in events(tmp_path)] == [["late"]]
+        assert read_about(tmp_path)["step"] == 1
+
+
 def test_a_chain_that_is_away(network, tmp_path, caplog):
     with service_of(network, tmp_path, steps=0) as service:
         until(lambda: service.validator.steps > 2)
