@@ -119,7 +119,7 @@ class Once:
 
     @asynccontextmanager
     async def claimed_async(self, synapse: Prompting) -> AsyncIterator[None]:
-        "Do what `claimed` does, in a thread, since the cache may have to be waited for."
+        "Do what `claimed` does, in a thread, since the cache may be waited for."
         claim = self.claimed(synapse)
         await asyncio.to_thread(claim.__enter__)
         try:
