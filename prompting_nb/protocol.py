@@ -8,7 +8,7 @@ __all__ = ['Terminal', 'Synapse', 'Prompting', 'StreamPrompting', 'write_body', 
 
 # %% ../nbs/02_protocol.ipynb #c002
 import json
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Mapping, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -135,13 +135,14 @@ def read_body(
     body: bytes,  # as received
     timeout: float | None = None,  # upper limit in seconds for the caller's timeout
     kind: type[Prompting] = Prompting,  # or `StreamPrompting`
+    ends: Mapping[str, Any] = {},  # `dendrite` and `axon`, if they are known
 ) -> Prompting:  # of that kind; raises `ValueError` with one line for anything else
     "Read the prompt in the body of a request."
     try:
         asked = _Body.model_validate_json(body, strict=False)
         limit = asked.timeout if timeout is None else min(timeout, asked.timeout)
         roles, messages = tuple(asked.roles), tuple(asked.messages)
-        return kind(roles=roles, messages=messages, timeout=limit)
+        return kind(roles=roles, messages=messages, timeout=limit, **ends)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
 

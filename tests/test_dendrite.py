@@ -346,3 +346,22 @@ def test_many_threads_ask_at_once(axon, dendrite):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: dendrite.query(axon, f"{i}")[0].completion, range(64)))
     assert answers == [f"{i}" for i in range(64)]
+
+
+def test_a_stream_that_is_closed_early_leaves_no_task_behind(dendrite):
+    "The queue of pieces is full then, and nobody takes the end of the stream from it."
+    def endless(synapse):
+        while True:
+            yield "more "
+
+    with Axon(MINER).attach(endless) as axon:
+        stream = dendrite.stream(axon, QUESTION)
+        assert next(iter(stream)) == "more "
+        deadline = time.monotonic() + 20
+        while not stream._pieces.full() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        loop = dendrite._sessions.background()
+        stream.close()
+        while asyncio.all_tasks(loop) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not [task for task in asyncio.all_tasks(loop) if "Stream._run" in repr(task)]

@@ -14,7 +14,7 @@ import secrets
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,7 +138,8 @@ def run_ask(
         folder = find_folder(run.dir or "")
         found = post_when_up(folder, run.question, False, run.timeout)
         if found is None:
-            found = _ask_saved(folder, run.question, run.subtensor.timeout)
+            limits = run.timeout, run.subtensor.timeout
+            found = _ask_saved(folder, run.question, *limits)
     say(json.dumps(found, ensure_ascii=False) if run.json else as_text(found))
     return found
 
@@ -293,8 +294,8 @@ def _about(folder: Path) -> dict:
     return about
 
 
-def _ask_saved(folder: Path, question: str, limit: float) -> dict:
-    "Ask with the saved gate; nothing is learned."
+def _ask_saved(folder: Path, question: str, timeout: float, call: float) -> dict:
+    "Ask with the saved gate, for at most `timeout` seconds; nothing is learned."
     from bittensor.result import RpcConnectionError
 
     from prompting_nb.baseminer.subnet import open_client, open_wallet
@@ -303,7 +304,7 @@ def _ask_saved(folder: Path, question: str, limit: float) -> dict:
 
     about = _about(folder)
     wallet = open_wallet(**about["wallet"])
-    with open_client(about["network"], limit) as client:
+    with open_client(about["network"], call) as client:
         try:
             _ = client.block
         except RpcConnectionError as error:
@@ -313,6 +314,8 @@ def _ask_saved(folder: Path, question: str, limit: float) -> dict:
             ) from None
         judge = open_judge(folder, about["reward"])
         validator = _open_saved(folder, client, wallet, judge)
+        least = min(timeout, validator.policy.timeout)
+        validator.policy = replace(validator.policy, timeout=least)
         with validator:
             k = min(validator.policy.k, len(validator.serving()))
             if not k:

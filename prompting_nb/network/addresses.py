@@ -12,7 +12,7 @@ import ipaddress
 import re
 import socket
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Optional
 
 # %% ../../nbs/network/11_addresses.ipynb #k008
 SS58_FORMAT = 42  # number of the network in a hotkey's address; it begins with 5
@@ -47,7 +47,7 @@ def same_hotkey(
     one: Any,  # ss58 address of any network, or anything else
     other: Any,  # likewise
 ) -> bool:
-    "Whether two texts are equal, or addresses of the same key."
+    "Tell whether two texts are equal, or addresses of the same key."
     return one == other or written_alike(one) == written_alike(other)
 
 
@@ -109,6 +109,15 @@ _CARRIERS = [_NAT64, *map(ipaddress.ip_network, ("::ffff:0:0/96", "2002::/16"))]
 
 
 @lru_cache(4096)
+def _plain(host: str) -> Optional[str]:
+    "Return an ip address in its usual form; `None` for a name."
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return None
+
+
+@lru_cache(4096)
 def not_public(
     address: str,  # of IPv4 or IPv6; raises `ValueError` for anything else
 ) -> str:  # empty: it is public
@@ -142,9 +151,9 @@ async def find_addresses(
     timeout: float | None = None,  # seconds for the look-up; then `TimeoutError`
 ) -> list[str]:  # raises `ValueError` for a refused host, `OSError` for an unknown one
     "Return the addresses of a host that may be connected to."
-    try:
-        addresses = [str(ipaddress.ip_address(host))]
-    except ValueError:
+    if (plain := _plain(host)) is not None:
+        addresses = [plain]
+    else:
         look = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         looking = asyncio.get_running_loop().run_in_executor(None, look)
         found = await asyncio.wait_for(looking, timeout)

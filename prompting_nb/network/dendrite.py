@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, AsyncIterator, Callable, Mapping, NamedTuple, NoReturn
@@ -223,9 +223,15 @@ class Stream:
     @staticmethod
     async def _run(ask: Callable, pieces: asyncio.Queue) -> Prompting:
         try:
-            return await ask(pieces.put)
-        finally:
-            await pieces.put(None)  # the end
+            try:
+                return await ask(pieces.put)
+            finally:
+                await pieces.put(None)  # the end
+        except asyncio.CancelledError:  # closed early: perhaps nobody reads on
+            if pieces.full():
+                pieces.get_nowait()
+            pieces.put_nowait(None)
+            raise
 
     def _next(self) -> Future:
         return asyncio.run_coroutine_threadsafe(self._pieces.get(), self._loop)
@@ -279,12 +285,15 @@ class Question:
         where, limit = read_target(target), self.synapse.timeout
         try:
             receiver = where.checked()
-            async with session.places.of(receiver, limit) as waited:
+            waited = await session.places.take(receiver, limit)
+            try:
                 start = time.monotonic() - waited
                 async with time_limit(left := limit - waited):
                     completion, message = await self._post(
                         session.http, where, receiver, left, emit
                     )
+            finally:
+                session.places.give(receiver)
         except _Failure as failure:
             status, message = failure.args
         except asyncio.TimeoutError:
@@ -404,7 +413,7 @@ def read_target(target: Any) -> Target:
         ours = issubclass(type(target), Axon) or issubclass(type(where), Axon)
         address = getattr(where, "address", where)
         if not isinstance(hotkey, str):
-            kind = "a text" if isinstance(target, str) else type(target).__name__
+            kind = "a string" if isinstance(target, str) else type(target).__name__
             lacks = f"{kind} names no hotkey that the request could be signed for"
             return Target(None, address, False, f"{lacks}: {_WANTED}")
     except Exception as error:  # of a property
@@ -533,7 +542,7 @@ class Sent(NamedTuple):
 class RequestSigner:
     """Sign requests with one hotkey, each with a nonce greater than the last.
 
-    A clock that was set back by more than a second begins anew at its time.
+    After the clock was set back by more than a second, nonces follow it again.
     """
 
     def __init__(
@@ -615,7 +624,7 @@ class Session(NamedTuple):
 
 
 class _NoNames(AbstractResolver):
-    "A resolver that knows nothing: names are looked up, and judged, before."
+    "A resolver that refuses all names: `find_addresses` has looked them up before."
 
     async def resolve(self, host: str, *_, **__) -> NoReturn:
         raise OSError(f"{host} is no address")
@@ -666,14 +675,18 @@ class Places:
     def __len__(self) -> int:
         return sum(self._users.values())
 
-    @asynccontextmanager
-    async def of(
+    async def take(
         self,
         target: str,  # hotkey
         seconds: float,  # its time limit
-    ) -> AsyncIterator[float]:  # seconds that it has used up already
-        "Hold a place for a request. Raises `_Failure` 408 when `seconds` are over."
-        own = self._own.setdefault(target, asyncio.Semaphore(self._per_target))
+    ) -> float:  # seconds that it has used up already
+        """Take a place for a request; `give` it back afterwards.
+
+        Raises `_Failure` 408 when `seconds` are over.
+        """
+        own = self._own.get(target)
+        if own is None:
+            own = self._own[target] = asyncio.Semaphore(self._per_target)
         self._users[target] = self._users.get(target, 0) + 1
         try:
             began = time.monotonic()
@@ -683,14 +696,28 @@ class Places:
                 await own.acquire()
             waited = time.monotonic() - began
             try:
-                async with self._total:
-                    yield waited
-            finally:
+                await self._total.acquire()
+            except BaseException:
                 own.release()
-        finally:
-            self._users[target] -= 1
-            if not self._users[target]:
-                del self._users[target], self._own[target]
+                raise
+        except BaseException:
+            self._forget(target)
+            raise
+        return waited
+
+    def give(
+        self,
+        target: str,  # hotkey of a request that had a place
+    ) -> None:
+        "Give a place back."
+        self._total.release()
+        self._own[target].release()
+        self._forget(target)
+
+    def _forget(self, target: str) -> None:
+        self._users[target] -= 1
+        if not self._users[target]:
+            del self._users[target], self._own[target]
 
     async def _wait(self, own: asyncio.Semaphore, seconds: float) -> None:
         try:

@@ -42,7 +42,7 @@ def check_legacy(
     gate: Gatekeeper,  # with own hotkey and clock
     headers: list,  # pairs of bytes, names in lower case
 ) -> tuple[Terminal, str]:  # the caller, and the hash that it signed
-    "Verify all but the nonce, which `gate.accept` has to take afterwards."
+    "Verify all but the nonce; pass the caller to `gate.accept` or `gate.store`."
     named, signature, nonce = _claims(headers)
     caller, unique = named[_CALLER + "hotkey"], named[_CALLER + "uuid"]
     receiver = named.get("bt_header_axon_hotkey", "")
@@ -144,7 +144,7 @@ def _claims(headers: list) -> tuple[dict, bytes, int]:
 def is_legacy(
     headers: list,  # pairs of bytes, names in lower case
 ) -> bool:
-    "Whether a request is in the older format. One with headers of both kinds is not."
+    "Tell whether a request is in the older format, without headers of the new one."
     if any(key.startswith(b"x-bittensor-") for key, _ in headers):
         return False
     return any(key.startswith(_CALLER.encode()) for key, _ in headers)

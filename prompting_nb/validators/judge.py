@@ -14,7 +14,6 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
-from sklearn.isotonic import IsotonicRegression
 
 from ..config import InputError
 from ..files import write_file
@@ -47,6 +46,8 @@ class Judge:
         "Calibrate a judge on graded completions that the model was not trained on."
         given = np.concatenate([np.asarray(row, dtype=float) for row in scores])
         worth = np.concatenate([np.asarray(row, dtype=float) for row in grades])
+        from sklearn.isotonic import IsotonicRegression  # takes a second to import
+
         curve = IsotonicRegression().fit(given, worth)
         low, middle, high = np.quantile(given, [0.25, 0.5, 0.75])
         ties = float(middle), float(max(high - low, 1e-6))
