@@ -223,11 +223,10 @@ class Stream:
     @staticmethod
     async def _run(ask: Callable, pieces: asyncio.Queue) -> Prompting:
         try:
-            try:
-                return await ask(pieces.put)
-            finally:
-                await pieces.put(None)  # the end
-        except asyncio.CancelledError:  # closed early: perhaps nobody reads on
+            answer = await ask(pieces.put)
+            await pieces.put(None)  # the end
+            return answer
+        except BaseException:  # closed early: perhaps nobody reads on
             if pieces.full():
                 pieces.get_nowait()
             pieces.put_nowait(None)
