@@ -5,11 +5,15 @@ calibrates the judge, what the loop asks. The gate and its rivals then run in th
 asked uid given to a newcomer half-way; what counts is the last third, by the recorded grades.
 """
 
+import argparse
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import reward_quality as quality
 from prompting_nb.encoding.encoder import Encoder
@@ -20,6 +24,9 @@ from prompting_nb.pretrained import MINILM
 from prompting_nb.reward.ensemble import fit_head
 from prompting_nb.reward.preferences import decided, score_rankings
 from prompting_nb.validators.simulate import Favourites, GatePolicy, Replace, figure_of, simulate
+
+
+PARTS = ("recorded", "built-in")
 
 
 class Lookup:
@@ -118,25 +125,26 @@ def built_in_loop(seeds: list[int], progress=print) -> dict:
     return compared(subnets, seeds, True, {name: VARIANTS[name] for name in names})
 
 
-def measure(data: str, quick: bool = False, work: str = str(quality.WORK), progress=lambda text: None) -> dict:
-    "Everything, with the keys of the benchmark."
+def measure(data: str, quick: bool = False, work: str = str(quality.WORK), progress=lambda text: None, parts=PARTS) -> dict:
+    "Everything, or a part of it, with the keys of the benchmark."
     found = {}
-    if Path(data).is_file():
+    if Path(data).is_file() and "recorded" in parts:
         found["loop"] = recorded_loop(data, list(range(2 if quick else 10)), work, progress)
         for key in ("now", "corrected", "warm", "rule"):
             found[f"loop_gap_{key}"] = found["loop"]["moves"][key]["mean"]
-    found["built_in"] = built_in_loop(list(range(1 if quick else 3)), progress)
-    found["builtin_ahead"] = found["built_in"]["warm"]["mean"]
+    if "built-in" in parts:
+        found["built_in"] = built_in_loop(list(range(1 if quick else 10)), progress)
+        found["builtin_ahead"] = found["built_in"]["warm"]["mean"]
     return found
 
 
 def show(found: dict, console) -> None:
     "Print the tables."
-    from rich.table import Table
-
     titles = {"moves": "Recorded loop, the most asked uid changes hands", "stays": "Recorded loop, nobody moves"}
     parts = {title: found["loop"][name] for name, title in titles.items() if "loop" in found}
-    for title, rows in {**parts, "Built-in tasks, trained reward model": found["built_in"]}.items():
+    if "built_in" in found:
+        parts["Built-in tasks, trained reward model"] = found["built_in"]
+    for title, rows in parts.items():
         table = Table(title=f"{title}: ahead of the best fixed three in hindsight, {len(next(iter(rows.values()))['values'])} seeds")
         for column in ("", "mean ± 95 %", "sd", "worst (seed)"):
             table.add_column(column, justify="right" if column else "left")
@@ -146,12 +154,21 @@ def show(found: dict, console) -> None:
         console.print(table)
 
 
-if __name__ == "__main__":
-    import sys
-
-    from rich.console import Console
-
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", default=str(quality.DATA), help="prompts-responses.jsonl.gz (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
+    parser.add_argument("--quick", action="store_true", help="one or two seeds: does it run at all?")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="put the figures into this file; figures of a part that is not run stay")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    result = measure(sys.argv[1] if len(sys.argv) > 1 else str(quality.DATA), "--quick" in sys.argv, progress=print)
+    result = measure(args.data, args.quick, progress=print, parts=args.parts)
     show(result, Console(width=120))
     print({key: round(value, 4) for key, value in result.items() if isinstance(value, float)})
+    if args.json:
+        before = json.loads(args.json.read_text()) if args.json.is_file() else {}
+        args.json.write_text(json.dumps(before | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

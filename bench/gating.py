@@ -41,12 +41,13 @@ import gate_learning as learning
 import gate_loop
 import gate_recorded as recorded
 import gate_scenarios as scenarios
-from machine import machine
+from machine import Neighbours, machine
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
 from prompting_nb.validators.selection import gumbel_top_k, select, thompson
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("synthetic", "recorded", "scenarios", "loop", "costs", "latency")
 SCORES = ROOT.parent / "shared/data/alpacaeval/prompts-scores.csv.gz"
 
 # The settings of the peers: those that did best in `--tune`, which has seeds and templates of its own. One exception, in
@@ -269,38 +270,50 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two seeds and few steps: does it run at all?")
     parser.add_argument("--scores", default=str(SCORES), help="prompts-scores.csv.gz (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="print what settings of the peers are best, and stop")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure only these; other figures of --json FILE stay")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args()
+    if set(args.parts) < set(PARTS) and not (args.json and Path(args.json).is_file()):
+        parser.error("--parts needs --json FILE with the figures of an earlier run")
     torch.set_num_threads(1)
     with ProcessPoolExecutor(args.workers) as pool:
         if args.tune:
             tune(pool)
             return 0
-        results, part = {"machine": machine("torch"), "seconds": {}}, stopwatch()
-        results["synthetic"] = synthetic(pool, args.quick)
-        results["seconds"]["synthetic"] = part()
-        if Path(args.scores).is_file():
+        wanted, part = set(args.parts), stopwatch()
+        results = json.loads(Path(args.json).read_text()) if wanted < set(PARTS) else {"seconds": {}}
+        results["machine"] = machine("torch")
+        if "synthetic" in wanted:
+            results["synthetic"] = synthetic(pool, args.quick)
+            results["seconds"]["synthetic"] = part()
+        if "recorded" in wanted and Path(args.scores).is_file():
             results["recorded"] = on_records(pool, args.scores, args.quick)
             results["seconds"]["recorded"] = part()
-        else:
+        elif "recorded" in wanted:
             print(f"{args.scores} is not there: no recorded models. --scores FILE says where they are.", file=sys.stderr)
-        with tempfile.TemporaryDirectory() as folder:
-            results["scenarios"] = scenarios.scenarios(pool, folder, args.quick)
-            results["seconds"]["scenarios"] = part()
-    responses = str(Path(args.scores).with_name("prompts-responses.jsonl.gz"))
-    results |= gate_loop.measure(responses, args.quick)
-    results["seconds"]["loop"] = part()
-    results["costs"] = costs(args.quick)
-    results["costs"] |= {f"choose_ms_{n}": scenarios.choose_ms(n) for n in (1024, 4096)}
-    results["seconds"]["costs"] = part()
-    try:
-        import gate_latency
-    except ImportError:
-        print("bench/gate_latency.py is not there: no latencies of the encoder", file=sys.stderr)
-    else:
-        results["latency"] = gate_latency.measure(progress=True)
-        results["seconds"]["latency"] = part()
-    results = _keys(results) | results
+        if "scenarios" in wanted:
+            with tempfile.TemporaryDirectory() as folder:
+                results["scenarios"] = scenarios.scenarios(pool, folder, args.quick)
+                results["seconds"]["scenarios"] = part()
+    if "loop" in wanted:
+        responses = str(Path(args.scores).with_name("prompts-responses.jsonl.gz"))
+        results |= gate_loop.measure(responses, args.quick)
+        results["seconds"]["loop"] = part()
+    if "costs" in wanted:
+        neighbours = Neighbours()
+        results["costs"] = costs(args.quick)
+        results["costs"] |= {f"choose_ms_{n}": scenarios.choose_ms(n) for n in (1024, 4096)}
+        results["costs"]["neighbours"] = neighbours.cores()
+        results["seconds"]["costs"] = part()
+    if "latency" in wanted:
+        try:
+            import gate_latency
+        except ImportError:
+            print("bench/gate_latency.py is not there: no latencies of the encoder", file=sys.stderr)
+        else:
+            results["latency"] = gate_latency.measure(progress=True)
+            results["seconds"]["latency"] = part()
+    results |= _keys(results)
     _show(results)
     gate_loop.show(results, Console())
     print("seconds:", {name: round(seconds) for name, seconds in results["seconds"].items()})

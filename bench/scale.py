@@ -20,7 +20,6 @@ row adds to a process that has loaded everything.
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from machine import machine
+from machine import Neighbours, machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -153,14 +152,14 @@ def row(uids: int, real: bool, quick: bool) -> dict:
 
 def measure(progress: bool = True, quick: bool = False, real_up_to: int = 1024, uids=UIDS) -> dict:
     "Measure all rows, each in a process of its own."
-    rows = []
+    rows, neighbours = [], Neighbours()
     for n in track(uids, "rows", console=Console(stderr=True), disable=not progress):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "row.json"
             command = [sys.executable, __file__, "--row", str(n), "--json", str(file), "--real-up-to", str(real_up_to)]
             subprocess.run([*command, *["--quick"] * quick], check=True, stdout=subprocess.DEVNULL)
             rows.append(json.loads(file.read_text()))
-    found = {"k": K, "quick": quick, "load": os.getloadavg()[1], "rows": rows, "growth": growth(rows),
+    found = {"k": K, "quick": quick, "neighbours": neighbours.cores(), "rows": rows, "growth": growth(rows),
              "machine": machine("torch", "bittensor")}
     steps = {r["uids"]: (r["answers"], r["step_ms"]) for r in rows}
     # stub answers and real ones do not compare

@@ -8,7 +8,7 @@ __all__ = ['Terminal', 'Synapse', 'Prompting', 'StreamPrompting', 'write_body', 
 
 # %% ../nbs/02_protocol.ipynb #c002
 import json
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Mapping, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,7 +39,7 @@ class Synapse(BaseModel):
 
     @property
     def is_success(self) -> bool:
-        "Whether the miner answered (status 200)."
+        "Tell whether the miner answered (status 200)."
         return self.dendrite.status_code == 200
 
 # %% ../nbs/02_protocol.ipynb #c009
@@ -130,32 +130,45 @@ _COMPLAINTS = {  # by the start of pydantic's name for it
 }
 
 
-_write = json.JSONEncoder(ensure_ascii=False).encode  # made once; json.dumps makes one
+_write = json.JSONEncoder(ensure_ascii=False).encode  # made once, not at each call
+
+
+def _encoded(values: dict) -> bytes:
+    "Write JSON in UTF-8. ValueError for a lone surrogate, which no reader takes."
+    try:
+        return _write(values).encode()
+    except UnicodeEncodeError as error:
+        bad = error.object[error.start]
+        raise ValueError(
+            f"a text holds a lone surrogate ({bad!a}), which is half a character: "
+            "repair or drop it"
+        ) from None
 
 
 def write_body(
     synapse: Prompting,  # its roles, messages and timeout are written
-) -> bytes:
+) -> bytes:  # raises ValueError for half a character
     "Write the JSON of a request."
     body = {
         "roles": synapse.roles,
         "messages": synapse.messages,
         "timeout": synapse.timeout,
     }
-    return _write(body).encode()
+    return _encoded(body)
 
 
 def read_body(
     body: bytes,  # as received
     timeout: float | None = None,  # upper limit in seconds for the caller's timeout
     kind: type[Prompting] = Prompting,  # or `StreamPrompting`
+    ends: Mapping[str, Any] = {},  # `dendrite` and `axon`, if they are known
 ) -> Prompting:  # of that kind; raises `ValueError` with one line for anything else
     "Read the prompt in the body of a request."
     try:
         asked = _Body.model_validate_json(body, strict=False)
         limit = asked.timeout if timeout is None else min(timeout, asked.timeout)
         roles, messages = tuple(asked.roles), tuple(asked.messages)
-        return kind(roles=roles, messages=messages, timeout=limit)
+        return kind(roles=roles, messages=messages, timeout=limit, **ends)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
 
@@ -166,9 +179,9 @@ class _Reply(BaseModel):
 
 def write_reply(
     synapse: Prompting,  # its completion is written
-) -> bytes:
+) -> bytes:  # raises ValueError for half a character
     "Write the JSON of a reply."
-    return _write({"completion": synapse.completion}).encode()
+    return _encoded({"completion": synapse.completion})
 
 
 def read_reply(
@@ -192,9 +205,9 @@ class StreamEvent(BaseModel):
 
 def write_event(
     event: StreamEvent,  # fields with their defaults are left out
-) -> bytes:  # with a newline at the end
+) -> bytes:  # with a newline at the end; raises ValueError for half a character
     "Write a line of a streamed reply."
-    return _write(event.model_dump(exclude_defaults=True)).encode() + b"\n"
+    return _encoded(event.model_dump(exclude_defaults=True)) + b"\n"
 
 
 def read_event(

@@ -278,6 +278,11 @@ def test_a_chain_that_runs_is_registered_on_and_turned_from_another_process(tmp_
             out, err = other.communicate(timeout=SECONDS)
             assert other.returncode == 0, err
         assert "v is uid 0" in out and chain.block == 10
+        for flags, says in ((["--tempo", 5, "--step", 1], "leave out --tempo"), (["--netuid", 7, "--step", 1], "--netuid"),
+                            (["--port", 9944, "--step", 1], "--port is for serving")):
+            with ended(program("chain", "--dir", tmp_path, *flags)) as other:
+                assert other.wait(SECONDS) == 2 and says in other.stderr.read()
+        assert chain.block == 10, "what is refused changes nothing"
         with closing(chain.client()) as client:
             neuron = client.subnets.metagraph(1).neuron(0)
             assert (neuron.total_stake.amount, neuron.validator_permit) == (7, True)

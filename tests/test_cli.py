@@ -1,12 +1,15 @@
 """The program `prompting-nb` as a person meets it: help, topics, completion, pipes that nobody reads, and errors in a line."""
 
+import fcntl
 import json
 import os
 import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from prompting_nb.cli import COMMANDS, command_parsers, main
@@ -145,8 +148,9 @@ for more in ([], ["--quiet"]):
 def in_terminal(argv, **variables):
     "What a program writes that believes in a terminal of 120 columns."
     ours, theirs = pty.openpty()
-    size = {"COLUMNS": "120", "LINES": "40", "TERM": "xterm-256color"}
-    with subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, **size, **variables}) as process:
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # a bar has no room in the zero columns of a new one
+    environment = {**os.environ, "TERM": "xterm-256color", **variables}
+    with subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
         os.close(theirs)
         written = b""
         while True:
@@ -181,4 +185,4 @@ def test_no_colour_where_it_is_not_wanted_and_no_bars_where_it_is_quiet(tmp_path
     assert not COLOUR.search(text)
     before, loud, quiet = text.split("NEXT")
     assert "\x1b[" in before and "5F" in before  # a table that was drawn anew
-    assert "%|" in loud and "%|" not in quiet and "the model is in" in quiet
+    assert "process(es)):" in loud and "process(es)):" not in quiet and "the model is in" in quiet

@@ -82,7 +82,8 @@ REFUSED = """127.0.0.1 127.255.255.254 0.0.0.0 0.1.2.3 10.0.0.1 172.16.0.1 172.3
 [::ffff:127.0.0.1] [::ffff:10.0.0.1] [::ffff:a9fe:a9fe] [::ffff:0:127.0.0.1] [64:ff9b::127.0.0.1]
 [64:ff9b::a9fe:a9fe] [64:ff9b::10.1.2.3] [64:ff9b:1::8.8.8.8] [2002:7f00:1::] [2002:a9fe:a9fe::1] [2002:c0a8:101::]
 [2002:e000:1::1] [2001::1]
-[2001:db8::1] [3fff::1] [100::1] [2607:f8b0::5efe:7f00:1]
+[2001:db8::1] [3fff::1] [100::1] [2607:f8b0::5efe:7f00:1] [fe80::5efe:8.8.8.8] [fd00::200:5efe:8.8.8.8]
+[2002:7f00:1::5efe:8.8.8.8] [ff0e::5efe:8.8.8.8] [::5efe:8.8.8.8]
 [5f00::1] [4000::1] [0:0:0:0:0:0:0:1] [0000:0000::ffff:7f00:0001]""".split()
 ODD = """2130706433 0x7f000001 0x7f.0.0.1 0177.0.0.1 127.1 127.0.1 127.0.0.1. 127.0.0.01 0 1 017700000001 1.2.3.4.5 a.b.0x1f
 [fe80::1%eth0] [::1%25lo] [8.8.8.8] [::1 ::1] 8.8.8.8:80 user@8.8.8.8 8.8.8.8/x 8.8.8.8?x 8.8.8.8#x 8.8.8.8\\x 8.8.8.8%00
@@ -345,3 +346,22 @@ def test_many_threads_ask_at_once(axon, dendrite):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: dendrite.query(axon, f"{i}")[0].completion, range(64)))
     assert answers == [f"{i}" for i in range(64)]
+
+
+def test_a_stream_that_is_closed_early_leaves_no_task_behind(dendrite):
+    "The queue of pieces is full then, and nobody takes the end of the stream from it."
+    def endless(synapse):
+        while True:
+            yield "more "
+
+    with Axon(MINER).attach(endless) as axon:
+        stream = dendrite.stream(axon, QUESTION)
+        assert next(iter(stream)) == "more "
+        deadline = time.monotonic() + 20
+        while not stream._pieces.full() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        loop = dendrite._sessions.background()
+        stream.close()
+        while asyncio.all_tasks(loop) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not [task for task in asyncio.all_tasks(loop) if "Stream._run" in repr(task)]

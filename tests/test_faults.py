@@ -168,7 +168,7 @@ def test_checkpoints_states_prices_and_runs_that_are_damaged(models, tmp_path, c
     (tmp_path / "points" / "checkpoint.pt").write_bytes(b"no pickle")
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{n}", "chosen": "a", "rejected": "b"}}\n' for n in range(9)))
     said = failed(capsys, "reward", "train", "--model", models / "encoder", "--data", "rows.jsonl", "--out", "o", "--checkpoint", "points")
-    assert "checkpoint.pt (it is damaged, or no checkpoint): delete it" in said
+    assert "checkpoint.pt (it is damaged or cut off): delete it" in said
     os.makedirs("state/state-000000001")
     (tmp_path / "state" / "state-000000001" / "validator.json").write_text("{")
     assert "it is no JSON from line 1, column 2 on" in failed(capsys, "route", "why?", "--dir", "state")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -78,10 +79,13 @@ def test_the_tutorial_runs_in_jupyterlab_to_its_last_cell(lab, browser, name):
     from playwright.sync_api import expect
 
     page, cells, shown = opened(lab, browser, name)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_text("Run All Cells", exact=True).click()
     prompt = lambda cell: cell.locator(".jp-InputPrompt").first
-    expect(prompt(cells.last)).to_have_text(re.compile(r"\[[*\d]+\]:"), timeout=60_000)  # it is in the queue
+    for attempt in range(6):  # on a busy machine a kernel may say that it is idle, and not take the cells yet
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        with suppress(AssertionError) if attempt < 5 else nullcontext():
+            expect(prompt(cells.last)).to_have_text(re.compile(r"\[[*\d]+\]:"), timeout=20_000)  # it is in the queue
+            break
     # the last cell has its number once everything before it has run
     expect(prompt(cells.last)).to_have_text(re.compile(r"\[\d+\]:"), timeout=400_000)
     assert page.locator('.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]:has-text("Traceback")').count() == 0

@@ -23,11 +23,12 @@ from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
+from prompting_nb.reward.preferences import Ranking
 from prompting_nb.loop.command import loop_parser, run_loop
 from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.report import render, summarise
 from prompting_nb.loop.run import Loop
-from prompting_nb.loop.tasks import Worker, built_in, open_arena
+from prompting_nb.loop.tasks import Worker, built_in, open_arena, recorded
 from prompting_nb.loop.teach import assess
 from prompting_nb.encoding.encoder import Encoder
 from prompting_nb.pretrained import MINILM, resolve
@@ -311,6 +312,15 @@ def test_sync_starts_anew_for_the_uid_that_changed_hands_and_only_there():
         assert old != new and validator.averages.counts[new] == 0 < validator.averages.counts[old]
         event = validator.step("and now?")
         assert event.available == [1, 2, 3]
+
+
+def test_recorded_completions_that_are_left_out_are_said_in_the_log(caplog):
+    texts = ["good answer to {}", "poor answer to {}", ""]
+    rows = [Ranking(f"prompt {i}", [t.format(i) for t in texts], [0.9, 0.2, 0.1], ["strong", "weak", "mute"]) for i in range(20)]
+    arena = recorded(rows + rows[:3], "mine")
+    assert "mine: 3 rows left out: their prompt comes again" in caplog.text
+    assert "mine: models left out, since they have no answer to learn from: mute" in caplog.text
+    assert sorted(w.name for w in arena.workers) == ["strong", "weak"]
 
 
 @pytest.mark.parametrize("source", ["built-in tasks", "recorded completions"])

@@ -6,11 +6,13 @@ import inspect
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -18,12 +20,14 @@ import pytest
 
 from prompting_nb.baseminer.command import make_miner, miner_parser
 from prompting_nb.baseminer.miners import (
-    MINERS, LanguageModel, OpenAICompatibleMiner, TransformersMiner, UpstreamError, _Request,
+    MINERS, LanguageModel, OpenAICompatibleMiner, ReplayMiner, TransformersMiner, UpstreamError, _Request, tokenize,
 )
+from prompting_nb.baseminer.programs import ProcessSettings, Program, ProgramFailed
 from prompting_nb.baseminer.batching import Batcher
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.pretrained import word_tokenizer
 from prompting_nb.protocol import Prompting
 
 SECONDS = 60
@@ -346,3 +350,58 @@ def test_settings_of_other_kinds_are_not_handed_to_a_miner():
     config = make_miner(settings).config
     assert set(vars(config)) == {"netuid", "subtensor", "wallet", "axon", "miner", "template"}
     assert "kind" not in config.miner
+
+
+def test_a_setting_of_another_kind_is_said_to_have_no_effect(caplog):
+    make_miner(miner_parser().parse_args(["--replay.file", "recorded.jsonl", "--transformers.batch", "2"]))
+    assert [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()] == [
+        "--replay.file has no effect: it is for --miner.kind replay, and the kind is template",
+        "--transformers.batch has no effect: it is for --miner.kind transformers, and the kind is template",
+    ]
+    caplog.clear()
+    make_miner(miner_parser().parse_args(["--template.completion", "Good day."]))
+    assert "no effect" not in caplog.text
+
+
+def test_recordings_of_one_prompt_are_counted(place, tmp_path, caplog):
+    rows = [{"prompt": "a", "completion": "1"}, {"prompt": "b", "completion": "2"}, {"prompt": "a", "completion": "3"}]
+    (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    miner = ReplayMiner({"replay.file": str(tmp_path / "recorded.jsonl")}, **place)
+    assert miner.recordings == {"a": "3", "b": "2"}
+    assert "1 of 3 recordings in" in caplog.text and "are left out" in caplog.text
+
+
+def test_conversations_that_are_cut_are_counted(caplog):
+    tokenizer = word_tokenizer(["[PAD]", "a", "b"], pad_token="[PAD]")
+    assert tokenize(["a b a b a b", "a"], tokenizer, 4)["input_ids"].tolist() == [[1, 2, 1, 2], [0, 0, 0, 1]]
+    assert "1 of 2 conversations lose their beginning: the model reads 4 tokens" in caplog.text
+    caplog.clear()
+    tokenize(["a b a b", "a"], tokenizer, 4)
+    assert "lose" not in caplog.text
+
+
+KEPT = """
+import json, sys, time
+print("%s", flush=True)
+for line in sys.stdin:
+    time.sleep(0.2)
+    for _ in range(%d):
+        print(json.dumps({"completion": json.loads(line)["prompt"][::-1]}), flush=True)
+"""
+
+
+def test_a_late_line_of_a_kept_program_answers_no_other_prompt(caplog):
+    "A banner, or an answer too many, would move every answer to the prompt after it."
+    said = []
+    for banner, times in (("loading", 1), ('{\\"completion\\": \\"ready\\"}', 2)):
+        command = shlex.join([sys.executable, "-c", KEPT % (banner, times)])
+        program = Program(ProcessSettings(command=command, keep=True))
+        for prompt in ("ab", "cd"):
+            try:
+                said.append(program.answer(Prompting.ask(prompt, timeout=30)))
+            except ProgramFailed as error:
+                said.append(str(error))
+            time.sleep(0.5)  # what is too many has come by then
+        program.close()
+    assert said[:2] == ['the program did not write {"completion": text}: loading'] * 2
+    assert said[3] == "dc" and "lines more than it was asked for" in caplog.text

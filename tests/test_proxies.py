@@ -60,7 +60,9 @@ def words(synapse):
 def nginx_command(folder, axon, plain, tls):
     "Write the configuration of the page for these ports; the command that runs it."
     site = shown("nginx").replace("127.0.0.1:8091", axon.address).replace("/etc/ssl", str(folder))
-    site = site.replace("listen 443 ssl;", f"listen 127.0.0.1:{tls} ssl; listen 127.0.0.1:{plain};")
+    site = site.replace("listen 443 ssl;", f"listen 127.0.0.1:{tls} ssl;")
+    site = site.replace("listen 8080;", f"listen 127.0.0.1:{plain};")
+    assert f":{tls} ssl;" in site and f":{plain};" in site
     temporary = "".join(f"{kind}_temp_path {folder}/{kind};" for kind in
                         ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
     main = f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"

@@ -1,5 +1,6 @@
 "A validator as a service: killed, without miners, without a chain, on a full disk; and the processes of a subnet."
 
+import http.client
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,32 @@ def test_without_a_miner_it_waits_and_says_so(tmp_path, caplog):
         with pytest.raises(NotReady, match="no miner"):
             service.step("hello?")
     assert events(tmp_path) == []
+
+
+def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
+    "A join that a signal interrupts must not make Python think that the thread has ended."
+    begun, over = threading.Event(), threading.Event()
+
+    def slow(prompt):
+        begun.set()
+        over.wait(SECONDS)
+        return "late"
+
+    with Network([Worker("slow", slow)]) as network:
+        service = service_of(network, tmp_path, k=1)
+        service.start()
+        try:
+            assert begun.wait(SECONDS)
+            interrupt = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                service.join(SECONDS)
+            assert not service.join(0.01)  # it works on
+            threading.Timer(0.2, over.set).start()
+        finally:
+            service.stop()
+        assert service.join(0) and [e["completions"] for e in events(tmp_path)] == [["late"]]
+        assert read_about(tmp_path)["step"] == 1
 
 
 def test_a_chain_that_is_away(network, tmp_path, caplog):
@@ -503,7 +530,9 @@ def test_rewards_are_posted(network, tmp_path):
         rewards = {str(row["uid"]): 0.5 for row in rows if row["reward"] is None}
         body = {"step": answer["step"], "rewards": rewards}
         assert post(endpoint.address, body, "/reward") == {"learned": len(rewards), "waiting": 0}
-        for wrong, code in ((body, 409), ({"step": 1}, 400), ({"step": 0, "rewards": {"x": 1}}, 400), (body | {"k": 1}, 400)):
+        for wrong, code in ((body, 409), ({"step": 1}, 400), ({"step": 0, "rewards": {"x": 1}}, 400), (body | {"step": 10**400}, 409),
+                            ({"step": 0.5, "rewards": {"1": 1}}, 400), ({"step": 0, "rewards": {"1": 10**400}}, 400),
+                            (body | {"k": 1}, 400)):
             with pytest.raises(urllib.error.HTTPError) as error:
                 post(endpoint.address, wrong, "/reward")
             assert error.value.code == code
@@ -745,3 +774,60 @@ def test_a_subnet_heals(judged, tmp_path):
 @pytest.mark.long
 def test_a_subnet_heals_for_ten_minutes(judged, tmp_path):
     _subnet(tmp_path, judged, miners=8, seconds=600, every=20)
+
+
+@pytest.mark.long
+def test_a_chain_and_then_all_miners_hang_for_minutes(judged, tmp_path):
+    "Processes that are stopped, and not ended: connections are accepted, and nothing is answered."
+    run, log = tmp_path / "run", open(tmp_path / "log", "wb")
+    flags = ["--miners", 3, "--dir", run, "--reward", judged / "reward", "--block-time", 1, "--tempo", 10]
+    subnet = subprocess.Popen(command("subnet", *flags), stdout=log, stderr=log)
+    steps = lambda: len(events(run / "validator")) if (run / "validator" / "events.jsonl").exists() else 0
+    pids = lambda: {e["name"]: e["pid"] for e in json.loads((run / "processes.json").read_text())}
+
+    def ready():
+        address = json.loads((run / "validator" / "endpoint.json").read_text())["address"]
+        connection = http.client.HTTPConnection(address, timeout=30)
+        try:
+            connection.request("GET", "/ready")
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    try:
+        until(lambda: steps() >= 3, "the first steps")
+        started = pids()
+        os.kill(started["chain"], signal.SIGSTOP)
+        before, end = steps(), time.monotonic() + 150
+        until(lambda: ready()[0] == 503 and "no news of the chain" in ready()[1], "a word of the chain at /ready")
+        while time.monotonic() < end:
+            time.sleep(1)
+        assert steps() > before + 60  # it goes on with what it knows
+        os.kill(started["chain"], signal.SIGCONT)
+        until(lambda: ready()[0] == 200, "readiness")
+        written = (run / "logs" / "validator.log").read_text().count("weights of")
+        until(lambda: (run / "logs" / "validator.log").read_text().count("weights of") > written, "weights")
+        miners = [pid for name, pid in started.items() if name.startswith("miner")]
+        for pid in miners:
+            os.kill(pid, signal.SIGSTOP)
+        before, end = steps(), time.monotonic() + 60
+        while time.monotonic() < end:
+            time.sleep(1)
+        assert steps() > before
+        assert all(status in (408, 503) for event in events(run / "validator")[before + 2:] for status in event["statuses"])
+        for pid in miners:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: 200 in events(run / "validator")[-1]["statuses"], "an answer")
+        found = events(run / "validator")
+        assert [e["step"] for e in found] == list(range(len(found)))
+        assert pids() == started  # nobody died of it
+    except AssertionError as error:
+        raise AssertionError(f"{error}; {(run / 'logs' / 'validator.log').read_text()[-3000:]}") from None
+    finally:
+        for pid in pids().values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        subnet.terminate()
+        subnet.wait(SECONDS)
+        log.close()

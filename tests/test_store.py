@@ -278,12 +278,12 @@ def test_the_command_with_several_processes(redis):
         assert {status(there, headers=sign(receiver=hotkey)) for _ in range(20)} == {200}
         killed = parent.children()[0]
         killed.kill()
-        until(lambda: killed not in parent.children() and sum(map(listening, parent.children())) == 2)  # started anew
+        until(lambda: killed not in parent.children() and sum(map(listening, parent.children())) == 2)  # restarted
         children = parent.children()
         process.send_signal(signal.SIGTERM)
         output, log = process.communicate(timeout=SECONDS)
         assert process.returncode in (0, 143, -15), log
-        assert "ended with status -9 and is started anew" in log
+        assert "ended with status -9 and is restarted" in log
         assert not any(child.is_running() and child.status() != "zombie" for child in children)
     finally:
         process.kill()

@@ -25,17 +25,17 @@ class Caller:
 
     hotkey: str  # ss58 address
     uid: Optional[int] = None  # None: not registered
-    stake: float = 0.0  # total stake in the subnet's own units
+    stake: float = 0.0  # total stake in the subnet's token
     validator_permit: bool = False  # whether it may validate
 
     @property
     def registered(self) -> bool:
-        "Whether the hotkey has a uid."
+        "Tell whether the hotkey has a uid."
         return self.uid is not None
 
 
 class Verdict(NamedTuple):
-    "Whether a request is refused, and why. Its truth value is `blacklisted`."
+    "The decision on a request, and the reason. Its truth value is `blacklisted`."
 
     blacklisted: bool  # True: the request is refused
     reason: str  # for the caller and the log
@@ -151,7 +151,7 @@ def validator_permit(
 
 
 def minimum_stake(
-    required: float,  # in the subnet's own units
+    required: float,  # in the subnet's token
 ) -> Rule:
     "Refuse hotkeys with less stake than required."
 
@@ -195,7 +195,10 @@ class RateLimiter:
             self.log.add(hotkey, now)
             return True
 
-    def retry_after(self, hotkey: str) -> float:
+    def retry_after(
+        self,
+        hotkey: str,  # the caller's
+    ) -> float:
         "Return the seconds until this caller's next request would be admitted."
         times = self.log.times(hotkey)
         if len(times) < self.quota:
@@ -203,7 +206,9 @@ class RateLimiter:
         return max(0.0, times[0] + self.window - self.clock())
 
 
-def rate_limit(limiter: RateLimiter) -> Rule:
+def rate_limit(
+    limiter: RateLimiter,  # counts the requests
+) -> Rule:
     "Refuse a hotkey's requests beyond its quota; the verdict says how long to wait."
 
     def rule(caller: Caller) -> Optional[Verdict]:
@@ -229,12 +234,19 @@ class RequestLog:
     def __len__(self) -> int:
         return len(self._times)
 
-    def times(self, hotkey: str) -> Sequence[float]:
+    def times(
+        self,
+        hotkey: str,  # the caller's
+    ) -> Sequence[float]:  # seconds
         "Return the times of this caller's latest requests, oldest first."
         return self._times.get(written_alike(hotkey), ())
 
-    def add(self, hotkey: str, now: float) -> None:
-        "Add a request."
+    def add(
+        self,
+        hotkey: str,  # the caller's
+        now: float,  # seconds
+    ) -> None:
+        "Add the time of a request."
         hotkey = written_alike(hotkey)
         self._times.setdefault(hotkey, deque(maxlen=self.length)).append(now)
         self._times.move_to_end(hotkey)

@@ -20,7 +20,7 @@ class PromptCache:
     def __init__(
         self,
         span: int = 7200,  # blocks for which a prompt counts as recent
-        max_entries: int = 100_000,  # the oldest claims above this (15 MB) are dropped
+        max_entries: int = 100_000,  # the oldest claims above this number are dropped
     ):
         if span < 0 or max_entries < 1:
             needs = "span must be >= 0 and max_entries >= 1"

@@ -6,8 +6,9 @@
 __all__ = ['EMBEDDED', 'VALIDATOR', 'CommandSettings', 'miner_parser', 'make_miner', 'run_miner']
 
 # %% ../../nbs/baseminer/02_command.ipynb #m02000
+import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Callable, Literal, Optional
@@ -25,6 +26,8 @@ from ..files import log_to_stderr
 from ..network.chain import EmbeddedChain, make_wallet
 from ..network.dendrite import Dendrite
 from ..protocol import Prompting
+
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/baseminer/02_command.ipynb #m02005
 EMBEDDED = "embedded"  # the network that is a chain in memory
@@ -94,10 +97,25 @@ def make_miner(
         {part: value for part, value in vars(settings).items() if part in sections}
     )
     del own.miner["kind"]
+    _warn_of_ignored(settings, kind)
     try:
         return MINERS[kind](own, **(_embedded(settings) if embedded else {}))
     except NotRegisteredError as error:
         raise InputError(str(error)) from error
+
+
+def _warn_of_ignored(settings: Config, kind: str) -> None:
+    "Log the settings that belong to another kind of miner and have no effect."
+    for other, miner in MINERS.items():
+        if other == kind or miner.section == MINERS[kind].section:
+            continue
+        given = vars(getattr(settings, miner.section, Config()))
+        for f in fields(miner.Settings):
+            made = f.default if f.default is not MISSING else f.default_factory()
+            if given.get(f.name, made) != made:
+                name = f"--{miner.section}.{f.name}"
+                told = "%s has no effect: it is for --miner.kind %s, and the kind is %s"
+                _log.warning(told, name, other, kind)
 
 
 def _embedded(settings: Config) -> dict:
@@ -136,7 +154,7 @@ def run_miner(
 
 
 def _follow(settings: Config, port: int, folder: Path) -> list[str]:
-    "Write the settings into a folder; the command of a process that follows them."
+    "Write the settings into a folder; return the command of a process with them."
     file = folder / "settings.yaml"
     if not file.exists():
         file.touch(mode=0o600)  # the address of a store may hold a password

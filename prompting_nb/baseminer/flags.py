@@ -48,7 +48,7 @@ class LoopSettings:
         name: Name in the log and of the thread.
         blocks_per_epoch: Blocks between two readings of the metagraph.
         poll_interval: Seconds between two looks at the block number.
-        retries: Failures of the chain in a row that are waited out.
+        retries: Failures of the chain in a row after which it is asked again.
         no_set_weights: Do not set weights.
         blacklist: Whom to serve.
         priority: Whom to serve first.
@@ -74,11 +74,11 @@ class BlacklistSettings:
         blacklist: Hotkeys to refuse.
         allow_non_registered: Serve hotkeys that are not registered.
         force_validator_permit: Serve only hotkeys with a validator permit.
-        minimum_stake_requirement: Least stake of a caller, in the subnet's units.
+        minimum_stake_requirement: Least stake of a caller, in the subnet's token.
         quota: Requests of one hotkey within a window; 0 for any number.
         window: Length of that window in seconds.
         use_prompt_cache: Refuse a prompt that was answered recently.
-        prompt_cache_block_span: Blocks that count as recently.
+        prompt_cache_block_span: Blocks for which a prompt counts as recent.
         prompt_cache_per_caller: Let each caller send a prompt once.
     """
 
@@ -220,7 +220,7 @@ class AxonSettings:
 
     @property
     def shared_port(self) -> bool:
-        "Whether other processes may listen on the same port."
+        "Tell whether other processes may listen on the same port."
         return self.processes > 1 or self.follower
 
     def nonce_file(

@@ -298,7 +298,7 @@ class Miner(abc.ABC):
         self.subnet.publish(self.axon, axon.external_ip, axon.external_port)
 
     def _not_ready(self) -> str:
-        "Why requests had better go to another miner; empty while the chain answers."
+        "Say why requests should go to another miner; empty while the chain answers."
         if (failures := self.runner.failures) < 3:
             return ""
         old = f"the metagraph is of block {self.synced_at}"
@@ -328,7 +328,7 @@ class Miner(abc.ABC):
 
     @property
     def is_running(self) -> bool:
-        "Whether the loop runs, in this thread or in the background."
+        "Tell whether the loop runs, in this thread or in the background."
         return self.runner.is_running
 
     @property
@@ -388,7 +388,7 @@ class Miner(abc.ABC):
         return self
 
     def __exit__(self, exc_type, exc_value, traceback) -> None:
-        "Stop. An exception of the `with` block is not suppressed."
+        "Stop the miner. An exception of the `with` block is not suppressed."
         self.stop_run_thread()
 
     # Showing
@@ -422,7 +422,7 @@ class Miner(abc.ABC):
 
 
 def _runs_in_loop(prompt: Callable) -> bool:
-    "Whether a `prompt` is anything but a plain function."
+    "Tell whether a `prompt` is anything but a plain function."
     return (
         inspect.iscoroutinefunction(prompt)
         or inspect.isasyncgenfunction(prompt)

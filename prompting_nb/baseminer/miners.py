@@ -10,6 +10,7 @@ __all__ = ['MINERS', 'TemplateSettings', 'TemplateMiner', 'ReplaySettings', 'Rep
 # %% ../../nbs/baseminer/01_miners.ipynb #m01001
 import asyncio
 import json
+import logging
 import os
 import threading
 import time
@@ -30,6 +31,8 @@ from ..config import check_settings
 from ..files import read_texts
 from ..pretrained import MINILM, load
 from ..protocol import Prompting
+
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01007
 @dataclass
@@ -87,8 +90,7 @@ class ReplayMiner(Miner):
         if recordings is None and not file:
             missing = "give a file of recorded completions with --replay.file"
             raise InputError(f"there is nothing to replay: {missing}")
-        read = lambda: {p: c for p, c in read_texts(file, "prompt", "completion")}
-        self.recordings = dict(read() if recordings is None else recordings)
+        self.recordings = dict(_recorded(file) if recordings is None else recordings)
 
     def prompt(self, synapse: Prompting) -> Prompting:
         "Look up the newest message of the user; LookupError when it was not recorded."
@@ -96,6 +98,16 @@ class ReplayMiner(Miner):
             raise LookupError("nothing is recorded for this prompt")
         synapse.completion = self.recordings[synapse.prompt]
         return synapse
+
+
+def _recorded(file: str) -> dict[str, str]:
+    "Read recorded completions by prompt; the last one of a prompt counts."
+    pairs = list(read_texts(file, "prompt", "completion"))
+    found = {prompt: completion for prompt, completion in pairs}
+    if more := len(pairs) - len(found):
+        last = "%d of %d recordings in %s are left out: a later one has their prompt"
+        _log.warning(last, more, len(pairs), file)
+    return found
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01011
 @dataclass
@@ -164,7 +176,7 @@ class Index:
 
 
 def _unit(vectors: Any) -> np.ndarray:
-    "Scale rows to length 1. A row of zeros stays zero: it is near to nothing."
+    "Scale rows to length 1. A row of zeros stays zero: its cosine with any is 0."
     vectors = np.asarray(vectors, dtype=np.float32)  # (n, width)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
 
@@ -249,7 +261,7 @@ class LanguageModel:
         self,
         requests: list,  # n requests of a batch
     ) -> list[str]:  # what the model writes after each conversation
-        "Answer a batch, and tell each request its pieces."
+        "Answer a batch, and pass the pieces of each answer to its request."
         import torch
 
         settings = self.settings
@@ -332,9 +344,13 @@ def tokenize(
 ) -> Any:  # input_ids and attention_mask, each (n, length or less)
     "Tokenize conversations as a batch for `generate`."
     tokenizer.padding_side = tokenizer.truncation_side = "left"
-    marks = not getattr(
-        tokenizer, "chat_template", None
-    )  # a template has written beginning and end itself
+    # a template has written beginning and end itself
+    marks = not getattr(tokenizer, "chat_template", None)
+    long = [text for text in texts if len(text.encode()) + 8 > length]  # it may be
+    ids = tokenizer(long, add_special_tokens=marks)["input_ids"] if long else []
+    if cut := sum(len(row) > length for row in ids):
+        few = "%d of %d conversations lose their beginning: the model reads %d tokens"
+        _log.warning(few, cut, len(texts), length)
     return tokenizer(
         texts,
         return_tensors="pt",
@@ -370,9 +386,8 @@ class _Pieces:
             text = self.tokenizer.decode(
                 row, skip_special_tokens=True, clean_up_tokenization_spaces=False
             ).strip()
-            if last or not text.endswith(
-                "\ufffd"
-            ):  # which stands for a letter that is not complete
+            # "\ufffd" stands for a letter that is not complete
+            if last or not text.endswith("\ufffd"):
                 new, self.texts[i] = text[len(self.texts[i]) :], text
                 if new:
                     self.tell[i](new)

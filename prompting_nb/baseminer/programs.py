@@ -7,6 +7,7 @@ __all__ = ['ProcessSettings', 'ProcessMiner', 'ProgramFailed', 'Program']
 
 # %% ../../nbs/baseminer/12_programs.ipynb #p12003
 import json
+import logging
 import os
 import shlex
 import signal
@@ -23,6 +24,8 @@ from typing import Any, Optional
 from .miner import Miner
 from ..config import InputError, check_settings
 from ..protocol import Prompting
+
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/baseminer/12_programs.ipynb #p12012
 @dataclass
@@ -98,9 +101,7 @@ class Program:
     def answer(
         self,
         synapse: Prompting,  # its timeout is how long the program may take
-    ) -> (
-        str
-    ):  # raises `ProgramFailed`: ended with an error, wrote nothing, took too long
+    ) -> str:  # raises `ProgramFailed` if it fails, writes nothing or takes too long
         "Answer a request."
         if not self.settings.keep:
             return self._run_once(synapse)
@@ -159,6 +160,7 @@ class Program:
                 raise ProgramFailed(f"the program says: {found['error'][:200]}")
             return _text(found["completion"])
         except (ValueError, KeyError, TypeError):
+            self.close()  # the answer to this prompt may be still to come
             shape = '{"completion": text}'
             raise ProgramFailed(
                 f"the program did not write {shape}: {line[:80]}"
@@ -185,6 +187,7 @@ class _Kept:
     ) -> Optional[str]:  # `None`: it has ended, or the time is over
         "Write a line and wait for one."
         assert self.process.stdin is not None
+        self._drop_stray()
         try:
             self.process.stdin.write(f"{line}\n".encode())
             self.process.stdin.flush()
@@ -195,6 +198,16 @@ class _Kept:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
             return None
+
+    def _drop_stray(self) -> None:
+        "Drop lines that were written before they were asked for."
+        stray = 0
+        while not self.lines.empty() and self.lines.queue[0] is not None:
+            self.lines.get()
+            stray += 1
+        if stray:
+            told = "the program wrote %d lines more than it was asked for; dropped"
+            _log.warning(told, stray)
 
 
 def _start(settings: ProcessSettings, log: bool = False) -> subprocess.Popen:

@@ -31,7 +31,7 @@ class Runner:
         on_stop: Callable[[], Any] = _nothing,  # called after the last; maybe twice
         name: str = "runner",  # in the log; the background thread is `NAME-run`
         poll_interval: float = 6.0,  # seconds between two calls of `each_block`
-        retries: int = 10,  # failures in a row that are waited out
+        retries: int = 10,  # failures in a row after which it goes on
         longest_pause: float = 300.0,  # most seconds between two attempts
         fatal: tuple[type[Exception], ...] = (),  # exceptions that are not retried
     ):
@@ -48,7 +48,7 @@ class Runner:
 
     @property
     def is_running(self) -> bool:
-        "Whether the loop runs, in any thread."
+        "Tell whether the loop runs, in any thread."
         return self._busy.locked()
 
     def run(self) -> None:
@@ -72,7 +72,7 @@ class Runner:
         self,
         timeout: float = 10.0,  # seconds to wait for the end of the run
     ) -> bool:  # False: `each_block` has not returned yet, and the run goes on
-        "End the run, if there is one; called by `each_block`, after this block."
+        "End the run, if there is one; when `each_block` calls it, after this block."
         self.stopping.set()
         if threading.current_thread() is self._thread:
             return False
@@ -110,7 +110,7 @@ class Runner:
             raise
 
     def _work(self) -> None:
-        "Run the loop; keep its error, call `on_stop` and release the lock at the end."
+        "Run the loop; at the end keep its error, call `on_stop` and release the lock."
         self._thread = threading.current_thread()
         try:
             self._loop()
@@ -137,7 +137,7 @@ class Runner:
             _log.error("%s stopped: %s: %s", self.name, what, error)
 
     def _loop(self) -> None:
-        "Handle a block, wait, and repeat; raise what cannot be waited out."
+        "Handle a block, wait, and repeat; raise what is fatal or has failed too often."
         while not self.stopping.is_set():
             try:
                 block = self.each_block()

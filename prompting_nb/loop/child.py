@@ -19,7 +19,7 @@ from typing import Callable
 def end_with_parent(
     lifeline: int,  # file descriptor of the reading end of the pipe
     act: Callable = lambda: os.kill(os.getpid(), signal.SIGTERM),  # what ends us
-    patience: float = 3.0,  # seconds until the process ends without more ado
+    patience: float = 3.0,  # seconds until the process ends at once
 ) -> threading.Thread:
     "End this process when the other end of a pipe is closed."
 

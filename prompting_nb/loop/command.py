@@ -69,6 +69,10 @@ class JudgeSettings:
                 flags = f"--judge.kind {kind}", f"--judge.{name}"
                 first, second = flags if not given else reversed(flags)
                 raise InputError(f"{first} {which} {second}")
+        if self.kind != "openai":
+            for name in ("base_url", "budget"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise InputError(f"--judge.{name} is for --judge.kind openai")
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,11 @@ class LoopSettings:
         miners: YAML file of your own miners, or a number of built-in ones. Without it:
             ten built-in ones, or the recorded models.
         steps: Prompts in the loop. Without it: 240, three tenths of recorded
-            completions, or all plain prompts once. More than there are are asked over
-            and over.
+            completions, or all plain prompts once. Where there are fewer plain prompts,
+            they are repeated.
         top_k: Miners asked at each step. Without it: 3, or half of a few miners.
         churn: Times that the uid which is asked most goes to a weak newcomer; off for
-            never. Without it: once, with your own miners or plain prompts never.
+            never. Without it: once, or never with your own miners or plain prompts.
         quick: Take about 30 seconds, with fewer steps and less training.
         gate: Gating model that chooses the miners.
         rule: How chance takes part in the choice. Without it: thompson with the gate
@@ -216,6 +220,7 @@ def run_loop(
     gating = gate_settings(run.gate, settings.gating)
     prices = read_prices(settings_of(PriceSettings, settings, "prices"))
     _check_files(run)
+    _check_judge(run, judging)
     miners = _miners(run)
     own = isinstance(miners, list)
     policy = Policy(timeout=run.timeout or (20.0 if own else 1.0), rule=run.rule)
@@ -273,7 +278,9 @@ def run_loop(
         took, page = time.monotonic() - started, folder / "report.html"
         say(f"{status} after {took:.0f} s; report: {page}")
         taught = run.reward or folder / "reward"
-        say(next_step(f"subnet --miners 8 --dir run --reward {taught}"))
+        judges = judging.kind == "reward"  # a subnet takes no other judge
+        more = f" --reward {taught}" if judges else ""
+        say(next_step(f"subnet --miners 8 --dir run{more}"))
     return summary
 
 
@@ -427,6 +434,19 @@ def _check_files(run: LoopSettings) -> None:
     check_folder(run.out, run.force)
     if run.reward:
         check_name(run.reward)
+        if run.epochs != LoopSettings.epochs:
+            raise InputError(
+                f"--epochs {run.epochs} has no effect with --reward, whose model is "
+                "trained already: leave one out"
+            )
+
+
+def _check_judge(run: LoopSettings, judging: JudgeSettings) -> None:
+    "Raise `InputError` for a reward model that the judge would not use."
+    if run.reward and judging.kind in ("openai", "python"):
+        raise InputError(
+            f"--reward has no effect with --judge.kind {judging.kind}: leave one out"
+        )
 
 
 def _check_width(gating: dict, uids: int) -> None:

@@ -217,7 +217,7 @@ class RunFolder:
 
     @property
     def steps(self) -> int:
-        "The number of steps that were taken."
+        "Return the number of steps that were taken."
         return int(self.summary.get("steps") or 0)
 
     def setting(
@@ -452,7 +452,10 @@ def _minus_first(first: RunFolder, run: RunFolder) -> Difference:
 def _notes(runs: list[RunFolder]) -> list[str]:
     "Say what makes the figures hard to compare."
     notes = []
-    for key, what in (("graded_by", "graded by"), ("top_k", "asked miners each")):
+    for key, what in (
+        ("graded_by", "who graded them"),
+        ("top_k", "miners asked at a step"),
+    ):
         values = {str(run.summary.get(key)) for run in runs}
         if len(values) > 1:
             listed = ", ".join(sorted(values))
@@ -487,7 +490,7 @@ def _number(value: Any) -> Optional[float]:
 
 
 def _plain(figure: Figure) -> dict:
-    "Return a figure as JSON knows it."
+    "Return a figure as plain values, for JSON."
     digits = lambda value: None if value is None else round(value, 4)
     return {"value": digits(figure.value), "interval": [*map(digits, figure[1:])]}
 

@@ -32,7 +32,7 @@ class Crowd:
         miners: int,  # built-in workers
         per_process: int = MOST,  # miners in a process, at most 256
         seed: int = 0,  # of the wallets
-        folder: Optional[str | Path] = None,  # of their logs; `None`: one for a while
+        folder: Optional[str | Path] = None,  # of their logs; `None`: a temporary one
         timeout: float = 300.0,  # seconds until all of them have to serve
         kinds: Sequence[str] = NAMES,  # of workers, in turn
     ):  # raises `InputError` for wrong numbers

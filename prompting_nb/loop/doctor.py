@@ -214,7 +214,7 @@ def _kernel_clock() -> Optional[int]:  # `None`: not known on this system
 
 # %% ../../nbs/loop/26_doctor.ipynb #doc014
 def check_wallet(
-    name: str,
+    name: str,  # of the wallet
     hotkey: str,  # name of one of its hotkeys
     path: str,  # folder of the wallets
     needed: bool = True,  # else a missing one is skipped
@@ -253,7 +253,7 @@ _LATE = 60.0  # seconds after which a newest block is old
 
 def check_chain(
     network: Optional[str],  # `None`: nothing is contacted
-    netuid: int = 1,
+    netuid: int = 1,  # in which the hotkey should be registered
     hotkey: Optional[str] = None,  # ss58 address that should be registered
     timeout: float = 20.0,  # seconds
 ) -> list[Check]:

@@ -49,7 +49,7 @@ class OwnJudge:
         self,
         trial: Sequence[tuple[str, list[str]]],  # prompts with what was answered
     ) -> Callable:  # (prompt, completions) -> rewards (k,)
-        "Find the scale."
+        "Find the scale, and return a judge with it."
         if isinstance(self.scorer, PairwiseJudge):
             return Judge(self.scorer)
         score = getattr(self.scorer, "score", None)

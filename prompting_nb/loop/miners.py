@@ -156,9 +156,9 @@ def read_miners(
 
 
 def built_in_miners(
-    count: int,
+    count: int,  # of miners
 ) -> list[OwnMiner]:  # raises `InputError` for none, or too many
-    "Name so many built-in workers, of ten kinds in turn."
+    "List `count` built-in workers, of ten kinds in turn."
     if not 1 <= count <= _MOST:
         raise InputError(f"--miners {count} must be at least 1 and at most {_MOST}")
     names = []

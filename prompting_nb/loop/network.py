@@ -76,7 +76,7 @@ class Network:
 
     def replace(
         self,
-        uid: int,  # of the miner that has to go
+        uid: int,  # of the miner that is replaced
         worker: Worker | OpensMiner,  # answers at this uid from now on
     ) -> None:
         "Stop a miner and give its uid to a new hotkey with another worker."
@@ -137,7 +137,7 @@ def allow_files(
 
 # %% ../../nbs/loop/02_network.ipynb #c007
 class WorkerMiner(Miner):
-    "A miner that answers as a `Worker` does, and is late when it is late."
+    "A miner that answers as a `Worker` does, late where the worker is late."
 
     def __init__(
         self,

@@ -75,7 +75,7 @@ _LIBRARIES = ("torch", "transformers", "bittensor", "numpy", "scikit-learn")
 
 
 def versions() -> dict[str, str]:
-    "Return the versions of what computes; libraries that are missing are left out."
+    "Return the versions of Python and libraries; those that are missing are left out."
     found = {"prompting_nb": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -115,7 +115,7 @@ def describe_data(
     arena: Arena,
     files: Iterable[str | Path] = (),  # that the run read
 ) -> dict:
-    "Count what an arena holds, with a hash of each part; and name files with theirs."
+    "Count and hash each part of an arena, and hash the files that were read."
     parts: dict[str, list] = {
         "prompts": arena.prompts,
         "train": arena.train,
@@ -178,7 +178,7 @@ def flatten(
 
 
 def _plain(value: Any) -> Any:
-    "Return a value as JSON knows it; others as text."
+    "Return a value that JSON can hold; any other one as text."
     if value is None or isinstance(value, bool):
         return value
     for kind in (int, float, str):  # jsonargparse's bounded numbers are subclasses

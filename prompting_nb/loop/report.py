@@ -524,7 +524,7 @@ def cost(
         return text
     few = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
     return (
-        f"{text} {len(missing)} miners have no price and cost as much as the dearest "
+        f"{text} {len(missing)} miners have no price and count as the most expensive "
         f"one: {few}."
     )
 
@@ -817,12 +817,24 @@ def print_tables(
     console.print(knowledge(summary))
     for finding in summary.get("judge_findings", []):
         console.print(f"note: {finding}")
-    table = Table(title="miners")
-    for key, title in _MINER_TITLES.items():
+    # padded on one side only, so that eight columns fit into 80 characters
+    table = Table(title="miners", padding=(0, 0, 0, 1))
+    rows = summary["miners"]
+    # only validators earn dividends: a column of zeros says nothing
+    unpaid = not any(row["dividends"] for row in rows)
+    titles = {k: t for k, t in _MINER_TITLES.items() if k != "dividends" or not unpaid}
+    for key, title in titles.items():
         text = key in _TEXTS  # a name is read whole, titles may be folded
-        table.add_column(title, justify="left" if text else "right", no_wrap=text)
-    for row in summary["miners"]:
-        table.add_row(*(_shown(row[key]) for key in _MINER_TITLES))
+        words = [*(_shown(row[key]) for row in rows), *title.split()]
+        table.add_column(
+            title,
+            justify="left" if text else "right",
+            no_wrap=text,
+            min_width=max(map(len, words)),
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(_shown(row[key]) for key in titles))
     console.print(table)
     for text in unanswered(summary):
         console.print(f"note: {text}", markup=False)

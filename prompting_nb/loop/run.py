@@ -51,10 +51,9 @@ class Loop:
         on_event: Callable = lambda event: None,  # called with each `Event`
         warm: bool = False,  # whether the gate learns from the arena's `known` first
         churn: int = 1,  # times that the uid that is asked most changes hands
-        seconds: Optional[float] = None,  # after which no further prompt is asked
-        on_answers: Callable = lambda answers: (
-            None
-        ),  # with `Answer`s to the same prompt
+        seconds: Optional[float] = None,  # then the run ends, after two steps at least
+        # called with the `Answer`s to a prompt
+        on_answers: Callable = lambda answers: None,
         trial: int = 5,  # prompts that everybody is asked first, where that is needed
         prices: Optional[Prices] = None,  # of the answers, by name of the worker
     ):  # raises `InputError` when there are fewer workers than uids to ask

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, TypeGuard
 
@@ -116,7 +117,7 @@ class Service:
         self._pending = 0  # prompts of the list without an event
         self._last_start = -math.inf
         self._synced_at, self._tried_at = 0.0, -math.inf  # blocks
-        self._threads: list[threading.Thread] = []
+        self._asking: list[threading.Event] = []  # of each thread: set when it ends
         self._said: dict[str, str] = {}
 
     def start(self) -> None:
@@ -125,10 +126,10 @@ class Service:
         self._save()  # so that events never stand without a state to start from
         self.runner.start()
         for number in range(self.settings.concurrent if self.prompts else 0):
-            thread = threading.Thread(target=self._ask_on, name=f"asking-{number}")
-            self._threads.append(thread)
-            thread.daemon = True
-            thread.start()
+            ended = threading.Event()
+            self._asking.append(ended)
+            work, name = partial(self._ask_on, ended), f"asking-{number}"
+            threading.Thread(target=work, name=name, daemon=True).start()
 
     def stop(
         self,
@@ -139,8 +140,12 @@ class Service:
             return
         self._stopping.set()
         deadline = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        late = sum(
+            not ended.wait(max(0.0, deadline - time.monotonic()))
+            for ended in self._asking
+        )
+        if late:
+            _log.error("%d prompts did not end within %g s", late, timeout)
         self.runner.stop()
         with self._lock:
             try:
@@ -157,11 +162,14 @@ class Service:
         timeout: Optional[float] = None,  # seconds; `None`: as long as it takes
     ) -> bool:  # whether it has ended
         "Wait until the last prompt was asked."
+        # not `Thread.join`: a thread whose join is interrupted by a signal counts as
+        # ended from then on, also while it works on
         deadline = None if timeout is None else time.monotonic() + timeout
-        for thread in self._threads:
-            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-            thread.join(rest)
-        return not any(thread.is_alive() for thread in self._threads)
+        for ended in self._asking:
+            ended.wait(
+                None if deadline is None else max(0, deadline - time.monotonic())
+            )
+        return all(ended.is_set() for ended in self._asking)
 
     def step(
         self,
@@ -225,8 +233,14 @@ class Service:
 
     # What follows is called by the threads.
 
-    def _ask_on(self) -> None:
-        "Ask prompt after prompt until told to stop."
+    def _ask_on(self, ended: threading.Event) -> None:
+        "Ask prompt after prompt until told to stop; set `ended` then."
+        try:
+            self._ask_all()
+        finally:
+            ended.set()
+
+    def _ask_all(self) -> None:
         while not self._stopping.is_set():
             with self._lock:
                 limit = self.settings.steps
@@ -391,7 +405,7 @@ class Service:
             self._say("weights", f"{error}; another attempt at the next block")
 
     def _say(self, subject: str, text: str) -> None:
-        "Log a state of affairs once, and once more when it is over."
+        "Log a condition once, and once more when it is over."
         if self._said.get(subject, "") != text:
             if text:
                 _log.warning("%s: %s", subject, text)

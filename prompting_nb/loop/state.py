@@ -92,9 +92,7 @@ def resume(
     validator: Validator,  # new, with a gate that has learned nothing yet
     folder: str | Path,  # where its state was saved
     journal: Journal,  # its events; those after the state are learned from
-) -> Optional[
-    Saved
-]:  # `None`: nothing was saved; raises `InputError` if it does not fit
+) -> Optional[Saved]:  # `None`: nothing was saved; `InputError` if it does not fit
     "Let a validator go on where an earlier one stopped."
     states = _states(Path(folder))
     if not states:

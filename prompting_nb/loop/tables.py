@@ -18,7 +18,7 @@ from ..validators.simulate import Subnet
 
 # %% ../../nbs/loop/20_tables.ipynb #b010
 def subnet_of(
-    arena: Arena,
+    arena: Arena,  # with grades
     encode: Callable,  # texts -> sentence embeddings (n, hidden), rows of length 1
     judge: Any = None,  # as for `Loop`; `None` rewards an answer with its grade
     told: Literal["rewards", "grades"] = "rewards",  # what the gate learns from

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import logging
 import operator
 import random
 import re
@@ -30,6 +31,8 @@ from ..config import InputError
 from ..reward.preferences import Ranking, clean, read_rankings
 from ..files import read_lines, read_prompts
 from ..show import Bar, html_table
+
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c041
 @dataclass
@@ -114,7 +117,7 @@ def built_in(
 
 
 def _several(workers: list["Worker"], count: int) -> list["Worker"]:
-    "Take so many workers, from the beginning again after the last one."
+    "List `count` workers, beginning again after the last one."
     found = []
     for number in range(count):
         again, at = divmod(number, len(workers))
@@ -616,7 +619,10 @@ def recorded(
     seed: int = 0,  # of the choice of these prompts
 ) -> Arena:  # raises `InputError` when models are not named or prompts are too few
     "Make an arena of recorded completions."
-    rankings = _scaled(list({r.prompt: r for r in rankings}.values()))
+    rows, rankings = len(rankings), list({r.prompt: r for r in rankings}.values())
+    if more := rows - len(rankings):
+        _log.warning("%s: %d rows left out: their prompt comes again", name, more)
+    rankings = _scaled(rankings)
     if not all(r.names for r in rankings):
         why = "because each model becomes a miner"
         raise InputError(f"{name}: every response needs a 'model', {why}")
@@ -637,6 +643,9 @@ def recorded(
         )
     means, grades = _mean_scores(train), _mean_grades(loop)
     words = {model: {} for model in means}
+    if left := sorted({n for r in rankings for n in r.names or []} - set(means)):
+        told = "%s: models left out, since they have no answer to learn from: %s"
+        _log.warning(told, name, ", ".join(left))
     known = [_of_models(ranking, means) for ranking in rankings[steps:]]
     for r in loop:
         names = r.names or []
@@ -734,7 +743,7 @@ def open_arena(
 
 
 def _has_completions(path: Path) -> bool:
-    "Whether a file has a row with more than a prompt in it."
+    "Tell whether a file has a row with more than a prompt in it."
     if path.name.endswith((".txt", ".txt.gz")):
         return False
     for _, line in read_lines(path):

@@ -28,7 +28,7 @@ from ..validators.judge import Judge
 
 # %% ../../nbs/loop/07_teach.ipynb #c018
 def teach(
-    arena: Arena,
+    arena: Arena,  # whose `train` it learns from
     seed: int = 0,  # of the head's first weights and of the order of training
     progress: bool = True,  # show progress bars
     **settings,  # for `TrainConfig`: epochs, lr, max_seconds ...
@@ -41,7 +41,7 @@ def teach(
 
 
 def training(
-    seed: int = 0,
+    seed: int = 0,  # of the order of training
     **settings,  # for `TrainConfig`: epochs, lr, max_seconds ...
 ) -> TrainConfig:
     "Return the settings with which `teach` trains."
@@ -51,7 +51,7 @@ def training(
 # %% ../../nbs/loop/07_teach.ipynb #c019
 def assess(
     model: Any,  # as for `Judge`; its `score` takes `progress` as well
-    arena: Arena,
+    arena: Arena,  # whose `test` it is tested on
     progress: bool = True,  # show progress bars
     correct: bool = True,  # whether the judge corrects rewards for who answered
 ) -> tuple["Assessment", Judge]:  # the judge is calibrated on the same rankings
@@ -69,7 +69,7 @@ def assess(
 
 def calibrate(
     model: Any,  # as for `Judge`
-    arena: Arena,
+    arena: Arena,  # whose `test` calibrates it
     scores: list[list[float]],  # the model's, of the answers of `arena.test`
     correct: bool = True,  # whether the judge corrects rewards for who answered
 ) -> Judge:

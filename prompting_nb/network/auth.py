@@ -25,7 +25,7 @@ from bittensor import http_auth
 from bittensor.sp_core import verify as verify_signature
 from bittensor.wallets import CRYPTO_TYPE_NAMES, parse_crypto_type
 
-from .addresses import hotkey_address, same_hotkey
+from .addresses import LONGEST_HOTKEY, hotkey_address, same_hotkey
 from ..protocol import Terminal
 
 # %% ../../nbs/network/03_auth.ipynb #c023
@@ -58,10 +58,12 @@ class Gatekeeper:
         method: str,  # of the request
         path: str,  # with its query
     ) -> Terminal:  # the caller; raises `Refusal` 401 with the reason
-        "Verify all but the nonce, which `accept` or `store` has to take afterwards."
+        "Verify all but the nonce; pass the result to `accept` or `store`."
         if repeats(headers, b"x-bittensor-"):
             raise _unauthorized("MalformedAuth", "an X-Bittensor header appears twice")
-        named = decode_headers(headers)
+        named = decode_headers(headers, b"x-bittensor-")
+        if len(named.get("x-bittensor-hotkey", "")) > LONGEST_HOTKEY:
+            raise _unauthorized("MalformedAuth", NO_HOTKEY)
         receiver = named.get("x-bittensor-receiver", "")
         try:
             caller = http_auth.verify(
@@ -73,14 +75,13 @@ class Gatekeeper:
                 nonce_store=_LATER,
                 now_ns=self.clock(),
             )
+            hotkey = hotkey_address(caller.hotkey_ss58)
         except http_auth.AuthError as error:
             raise _unauthorized(type(error).__name__, error) from None
         except (ValueError, OverflowError) as error:
             raise _unauthorized("MalformedAuth", error) from None
         return Terminal(
-            hotkey=hotkey_address(caller.hotkey_ss58),
-            nonce=caller.nonce_ns,
-            version=http_auth.PROTOCOL,
+            hotkey=hotkey, nonce=caller.nonce_ns, version=http_auth.PROTOCOL
         )
 
     def _also_me(self, receiver: str) -> str:
@@ -206,7 +207,7 @@ def answer_fits(
     path: str,  # that was asked
     nonce: int,  # of the question
 ) -> bool:
-    "Whether `miner` has signed this answer to this question."
+    "Tell whether `miner` has signed this answer to this question."
     scheme, _, digits = signature.partition(" ")
     try:
         crypto, digits = _crypto_type(scheme), bytes.fromhex(digits.removeprefix("0x"))
@@ -253,11 +254,11 @@ class Nonces(Protocol):
         ...
 
     async def accept(self, hotkey: str, nonce: int) -> bool:
-        "Do the same without holding up the event loop."
+        "Store a nonce unless it is known, without blocking the event loop."
         ...
 
     def close(self) -> None:
-        "Give up what is held open."
+        "Close files and connections."
         ...
 
 # %% ../../nbs/network/03_auth.ipynb #c012
@@ -293,7 +294,7 @@ class MemoryNonces:
             return not known
 
     async def accept(self, hotkey: str, nonce: int) -> bool:
-        "Do the same in an event loop, at once."
+        "Store a nonce unless it is known; it never waits."
         return self.check_and_store(hotkey, nonce)
 
     def _keep_time(self, now: int) -> None:
@@ -320,6 +321,7 @@ MAX_AGE = http_auth.DEFAULT_MAX_AGE  # seconds that a nonce stays fresh: 10
 MAX_SKEW = http_auth.DEFAULT_ALLOWED_SKEW  # seconds that it may be ahead: 2
 _SECOND = 1_000_000_000  # nanoseconds
 _AGE, _SKEW = int(MAX_AGE * _SECOND), int(MAX_SKEW * _SECOND)
+NO_HOTKEY = "invalid hotkey address or signature encoding"
 _TOO_EARLY = "signed before this miner began to remember what it accepted"
 FORGOTTEN = (
     "signed at a time of which this miner no longer knows what it accepted, "
@@ -345,7 +347,7 @@ def check_time(
 
 
 def repeats(headers: list, prefix: bytes) -> bool:
-    "Whether a header that begins with `prefix` appears twice."
+    "Tell whether a header that begins with `prefix` appears twice."
     names = [key for key, _ in headers if key.startswith(prefix)]
     return len(set(names)) < len(names)
 
@@ -356,9 +358,13 @@ def claimed_hotkey(headers: list) -> str:
     return next(named, b"").decode("latin-1")
 
 
-def decode_headers(headers: list) -> dict[str, str]:
-    "Return raw headers by name."
-    return {key.decode("latin-1"): value.decode("latin-1") for key, value in headers}
+def decode_headers(headers: list, prefix: bytes = b"") -> dict[str, str]:
+    "Return the raw headers whose names begin with `prefix`, by name."
+    return {
+        key.decode("latin-1"): value.decode("latin-1")
+        for key, value in headers
+        if key.startswith(prefix)
+    }
 
 # %% ../../nbs/network/03_auth.ipynb #d021
 class Spans:
@@ -471,7 +477,7 @@ class FileNonces:
         return outcome
 
     async def accept(self, hotkey: str, nonce: int) -> bool:
-        "Do the same in a thread, and wait for it."
+        "Store a nonce unless it is known, in a thread."
         future: Future = Future()
         with self._lock:
             self._waiting.append((hotkey, nonce, future))
@@ -559,7 +565,7 @@ _COLUMNS = {  # of the tables, each with its type
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    "Whether an error means that a file is no longer what it was, not that it is busy."
+    "Tell whether an error means that a file is damaged, and not that it is busy."
     if isinstance(error, sqlite3.OperationalError):  # 1: other tables than ours
         return getattr(error, "sqlite_errorcode", None) == 1
     other = isinstance(error, sqlite3.ProgrammingError)

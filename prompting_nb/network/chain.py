@@ -43,8 +43,8 @@ class EmbeddedChain:
     """One subnet in memory, for tests and for trying things out.
 
     Talk to it through `client()`, as to a real chain. Registrations, stake, blocks and
-    failures are made with `register`, `replace`, `set_stake`, `step` and `fail`. Thread
-    safe. A request that it does not know raises UnknownCall.
+    failures are made with `register`, `replace`, `set_stake`, `step` and `fail`. It is
+    thread safe. A request that it does not know raises `UnknownCall`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class EmbeddedChain:
         emission: float = 1.0,  # tokens of a block, shared out at each epoch
         burn: float = 0.1,  # TAO that a registration through the SDK costs
         commit_reveal: bool = False,  # weights stay secret for some epochs
-        reveal_period: int = 1,  # epochs, from the one of the commit on
+        reveal_period: int = 1,  # epochs from a commit to the weights
     ):
         rules = Rules(
             max_validators,
@@ -188,7 +188,7 @@ class EmbeddedChain:
         self,
         blocks: int = 1,  # how many pass
     ) -> int:  # the newest block after that
-        "Let blocks pass; every epoch on the way runs, one each `tempo` blocks."
+        "Let blocks pass, and run the epochs among them, one every `tempo` blocks."
         first = self.block + 1
         newest = self.subnet.advance(blocks)
         for block in range(first, newest + 1):
@@ -215,9 +215,9 @@ def _addresses(key: Any, coldkey: str | None) -> tuple[str, str]:
 
 
 def is_embedded(
-    client: Any,  # a `bittensor.SyncClient`, or what stands for one
+    client: Any,  # a `bittensor.SyncClient`, or an object in its place
 ) -> bool:
-    "Whether a client talks to an `EmbeddedChain`, of this or another process."
+    "Tell whether a client talks to an `EmbeddedChain`, of this or another process."
     network = str(getattr(client, "network", ""))
     return network == EMBEDDED or network.startswith("embedded://")
 

@@ -113,7 +113,7 @@ class Connection(asyncio.Protocol):
         self._clock.write()
 
     def resume_writing(self) -> None:
-        "Go on writing: the caller has taken most of it."
+        "Resume writing: the caller has taken most of what was written."
         if self._full is not None:
             self._full.set_result(None)
             self._full = None
@@ -341,14 +341,14 @@ class _Reader:
                 self._refuse("this is not HTTP")
         if self._begun == 0:
             self.size += len(data)
-        else:  # where in `data` it began is not known, but at the start
+        else:  # the parser does not say where in `data` a request began
             self.size = len(data) if alone and self._begun == 1 else 0
 
     def _ignore_upgrade(self, rest: bytes) -> bytes:
-        """Go on with a new parser: the old one leaves the body to another protocol.
+        """Replace the parser, since the old one leaves the body to another protocol.
 
-        It is told of a request with the same body, whose end of headers is returned
-        with the rest of the bytes. Nothing is read after a request without a body.
+        The new one gets a request that announces the same body, whose end of headers
+        is returned with the rest. Nothing is read after a request without a body.
         """
         self._parser = httptools.HttpRequestParser(self)
         if self._exchange is None:
@@ -383,8 +383,9 @@ class _Reader:
                 self._hosts += 1
             elif name == b"expect":
                 self._continue = value.lower() == b"100-continue"
-            else:
-                self._coding = value.lower()
+            else:  # in two headers they are a list of codings, as in one
+                codings = self._coding, value.lower()
+                self._coding = b", ".join(filter(None, codings)) or b"none"
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -406,6 +407,8 @@ class _Reader:
             return self._refuse("the address of the request cannot be read")
         scope = _scope(self._connection, path, query, version, self._headers)
         scope["method"] = method.decode("ascii")
+        if self._url.endswith(b"?") and not query:  # as it was sent, for signatures
+            scope["raw_path"] += b"?"
         stays = version == "1.1" and parser.should_keep_alive() and not upgrade
         asked = self._continue and version == "1.1"
         exchange = _Exchange(self._connection, scope, stays, asked)
@@ -413,11 +416,11 @@ class _Reader:
         self._connection.request(exchange)
 
     def _wrong(self, method: bytes, version: str) -> tuple:
-        "Reason and status of a refusal, if there is one."
+        "Return reason and status of a refusal; empty if the request is valid."
         if version not in ("1.1", "1.0"):
-            return (f"version {version[:8]} of HTTP is not spoken here",)
+            return (f"HTTP {version[:8]} is not supported",)
         if method == b"CONNECT":
-            return ("CONNECT is for proxies",)
+            return ("CONNECT is not supported",)
         if self._hosts > 1:
             return ("there are two Host headers",)
         if self._coding and (self._coding != b"chunked" or version == "1.0"):
@@ -443,8 +446,10 @@ _SPECIAL = frozenset((b"host", b"expect", b"transfer-encoding"))
 
 
 def _target(url: bytes) -> tuple[bytes, bytes]:
-    "Path and query."
+    "Return path and query."
     if url[:1] != b"/" and url != b"*":  # http://host/path, as a proxy is asked
+        if b"#" in url:
+            raise httptools.HttpParserInvalidURLError
         parsed = httptools.parse_url(url)
         return parsed.path or b"/", parsed.query or b""
     path, _, query = url.partition(b"?")
@@ -454,7 +459,7 @@ def _target(url: bytes) -> tuple[bytes, bytes]:
 def _scope(
     connection: Connection, path: bytes, query: bytes, version: str, headers: list
 ) -> dict:
-    "ASGI's description of a request, but for the method."
+    "Build ASGI's description of a request, all but the method."
     text = path.decode("latin-1")
     return {
         "type": "http",
@@ -513,7 +518,7 @@ class _Exchange:
 
     @property
     def begun(self) -> bool:
-        "Whether a part of the answer is written."
+        "Tell whether a part of the answer is written."
         return self._head == b""
 
     # Called by the connection
@@ -542,7 +547,7 @@ class _Exchange:
         self,
         call: Optional[Callable[[], None]],  # when the caller hangs up; None: nothing
     ) -> None:
-        "Be told of a hang-up without waiting for it in `receive`."
+        "Set a function to call at a hang-up, in place of a wait in `receive`."
         self._on_leave = call
         if self._gone and call is not None:
             call()
@@ -620,7 +625,7 @@ class _Exchange:
             self._connection.answered(self)
 
     def _framed(self, body: bytes, more: bool) -> bytes:
-        "Head, if it is not sent yet, and a part of the body as it goes on the wire."
+        "Frame a part of the body for the wire, after the head if that is not sent yet."
         if self._no_body:
             return self._head or b""
         if self._chunked:
@@ -644,7 +649,7 @@ class _Exchange:
             elif name == b"connection":
                 closes = b"close" in value.lower()
             elif name == b"transfer-encoding":
-                continue  # is the connection's matter
+                continue  # the connection decides this
             lines.append(b"%s: %s" % (name, value))
         self._no_body = method == "HEAD" or status in (204, 304) or status < 200
         if self._left < 0 and not self._no_body:

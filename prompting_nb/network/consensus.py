@@ -13,9 +13,7 @@ import numpy as np
 # %% ../../nbs/network/09_consensus.ipynb #c022
 def _shares(
     values: np.ndarray,  # any shape, none negative
-    axis: Optional[
-        int
-    ] = None,  # along which they should sum to 1; all of them by default
+    axis: Optional[int] = None,  # along which to sum; all values by default
 ) -> np.ndarray:  # the same shape; zeros where the sum is 0
     "Divide values by their sum."
     total = values.sum(axis, keepdims=True)

@@ -69,7 +69,7 @@ def _namespaces() -> frozenset[str]:
 
 
 def limited(
-    client: Any,  # a `bittensor.SyncClient`, or what stands for one
+    client: Any,  # a `bittensor.SyncClient`, or an object in its place
     seconds: float | None = None,  # a call may take; None: the client's own, or 90
 ) -> Any:  # the same with a limit
     "Put a limit on every call of a client; on a limited one, another limit."

@@ -85,8 +85,8 @@ class UnknownCall(ChainError):
 def require(
     holds: bool,
     name: str,  # of the pallet's error
-    message: str,
-) -> None:  # raises `ChainError` unless it holds
-    "Refuse what does not hold."
+    message: str,  # for the caller
+) -> None:
+    "Raise `ChainError` unless a condition holds."
     if not holds:
         raise ChainError(message, name)

@@ -18,7 +18,7 @@ _Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Proxies:
-    "The proxies that a server believes when they say whom a request comes from."
+    "The proxies whose `X-Forwarded-For` a server believes."
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Proxies:
         self,
         scope: dict,  # ASGI's description of a request
     ) -> bool:
-        "Whether a request comes from this machine, and was not passed on to it."
+        "Tell whether a request comes from this machine, and was not passed on to it."
         client = self.client(scope)
         address = _address(client[0]) if client else None
         if address is None or not address.is_loopback:
@@ -109,7 +109,7 @@ def has_token(
     headers: list,  # pairs of bytes, names in lower case
     token: str,  # that is wanted
 ) -> bool:
-    "Whether a request carries a token. Takes the same time for any wrong one."
+    "Tell whether a request carries a token. Takes the same time for any wrong one."
     found = next((v for k, v in headers if k == b"authorization"), b"")
     kind, _, given = found.partition(b" ")
     return kind.lower() == b"bearer" and hmac.compare_digest(given, token.encode())

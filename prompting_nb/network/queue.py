@@ -46,18 +46,18 @@ class WorkQueue:
 
     @property
     def waiting(self) -> int:
-        "Number of requests that wait."
+        "Count the requests that wait."
         return len(self._line)
 
     @property
     def stuck(self) -> int:
-        "Number of slots held by work whose request has ended and whose time is up."
+        "Count the slots held by work whose request has ended and whose time is up."
         now = self.clock()
         return sum(until <= now for until in self._outlived.values())
 
     @property
     def full(self) -> bool:
-        "Whether all slots are taken and `limit` requests wait."
+        "Tell whether all slots are taken and `limit` requests wait."
         return self.running >= self.workers and self.waiting >= self.limit
 
     def check(
@@ -132,7 +132,7 @@ class WorkQueue:
         slot: "Slot",  # of a request that has ended
         until: float,  # of `clock`, when its time is up
     ) -> None:
-        "Note that work for a request goes on without it, if it does."
+        "Note that the work for a request goes on after it has ended, if it does."
         if slot.held:
             self._outlived[slot] = until
             seconds = max(0.0, until - self.clock())
@@ -169,7 +169,7 @@ class Slot:
 
     @property
     def held(self) -> bool:
-        "Whether somebody still holds it."
+        "Tell whether somebody still holds it."
         return self._holders > 0
 
     def hold(self) -> None:
@@ -274,12 +274,12 @@ async def work(
 def is_stream(
     result: Any,  # of a handler
 ) -> bool:
-    "Whether a handler's result is a generator of pieces, plain or async."
+    "Tell whether a handler's result is a generator of pieces, plain or async."
     return inspect.isasyncgen(result) or inspect.isgenerator(result)
 
 
 def _runs_in_loop(fn: Callable) -> bool:
-    "Whether calling `fn` returns at once: a coroutine or generator function."
+    "Tell whether calling `fn` returns at once: a coroutine or generator function."
     return (
         inspect.iscoroutinefunction(fn)
         or inspect.isasyncgenfunction(fn)
@@ -320,7 +320,7 @@ class Threads:
         return future
 
     def _run(self) -> None:
-        "Work until `close`."
+        "Call what is submitted, until `close`."
         while (item := self._work.get()) is not None:
             future, fn, args = item
             if future.set_running_or_notify_cancel():
@@ -412,7 +412,7 @@ async def _steps(
 async def _pieces(
     generator: Any, slot: Slot, threads: Threads
 ) -> AsyncGenerator[str, None]:
-    "Non-empty pieces of a generator of either kind; `TypeError` unless text."
+    "Yield the pieces of a generator that are not empty; `TypeError` unless text."
     plain = inspect.isgenerator(generator)
     items = _steps(generator, slot, threads) if plain else generator
     began = time.monotonic()

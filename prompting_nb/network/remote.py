@@ -56,7 +56,7 @@ _KINDS: dict[str, Callable[[dict], Exception]] = {
 
 
 def read_answer(
-    answer: httpx.Response,
+    answer: httpx.Response,  # of a served chain
 ) -> Any:  # raises what the chain has raised
     "Return the result in an answer of a served chain."
     try:
@@ -78,7 +78,7 @@ def _unreachable(url: str, error: Exception) -> RpcConnectionError:
 
 
 def _is_stale(error: httpx.TransportError) -> bool:
-    "Whether a connection broke that was open before, and not the chain is away."
+    "Tell whether an open connection broke, rather than that the chain is away."
     return not isinstance(error, (httpx.ConnectError, httpx.TimeoutException))
 
 
@@ -121,7 +121,7 @@ class RemoteSubstrate:
         return read_answer(sent)
 
     async def connect(self) -> None:
-        "See that the chain is there, and that commits of weights can be opened."
+        "Check that the chain answers, and that commits of weights can be opened."
         remember_commits()
         await self._ask("info")
 
@@ -150,7 +150,7 @@ class RemoteSubstrate:
         return 0
 
     async def blocks(self, *, finalized: bool = False) -> AsyncIterator[dict]:
-        "Yield the headers of the blocks to come."
+        "Yield the header of each new block."
         seen = await self.block_number()
         while True:
             newest = await self._ask("wait_block", after=seen, timeout=20.0)
@@ -201,7 +201,7 @@ class RemoteSubstrate:
         return await self._ask("account_next_index", address=address)
 
     async def send(self, extrinsic: Extrinsic) -> Receipt:
-        "Have a signed extrinsic carried out, with what it holds encrypted."
+        "Send a signed extrinsic, with what it holds encrypted; return its receipt."
         inner = self.shielded.take(extrinsic)
         more = {"inner": vars(inner)} if inner else {}
         return Receipt(**await self._ask("send", extrinsic=vars(extrinsic), **more))
@@ -222,16 +222,15 @@ def open_remote(
 ) -> bt.SyncClient:  # close it after use; raises `InputError` for another address
     "Make a bittensor client of a chain that another process serves."
     substrate = RemoteSubstrate(address)
-    name = url_of(address).replace(
-        "http", "ws", 1
-    )  # in caches; nothing is opened there
+    # the network's name in caches; nothing is opened there
+    name = url_of(address).replace("http", "ws", 1)
     client = bt.SyncClient(name, substrate=cast(Any, substrate))
     client.network = address
     return client
 
 # %% ../../nbs/network/28_remote.ipynb #d53018
 class RemoteChain:
-    "A chain that another process serves, in the hands of who has its token."
+    "A chain that another process serves, controlled with its token."
 
     def __init__(
         self,

@@ -108,12 +108,12 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        "Whether the thread runs."
+        "Tell whether the thread runs."
         return self._thread.is_alive()
 
     @property
     def connections(self) -> int:
-        "Number of open connections."
+        "Count the open connections."
         return len(self.crowd)
 
     def stop(
@@ -142,7 +142,7 @@ def _number(connection: Any) -> int:
 
 # %% ../../nbs/network/06_server.ipynb #s021
 def _give_up_sockets() -> None:
-    "Put nothing in the place of all sockets of servers; called in a forked child."
+    "Replace all sockets of servers by /dev/null; called in a forked child."
     nothing = os.open(os.devnull, os.O_RDWR)
     for server in list(_servers):
         for number in server.sockets():

@@ -30,12 +30,13 @@ def pack(
 
 
 def _plain(value: Any) -> Any:
-    "Make what JSON knows of a value that it does not know."
+    "Convert a value that JSON does not know."
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": bytes(value).hex()}
     if isinstance(value, Integral):
         return int(value)
-    raise TypeError(f"a {type(value).__name__} cannot be sent to the embedded chain")
+    kind = type(value).__name__
+    raise TypeError(f"a value of type {kind} cannot be sent to the embedded chain")
 
 
 def unpack(
@@ -46,7 +47,7 @@ def unpack(
 
 
 def _restored(value: dict) -> Any:
-    "Make bytes of an object that stands for them."
+    "Convert an object that stands for bytes."
     return bytes.fromhex(value["bytes"]) if value.keys() == {"bytes"} else value
 
 
@@ -83,7 +84,7 @@ class Extrinsic:
 
     @property
     def is_signed(self) -> bool:
-        "Whether the signer holds the key of the address it claims."
+        "Tell whether the signer holds the key of the address it claims."
         try:
             return verify(self.payload, self.signature, self.address, self.crypto_type)
         except (ValueError, TypeError):  # no signature at all, or not an address
@@ -94,7 +95,7 @@ class Extrinsic:
         cls,
         values: Any,  # as `vars` gives them, from anybody
     ) -> "Extrinsic":
-        "Make an extrinsic of what was received. `ChainError` unless it is one."
+        "Build an extrinsic from what was received; `ChainError` unless it is one."
         types: dict = {"nonce": int, "crypto_type": int, "signature": bytes}
         types |= {"params": dict, "opened": dict}
         names = {f.name: types.get(f.name, str) for f in fields(cls)}
@@ -124,7 +125,7 @@ async def sign_call(
 
 
 def _bytes(signature: Any) -> bytes:
-    "Make bytes of a signature, which may be a text in hexadecimal; none of nonsense."
+    "Convert a signature, or its hexadecimal text, to bytes; empty if it is neither."
     try:
         if isinstance(signature, str):
             return bytes.fromhex(signature.removeprefix("0x"))
@@ -187,7 +188,7 @@ async def submit_call(
     signer: Any,  # as for `sign_call`
     nonce: int | None = None,  # None: that of the account's next call
 ) -> ExtrinsicResult:
-    "Sign a call, have it carried out, and say what became of it."
+    "Sign a call, send it, and return the outcome."
     for left in reversed(range(1 if nonce is not None else 20)):
         address = signer.ss58_address
         number = await node.account_next_index(address) if nonce is None else nonce
@@ -207,9 +208,9 @@ STALE = "StaleNonce"  # name of the refusal of a nonce that another call has use
 
 
 def result_of(
-    receipt: Receipt,
+    receipt: Receipt,  # of an extrinsic that was carried out or refused
 ) -> ExtrinsicResult:
-    "Make the SDK's result of a receipt."
+    "Build the SDK's result from a receipt."
     error = None if receipt.success else ChainError(receipt.message, receipt.name)
     return ExtrinsicResult(
         receipt.success,

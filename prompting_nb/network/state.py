@@ -150,7 +150,7 @@ class SubnetState:
             return self.block
 
     def _epoch(self) -> None:
-        "Put the row that an epoch at this block makes of the newest one."
+        "Run an epoch at this block, and put the row that it makes of the newest one."
         last, passed = self.last_step(self.block), self.block - self.clock
         rao = round(self.rules.emission * RAO_PER_TAO * passed)
         if self.neurons:

@@ -21,7 +21,11 @@ from .state import Receipt, SubnetState
 from .storage import Queries
 
 # %% ../../nbs/network/25_substrate.ipynb #0ad008
-def token_balance(substrate: Any, rao: int, netuid: int = 0) -> Balance:
+def token_balance(
+    substrate: Any,  # whose method this is
+    rao: int,  # 1e-9 of a token
+    netuid: int = 0,  # of the subnet whose token it is; 0: TAO
+) -> Balance:
     "Return an amount in the token of a subnet."
     return Balance(int(rao), netuid, None)
 
@@ -34,7 +38,7 @@ async def no_fee(substrate: Any, call, keypair) -> Balance:
 async def take_signed(
     substrate: Any, call, keypair, *, nonce=None, **_
 ) -> ExtrinsicResult:
-    "Take a signed call. A refusal is reported in the result and not raised."
+    "Sign and send a call. A refusal is reported in the result and not raised."
     await substrate.compose(call)
     return await submit_call(substrate, call, keypair, nonce)
 
@@ -87,12 +91,12 @@ class MemorySubstrate:
         self.token_symbols: dict[int, str] = {}
 
     def _spoil(self) -> None:
-        "Raise the next failure that was ordered."
+        "Raise the next failure that `EmbeddedChain.fail` has asked for."
         if self.failures:
             raise self.failures.popleft()
 
     async def connect(self) -> None:
-        "Open nothing, but see that commits of weights can be opened."
+        "Make sure that commits of weights can be opened; there is no connection."
         remember_commits()
 
     async def close(self) -> None:
@@ -123,12 +127,12 @@ class MemorySubstrate:
         return 0
 
     def announce(self, block: int) -> None:
-        "Tell a new block to everybody who listens, in whatever thread that is."
+        "Send the number of a new block to all listeners, in any thread."
         for loop, queue in list(self.listeners):
             loop.call_soon_threadsafe(queue.put_nowait, block)
 
     async def blocks(self, *, finalized: bool = False) -> AsyncIterator[dict]:
-        "Yield the headers of the blocks to come."
+        "Yield the header of each new block."
         listener = (asyncio.get_running_loop(), asyncio.Queue())
         self.listeners.append(listener)
         try:

@@ -67,7 +67,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(
-    folder: str | Path,
+    folder: str | Path,  # that `write_checkpoint` wrote into
     digest: str,  # of settings and data, from `run_digest`
 ) -> dict | None:  # `None` where there is none; raises `InputError`
     "Read the checkpoint in a folder; that of another run is an error."
@@ -77,7 +77,7 @@ def read_checkpoint(
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of the many that a damaged pickle leads to
-        why = "it is damaged, or no checkpoint"
+        why = "it is damaged or cut off"
         if isinstance(error, OSError) and error.strerror:
             why = error.strerror
         message = f"cannot read {path} ({why}): delete it to begin anew"
@@ -95,7 +95,7 @@ def read_checkpoint(
 # %% ../../nbs/reward/12_checkpoints.ipynb #k011
 def run_digest(
     config: Any,  # a `TrainConfig`
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # that the run learns from
     model: Any = None,  # a `RewardModel`, as it is before the run
 ) -> str:  # "settings=... data=... model=... tokenizer=...", each a SHA-256
     "Hash everything that decides the course of a run."

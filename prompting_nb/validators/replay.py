@@ -8,6 +8,7 @@ __all__ = ['Estimate', 'estimate', 'Event', 'read_events', 'ask_best', 'ask_alwa
 # %% ../../nbs/validators/03_replay.ipynb #c002
 import json
 import math
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -61,10 +62,13 @@ def estimate(
 
     `policy` maps an event to `(network_size,)`, `fit` a list of events to a function
     from an event to the expected reward of each uid. Raises `InputError` for an empty
-    log and for a policy that asks nobody.
+    log, for a malformed event, and for a policy that asks nobody.
     """
     if not events:
         raise InputError("the log has no events: there is nothing to estimate from")
+    for number, event in enumerate(events):
+        if problem := _problem(event):
+            raise InputError(f"event {number} of the log: {problem}")
     events = [
         replace(event, rewards=[missing if r is None else r for r in event.rewards])
         for event in events
@@ -118,9 +122,33 @@ class Event:
 
 # %% ../../nbs/validators/03_replay.ipynb #c008
 def read_events(
-    path: str | Path,  # one JSON object a line; keys that `Event` has not are ignored
+    path: str | Path,  # a file with an event a line, or the folder of a validator
 ) -> list[Event]:  # raises `InputError` that names file and line
-    "Read the events of a log."
+    """Read the events of a log; keys that `Event` has not are ignored.
+
+    Of a folder all `events.*.jsonl` are read, the oldest first. Rewards that came
+    after their event are taken from `rewards.jsonl` beside it. A warning counts those
+    of other events, and answers that have none yet.
+    """
+    path = Path(path)
+    folder, files = path.parent, [path]
+    if path.is_dir():
+        folder, old = path, sorted(path.glob("events.*.jsonl"))
+        files = [*old, path / "events.jsonl"]
+    lines = [entry for file in files for entry in _read_file(file)]
+    _add_late([event for event, _ in lines], folder / "rewards.jsonl")
+    waiting = sum(
+        status == 200 and reward is None
+        for event, statuses in lines
+        for status, reward in zip(statuses, event.rewards)
+    )
+    if waiting:
+        warnings.warn(f"{waiting} answers of {path} have no reward yet", stacklevel=2)
+    return [event for event, _ in lines]
+
+
+def _read_file(path: Path) -> list[tuple[Event, list]]:
+    "Read the events of one file, with the statuses of the answers."
     events = []
     for number, line in read_lines(path):
         try:
@@ -129,13 +157,39 @@ def read_events(
             given["propensities"] = given.get("propensities") or unknown
             given["available"] = given.get("available")
             event = Event(**{name: given[name] for name in _FIELDS})
+            events.append((event, list(given.get("statuses") or ())))
             problem = _problem(event)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            event, problem = None, f"{type(error).__name__}: {error}"
-        if event is None or problem:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
             raise InputError(f"{path}:{number}: no event: {problem}")
-        events.append(event)
     return events
+
+
+def _add_late(events: list[Event], path: Path) -> None:
+    "Put the rewards of a file where their events have none."
+    if not path.is_file():
+        return
+    steps, lost = {event.step: event for event in events}, 0
+    for number, line in read_lines(path):
+        try:
+            given = json.loads(line)
+            found = {int(uid): float(r) for uid, r in given["rewards"].items()}
+            event = steps.get(given["step"])
+            if not all(map(math.isfinite, found.values())):
+                raise ValueError("a reward is not finite")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            text = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path}:{number}: no late rewards: {text}") from None
+        places = {} if event is None else {uid: i for i, uid in enumerate(event.uids)}
+        for uid, reward in found.items():
+            if event is None or uid not in places:
+                lost += 1
+            elif event.rewards[places[uid]] is None:
+                event.rewards[places[uid]] = reward
+    if lost:
+        text = f"{lost} rewards of {path} belong to no answer of the events that were"
+        warnings.warn(f"{text} read", stacklevel=3)
 
 
 _FIELDS = tuple(Event.__dataclass_fields__)
@@ -169,11 +223,12 @@ def _problem(event: Event) -> str | None:
 
 # %% ../../nbs/validators/03_replay.ipynb #c012
 def ask_best(
-    k: int,  # uids to ask
+    k: int,  # uids to ask; `InputError` at an event where fewer could be asked
 ) -> Callable[[Event], torch.Tensor]:
     "Make the policy that asks the `k` uids with the highest logged scores."
 
     def policy(event):
+        _check_enough(event, k)
         best = torch.tensor(event.scores)[event.candidates].topk(k).indices
         return torch.zeros(len(event.scores)).scatter(0, event.candidates[best], 1.0)
 
@@ -181,26 +236,41 @@ def ask_best(
 
 
 def ask_always(
-    uids: list[int],  # to ask
+    uids: list[int],  # to ask; `InputError` at an event without one of them
 ) -> Callable[[Event], torch.Tensor]:
     "Make the policy that asks the same uids every time."
 
     def policy(event):
+        if uids and not 0 <= min(uids) <= max(uids) < len(event.scores):
+            raise InputError(
+                f"uids {uids} should lie among the {len(event.scores)} of step "
+                f"{event.step}"
+            )
         return torch.zeros(len(event.scores)).scatter(0, torch.tensor(uids), 1.0)
 
     return policy
 
 
 def ask_anyone(
-    k: int,  # uids to ask
+    k: int,  # uids to ask; `InputError` at an event where fewer could be asked
 ) -> Callable[[Event], torch.Tensor]:
     "Make the policy that asks `k` random uids, all equally likely."
 
     def policy(event):
+        _check_enough(event, k)
         share = k / len(event.candidates)
         return torch.zeros(len(event.scores)).scatter(0, event.candidates, share)
 
     return policy
+
+
+def _check_enough(event: Event, k: int) -> None:
+    "Raise `InputError` where fewer than `k` uids could be asked."
+    if not 0 < k <= len(event.candidates):
+        raise InputError(
+            f"a policy cannot ask {k} of the {len(event.candidates)} uids that could "
+            f"be asked in step {event.step}"
+        )
 
 # %% ../../nbs/validators/03_replay.ipynb #c045
 def _sums(events: list, policy: Callable, expected: list) -> torch.Tensor:
