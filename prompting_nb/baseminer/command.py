@@ -111,7 +111,8 @@ def _warn_of_ignored(settings: Config, kind: str) -> None:
             continue
         given = vars(getattr(settings, miner.section, Config()))
         for f in fields(miner.Settings):
-            made = f.default if f.default is not MISSING else f.default_factory()
+            make = f.default_factory
+            made = f.default if make is MISSING else make()
             if given.get(f.name, made) != made:
                 name = f"--{miner.section}.{f.name}"
                 told = "%s has no effect: it is for --miner.kind %s, and the kind is %s"
