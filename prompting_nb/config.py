@@ -47,7 +47,7 @@ class Config(jsonargparse.Namespace):
 
 # %% ../nbs/00_config.ipynb #c011
 def _flat(values: Any, prefix: str = "") -> dict:
-    "Nested or dotted dicts, namespaces and dataclasses as one dict of dotted names."
+    "Flatten dicts, namespaces and dataclasses into one dict of dotted names."
     if isinstance(values, jsonargparse.Namespace):
         values = values.as_dict()
     elif not isinstance(values, dict):
@@ -260,7 +260,7 @@ def _how(field: Any, typed: bool) -> dict:
 
 
 def _positionals(parser) -> set:
-    "Return the names of the arguments that are no flags."
+    "Return the names of the positional arguments."
     return {action.dest for action in parser._actions if not action.option_strings}
 
 
@@ -421,7 +421,7 @@ def _refuse_unknown(keys: Iterable[str], parser) -> None:
 
 
 def _in_notebook() -> bool:
-    "Whether this code runs inside a Jupyter kernel (then `sys.argv` is the kernel's)."
+    "Check for a Jupyter kernel around this code, to which `sys.argv` belongs then."
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 

@@ -144,7 +144,9 @@ def minilm_path() -> str:  # raises `InputError` if it is missing or its weights
 def resolve(
     name: str,  # "minilm", another spelling of it, a folder, or a name on the hub
 ) -> str:  # what transformers' `from_pretrained` takes
-    "Replace a name of the built-in encoder by its folder."
+    "Replace a name of the built-in encoder by its folder, and ~ by the home folder."
+    if name.startswith("~") and not Path(name).is_dir():
+        return str(Path(name).expanduser())
     return minilm_path() if name in _ALIASES else name
 
 # %% ../nbs/03_pretrained.ipynb #p012
@@ -273,7 +275,7 @@ def encode_sentences(
 
 def count_cut(
     model: Any,  # a `SentenceTransformer`
-    texts: list[str],
+    texts: list[str],  # at least one
     prompt_name: str = "",  # empty: the model's default
 ) -> int:
     "Count the texts of which a sentence model reads only the first part."

@@ -39,7 +39,7 @@ class Synapse(BaseModel):
 
     @property
     def is_success(self) -> bool:
-        "Whether the miner answered (status 200)."
+        "Tell whether the miner answered (status 200)."
         return self.dendrite.status_code == 200
 
 # %% ../nbs/02_protocol.ipynb #c009
@@ -116,19 +116,31 @@ def _one_line(error: ValidationError) -> str:
     return (f"{where}: " if where else "") + first["msg"][:_BODY_LIMIT]
 
 
-_write = json.JSONEncoder(ensure_ascii=False).encode  # made once; json.dumps makes one
+_write = json.JSONEncoder(ensure_ascii=False).encode  # made once, not at each call
+
+
+def _encoded(values: dict) -> bytes:
+    "Write JSON in UTF-8. ValueError for a lone surrogate, which no reader takes."
+    try:
+        return _write(values).encode()
+    except UnicodeEncodeError as error:
+        bad = error.object[error.start]
+        raise ValueError(
+            f"a text holds a lone surrogate ({bad!a}), which is half a character: "
+            "repair or drop it"
+        ) from None
 
 
 def write_body(
     synapse: Prompting,  # its roles, messages and timeout are written
-) -> bytes:
+) -> bytes:  # raises ValueError for half a character
     "Write the JSON of a request."
     body = {
         "roles": synapse.roles,
         "messages": synapse.messages,
         "timeout": synapse.timeout,
     }
-    return _write(body).encode()
+    return _encoded(body)
 
 
 def read_body(
@@ -153,9 +165,9 @@ class _Reply(BaseModel):
 
 def write_reply(
     synapse: Prompting,  # its completion is written
-) -> bytes:
+) -> bytes:  # raises ValueError for half a character
     "Write the JSON of a reply."
-    return _write({"completion": synapse.completion}).encode()
+    return _encoded({"completion": synapse.completion})
 
 
 def read_reply(
@@ -179,9 +191,9 @@ class StreamEvent(BaseModel):
 
 def write_event(
     event: StreamEvent,  # fields with their defaults are left out
-) -> bytes:  # with a newline at the end
+) -> bytes:  # with a newline at the end; raises ValueError for half a character
     "Write a line of a streamed reply."
-    return _write(event.model_dump(exclude_defaults=True)).encode() + b"\n"
+    return _encoded(event.model_dump(exclude_defaults=True)) + b"\n"
 
 
 def read_event(

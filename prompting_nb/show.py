@@ -53,7 +53,7 @@ def _text(number: Any) -> str:
 
 
 def _side(values: Sequence) -> str:
-    "Where a heading stands: above the numbers, not above the bars beside them."
+    "Align a heading: above the numbers, not above the bars beside them."
     if any(isinstance(value, str) for value in values):
         return "left"
     bars = any(isinstance(value, Bar) for value in values)

@@ -35,14 +35,17 @@ from hypothesis import strategies as st
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.subnet import NotRegisteredError
 from prompting_nb.config import read_config
-from prompting_nb.network.auth import sign_request
+from prompting_nb.network import addresses, auth, legacy
+from prompting_nb.network.auth import FORGOTTEN, Refusal, sign_request
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite, _discard, _read_stream
 from prompting_nb.network.isolation import Isolated
 from prompting_nb.network.legacy import legacy_headers
 from prompting_nb.network.server import Limits, Server, listen
+from prompting_nb.network.store import Store, StoredNonces
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
+from test_store import REDIS, Redis
 
 MINER, VALIDATOR, STRANGER = (make_wallet(name) for name in ("miner", "validator", "stranger"))
 ME = MINER.hotkey.ss58_address
@@ -289,7 +292,9 @@ def test_edited_path_and_query(axon):
     Older server: the path is not signed."""
     assert post(axon, path="/StreamPrompting", headers=sign())[0] == 401
     assert status(axon, path="/Prompting?fast=1", headers=sign()) == 401
-    assert status(axon, path="/Prompting?x=1", headers=sign(path="/Prompting?x=1")) == 200
+    assert status(axon, path="/Prompting?", headers=sign()) == 401  # the question mark alone was not signed
+    for path in ("/Prompting?x=1", "/Prompting?"):
+        assert status(axon, path=path, headers=sign(path=path)) == 200
 
 
 def test_identity_forged_in_the_body():
@@ -328,6 +333,35 @@ def test_null_and_odd_hotkeys(axon, hotkey):
     hotkey = hotkey.encode().decode("latin-1")
     assert status(axon, headers=sign() | {"X-Bittensor-Hotkey": hotkey}) == 401
     assert status(axon, OLD, old() | {"bt_header_dendrite_hotkey": hotkey}) == 401
+
+
+@pytest.mark.parametrize("key", [bytes(32), b"\x01" + bytes(31), b"\xec" + b"\xff" * 30 + b"\x7f"], ids=["0", "1", "-1"])
+def test_key_that_everybody_can_sign_for(axon, dendrite, key):
+    """A hotkey of small order, for which a signature without a secret fits: as a caller, and as a miner.
+    Older server: takes it."""
+    weak = ss58_encode(key, 42)
+    for scheme, signature in ((0, key + bytes(32)), (0, bytes(64)), (1, bytes(63) + b"\x80")):
+        forger = SimpleNamespace(ss58_address=weak, crypto_type=scheme, sign=lambda line: signature)
+        for nonce in range(4):  # some fit every message, others one in a few
+            headers = sign_request(forger, BODY, path="/Prompting", receiver=ME, nonce=time.time_ns() + nonce)
+            assert status(axon, BODY, headers) == 401
+        assert status(axon, OLD, legacy_headers(forger, QUESTION, ME)) == 401
+    refused = dendrite.query([SimpleNamespace(hotkey=weak, axon="127.0.0.1:1")], QUESTION)[0].dendrite
+    assert refused.status_code == 503 and "everybody can sign" in refused.status_message
+
+
+def test_hotkey_that_takes_long_to_read(axon, monkeypatch):
+    """A hotkey or a receiver as long as the headers may be, which takes long to decode.
+    Older server: decodes it, after the blacklist function has seen it."""
+    read = []
+    monkeypatch.setattr(auth.http_auth, "verify", lambda *_, **__: read.append(1))
+    monkeypatch.setattr(legacy, "verify_signature", lambda *_: read.append(1))
+    for hotkey in ("5" * 101, "z" * 14_000):
+        assert status(axon, headers=sign() | {"X-Bittensor-Hotkey": hotkey}) == 401
+        assert status(axon, OLD, old() | {"bt_header_dendrite_hotkey": hotkey}) == 401
+        with pytest.raises(ValueError, match="too long"):
+            addresses.hotkey_address(hotkey)
+    assert read == []
 
 
 def test_headers_sent_twice(axon):
@@ -385,6 +419,56 @@ def test_clock_that_was_two_hours_ahead(where, restart, tmp_path, caplog):
         shift[0] = 7200 * 10**9  # the time comes for which it was signed
         assert status(axon, headers=ahead) == 401
     assert "has gone back by at least 7" in caplog.text and before
+
+
+def taken(nonces, nonce):
+    "Whether a store takes a nonce; the reason where it cannot know."
+    try:
+        return nonces.check_and_store("5x", nonce)
+    except Refusal as refusal:
+        return refusal.reason
+
+
+@pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)")
+def test_replay_from_a_shared_store_that_has_forgotten(tmp_path):
+    """A request is sent again when its nonce has expired in the shared store and the miner's clock has gone back.
+    Older server: -"""
+    now = [time.time_ns() // 10**10 * 10**10 + 5 * 10**9]
+    first, redis = now[0], Redis(tmp_path)
+    try:
+        nonces = StoredNonces(Store(redis.url, ME, clock=lambda: now[0]), kept=0.4)
+        nonces.begin()
+        assert [taken(nonces, first), taken(nonces, first), taken(nonces, first + 1)] == [True, False, True]
+        time.sleep(0.5)  # its key has expired
+        now[0] += 60 * 10**9
+        assert taken(nonces, now[0]) is True
+        now[0] = first + 10**9  # and it would be fresh again
+        assert [taken(nonces, first), taken(nonces, first + 1)] == [f"StaleRequest: {FORGOTTEN}"] * 2
+        now[0] = first + 120 * 10**9
+        assert taken(nonces, now[0]) is True
+    finally:
+        redis.kill()
+
+
+@pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)")
+def test_shared_store_that_began_when_the_clock_was_ahead(tmp_path):
+    """The clock of the first process that uses a shared store is two hours ahead, and is then corrected.
+    Older server: -"""
+    right, redis = time.time_ns(), Redis(tmp_path)
+    ahead = right + 7200 * 10**9
+    now = [ahead]
+    try:
+        nonces = StoredNonces(Store(redis.url, ME, clock=lambda: now[0]))
+        nonces.begin()
+        assert taken(nonces, ahead) is True
+        now[0] = right
+        assert [taken(nonces, right), taken(nonces, right)] == [True, False]  # at once
+        assert "began to remember" in taken(nonces, right - 1)
+        now[0] = ahead  # the time comes from which it was
+        assert taken(nonces, ahead) in (False, f"StaleRequest: {FORGOTTEN}")
+        assert taken(nonces, ahead - 5 * 10**9) == f"StaleRequest: {FORGOTTEN}"
+    finally:
+        redis.kill()
 
 
 @pytest.mark.parametrize("what", ["damaged", "deleted", "folder deleted", "locked"])
@@ -826,6 +910,8 @@ def test_body_whose_last_chunk_holds_a_part_of_the_next_head(axon):
 AMBIGUOUS = {
     "two lengths": b"content-length: 1\r\ncontent-length: 1\r\n\r\nx",
     "length and chunks": b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "gzip, then chunks": b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "no coding": b"transfer-encoding:\r\n\r\n",
     "chunks twice": b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
     "another coding": b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "unknown coding": b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
@@ -1297,6 +1383,56 @@ def test_gigantic_miner(dendrite, kind):
     assert ask(dendrite, Raw(ok(bomb, b"content-encoding: gzip\r\n")), kind).dendrite.status_code == 422
 
 
+FLOODS = {
+    "informational answers": b"HTTP/1.1 100 \r\n\r\n",
+    "informational answers with headers": b"HTTP/1.1 103 Early Hints\r\n" + b"link: x\r\n" * 50 + b"\r\n",
+    "answers to nothing": b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\nx",
+    "the extension of a chunk": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;" + b"x" * 1000,
+    "empty lines": b"\r\n" * 100,
+    "trailers": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + b"x: y\r\n" * 100,
+}
+
+
+@pytest.mark.parametrize("what", FLOODS)
+def test_flood_from_a_miner(dendrite, what):
+    """A miner sends without end what is no answer: statuses 100, answers to nothing, the middle of a chunk.
+    Older client: parses all of it; its time limit does not end meanwhile."""
+    flood = FLOODS[what]
+    head, more = (flood[:-1000], b"x") if flood.endswith(b"x" * 1000) else (b"", flood)
+
+    class Flood(Raw):
+        def run(self, reply, endless):
+            with self.socket, self.socket.accept()[0] as line, suppress(OSError):
+                line.recv(65536)
+                line.sendall(head)
+                while True:
+                    line.sendall(more * (100_000 // len(more)))
+
+    with Axon(MINER).attach(echo) as axon:
+        flooded, good = dendrite.query([Flood(b""), axon], QUESTION, timeout=SECONDS)
+    assert (flooded.dendrite.status_code, good.dendrite.status_code) == (422, 200)  # not 408, when the time is up
+
+
+def test_refusal_that_moves_the_cursor(dendrite):
+    """A miner's reason for its refusal holds escape sequences of a terminal, half a character, or a megabyte.
+    Older client: shows it as it is."""
+    for reason in (b"\\u001b[2J\\u001b]0;x\\u0007", b"\\ud800", b"\\u202e\\u0000", b"a " * 24_000, b'", "error": [["\\u009b"]], "x": "'):
+        body = b'{"error": "%s"}' % reason
+        refusal = b"HTTP/1.1 403 No\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+        message = ask(dendrite, Raw(refusal)).dendrite.status_message
+        assert message.isprintable() and message.encode() and len(message) <= 200
+    event = b'{"done": true, "error": "\\u001b[2J"}\n'
+    assert ask(dendrite, Raw(ok(event)), StreamPrompting).dendrite.status_message.isprintable()
+
+
+@pytest.mark.parametrize("code", [b"000", b"101", b"600", b"999"])
+def test_status_that_ends_no_answer(dendrite, code):
+    """A miner answers with a status that HTTP does not have, or that is no end.
+    Older client: takes it."""
+    reply = b"HTTP/1.1 " + code + b" x\r\nupgrade: x\r\nconnection: upgrade\r\ncontent-length: 0\r\n\r\n"
+    assert ask(dendrite, Raw(reply), timeout=SECONDS).dendrite.status_code == 422
+
+
 def test_one_bad_miner_among_many(dendrite):
     """Bad miners among good ones.
     Older client: -"""
@@ -1309,7 +1445,8 @@ def test_one_bad_miner_among_many(dendrite):
 
 @pytest.mark.parametrize("address", [
     "127.0.0.1:80", "10.0.0.1:80", "169.254.169.254:80", "224.0.0.1:80", "[::ffff:127.0.0.1]:80", "[64:ff9b::a00:1]:80",
-    "[2002:7f00:1::]:80", "[fe80::1%eth0]:80", "2130706433:80", "0x7f.1:80", "127.1:80", "127.0.0.1.:80", "localhost.:80",
+    "[2002:7f00:1::]:80", "[fd00::5efe:808:808]:80", "[ff02::5efe:808:808]:80", "[2002:7f00:1::5efe:808:808]:80",
+    "[fe80::1%eth0]:80", "2130706433:80", "0x7f.1:80", "127.1:80", "127.0.0.1.:80", "localhost.:80",
 ])  # fmt: skip
 def test_address_inside_our_network(address, monkeypatch):
     """A miner publishes loopback, a private address, a metadata service, or one of them in disguise.
@@ -1322,13 +1459,16 @@ def test_address_inside_our_network(address, monkeypatch):
 
 
 def test_odd_targets_among_many(dendrite):
-    """Entries of the metagraph that are no miners: digits of another script, 5000 digits, bytes, a tuple, a number.
+    """Entries of the metagraph that are no miners: digits of another script, 5000 digits, 100,000 colons, bytes, a number.
     Older client: -"""
     where = ["127.0.0.1:\xb2", "127.0.0.1:" + "9" * 5000, b"127.0.0.1:80", ("127.0.0.1", 80), 80, "127.0.0.1:80\r\n"]
+    where += [100_000 * ":", 100_000 * "1.:", 100_000 * "a.", "\ud800:80", "\x1b[2J:80"]
     odd = [*(SimpleNamespace(hotkey=ME, axon=address) for address in where), "127.0.0.1:80", 7, None]
+    odd += [SimpleNamespace(hotkey=hotkey, axon="127.0.0.1:80") for hotkey in (100_000 * "5", "\ud800", "\x1b[2J")]
     with Axon(MINER).attach(echo) as axon:
         answers = dendrite.query([*odd, axon], QUESTION)
     assert [a.dendrite.status_code for a in answers] == [503] * len(odd) + [200]
+    assert all(a.dendrite.status_message.isprintable() and (a.axon.hotkey or "").isprintable() for a in answers)
 
 
 def test_300_silent_miners(dendrite):

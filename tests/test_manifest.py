@@ -106,12 +106,28 @@ def test_a_foreign_file_that_would_be_read_is_removed_or_refused(bases, tmp_path
         RewardModel.from_pretrained(tmp_path / "o", device="cpu")
 
 
-def test_somebody_elses_files_are_not_deleted(bases, tmp_path):
+@pytest.mark.parametrize("name", ["thesis.tex", "pairs.json", "data.bin", "other.safetensors", "vocabulary.csv", "base"])
+@pytest.mark.parametrize("write", ["save_pretrained", "to_sequence_classification"])
+def test_somebody_elses_files_are_not_deleted(bases, tmp_path, name, write):
     (tmp_path / "o").mkdir()
-    (tmp_path / "o" / "thesis.tex").write_text("ten years of work")
-    with pytest.raises(InputError, match="thesis.tex"):
-        RewardModel(bases["llama"], device="cpu").save_pretrained(tmp_path / "o")
-    assert [path.name for path in (tmp_path / "o").iterdir()] == ["thesis.tex"]
+    (tmp_path / "o" / name).write_text("ten years of work")
+    with pytest.raises(InputError, match=name):
+        getattr(RewardModel(bases["llama"], device="cpu"), write)(tmp_path / "o")
+    assert [path.name for path in (tmp_path / "o").iterdir()] == [name]
+    assert (tmp_path / "o" / name).read_text() == "ten years of work"
+
+
+@pytest.mark.parametrize("write", ["save_pretrained", "to_sequence_classification"])
+def test_what_git_keeps_beside_a_model_stays(bases, tmp_path, write):
+    model = RewardModel(bases["llama"], device="cpu")
+    getattr(model, write)(tmp_path / "o")
+    (tmp_path / "o" / ".git" / "refs").mkdir(parents=True)
+    (tmp_path / "o" / ".git" / "refs" / "main").write_text("abc")
+    (tmp_path / "o" / ".gitattributes").write_text("*.safetensors filter=lfs")
+    getattr(model, write)(tmp_path / "o")
+    assert (tmp_path / "o" / ".git" / "refs" / "main").read_text() == "abc"
+    assert (tmp_path / "o" / ".gitattributes").read_text() == "*.safetensors filter=lfs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "llama", "o"]  # no draft is left
 
 
 @pytest.mark.parametrize("before", [False, True])

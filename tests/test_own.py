@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from rich.console import Console
-from toys import byte_tokenizer, save_model
+from toys import byte_tokenizer, letter_tokenizer, save_model
 
 from prompting_nb.config import InputError
 from prompting_nb.loop.command import loop_parser, run_loop
@@ -28,6 +28,7 @@ from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.network.wallets import local_wallet
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
+from prompting_nb.validators.judge import CrossEncoderScorer
 from prompting_nb.validators.validator import Policy, Validator
 
 OWN = """
@@ -114,7 +115,11 @@ class Chat(BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = f"{asked['model']} says: {asked['messages'][-1]['content']}"
+        said = asked["messages"][-1]["content"]
+        text = f"{asked['model']} says: {said}"
+        if asked["model"] == "judge":  # which of two answers is better: it likes who does not know
+            text = "[[A]]" if said.find("I do not know.") < said.find("[Answer B]") else "[[B]]"
+            text = text if "I do not know." in said else "[[C]]"
         data = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -188,7 +193,8 @@ def test_the_table_of_miners_fits_a_terminal_of_80_columns(place, tmp_path):
     words = set(re.findall(r"[\w.]+", told))
     for row in summary["miners"]:
         assert {row["name"], row["kind"], f"{row['share']:.3f}", f"{row['weight']:.3f}", f"{row['incentive']:.3f}"} <= words
-    assert "…" not in told and "incentive" in words and "dividends" not in told.partition("The epoch")[0]  # nobody earned any
+    assert "…" not in told and "dividends" not in told.partition("The epoch")[0]  # nobody earned any
+    assert all(len(line) <= 80 and line[-1] in "┓┃┩│┘" for line in told.splitlines() if line[0] in "┏┃┡│└")
     summary["miners"][0]["dividends"] = 0.125
     print_tables(summary, console)
     assert "0.125" in console.export_text()
@@ -203,6 +209,35 @@ def test_a_judge_of_ones_own_and_a_uid_that_changes_hands(place, tmp_path):
     for row in answers:
         if row["step"] >= 0:
             assert row["grade"] == pytest.approx(1 / (1 + len(row["completion"])), abs=1e-6)
+
+
+def test_a_model_behind_a_server_judges_a_loop(place, tmp_path):
+    "It likes the answer of one miner only, and each question to it is asked in both orders."
+    address = re.search(r"http://\S+", (place / "miners.yaml").read_text())[0]
+    flags = ["--judge.kind", "openai", "--judge.base_url", address, "--judge.model", "judge", "--top-k", 2]
+    summary, _, _ = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
+    assert "judge" in summary["judge"] and address in summary["judge"]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    rewards = [dict(zip(event["completions"], event["rewards"])) for event in events]
+    told = [given for given in rewards if "I do not know." in given]
+    assert told and all(given["I do not know."] == max(given.values()) > min(given.values()) for given in told)
+    assert all(len(set(given.values())) == 1 for given in rewards if "I do not know." not in given)  # equal
+
+
+def test_a_cross_encoder_judges_a_loop(place, tmp_path):
+    torch.manual_seed(1)
+    config = hf.BertConfig(vocab_size=31, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1)
+    folder = save_model(tmp_path / "cross", config, letter_tokenizer(bert=True), kind=hf.AutoModelForSequenceClassification)
+    flags = ["--judge.kind", "cross-encoder", "--reward", folder]
+    summary, answers, _ = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
+    assert str(folder) in summary["judge"]
+    scores, answers = CrossEncoderScorer(folder), [row for row in answers if row["completion"] and row["step"] >= 0]
+    assert all(0 <= row["grade"] <= 1 for row in answers)
+    order = lambda values: sorted(range(len(values)), key=values.__getitem__)
+    for step in {row["step"] for row in answers}:
+        rows = [row for row in answers if row["step"] == step]
+        given = scores.score(rows[0]["prompt"], [row["completion"] for row in rows])[:, 0].tolist()
+        assert order(given) == order([row["grade"] for row in rows])  # the scale changes no order
 
 
 def test_miners_that_fail_are_named_with_their_reason(place, tmp_path):

@@ -529,7 +529,9 @@ def test_rewards_are_posted(network, tmp_path):
         rewards = {str(row["uid"]): 0.5 for row in rows if row["reward"] is None}
         body = {"step": answer["step"], "rewards": rewards}
         assert post(endpoint.address, body, "/reward") == {"learned": len(rewards), "waiting": 0}
-        for wrong, code in ((body, 409), ({"step": 1}, 400), ({"step": 0, "rewards": {"x": 1}}, 400), (body | {"k": 1}, 400)):
+        for wrong, code in ((body, 409), ({"step": 1}, 400), ({"step": 0, "rewards": {"x": 1}}, 400), (body | {"step": 10**400}, 409),
+                            ({"step": 0.5, "rewards": {"1": 1}}, 400), ({"step": 0, "rewards": {"1": 10**400}}, 400),
+                            (body | {"k": 1}, 400)):
             with pytest.raises(urllib.error.HTTPError) as error:
                 post(endpoint.address, wrong, "/reward")
             assert error.value.code == code

@@ -94,7 +94,9 @@ def in_batches(
 
 # %% ../../nbs/encoding/03_batches.ipynb #m002
 @contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def evaluating(
+    module: torch.nn.Module,  # several threads may use it at the same time
+) -> Iterator[torch.nn.Module]:  # the same
     "Put a module into eval mode for a `with` block; each part gets its own mode back."
     with _switching:
         users, modes = _evaluated.get(id(module), (0, None))

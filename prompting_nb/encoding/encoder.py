@@ -95,7 +95,7 @@ class Encoder(torch.nn.Module):
         self._size = encode_sentences(self.model, ["a"], self.prompt_name).shape[1]
 
     def train(self, mode: bool = True) -> "Encoder":
-        "Stay in evaluation mode, whatever is asked for."
+        "Keep evaluation mode, whatever `mode` is."
         return super().train(False)
 
     def _apply(self, fn, recurse=True):  # behind `.to()`, `.half()` ...
@@ -199,8 +199,8 @@ class EmbeddingCache:
 # %% ../../nbs/encoding/00_encoder.ipynb #v010
 def check_encoder(
     model_name: str,  # a folder, a name on the hub, or "minilm"
-) -> None:  # raises `InputError` when there is no such encoder to be had
-    "Make sure that an encoder can be loaded, without reading its weights."
+) -> None:  # raises `InputError` when there is no such encoder
+    "Make sure that an encoder can be loaded; weights of a transformer are not read."
     if is_sentence_model(model_name):
         load_sentences(model_name)
         return

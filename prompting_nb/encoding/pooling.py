@@ -32,7 +32,7 @@ def mean_pooling(
 def last_token(
     model_output,  # its first element: token embeddings, `(batch, tokens, hidden)`
     attention_mask: TensorType["batch", "tokens"],  # padding (0) on either side
-) -> TensorType["batch", "hidden"]:  # float32 at least
+) -> TensorType["batch", "hidden"]:  # float32 at least; of a row of padding the first
     "Take the embedding of the last real token of each row."
     embeddings = model_output[0]
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)

@@ -7,9 +7,12 @@ __all__ = ['context_size', 'special_tokens', 'cut', 'windows']
 
 # %% ../../nbs/encoding/02_windows.ipynb #win003
 import functools
+import logging
 from typing import Any
 
 from ..config import InputError
+
+_log = logging.getLogger(__name__)
 
 # %% ../../nbs/encoding/02_windows.ipynb #c017
 def context_size(
@@ -41,8 +44,13 @@ def cut(
     ids: list[int],  # the tokens of a text
     room: int,  # tokens in a window at most
     max_windows: int = 16,  # of longer texts the middle is left out
-) -> list[list[int]]:
+) -> list[list[int]]:  # raises `InputError` where nothing would fit
     "Cut a text into windows of nearly equal length."
+    if room < 1 or max_windows < 1:
+        raise InputError(
+            f"{max_windows} windows with room for {room} tokens besides the special "
+            "ones hold no text: take a larger window, and at least one"
+        )
     if len(ids) > (most := room * max_windows):
         ids = ids[: most - most // 2] + ids[len(ids) - most // 2 :]
     count = -(-len(ids) // room)  # rounded up
@@ -65,4 +73,9 @@ def windows(
         raise InputError("the message is empty: there is nothing to encode")
     room = size - len(before) - len(after)
     pieces = [cut(ids, room, max_windows) for ids in rows]
+    if long := sum(len(ids) > room * max_windows for ids in rows):
+        text = (
+            "%d of %d texts are longer than %d windows of %d tokens: their middle is "
+        )
+        _log.warning(text + "not read", long, len(texts), max_windows, size)
     return [[before + piece + after for piece in own] for own in pieces]

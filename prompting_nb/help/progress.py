@@ -41,7 +41,11 @@ class TenthLines(terminal):
         done = f"{self.n} of {self.total}" if self.total else f"{self.n}"
         share = f" {100 * self.n // self.total} %," if self.total else ""
         took, more = self.format_interval(found["elapsed"]), found["postfix"]
-        text = f"{self.desc or 'working'}:{share} {done} {self.unit}s, {took}"
+        units = (
+            "" if self.unit == "it" else f" {self.unit}"
+        )  # tqdm's default says nothing
+        units += "es" if units.endswith("ch") else "s" if units else ""
+        text = f"{self.desc or 'working'}:{share} {done}{units}, {took}"
         return f"{text}, {more}" if more else text
 
 

@@ -167,7 +167,8 @@ def tidy_help(
         named = [f"{a.option_strings[0]} {a.dest.upper()}" for a in needed]
         words = [a.metavar or a.dest for a in parser._positionals._group_actions]
         parser.usage = " ".join([prog, *map(str, words), *named, "[flags]"])
-    own = [action for action in flags if action.dest not in ("help", "config")]
+    always = ("help", "config", "print_config")
+    own = [action for action in flags if action.dest not in always]
     if own and getattr(parser, "default_env", False):
         about = " ".join(_ENVIRONMENT.format(variable_of(own[0].dest)).split())
         parser.epilog = "\n\n".join(filter(None, [parser.epilog, about]))
@@ -221,10 +222,13 @@ class Topics:
     def _list(self) -> str:
         commands = sorted({command.split()[0] for command in self.parsers})
         lines = ["usage: prompting-nb help TOPIC", "", "commands:"]
-        lines += [f"  {', '.join(commands)}", "", "parts, whose flags several take:"]
-        for part, commands in sorted(self.takers.items()):
-            if part not in self.parsers:  # else they are in the command's help
-                lines.append(f"  {part:13} --{part}.*, of {', '.join(commands)}")
+        lines += [f"  {', '.join(commands)}"]
+        # flags of a part that is a command are in the command's help
+        parts = [part for part in sorted(self.takers) if part not in self.parsers]
+        lines += ["", "parts, with flags of their own:"] if parts else []
+        for part in parts:
+            commands = self.takers[part]
+            lines.append(f"  {part:13} --{part}.*, of {', '.join(commands)}")
         lines += [
             "",
             "more:",

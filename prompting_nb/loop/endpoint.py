@@ -140,12 +140,11 @@ class Endpoint:
         if refusal:
             return refusal
         try:
-            step, rewards = int(body.pop("step")), dict(body.pop("rewards"))
-            given = {int(uid): float(reward) for uid, reward in rewards.items()}
-        except (ValueError, TypeError, KeyError, AttributeError):
+            step, given = _late_rewards(body)
+        except (ValueError, OverflowError):
             return _refuse(400, 'expected {"step": 12, "rewards": {"3": 0.75}}')
-        if body:
-            return _refuse(400, f"unknown: {', '.join(sorted(map(str, body)))}")
+        if unknown := sorted(body.keys() - {"step", "rewards"}):
+            return _refuse(400, f"unknown: {', '.join(unknown)}")
         try:
             loop, work = asyncio.get_running_loop(), self.service.reward
             found = await loop.run_in_executor(self._workers, work, step, given)
@@ -265,6 +264,19 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _late_rewards(body: Any) -> tuple[int, dict[int, float]]:
+    "Read step and rewards; `ValueError` or `OverflowError` for anything else."
+    step = body.get("step") if isinstance(body, dict) else None
+    rewards = body.get("rewards") if isinstance(body, dict) else None
+    if type(step) is not int or not isinstance(rewards, dict):
+        raise ValueError
+    for uid, reward in rewards.items():
+        digits = uid.isascii() and uid.isdigit() and len(uid) < 10
+        if not digits or type(reward) not in (int, float):
+            raise ValueError
+    return step, {int(uid): float(reward) for uid, reward in rewards.items()}
+
+
 async def _read_json(request: web.Request) -> tuple[Any, Optional[web.Response]]:
     "Read a body that must be JSON; the second value is a refusal where it is not."
     if request.content_type != "application/json":
@@ -273,6 +285,8 @@ async def _read_json(request: web.Request) -> tuple[Any, Optional[web.Response]]
         return await request.json(), None
     except web.HTTPRequestEntityTooLarge:
         return None, _refuse(413, f"a request has at most {_LARGEST} bytes")
+    except (web.RequestPayloadError, ConnectionError):  # no chunks, or half a body
+        return None, _refuse(400, "the body cannot be read")
     except (ValueError, LookupError, RecursionError):  # text, its encoding, depth
         return None, _refuse(400, "the body is not JSON")
 

@@ -524,7 +524,7 @@ def cost(
         return text
     few = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
     return (
-        f"{text} {len(missing)} miners have no price and cost as much as the dearest "
+        f"{text} {len(missing)} miners have no price and count as the most expensive "
         f"one: {few}."
     )
 
@@ -831,7 +831,9 @@ def print_tables(
     console.print(knowledge(summary))
     for finding in summary.get("judge_findings", []):
         console.print(f"note: {finding}")
-    table, rows = Table(title="miners", pad_edge=False), summary["miners"]
+    # padded on one side only, so that eight columns fit into 80 characters
+    table = Table(title="miners", padding=(0, 0, 0, 1))
+    rows = summary["miners"]
     # only validators earn dividends: a column of zeros says nothing
     unpaid = not any(row["dividends"] for row in rows)
     titles = {k: t for k, t in _MINER_TITLES.items() if k != "dividends" or not unpaid}

@@ -25,7 +25,7 @@ from bittensor import http_auth
 from bittensor.sp_core import verify as verify_signature
 from bittensor.wallets import CRYPTO_TYPE_NAMES, parse_crypto_type
 
-from .addresses import hotkey_address, same_hotkey
+from .addresses import LONGEST_HOTKEY, hotkey_address, same_hotkey
 from ..protocol import Terminal
 
 # %% ../../nbs/network/03_auth.ipynb #c023
@@ -62,6 +62,8 @@ class Gatekeeper:
         if repeats(headers, b"x-bittensor-"):
             raise _unauthorized("MalformedAuth", "an X-Bittensor header appears twice")
         named = decode_headers(headers, b"x-bittensor-")
+        if len(named.get("x-bittensor-hotkey", "")) > LONGEST_HOTKEY:
+            raise _unauthorized("MalformedAuth", NO_HOTKEY)
         receiver = named.get("x-bittensor-receiver", "")
         try:
             caller = http_auth.verify(
@@ -73,14 +75,13 @@ class Gatekeeper:
                 nonce_store=_LATER,
                 now_ns=self.clock(),
             )
+            hotkey = hotkey_address(caller.hotkey_ss58)
         except http_auth.AuthError as error:
             raise _unauthorized(type(error).__name__, error) from None
         except (ValueError, OverflowError) as error:
             raise _unauthorized("MalformedAuth", error) from None
         return Terminal(
-            hotkey=hotkey_address(caller.hotkey_ss58),
-            nonce=caller.nonce_ns,
-            version=http_auth.PROTOCOL,
+            hotkey=hotkey, nonce=caller.nonce_ns, version=http_auth.PROTOCOL
         )
 
     def _also_me(self, receiver: str) -> str:
@@ -320,6 +321,7 @@ MAX_AGE = http_auth.DEFAULT_MAX_AGE  # seconds that a nonce stays fresh: 10
 MAX_SKEW = http_auth.DEFAULT_ALLOWED_SKEW  # seconds that it may be ahead: 2
 _SECOND = 1_000_000_000  # nanoseconds
 _AGE, _SKEW = int(MAX_AGE * _SECOND), int(MAX_SKEW * _SECOND)
+NO_HOTKEY = "invalid hotkey address or signature encoding"
 _TOO_EARLY = "signed before this miner began to remember what it accepted"
 FORGOTTEN = (
     "signed at a time of which this miner no longer knows what it accepted, "

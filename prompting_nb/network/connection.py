@@ -383,8 +383,9 @@ class _Reader:
                 self._hosts += 1
             elif name == b"expect":
                 self._continue = value.lower() == b"100-continue"
-            else:
-                self._coding = value.lower()
+            else:  # in two headers they are a list of codings, as in one
+                codings = self._coding, value.lower()
+                self._coding = b", ".join(filter(None, codings)) or b"none"
         self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -406,6 +407,8 @@ class _Reader:
             return self._refuse("the address of the request cannot be read")
         scope = _scope(self._connection, path, query, version, self._headers)
         scope["method"] = method.decode("ascii")
+        if self._url.endswith(b"?") and not query:  # as it was sent, for signatures
+            scope["raw_path"] += b"?"
         stays = version == "1.1" and parser.should_keep_alive() and not upgrade
         asked = self._continue and version == "1.1"
         exchange = _Exchange(self._connection, scope, stays, asked)
@@ -445,6 +448,8 @@ _SPECIAL = frozenset((b"host", b"expect", b"transfer-encoding"))
 def _target(url: bytes) -> tuple[bytes, bytes]:
     "Return path and query."
     if url[:1] != b"/" and url != b"*":  # http://host/path, as a proxy is asked
+        if b"#" in url:
+            raise httptools.HttpParserInvalidURLError
         parsed = httptools.parse_url(url)
         return parsed.path or b"/", parsed.query or b""
     path, _, query = url.partition(b"?")

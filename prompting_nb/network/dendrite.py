@@ -29,6 +29,7 @@ from yarl import URL
 from .addresses import find_addresses, hotkey_address, split_address
 from .auth import SIGNATURE, answer_fits, sign_request
 from .axon import Axon
+from .floods import Flood, PacedConnector
 from .server import new_loop, open_files
 from prompting_nb.protocol import (
     Prompting,
@@ -72,7 +73,7 @@ class Dendrite:
         self.require_signed, self._signer = require_signed, RequestSigner(wallet, clock)
         if connections is None:
             connections = max(16, min(4096, open_files() // 2))
-        self._sessions = Sessions(connections, per_target)
+        self._sessions = Sessions(connections, per_target, 8 * max_answer + 131_072)
         # the connections are also closed when the object is garbage collected
         self._closing = weakref.finalize(self, self._sessions.close)
 
@@ -182,7 +183,10 @@ def _listed(targets: Any) -> list:
     "Return the targets as a list, also when there is one without a list around it."
     if targets is None:
         raise TypeError("targets must be neurons or axons, not None")
-    alone = isinstance(targets, (str, bytes, Mapping)) or hasattr(targets, "hotkey")
+    try:
+        alone = isinstance(targets, (str, bytes, Mapping)) or hasattr(targets, "hotkey")
+    except Exception:  # of a property; `read_target` says what is wrong
+        alone = True
     return [targets] if alone or not _iterable(targets) else list(targets)
 
 
@@ -296,11 +300,13 @@ class Question:
             status, message = failure.args
         except asyncio.TimeoutError:
             status, message = 408, f"no answer within {limit:g} s"
+        except Flood as flood:
+            status, message = 422, str(flood)
         except (aiohttp.ClientResponseError, aiohttp.ClientPayloadError):
             status, message = 422, "the answer is not valid HTTP"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             status = 503
-            shown = " ".join(f"{where.address:.100}".split())
+            shown = _one_line(f"{where.address}", 100)
             message = f"{shown} cannot be reached: {_cause(error)}"
         except Exception as error:
             logging.getLogger(__name__).exception("asking %s failed", where.address)
@@ -393,6 +399,7 @@ class Target(NamedTuple):
     def terminal(self) -> Terminal:
         "Describe the miner's end in the answer."
         hotkey = self.hotkey if isinstance(self.hotkey, str) else None
+        hotkey = hotkey and _one_line(hotkey)
         try:
             host, port = split_address(self.address)
         except (ValueError, TypeError):
@@ -413,7 +420,7 @@ def read_target(target: Any) -> Target:
             return Target(None, address, False, f"{lacks}: {_WANTED}")
     except Exception as error:  # of a property
         unreadable = f"the target cannot be read: {type(error).__name__}: {error}"
-        return Target(None, None, False, " ".join(unreadable.split())[:200])
+        return Target(None, None, False, _one_line(unreadable))
     return Target(hotkey, address, ours)
 
 
@@ -445,14 +452,22 @@ def _reason(status: int, body: bytes) -> str:
     "Return a miner's reason for its refusal, in one line."
     redirect = "redirects are not followed" if 300 <= status < 400 else None
     try:
-        reason = json.loads(body)["error"]
+        reason = str(json.loads(body)["error"])
     except (ValueError, TypeError, KeyError, RecursionError):
         reason = redirect or f"HTTP status {status}"
-    return " ".join(str(reason).split())[:200]
+    return _one_line(reason)
+
+
+def _one_line(said: str, most: int = 200) -> str:
+    "Make one line of what a stranger says, of characters that can be printed."
+    words = " ".join(said[: 10 * most].split())[:most]
+    return "".join(c if c.isprintable() else "\ufffd" for c in words)
 
 
 def _completion(status: int, body: bytes) -> str:
     "Return the completion in an answer, or raise `_Failure`."
+    if not 200 <= status < 600:
+        raise _Failure(422, f"{status} is no status of an answer")
     if status != 200:
         raise _Failure(status, _reason(status, body))
     try:
@@ -494,7 +509,7 @@ async def _read_stream(
         except ValueError as error:
             raise _Failure(422, f"not a piece of a completion: {error}") from None
         if event.error is not None:
-            raise _Failure(500, " ".join(event.error.split())[:200])
+            raise _Failure(500, _one_line(event.error))
         if event.done:
             return "".join(pieces), event.signature
         pieces.append(event.piece)
@@ -570,8 +585,10 @@ class Sessions:
         self,
         connections: int,  # in use at a time, of one session
         per_target: int,  # requests to one target that are under way at a time
+        on_wire: int,  # most bytes of one answer, with what HTTP puts around it
     ):
         self._bounds, self._lock = (connections, per_target), threading.Lock()
+        self._on_wire = on_wire
         self._sessions: dict[asyncio.AbstractEventLoop, Session] = {}
         self._background: BackgroundLoop | None = None
 
@@ -584,7 +601,7 @@ class Sessions:
         with self._lock:
             for ended in [other for other in self._sessions if other.is_closed()]:
                 _close(ended, self._sessions.pop(ended).http)
-            session = Session(_new_session(), Places(*self._bounds))
+            session = Session(_new_session(self._on_wire), Places(*self._bounds))
             return self._sessions.setdefault(loop, session)
 
     def background(self) -> asyncio.AbstractEventLoop:
@@ -623,10 +640,11 @@ class _NoNames(AbstractResolver):
 _NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 
 
-def _new_session() -> aiohttp.ClientSession:
+def _new_session(on_wire: int) -> aiohttp.ClientSession:
     "Make a session that keeps connections and nothing else: no cookies, no proxies."
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
+        connector=PacedConnector(
+            on_wire,
             limit=0,  # `Places` counts
             keepalive_timeout=15,
             resolver=_NoNames(),

@@ -15,10 +15,11 @@ from typing import Any
 
 from bittensor.sp_core import verify as verify_signature
 
-from .addresses import hotkey_address, same_hotkey
+from .addresses import LONGEST_HOTKEY, hotkey_address, same_hotkey
 from prompting_nb.network.auth import (
     MAX_AGE,
     MAX_SKEW,
+    NO_HOTKEY,
     Gatekeeper,
     Refusal,
     decode_headers,
@@ -57,14 +58,13 @@ def check_legacy(
     line = _signed_line(nonce, caller, receiver, unique, covered)
     try:
         fits = verify_signature(line, signature, caller, _SR25519)
+        who = hotkey_address(caller)  # whichever of its addresses it has used
     except ValueError:
-        wrong = "invalid hotkey address or signature encoding"
-        raise _refused("MalformedAuth", wrong) from None
+        raise _refused("MalformedAuth", NO_HOTKEY) from None
     if not fits:
         wrong = "the signature does not fit the claimed hotkey"
         raise _refused("BadSignature", wrong)
     version = f"bittensor {named.get(_CALLER + 'version', '')[:12]}"
-    who = hotkey_address(caller)  # whichever of its addresses it has used
     return Terminal(hotkey=who, nonce=nonce, uuid=unique, version=version), covered
 
 # %% ../../nbs/network/04_legacy.ipynb #d004
@@ -127,6 +127,8 @@ def _claims(headers: list) -> tuple[dict, bytes, int]:
     for key in ("hotkey", "nonce", "uuid", "signature"):
         if not named.get(_CALLER + key):
             raise _refused("MalformedAuth", f"missing {_CALLER}{key}")
+    if len(named[_CALLER + "hotkey"]) > LONGEST_HOTKEY:
+        raise _refused("MalformedAuth", NO_HOTKEY)
     nonce = named[_CALLER + "nonce"]
     if not (nonce.isascii() and nonce.isdigit() and len(nonce) < 20):
         wrong = f"{_CALLER}nonce is not a decimal integer"

@@ -22,7 +22,7 @@ import redis.asyncio
 from redis.connection import parse_url
 
 from ..config import InputError
-from .auth import Refusal, stale
+from .auth import FORGOTTEN, MAX_SKEW, Refusal, stale
 
 _log = logging.getLogger(__name__)
 
@@ -132,25 +132,47 @@ def _checked(url: str) -> str:
 
 # %% ../../nbs/network/15_store.ipynb #r009
 _ACCEPT = """
+local nonce, now, skewed, fresh = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local time = redis.call('time')
+time = time[1] * 1000 + math.floor(time[2] / 1000)
+local slot = function(nanoseconds, before)
+  return math.floor((tonumber(string.sub(nanoseconds, 1, 11)) - before) / 10)
+end
 local floor = redis.call('get', KEYS[1])
-if not floor then
-  floor = ARGV[2]
+if not floor or floor > skewed then
+  if floor then
+    for gone = slot(floor, 10), slot(floor, 0) do
+      redis.call('zadd', KEYS[3], time - fresh, gone)
+    end
+  end
+  floor = now
   redis.call('set', KEYS[1], floor)
 end
-if ARGV[1] < floor then return 2 end
-if redis.call('set', KEYS[2], '', 'nx', 'px', ARGV[3]) then return 1 end
+if nonce < floor then return 2 end
+local first = redis.call('zscore', KEYS[3], slot(nonce, 0))
+if first and time - first > 0.75 * fresh then return 3 end
+if not first then
+  redis.call('zadd', KEYS[3], time, slot(nonce, 0))
+  redis.call('zremrangebyscore', KEYS[3], '-inf', time - ARGV[5])
+end
+redis.call('pexpire', KEYS[3], ARGV[5])
+if redis.call('set', KEYS[2], '', 'nx', 'px', fresh) then return 1 end
 return 0
 """
 _BEGIN = "return redis.call('set', KEYS[1], ARGV[1], 'nx')"
-_FRESH = 30_000  # milliseconds: more than the 12 s in which a nonce is fresh
+_WEEK = 7 * 24 * 3_600_000  # milliseconds
 _EARLY = "signed before the store of this miner began to remember what it accepted"
 
 
 class StoredNonces:
     "Accepted nonces in a store that several processes share."
 
-    def __init__(self, store: Store):
-        self.store = store
+    def __init__(
+        self,
+        store: Store,
+        kept: float = 60.0,  # seconds; more than the 12 in which a nonce is fresh
+    ):
+        self.store, self.kept = store, kept
 
     def begin(self) -> None:
         "Write the time at which a new store began. One that is away is no error yet."
@@ -174,9 +196,11 @@ class StoredNonces:
     def _question(self, hotkey: str, nonce: int) -> tuple[str, list, list]:
         if not 0 <= nonce < 10**20:
             raise stale("the nonce is no time in nanoseconds")
-        now = self.store.clock()
-        keys = [self.store.key("began"), self.store.key("nonce", hotkey, nonce)]
-        return _ACCEPT, keys, [f"{nonce:020}", f"{now:020}", _FRESH]
+        key, now = self.store.key, self.store.clock()
+        keys = [key("began"), key("nonce", hotkey, nonce), key("seconds")]
+        times = nonce, now, now + int(MAX_SKEW * 1e9)
+        texts = [f"{time:020}" for time in times]
+        return _ACCEPT, keys, [*texts, int(1000 * self.kept), _WEEK]
 
     def close(self) -> None:
         "Close the store."
@@ -186,6 +210,8 @@ class StoredNonces:
 def _accepted(answer: Any) -> bool:
     if int(answer) == 2:
         raise stale(_EARLY)
+    if int(answer) == 3:
+        raise stale(FORGOTTEN)
     return int(answer) == 1
 
 # %% ../../nbs/network/15_store.ipynb #r011

@@ -68,7 +68,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(
-    folder: str | Path,
+    folder: str | Path,  # that `write_checkpoint` wrote into
     digest: str,  # of settings and data, from `run_digest`
 ) -> dict | None:  # `None` where there is none; raises `InputError`
     "Read the checkpoint in a folder; that of another run is an error."
@@ -77,8 +77,15 @@ def read_checkpoint(
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        # torch's own words are advice for other cases
+        reason = getattr(error, "strerror", None) or "it is damaged or cut off"
         message = f"cannot read {path} ({reason}): delete it to begin anew"
         raise InputError(message) from error
     found = str(state.get("digest")) if isinstance(state, dict) else ""
@@ -94,7 +101,7 @@ def read_checkpoint(
 # %% ../../nbs/reward/12_checkpoints.ipynb #k011
 def run_digest(
     config: Any,  # a `TrainConfig`
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # that the run learns from
     model: Any = None,  # a `RewardModel`, as it is before the run
 ) -> str:  # "settings=... data=... model=... tokenizer=...", each a SHA-256
     "Hash everything that decides the course of a run."

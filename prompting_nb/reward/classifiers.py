@@ -55,7 +55,7 @@ def take_last_layer(
 
 def put_last_layer(
     classifier: Any,  # one that `take_last_layer` changed
-    layer: torch.nn.Linear,
+    layer: torch.nn.Linear,  # (n, size) -> (n, 1)
 ) -> None:
     "Give a classifier its last layer back."
     classifier.set_submodule(classifier.taken_layer, layer)
@@ -158,8 +158,8 @@ def alike(
 def probe_rows(
     config: Any,  # of transformers
     ends: tuple = (),  # tokens that one more row ends with; `None`: no such row
-    device: torch.device | str = "cpu",
-    lengths: tuple[int, ...] = (3, 12),
+    device: torch.device | str = "cpu",  # where the rows are needed
+    lengths: tuple[int, ...] = (3, 12),  # tokens of each row
 ) -> list[torch.Tensor]:  # each (1, length)
     "Make rows of tokens to try a model on."
     size = getattr(config.get_text_config(), "vocab_size", None) or 100

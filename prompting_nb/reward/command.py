@@ -52,7 +52,8 @@ class DataSettings:
     """Data.
 
     Args:
-        data: Rankings or pairs to learn from: files with commas, a folder, a hub name.
+        data: Rankings or pairs to learn from: a folder, a hub name, or files, separated
+            by commas.
         eval_data: Rankings or pairs to evaluate on.
         skip_bad: Rows that cannot be read and are passed over, at most.
         held_out: Share of the prompts to evaluate on, or 0 for none.
@@ -98,7 +99,8 @@ class OutputSettings:
         force: Overwrite --out if it holds a model.
         report: Folder for curve, margins and figures. Default: OUT-report.
         checkpoint: Folder for checkpoints; an interrupted run continues from there.
-        track: Where to log, with commas: tensorboard,wandb. They must be installed.
+        track: Where to log: tensorboard, wandb or both, separated by a comma. They must
+            be installed.
         log_folder: Folder for trackers that write files.
     """
 
@@ -118,7 +120,8 @@ class ScoringSettings:
 
     Args:
         model: Folder or hub name of a trained reward model.
-        data: Completions: files with commas, a folder, a hub name, or - for stdin.
+        data: Completions: a folder, a hub name, files, separated by commas, or - for
+            stdin.
         batch_size: Texts that are scored together.
         skip_bad: Rows that cannot be read and are passed over, at most.
     """
@@ -301,14 +304,14 @@ def _fresh_model(
 
 
 def run_train(
-    settings: Config,
+    settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> dict:  # the figures of the evaluation; empty where nothing was held out
     "Run the command `prompting-nb reward train`."
     from prompting_nb.reward.evaluation import evaluate, table
     from prompting_nb.reward.processes import this_process
     from prompting_nb.reward.report import write_report
-    from prompting_nb.reward.saving import check_folder
+    from prompting_nb.reward.export import check_folder
     from prompting_nb.reward.tokens import cuts_text
     from prompting_nb.reward.training import TrainConfig, train
 
@@ -367,7 +370,7 @@ def run_train(
 
 # %% ../../nbs/reward/10_command.ipynb #c017
 def run_eval(
-    settings: Config,
+    settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> dict:  # the figures of the evaluation
     "Run the command `prompting-nb reward eval`."
@@ -397,7 +400,7 @@ def run_eval(
 
 
 def run_score(
-    settings: Config,
+    settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> Any:  # a `Scored`: how many lines, texts, bad rows; what was cut
     "Run the command `prompting-nb reward score`."

@@ -32,7 +32,8 @@ class Conversation(str):
         return Conversation, (self.messages, self.tools)
 
 # %% ../../nbs/reward/04_conversations.ipynb #m102
-_ROLES = {
+_ROLES = {  # in small letters
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     "human": "user",
     "prompter": "user",
     "gpt": "assistant",
@@ -55,6 +56,9 @@ def check_messages(
     if isinstance(messages, dict) and messages:
         columns = messages.values()
         if all(isinstance(column, (list, tuple)) for column in columns):
+            if len(set(map(len, columns))) > 1:
+                sizes = ", ".join(f"{len(v)} of {k!r}" for k, v in messages.items())
+                raise ValueError(f"a message needs one value of each: got {sizes}")
             messages = [dict(zip(messages, values)) for values in zip(*columns)]
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(
@@ -85,7 +89,7 @@ def _message(message: Any) -> dict[str, Any]:
 
 
 def check_text(
-    text: str,
+    text: str,  # of a prompt, a completion or a message
     what: str = "the text",  # for the message of an error
 ) -> str:  # the same; raises ValueError for a lone surrogate
     "Refuse half a character, which UTF-8 and tokenizers do not know."
@@ -132,7 +136,7 @@ def _json(value: Any) -> Any:
     "Decode a JSON object that is written as a text; other values stay as they are."
     try:
         found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
     return found if isinstance(found, dict) else value
 

@@ -16,6 +16,7 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 import torch
 
+from ..config import InputError
 from .model import RewardModel, TextEncoder, embed
 from .batches import equal_pairs, tokenise
 from prompting_nb.reward.preferences import (
@@ -63,11 +64,12 @@ def _as_read(rows: list[list[int]], scores: list[float]) -> list[float]:
 
 def evaluate_scores(
     scores: list[list[float]],  # for each ranking the score of each completion
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # in the same order
     bins: int = 10,  # of the calibration
     seed: int = 0,  # of the bootstrap
-) -> "RewardEvaluation":
+) -> "RewardEvaluation":  # raises `InputError` for scores that do not fit
     "Compare scores that were computed before with the judge's."
+    _check_scores(scores, rankings)
     every = pairwise_accuracy(scores, rankings, seed=seed)
     shorter = pairwise_accuracy(scores, rankings, shorter_only=True, seed=seed)
     judged = [ranking.scores for ranking in rankings]
@@ -90,9 +92,21 @@ def evaluate_scores(
     )
 
 
+def _check_scores(scores: list[list[float]], rankings: list[Ranking]) -> None:
+    "Raise `InputError` unless each completion has a finite score."
+    if len(scores) != len(rankings):
+        raise InputError(f"{len(rankings)} rankings have {len(scores)} lists of scores")
+    for number, (given, ranking) in enumerate(zip(scores, rankings)):
+        if len(given) != len(ranking) or not np.isfinite(given).all():
+            raise InputError(
+                f"ranking {number} of {len(ranking)} completions needs a finite score "
+                f"for each, got {list(given)[:8]}"
+            )
+
+
 @dataclass
 class RewardEvaluation:
-    "What held-out rankings say about a scorer."
+    "The figures of a scorer on held-out rankings."
 
     accuracy: float  # share of pairs in the right order
     interval: tuple[float, float]  # 95 % bootstrap interval of it, by prompt
@@ -157,7 +171,7 @@ def table(
 # %% ../../nbs/reward/06_evaluation.ipynb #c007
 def count_right(
     scores: list[list[float]],  # for each ranking the score of each completion
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # judged, in the same order
     shorter_only: bool = False,  # only pairs in which the shorter was preferred
 ) -> np.ndarray:  # (prompts, 2): pairs in the right order, all pairs
     "Count, prompt by prompt, the pairs that are ordered as the judge ordered them."
@@ -182,11 +196,11 @@ class Accuracy(NamedTuple):
 
 def pairwise_accuracy(
     scores: list[list[float]],  # for each ranking the score of each completion
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # judged, in the same order
     shorter_only: bool = False,  # only pairs in which the shorter was preferred
     samples: int = 1000,  # bootstrap samples
     level: float = 0.95,  # of the interval
-    seed: int = 0,
+    seed: int = 0,  # of the bootstrap
 ) -> Accuracy:  # nan where there is no pair
     "Compute the share of pairs in the right order; the interval resamples prompts."
     counts = count_right(scores, rankings, shorter_only)
@@ -213,7 +227,7 @@ class Bin(NamedTuple):
 
 def margins(
     scores: list[list[float]],  # for each ranking the score of each completion
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # judged, in the same order
 ) -> np.ndarray:  # (n_pairs,) score of the better completion minus that of the worse
     "Compute the margin of every pair that the judge told apart."
     scored = zip(rankings, scores, strict=True)
@@ -240,7 +254,7 @@ def calibration(
 # %% ../../nbs/reward/06_evaluation.ipynb #c023
 def best_of_k(
     scores: list[list[float]],  # for each ranking the score of each completion
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # judged, in the same order
     k: int | None = None,  # completions to choose from; `None`: all, as if too large
 ) -> float:  # in units of the judge's score
     "Compute the judge's mean score of the completion that the scores would choose."
@@ -315,7 +329,7 @@ EDGES = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0)  # of the bins, as ratios
 
 def accuracy_by_length(
     scores: list[list[float]],  # for each ranking the score of each completion
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # judged, in the same order
     edges: tuple[float, ...] = EDGES,  # of the bins, as ratios
 ) -> list[LengthBin]:  # those that hold a pair, from shorter to longer
     "Compute how often scores are right, by how much longer the chosen completion is."
@@ -336,7 +350,7 @@ def accuracy_by_length(
 # %% ../../nbs/reward/06_evaluation.ipynb #c061
 def confusion_by_length(
     scores: list[list[float]],  # for each ranking the score of each completion
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # judged, in the same order
 ) -> dict[str, int]:  # pairs by "judge longer, scores shorter" and so on
     "Count pairs by whether the judge, and the scores, preferred the longer answer."
     sides = ("longer", "shorter")
@@ -366,8 +380,8 @@ def rejection_curve(
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c044
 def longer_wins(
-    prompts: list[str],
-    completions: list[str],
+    prompts: list[str],  # not looked at
+    completions: list[str],  # one for each prompt
 ) -> list[int]:  # characters
     "Score completions by their number of characters."
     return [len(completion) for completion in completions]
@@ -375,7 +389,7 @@ def longer_wins(
 # %% ../../nbs/reward/06_evaluation.ipynb #c047
 def zero_shot_cosine(
     encoder: TextEncoder,  # an untrained one: `TextEncoder("minilm")`
-    batch_size: int = 32,
+    batch_size: int = 32,  # texts a batch
 ) -> Callable:  # a scorer: (prompts, completions) -> list of numbers from -1 to 1
     "Make a scorer that compares the embeddings of prompt and completion."
 

@@ -149,7 +149,7 @@ class RewardModel(torch.nn.Module):
 
     @property
     def pooling(self) -> str:
-        "Which vector of the transformer the head reads."
+        "Return how the tokens' vectors become the one that the head reads."
         return self.encoder.pooling
 
     @property
@@ -422,7 +422,7 @@ class TextEncoder:
 
 
 def vectors_of(
-    reader: Reader,
+    reader: Reader,  # the transformer, and how it is read
     ids: torch.Tensor,  # (batch_size, seq_len), real tokens first
     mask: torch.Tensor,  # the same, 1 for a token, 0 for padding
     segments: int | None = None,  # the token after which a second segment begins
@@ -471,7 +471,7 @@ def without_end(
 
 
 def embed(
-    encoder: TextEncoder,
+    encoder: TextEncoder,  # in eval mode for the duration
     texts: list[str],  # cut at the encoder's `max_length`
     batch_size: int = 32,  # texts a batch
     progress: bool = False,  # show a progress bar
@@ -558,7 +558,7 @@ def pick_device(
 
 # %% ../../nbs/reward/00_model.ipynb #s002
 def check_runs(
-    encoder: "TextEncoder",
+    encoder: "TextEncoder",  # loaded
 ) -> int:  # the size of its vectors; `InputError` for a model that cannot be used
     "Try an encoder on two rows, alone and in a batch."
     config = encoder.model.config
@@ -611,7 +611,7 @@ def position_limit(
 
 
 def add_missing_rows(
-    encoder: "TextEncoder",
+    encoder: "TextEncoder",  # its table is changed in place, with a warning
 ) -> None:
     "Give a table of embeddings rows for tokens of the tokenizer that it lacks."
     model, size = encoder.model, len(encoder.tokenizer)

@@ -82,7 +82,7 @@ def decisions(ranking: Ranking) -> Iterator[tuple[int, int]]:  # (better, worse)
 
 
 def decided(
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # of any number of completions
     otherwise: str = "there is nothing to learn",  # the message's first words
 ) -> list[Ranking]:  # raises `InputError` when nothing is left
     "Keep the rankings with two completions that the judge told apart."
@@ -95,7 +95,7 @@ def decided(
 
 
 def pairs(
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # K completions make up to K(K-1)/2 pairs
 ) -> list[Pair]:  # in the order of the rankings
     "List every pair of completions of the same prompt that the judge told apart."
     found = []
@@ -138,7 +138,7 @@ class Report:
 
 
 def clean(
-    ranking: Ranking,
+    ranking: Ranking,  # stays as it is
     report: Report | None = None,  # counts what is dropped
 ) -> Ranking | None:  # `None` when fewer than two completions are left
     "Drop empty and repeated completions. Space around a text does not count."
@@ -250,7 +250,7 @@ def _collect(
 
 def decoded(
     row: Any,  # a dict, a line of JSON, or what `read_rows` could not read
-) -> Any:  # raises ValueError where it is no JSON, or an `Unreadable`
+) -> Any:  # raises ValueError for bad JSON, or an `Unreadable`
     "Decode a row that is a line of JSON."
     if isinstance(row, Unreadable):
         raise ValueError(row.reason)
@@ -289,9 +289,9 @@ def _ranking(row: dict, found: Candidates) -> Ranking:
 
 # %% ../../nbs/reward/03_preferences.ipynb #c038
 def split(
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # several may have the same prompt
     test: float | int = 0.2,  # a share of the prompts (a float below 1), or a number
-    seed: int = 0,
+    seed: int = 0,  # of the draw of prompts
 ) -> tuple[list[Ranking], list[Ranking]]:  # (training, test), each in the order given
     "Divide rankings by prompt. Raises `InputError` where one side would be empty."
     prompts = sorted({ranking.prompt for ranking in rankings})
@@ -313,10 +313,16 @@ def split(
 # %% ../../nbs/reward/03_preferences.ipynb #c042
 def score_rankings(
     scorer: Callable,  # (prompts, completions) -> one number each: `RewardModel.score`
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # whose completions are scored
 ) -> list[list[float]]:  # for each ranking the score of each completion
-    "Score all completions of all rankings."
+    "Score all completions. Raises ValueError for too many or too few numbers."
     prompts = [ranking.prompt for ranking in rankings for _ in ranking.completions]
     completions = [text for ranking in rankings for text in ranking.completions]
-    scores = iter(scorer(prompts, completions))
-    return [[float(next(scores)) for _ in ranking.completions] for ranking in rankings]
+    found = [float(score) for score in scorer(prompts, completions)]
+    if len(found) != len(completions):
+        raise ValueError(
+            f"a scorer gives a number for each completion: it gave {len(found)} for "
+            f"{len(completions)}"
+        )
+    scores = iter(found)
+    return [[next(scores) for _ in ranking.completions] for ranking in rankings]

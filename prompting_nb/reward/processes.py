@@ -68,7 +68,7 @@ class Processes:
 
     def clip(
         self,
-        parameters: Iterable[torch.nn.Parameter],
+        parameters: Iterable[torch.nn.Parameter],  # whose gradients are clipped
         norm: float,  # to which the gradient is cut down
     ) -> float:  # before that
         "Clip the gradient of all processes together."
@@ -85,9 +85,9 @@ class Processes:
 
 # %% ../../nbs/reward/13_processes.ipynb #p010
 def share_of(
-    batch: list[Draw],
+    batch: list[Draw],  # of the step, the same in every process
     rank: int,  # of this process, from 0
-    processes: int,
+    processes: int,  # of the launch
 ) -> tuple[list[Draw], float]:  # its prompts, and the weight of their mean loss
     "Take one process's part of a batch."
     mine = batch[rank::processes]
@@ -114,7 +114,7 @@ def fully_sharded() -> bool:  # raises `InputError` for FSDP's first version
 
 def make_accelerator(
     device: torch.device,  # where the model is
-    trackers: list[str] | None = None,
+    trackers: list[str] | None = None,  # what Accelerate should log to
     folder: str | None = None,  # for trackers that write files
 ) -> Accelerator:  # raises `InputError` for a tracker that is not installed
     "Make the accelerator for the processes that there are."

@@ -18,7 +18,7 @@ from .training import History
 
 # %% ../../nbs/reward/17_report.ipynb #q007
 def write_report(
-    folder: str | Path,  # made where it is missing; files of the same names go
+    folder: str | Path,  # created if missing; its report is replaced
     history: History,  # of the run
     evaluation: RewardEvaluation | None = None,  # on other prompts
     name: str = "reward model",  # for the heading
@@ -76,7 +76,7 @@ def _evaluation(found: RewardEvaluation) -> list[str]:
 
 # %% ../../nbs/reward/17_report.ipynb #q009
 def plot_curve(
-    history: History,
+    history: History,  # of the run
 ) -> Figure:
     "Draw the loss of each step, its running mean, and the evaluations."
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -99,7 +99,7 @@ def plot_curve(
 
 
 def plot_margins(
-    evaluation: RewardEvaluation,
+    evaluation: RewardEvaluation,  # on other prompts
 ) -> Figure:
     "Draw how many pairs have which margin; those below 0 are in the wrong order."
     figure = Figure(figsize=(7, 2.8), layout="constrained")
@@ -111,7 +111,7 @@ def plot_margins(
 
 
 def plot_by_length(
-    evaluation: RewardEvaluation,
+    evaluation: RewardEvaluation,  # on other prompts
 ) -> Figure:
     "Draw the accuracy by how much longer the better answer is."
     figure = Figure(figsize=(7, 2.8), layout="constrained")

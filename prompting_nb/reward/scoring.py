@@ -47,7 +47,7 @@ class Scored:
 
 
 def score_rows_of(
-    model: RewardModel,
+    model: RewardModel,  # the same in every process
     rows: Iterable[tuple[str, Any]],  # as `read_rows` gives them
     out: str | Path = "-",  # a file; `-` is the standard output
     batch_size: int = 32,  # texts that are scored together

@@ -157,7 +157,7 @@ def encode(
         prompts, answers = (list(side) for side in zip(*pairs))
         return encode_pairs(tokenizer, prompts, answers, max_length, frame)
     start, end = frame.alone if frame else _frame(tokenizer)[::2]
-    room = max_length - len(start + end)
+    room = _room(max_length, start + end)
     return [
         Row(start + row[:room] + end, max(0, len(row) - room))
         for row in _tokens(tokenizer, _texts(texts, "text", prompt_of))
@@ -302,6 +302,15 @@ def _fit(
     prompt = prompt[max(0, len(prompt) - share) :]
     return prompt, completion[: room - len(prompt)]
 
+
+def _room(max_length: int, special: list[int]) -> int:
+    "Count the tokens that texts may have; `InputError` where there is room for none."
+    if max_length <= len(special):
+        raise InputError(
+            f"max_length is {max_length}; {len(special)} special tokens leave no room"
+        )
+    return max_length - len(special)
+
 # %% ../../nbs/reward/02_tokens.ipynb #t026
 def length_limit(
     tokenizer: Any,  # of transformers
@@ -343,7 +352,7 @@ def encode_pairs(
         template = _Template(tokenizer)
         pairs = [template.split(*pair) for pair in zip(prompts, completions)]
         prompts, completions = (list(side) for side in zip(*pairs))
-    room = max_length - len(start + middle + end)
+    room = _room(max_length, start + middle + end)
     rows = []
     for before, text in zip(
         _tokens(tokenizer, prompts), _tokens(tokenizer, completions)

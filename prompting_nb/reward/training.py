@@ -241,7 +241,7 @@ class Run:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: TrainConfig,  # with `epochs` and `tokens_per_batch`
         learner: torch.nn.Module,  # a `Learner`, as Accelerate prepared it
         plan: "Plan",  # what each step trains on
         optimiser: "Optimiser",  # changes the weights
@@ -426,9 +426,9 @@ class Plan:
 
     def __init__(
         self,
-        rankings: list[Ranking],
+        rankings: list[Ranking],  # trained on, each with two different scores
         rows: list[list[list[int]]],  # `[ranking][completion]`: token ids
-        config: TrainConfig,
+        config: TrainConfig,  # settings of the run
         batches_of: Callable = length_batches,  # or `token_batches`
     ):
         self.rankings, self.rows, self.margin = rankings, rows, config.margin
@@ -477,7 +477,7 @@ LEAST_PROMPTS = 4  # of a batch of such a run, about
 
 def choose_steps(
     config: TrainConfig,  # its `epochs` and `tokens_per_batch` win where they are given
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # trained on, each with two different scores
     rows: list[list[list[int]]],  # `[ranking][completion]`: token ids
     batches_of: Callable = length_batches,  # as for `plan_batches`
 ) -> TrainConfig:  # with both of them
@@ -499,9 +499,9 @@ def choose_steps(
 
 
 def plan_batches(
-    rankings: list[Ranking],
+    rankings: list[Ranking],  # trained on, each with two different scores
     rows: list[list[list[int]]],  # `[ranking][completion]`: token ids
-    config: TrainConfig,
+    config: TrainConfig,  # settings of the run
     batches_of: Callable = length_batches,  # or `token_batches`
 ) -> list[tuple[int, list[list[Draw]]]]:  # (epoch, batches) of each step
     "Plan every step: `config.accumulate` batches, fewer where an epoch ends."
@@ -549,8 +549,8 @@ def measure(
 
 # %% ../../nbs/reward/05_training.ipynb #t011
 def validate(
-    model: RewardModel,
-    rankings: list[Ranking],
+    model: RewardModel,  # in eval mode for the duration
+    rankings: list[Ranking],  # not trained on; undecided ones do not count
     bf16: bool = False,  # as for `RewardModel.score`
     packed: bool = True,  # without padding, where the model allows it
 ) -> dict:  # loss, accuracy, margin: means over prompts
@@ -571,7 +571,7 @@ class Learner(torch.nn.Module):
 
     def __init__(
         self,
-        model: RewardModel,
+        model: RewardModel,  # changed in place
         packed: bool,  # without padding and with shared prompts
         bf16: bool,  # compute the transformer in bfloat16
     ):
@@ -604,8 +604,8 @@ class Learner(torch.nn.Module):
 
 def make_learner(
     model: RewardModel,  # copied where its weights will be divided
-    config: TrainConfig,
-    processes: Processes,
+    config: TrainConfig,  # settings of the run
+    processes: Processes,  # of this launch
 ) -> Learner:
     "Choose how a model is run in training."
     # Packing computes gradients by itself, and keeps all that they need.
@@ -627,7 +627,7 @@ class Optimiser:
         optimizer: Any,  # AdamW, as Accelerate prepared it
         learner: torch.nn.Module,  # as Accelerate prepared it
         table: Any,  # the embedding of tokens, see `adding_rows`
-        processes: Processes,
+        processes: Processes,  # of this launch
         clip: float,  # norm to which gradients are cut down
     ):
         self.optimizer, self.learner, self.table = optimizer, learner, table
@@ -666,8 +666,8 @@ class Optimiser:
 
 
 def parameter_groups(
-    model: RewardModel,
-    config: TrainConfig,
+    model: RewardModel,  # its frozen parameters are left out
+    config: TrainConfig,  # settings of the run
 ) -> list[dict]:  # `params`, `lr`, and `share`, the rate as a multiple of `config.lr`
     "Divide the parameters that learn into those of the transformer, and the others."
     inside = {id(parameter) for parameter in model.model.parameters()}
@@ -684,8 +684,8 @@ def parameter_groups(
 
 def prepare(
     learner: Learner,
-    config: TrainConfig,
-    processes: Processes,
+    config: TrainConfig,  # settings of the run
+    processes: Processes,  # of this launch
 ) -> tuple[torch.nn.Module, Optimiser]:  # the learner as Accelerate runs it
     "Hand a learner and its AdamW to Accelerate."
     model = learner.model
@@ -703,7 +703,7 @@ def prepare(
 # %% ../../nbs/reward/05_training.ipynb #c051
 @contextmanager
 def training_mode(
-    model: RewardModel,
+    model: RewardModel,  # changed in place
     encoder_dropout: bool = False,  # whether the transformer trains with dropout
 ) -> Iterator[None]:
     "Set train mode for a `with` block, then restore mode and global random state."
@@ -722,7 +722,7 @@ def training_mode(
 
 @contextmanager
 def adding_rows(
-    model: RewardModel,
+    model: RewardModel,  # changed in place
     alone: bool,  # whether this is the only process
 ) -> Iterator[None]:
     "Let token embeddings on a CPU learn from the rows that occur, in a `with` block."
@@ -773,7 +773,7 @@ class Evaluation:
 
     @property
     def out_of_patience(self) -> bool:
-        "Whether the last `patience` evaluations had no lower loss."
+        "Tell whether the last `patience` evaluations had no lower loss."
         losses = [found["loss"] for found in self.found]
         if not (self.patience and losses):
             return False
@@ -785,7 +785,7 @@ class Tracker:
 
     def __init__(
         self,
-        processes: Processes,
+        processes: Processes,  # of this launch
         names: list[str] | None,  # of trackers, for Accelerate
         config: TrainConfig,  # logged as the run's settings
     ):

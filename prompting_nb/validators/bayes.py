@@ -178,7 +178,7 @@ class BayesianGatingModel(BaseGatingModel):
     @torch.no_grad()
     def learn_judged(
         self,
-        answers: list[Judged],
+        answers: list[Judged],  # by prompt, with the uids at which their hotkeys are
     ) -> int:  # prompts that are forgotten again for lack of room
         "Put judged answers into the memory, and review all."
         xs = [embed(self.encoder, prompt).to(self.centres) for prompt, _, _ in answers]
@@ -202,7 +202,7 @@ class BayesianGatingModel(BaseGatingModel):
 
     def forget(
         self,
-        hotkey: str,
+        hotkey: str,  # that holds a uid now
     ) -> None:  # raises `InputError` when the network has no such hotkey
         "Forget all answers of a hotkey, as when its miner is known to have changed."
         at = {name: uid for uid, name in self.hotkeys.items()}
@@ -319,7 +319,7 @@ class Prior(NamedTuple):
 
 
 def posterior(
-    prior: Prior,
+    prior: Prior,  # of every uid
     squares: TensorType["uids", "d", "d"],  # sum of phi phi^T of each uid's prompts
     products: TensorType["uids", "d"],  # sum of reward * phi
 ) -> tuple:  # means (uids, d), covariances (uids, d, d)
@@ -336,10 +336,10 @@ def posterior(
 @torch.no_grad()
 def observe(
     means: TensorType["uids", "d"],  # changed in place, like the covariances
-    covariances: TensorType["uids", "d", "d"],
+    covariances: TensorType["uids", "d", "d"],  # of the weights
     phi: TensorType["d"],  # features of the prompt
     uids: TensorType["k"],  # that answered, each once
-    rewards: TensorType["k"],
+    rewards: TensorType["k"],  # of their answers
     noise: torch.Tensor,  # ()
 ) -> None:
     "Update the posteriors of `uids` with one answer of each."
@@ -370,8 +370,8 @@ class Log(NamedTuple):
 
 
 def sums(
-    log: Log,
-    num_uids: int,
+    log: Log,  # all answers that count
+    num_uids: int,  # rows
     chunk: int = 8192,  # answers at a time, to bound the memory
 ) -> tuple:  # squares (uids, d, d), products (uids, d)
     "Sum `phi phi^T` and `reward * phi` over the answers of each uid."
@@ -387,8 +387,8 @@ def sums(
 # %% ../../nbs/validators/01_bayes.ipynb #c017
 @torch.no_grad()
 def learn_prior(
-    log: Log,
-    num_uids: int,
+    log: Log,  # all answers that count
+    num_uids: int,  # rows
     noise: float = 0.02,  # to start from
     rounds: int = 4,  # of expectation maximisation
 ) -> Prior:
@@ -432,7 +432,7 @@ class Beliefs(torch.nn.Module):
 
     def __init__(
         self,
-        num_uids: int,
+        num_uids: int,  # rows
         d: int,  # features
         prior: Optional[Prior] = None,  # `None` is the neutral prior
         half_life: float = 0.0,  # questions in which half is forgotten; 0: nothing is
@@ -474,7 +474,7 @@ class Beliefs(torch.nn.Module):
         self,
         phi: TensorType["d"],  # features of the prompt
         uids: TensorType["k"],  # that answered, each once
-        rewards: TensorType["k"],
+        rewards: TensorType["k"],  # of their answers
         earlier: TensorType[
             "k"
         ],  # of the same uids and prompt; nan where none is known
@@ -494,7 +494,7 @@ class Beliefs(torch.nn.Module):
 
     @torch.no_grad()
     def fade(self) -> None:
-        "Let the time of one question pass."
+        "Fade all posteriors by the time of one question."
         if self.keep < 1:
             keep = self.prior_mean.new_tensor([self.keep])
             faded = fade(self.prior, self.head.weight, self.covariances, keep)
@@ -506,7 +506,7 @@ class Beliefs(torch.nn.Module):
         self,
         phi: TensorType["d"],  # features of the prompt
         uids: TensorType["k"],  # that answered, each once
-        rewards: TensorType["k"],
+        rewards: TensorType["k"],  # of their answers
     ) -> None:
         "Take in answers to a new question."
         self.squares[uids] += phi[:, None] * phi
@@ -585,12 +585,12 @@ def _rank(values: torch.Tensor, share: float) -> int:
 
 # %% ../../nbs/validators/01_bayes.ipynb #f005
 def fade(
-    prior: Prior,
-    means: TensorType["k", "d"],
-    covariances: TensorType["k", "d", "d"],
+    prior: Prior,  # of every uid
+    means: TensorType["k", "d"],  # of their weights
+    covariances: TensorType["k", "d", "d"],  # of their weights
     keep: torch.Tensor,  # rho to the power of the questions that passed, (k,) or (1,)
 ) -> tuple:  # means (k, d), covariances (k, d, d)
-    "Let what is known of some uids drift towards the prior."
+    "Move the posteriors of some uids towards the prior."
     keep = keep[:, None]
     means = prior.mean + keep * (means - prior.mean)
     off = covariances - prior.covariance
@@ -599,9 +599,9 @@ def fade(
 
 @torch.no_grad()
 def follow(
-    prior: Prior,
+    prior: Prior,  # of every uid
     log: Log,  # with ages, the oldest answers first
-    num_uids: int,
+    num_uids: int,  # rows
     keep: float,  # rho, for one question
 ) -> tuple:  # means (uids, d), covariances (uids, d, d), as of now
     "Compute the posteriors of weights that drift, answer by answer."
@@ -627,7 +627,7 @@ class Watch:
 
     def __init__(
         self,
-        num_uids: int,
+        num_uids: int,  # rows
         span: int = 20,  # answers over which deviations are averaged
         limit: float = 4.5,  # standard deviations of that average that raise an alarm
     ):
@@ -637,7 +637,7 @@ class Watch:
 
     def see(
         self,
-        uids: TensorType["k"],
+        uids: TensorType["k"],  # that answered
         surprise: TensorType[
             "k"
         ],  # rewards minus expected ones, in standard deviations
@@ -710,7 +710,7 @@ class Memory:
     def earlier(
         self,
         x: TensorType["hidden"],  # embedding of the question
-        uids: TensorType["k"],
+        uids: TensorType["k"],  # each once
     ) -> torch.Tensor:  # (k,), nan where there is none
         "Look up the rewards that uids had when the question was last asked."
         if (key := question_key(x)) not in self.questions or not self.once:
@@ -723,7 +723,7 @@ class Memory:
         self,
         x: TensorType["hidden"],  # embedding of the question
         uids: TensorType["k"],  # that answered, each once
-        rewards: TensorType["k"],
+        rewards: TensorType["k"],  # of their answers
     ) -> None:
         "Keep answers, with earlier ones of uids that were not asked now."
         key = question_key(x) if self.once else (question_key(x), self.clock)

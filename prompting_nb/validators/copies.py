@@ -18,8 +18,8 @@ from ..config import InputError
 class Chosen(NamedTuple):
     "Who may be asked, and with what probability each was drawn from its group."
 
-    uids: list[int]
-    shares: list[float]
+    uids: list[int]  # one of each group, and all that are in none
+    shares: list[float]  # 1 / hotkeys of the group, for each of them
 
 
 class Copies:

@@ -52,7 +52,7 @@ class Prices:
 
     def of(
         self,
-        hotkeys: Sequence[str],
+        hotkeys: Sequence[str],  # unknown ones cost the most
     ) -> list[float]:
         "Return what an answer of each hotkey costs."
         return [self.prices.get(hotkey, self.most) for hotkey in hotkeys]
@@ -61,7 +61,7 @@ class Prices:
         self,
         hotkeys: Mapping[str, str],  # of miners that the prices call by name
     ) -> None:
-        "Let hotkeys have the prices of names."
+        "Give hotkeys the prices of the names that the file calls them by."
         named = {key: name for name, key in hotkeys.items() if name in self.prices}
         prices = {key: self.prices[name] for key, name in named.items()}
         self.prices = {**self.prices, **prices}
@@ -95,7 +95,7 @@ class PriceSettings:
 
     Args:
         file: JSON file with the price of an answer of each miner, by hotkey (in the
-            loop: by name). Miners that it does not name cost as much as the dearest.
+            loop: by name). Others cost as much as the most expensive of them.
         worth: What a point of grade (1.0) is worth, in the unit of the prices.
         budget: What an answer may cost on average, instead of a worth.
     """
@@ -115,7 +115,7 @@ class PriceSettings:
 
 
 def read_prices(
-    settings: PriceSettings,
+    settings: PriceSettings,  # a file with a worth or a budget, or nothing
 ) -> Optional[Prices]:  # `None`: none are wanted; raises `InputError` for a bad file
     "Read the prices that settings name."
     if settings.file is None:
@@ -191,7 +191,7 @@ def _below(one: tuple, middle: tuple, other: tuple) -> bool:
 def aiq(
     points: Sequence[tuple[float, float]],  # (cost, grade)
     least: float,  # of the costs to average over
-    most: float,
+    most: float,  # of these costs
 ) -> float:
     "Average the height of the hull between two costs: 0 left of its first point."
     costs = np.linspace(least, most, 5000)

@@ -87,7 +87,7 @@ class Explanation:
 @torch.no_grad()
 def explain(
     gate: Any,  # a `BayesianGatingModel`
-    prompt: str,
+    prompt: str,  # to choose for
     k: int = 3,  # uids that would be asked
     width: float = 1.0,  # of the posterior, as for `thompson`
     most: int = 10,  # uids that are listed
@@ -123,7 +123,7 @@ def explain(
 @torch.no_grad()
 def explain_choice(
     gate: Any,  # a gating model of any kind
-    prompt: str,
+    prompt: str,  # to choose for
     why: Mapping[int, str],  # uid -> reason, for those to list, in this order
     mean: torch.Tensor,  # (network_size,) expected rewards
     sd: Optional[torch.Tensor],  # (network_size,), or `None` without a posterior

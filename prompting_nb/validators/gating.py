@@ -149,7 +149,7 @@ class BaseGatingModel(torch.nn.Module, ABC):
         rankings: Iterable[Any],  # judged; each has `prompt`, `scores` and `names`
         hotkeys: Mapping[str, str] | None = None,  # name -> hotkey; `None`: the same
     ) -> Known:  # raises `InputError`, before any change, for an empty prompt
-        "Learn from judged rankings; the hotkeys in them are no newcomers any more."
+        "Learn from judged rankings; the hotkeys in them no longer count as newcomers."
         answers, known = judged_answers(rankings, hotkeys, self.hotkeys)
         known.forgotten = self.learn_judged(answers)
         self.known.update(known.hotkeys)
@@ -161,7 +161,7 @@ class BaseGatingModel(torch.nn.Module, ABC):
 
     def learn_judged(
         self,
-        answers: list[Judged],
+        answers: list[Judged],  # by prompt, with the uids at which their hotkeys are
     ) -> int:  # prompts that are forgotten again for lack of room
         "Learn from judged answers, prompt by prompt."
         for prompt, _, _ in answers:
@@ -174,6 +174,13 @@ class BaseGatingModel(torch.nn.Module, ABC):
     @abstractmethod
     def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
         "Follow the hotkeys to their uids in the latest state of the network."
+
+    def __repr__(self) -> str:
+        if "config" not in vars(self):  # a subclass without settings
+            return super().__repr__()
+        own, name = self.settings, type(self).__name__
+        uids = f"{len(self.hotkeys)} hotkeys, rows for {self.num_uids} uids"
+        return f"{name}({own.model_name!r}, {uids})"
 
     def _repr_html_(self) -> str:
         return _shown(self)
@@ -364,7 +371,7 @@ class SentenceEmbedGatingModel(LinearGate):
 
 # %% ../../nbs/validators/00_gating.ipynb #c089
 def embed(
-    encoder: Encoder,
+    encoder: Encoder,  # frozen
     message: str,  # one message
 ) -> torch.Tensor:  # (hidden_size,)
     "Encode a message. Raises TypeError for no str, ValueError for an empty one."
@@ -377,7 +384,7 @@ def embed(
 
 def warn_of_pooling(
     path: str | Path,  # of a saved gate, for the message
-    encoder: Encoder,
+    encoder: Encoder,  # of the gate
     about: dict[str, str],  # what the file says of itself
 ) -> None:
     "Log a warning where a gate learned when sentence models were read by their mean."
@@ -390,7 +397,7 @@ def warn_of_pooling(
 def _shown(gate: BaseGatingModel, most: int = 10) -> str:
     "Return the best uids for the latest message, as HTML."
     title = f"{type(gate).__name__} over {len(gate.hotkeys)} uids"
-    if gate._latest is None:
+    if gate._latest is None or not gate.hotkeys:
         return html_table(f"{title}; no message was scored yet", (), ())
     message, scores, sds = gate._latest
     uids = [uid for uid in gate.hotkeys if uid < len(scores)]
@@ -476,7 +483,7 @@ def finite_rewards(
 
 
 def loss_and_gradients(
-    head: torch.nn.Linear,
+    head: torch.nn.Linear,  # with a row for each uid
     loss: Callable,  # one of `LOSSES`
     scores: TensorType["metagraph.n"],  # of this head, with gradient
     rewards: TensorType["metagraph.n"],  # of the same uids
@@ -495,7 +502,7 @@ def loss_and_gradients(
 
 
 def take_step(
-    head: torch.nn.Linear,
+    head: torch.nn.Linear,  # with a row for each uid
     optimizer: torch.optim.Optimizer,  # of the head
     gradients: tuple,  # of weight and bias
 ) -> None:

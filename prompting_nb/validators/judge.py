@@ -42,8 +42,9 @@ class Judge:
         grades: Sequence[Sequence[float]],  # of the same completions, in [0, 1]
         names: Optional[Sequence] = None,  # who gave them, a list or `None` a prompt
         correct: bool = True,  # whether rewards of hotkeys are corrected
-    ) -> "Judge":  # raises ValueError when there are more scores than grades, or fewer
+    ) -> "Judge":  # raises `InputError` unless each score has a grade, both finite
         "Calibrate a judge on graded completions that the model was not trained on."
+        _check_examples(scores, grades)
         given = np.concatenate([np.asarray(row, dtype=float) for row in scores])
         worth = np.concatenate([np.asarray(row, dtype=float) for row in grades])
         from sklearn.isotonic import IsotonicRegression  # takes a second to import
@@ -63,7 +64,7 @@ class Judge:
     def know(
         self,
         scores: Sequence[Sequence[float]],  # as for `fitted`
-        grades: Sequence[Sequence[float]],
+        grades: Sequence[Sequence[float]],  # as for `fitted`
         names: Sequence,  # who gave them, a list or `None` a prompt
     ) -> None:
         "Learn whom the judge flatters, from answers that it was not trained on."
@@ -109,7 +110,12 @@ class Judge:
         given = [i for i, completion in enumerate(completions) if completion]
         if given:
             texts = [completions[i] or "" for i in given]
-            scores = self.model.score(prompt, texts).flatten().numpy()
+            found: Any = self.model.score(prompt, texts)
+            scores: Any = np.asarray(found, dtype=float).ravel()
+            if len(scores) != len(texts):
+                raise InputError(
+                    f"the judge gave {len(scores)} scores to {len(texts)} completions"
+                )
             if not np.isfinite(scores).all():
                 text = texts[int(np.argmin(np.isfinite(scores)))]
                 raise InputError(f"the judge's score of {text[:60]!r} is not finite")
@@ -174,6 +180,22 @@ def _finite(value: Any) -> Any:
     "Return `None` for an infinite bound."
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
+
+def _check_examples(scores: Sequence, grades: Sequence) -> None:
+    "Raise `InputError` unless scores and grades belong together, prompt by prompt."
+    if len(scores) != len(grades) or not len(scores):
+        raise InputError(
+            "a judge is calibrated on prompts with scores and grades, got "
+            f"{len(scores)} rows of scores and {len(grades)} of grades"
+        )
+    for number, (given, worth) in enumerate(zip(scores, grades)):
+        if len(given) != len(worth):
+            raise InputError(
+                f"prompt {number} has {len(given)} scores and {len(worth)} grades"
+            )
+        if not np.isfinite(np.asarray([*given, *worth], dtype=float)).all():
+            raise InputError(f"a score or a grade of prompt {number} is not finite")
+
 # %% ../../nbs/validators/05_judge.ipynb #j031
 def watched_by(
     judge: Callable,  # of any kind
@@ -185,8 +207,8 @@ def watched_by(
 
 def reward_with(
     judge: Callable,  # (prompt, completions) -> rewards (k,); perhaps with `hotkeys`
-    prompt: str,
-    completions: Sequence[Optional[str]],
+    prompt: str,  # that was answered
+    completions: Sequence[Optional[str]],  # k; `None` where there is none
     hotkeys: Sequence[str],  # who gave them
 ) -> torch.Tensor:  # (k,)
     "Reward completions, and tell the judge who gave them if it wants to know."

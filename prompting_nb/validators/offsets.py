@@ -65,7 +65,7 @@ class Offsets:
 
     def add(
         self,
-        hotkey: str,
+        hotkey: str,  # whose answer was graded
         error: float,  # grade minus reward, before any correction
     ) -> None:  # raises `InputError` unless it is finite
         "Take in one more graded answer."
@@ -106,7 +106,11 @@ class Offsets:
                 found.add(hotkeys.get(name, name), error)
         return found
 
-    def forget(self, hotkey: str, keep: int = 0) -> None:
+    def forget(
+        self,
+        hotkey: str,  # that may be unknown
+        keep: int = 0,  # latest errors that stay
+    ) -> None:
         "Drop the errors of a hotkey, but for the latest."
         kept = self.errors.pop(hotkey, [])[-keep:] if keep else []
         self.errors.pop(hotkey, None)
@@ -115,7 +119,7 @@ class Offsets:
 
     def certainty(
         self,
-        hotkey: str,
+        hotkey: str,  # that may be unknown
     ) -> tuple[float, float, int]:  # spread of offsets, variance of an error, errors
         "Return what decides how certain an offset is; an unknown hotkey has 0 errors."
         self.by_hotkey()
@@ -171,7 +175,7 @@ def errors_of(
     grades: Sequence[Sequence[float]],  # of the same completions
     names: Sequence[Sequence[str] | None],  # who gave them; `None`: not known
 ) -> dict[str, list[float]]:  # name -> grade minus reward
-    "Collect the errors of a judge for everybody who is named."
+    "Collect the errors of a judge by the name of who answered."
     found: dict[str, list[float]] = {}
     for row, right, who in zip(rewards, grades, names, strict=True):
         for name, reward, grade in zip(who or (), row, right):

@@ -44,7 +44,7 @@ class Pending:
 
     def add(
         self,
-        prompt: str,
+        prompt: str,  # of the question
         uids: Sequence[int],  # that were asked
         id: Any = None,  # `None`: a number that was not used before
         hotkeys: Optional[Sequence[str]] = None,  # of the uids; `None`: as they are now
@@ -65,7 +65,7 @@ class Pending:
 
     def ask(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str],  # of the batch
         choose: Callable,  # prompt -> `Selection`
     ) -> list[Asked]:
         "Choose for a batch of prompts, and remember all of them."
@@ -105,7 +105,7 @@ class Pending:
         self,
         id: Any,  # of a question whose rewards will never come
     ) -> None:
-        "Wait no longer."
+        "Give up waiting for the rewards of a question."
         _, held = self.open.pop(id, ("", {}))
         self.counts["dropped"] += len(held)
 
@@ -125,7 +125,7 @@ class Pending:
         self,
         state: Mapping,  # as `state` returned it
     ) -> None:
-        "Go on from a state."
+        "Take over a state."
         self.open.clear()
         for id, prompt, uids, hotkeys in state["open"]:
             self.open[id] = prompt, dict(zip(uids, hotkeys))
@@ -143,7 +143,7 @@ def finite(
 
 
 def later(
-    prompt: str,
+    prompt: str,  # that was asked
     completions: Sequence[Optional[str]],  # `None` where a miner failed
 ) -> list[Optional[float]]:  # 0 for a miner that failed
     "Judge nothing yet: a judge for a validator that is told its rewards later."
@@ -152,9 +152,9 @@ def later(
 
 def teach(
     learner: Any,  # a gate or a policy
-    prompt: str,
-    uids: Sequence[int],
-    rewards: Sequence[float],
+    prompt: str,  # that was answered
+    uids: Sequence[int],  # that answered, each once
+    rewards: Sequence[float],  # of their answers, finite
 ) -> None:
     "Let a gate or a policy learn from rewards, whenever they come."
     asked, earned = torch.tensor(list(uids)), torch.tensor(list(rewards))

@@ -32,7 +32,7 @@ class Bandit(Protocol):
 
     def learn(
         self,
-        prompt: str,
+        prompt: str,  # of the user
         uids: torch.Tensor,  # (k,) of those who answered, each once
         rewards: torch.Tensor,  # (k,) of their answers
     ) -> Any:
@@ -48,12 +48,12 @@ class Bandit(Protocol):
 
 def ask(
     bandit: Any,  # a `Bandit`
-    prompt: str,
+    prompt: str,  # of the user
     k: int,  # how many uids to ask
     available: Optional[Sequence[int]] = None,  # that can be asked; `None`: all
     generator: Optional[torch.Generator] = None,  # for a policy that has only scores
     epsilon: float = 0.01,  # for the same: probability of asking a random set
-) -> Selection:  # raises `InputError` for what is no policy
+) -> Selection:  # raises `InputError` for anything but a policy
     "Let a policy choose."
     if hasattr(bandit, "choose"):
         return bandit.choose(prompt, k, available)
@@ -96,7 +96,7 @@ class Ridge:
     def __init__(
         self,
         metagraph: Any,  # has `hotkeys`, perhaps `uids`
-        features: Components,
+        features: Components,  # of prompts
         ridge: float = 1.0,  # penalty of the squared weights
         noise: float = 0.0225,  # variance of a reward around its expectation
         start: float = 0.5,  # expected reward of a uid that never answered
@@ -150,7 +150,7 @@ class Linear:
         prompts: Union[Sequence[str], torch.Tensor],  # as for `Components`
         rule: Callable[..., Selection],  # (mean, sd, k, **options), as `thompson` is
         width: float,  # factor of the standard deviations
-        components: int = 16,
+        components: int = 16,  # features of a prompt
         seed: int = 0,  # of the random choices
         epsilon: float = 0.0,  # probability of asking a random set instead
         **ridge: Any,  # further arguments of `Ridge`
@@ -163,8 +163,8 @@ class Linear:
 
     def choose(
         self,
-        prompt: str,
-        k: int,
+        prompt: str,  # of the user
+        k: int,  # how many uids to ask
         available: Optional[Sequence[int]] = None,  # `None`: all
     ) -> Selection:
         "Choose `k` uids by the rule."
@@ -235,8 +235,8 @@ class NearestAnswers:
 
     def choose(
         self,
-        prompt: str,
-        k: int,
+        prompt: str,  # of the user
+        k: int,  # how many uids to ask
         available: Optional[Sequence[int]] = None,  # `None`: all
     ) -> Selection:
         "Choose the uids with the highest scores; those never asked come first."
@@ -288,8 +288,8 @@ class MeanPerUid:
 
     def choose(
         self,
-        prompt: str,
-        k: int,
+        prompt: str,  # of the user
+        k: int,  # how many uids to ask
         available: Optional[Sequence[int]] = None,  # `None`: all
     ) -> Selection:
         "Choose the `k` best of means drawn from the posteriors."
@@ -337,8 +337,8 @@ class BestFixed:
 
     def choose(
         self,
-        prompt: str,
-        k: int,
+        prompt: str,  # of the user
+        k: int,  # how many uids to ask
         available: Optional[Sequence[int]] = None,  # `None`: all
     ) -> Selection:
         "Choose the `k` best that can be asked."

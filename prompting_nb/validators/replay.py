@@ -62,10 +62,13 @@ def estimate(
 
     `policy` maps an event to `(network_size,)`, `fit` a list of events to a function
     from an event to the expected reward of each uid. Raises `InputError` for an empty
-    log and for a policy that asks nobody.
+    log, for a malformed event, and for a policy that asks nobody.
     """
     if not events:
         raise InputError("the log has no events: there is nothing to estimate from")
+    for number, event in enumerate(events):
+        if problem := _problem(event):
+            raise InputError(f"event {number} of the log: {problem}")
     events = [
         replace(event, rewards=[missing if r is None else r for r in event.rewards])
         for event in events
@@ -220,11 +223,12 @@ def _problem(event: Event) -> str | None:
 
 # %% ../../nbs/validators/03_replay.ipynb #c012
 def ask_best(
-    k: int,  # uids to ask
+    k: int,  # uids to ask; `InputError` at an event where fewer could be asked
 ) -> Callable[[Event], torch.Tensor]:
     "Make the policy that asks the `k` uids with the highest logged scores."
 
     def policy(event):
+        _check_enough(event, k)
         best = torch.tensor(event.scores)[event.candidates].topk(k).indices
         return torch.zeros(len(event.scores)).scatter(0, event.candidates[best], 1.0)
 
@@ -232,26 +236,41 @@ def ask_best(
 
 
 def ask_always(
-    uids: list[int],  # to ask
+    uids: list[int],  # to ask; `InputError` at an event without one of them
 ) -> Callable[[Event], torch.Tensor]:
     "Make the policy that asks the same uids every time."
 
     def policy(event):
+        if uids and not 0 <= min(uids) <= max(uids) < len(event.scores):
+            raise InputError(
+                f"uids {uids} should lie among the {len(event.scores)} of step "
+                f"{event.step}"
+            )
         return torch.zeros(len(event.scores)).scatter(0, torch.tensor(uids), 1.0)
 
     return policy
 
 
 def ask_anyone(
-    k: int,  # uids to ask
+    k: int,  # uids to ask; `InputError` at an event where fewer could be asked
 ) -> Callable[[Event], torch.Tensor]:
     "Make the policy that asks `k` random uids, all equally likely."
 
     def policy(event):
+        _check_enough(event, k)
         share = k / len(event.candidates)
         return torch.zeros(len(event.scores)).scatter(0, event.candidates, share)
 
     return policy
+
+
+def _check_enough(event: Event, k: int) -> None:
+    "Raise `InputError` where fewer than `k` uids could be asked."
+    if not 0 < k <= len(event.candidates):
+        raise InputError(
+            f"a policy cannot ask {k} of the {len(event.candidates)} uids that could "
+            f"be asked in step {event.step}"
+        )
 
 # %% ../../nbs/validators/03_replay.ipynb #c045
 def _sums(events: list, policy: Callable, expected: list) -> torch.Tensor:

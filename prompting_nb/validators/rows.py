@@ -115,8 +115,8 @@ def move_rows(
 
 
 def initial_rows(
-    count: int,
-    hidden_size: int,
+    count: int,  # rows
+    hidden_size: int,  # weights of a row
 ) -> torch.Tensor:  # (count, hidden_size), on the CPU
     "Draw weights distributed as those of a new `torch.nn.Linear`."
     bound = hidden_size**-0.5
@@ -124,7 +124,7 @@ def initial_rows(
 
 
 def row_tensors(
-    head: torch.nn.Linear,
+    head: torch.nn.Linear,  # with a row for each uid
     optimizer: torch.optim.Optimizer,  # of the head
 ) -> list[torch.Tensor]:
     "Collect what has a row for each uid: weight, bias, the optimizer's state of both."
@@ -237,7 +237,7 @@ def _rows_of(gradient: torch.Tensor) -> tuple:
 # %% ../../nbs/validators/04_rows.ipynb #c033
 def save_rows(
     path: str | Path,  # by custom it ends in .safetensors
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],  # with a row for each uid, or of any shape
     identity: dict[str, str],  # what must agree with the gate that loads them
     hotkeys: dict[int, str],  # of the rows
     **about: str,  # anything else
@@ -251,7 +251,7 @@ def save_rows(
     with replacing(path) as draft:
         try:
             save_file(stored, draft, metadata=about)
-        except SafetensorError as error:  # a full disk, which is no OSError there
+        except SafetensorError as error:  # a full disk is not an OSError there
             raise OSError(f"{path} cannot be written: {error}") from None
 
 # %% ../../nbs/validators/04_rows.ipynb #c035
@@ -314,7 +314,7 @@ def _same(name: str, saved: str | None, here: str) -> bool:
 
 # %% ../../nbs/validators/04_rows.ipynb #c038
 def head_tensors(
-    head: torch.nn.Linear,
+    head: torch.nn.Linear,  # with a row for each uid
     optimizer: torch.optim.Optimizer,  # of the head
 ) -> dict[str, torch.Tensor]:  # `weight`, `bias`, `weight.momentum_buffer` ...
     "Name all tensors of a head and of its optimizer."

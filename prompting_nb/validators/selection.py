@@ -104,6 +104,8 @@ def _uids(given, size: int, name: str) -> torch.Tensor:
                 f"got shape {tuple(given.shape)}"
             )
         return given.nonzero().flatten()
+    if (given != given.long()).any():
+        raise ValueError(f"{name} holds uids that are not whole numbers")
     uids = given.long().flatten().unique()
     outside = uids[(uids < 0) | (uids >= size)].tolist()
     if outside:

@@ -92,7 +92,7 @@ class Validator:
 
     def step(
         self,
-        prompt: str,
+        prompt: str,  # of the user
     ) -> Event:  # raises `InputError` when fewer than `policy.k` miners serve
         "Ask some miners, reward their answers, and let the gate learn from them."
         round = self.route(prompt)
@@ -101,7 +101,7 @@ class Validator:
 
     def route(
         self,
-        prompt: str,
+        prompt: str,  # of the user
         k: Optional[int] = None,  # uids to ask; `None`: as many as the policy says
     ) -> "Round":  # raises `InputError` when fewer miners serve
         "Choose whom to ask, and ask nobody yet."
@@ -129,7 +129,7 @@ class Validator:
 
     def batch(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str],  # asked at the same time
     ) -> list[Event]:  # raises `InputError` when fewer than `policy.k` miners serve
         "Choose for all prompts, ask them at once, and learn from all of them."
         encoder = getattr(self.gate, "encoder", None)
@@ -213,7 +213,7 @@ class Validator:
 
     def observe(
         self,
-        prompt: str,
+        prompt: str,  # of the user
         uids: list[int],  # that were asked
         hotkeys: list[str],  # that held these uids then
         rewards: Sequence[Optional[float]],  # of their answers; `None`: not yet
@@ -223,6 +223,7 @@ class Validator:
 
         The gate learns nothing about a uid that has changed hands since.
         """
+        finite(dict(zip(uids, rewards)))  # of uids that changed hands, too
         held = dict(enumerate(self.metagraph.hotkeys))
         there = [i for i, reward in enumerate(rewards) if reward is not None]
         kept = [i for i in there if held.get(uids[i]) == hotkeys[i]]
@@ -272,7 +273,7 @@ class Validator:
         new = self.newcomers(serving)
         if self.prices:
             scores = self.prices.adjust(scores, dict(enumerate(hotkeys)))
-        policy = replace(self.policy, k=k) if k else self.policy
+        policy = self.policy if k is None else replace(self.policy, k=k)
         rest = (new, self.steps, self.generator)
         if not policy.distinct:
             return policy.choose(scores, sd, serving, *rest)
@@ -519,7 +520,11 @@ class MovingAverage:
         self.values: dict[str, float] = {}  # hotkey -> average
         self.counts: Counter[str] = Counter()  # hotkey -> rewards so far
 
-    def update(self, hotkey: str, reward: float) -> None:
+    def update(
+        self,
+        hotkey: str,  # that earned it
+        reward: float,  # from 0 to 1
+    ) -> None:
         "Add a reward; the first one is the average."
         old = self.values.get(hotkey, reward)
         self.values[hotkey] = old + self.alpha * (reward - old)

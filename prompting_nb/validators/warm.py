@@ -22,7 +22,7 @@ class Known:
     hotkeys: Counter = field(default_factory=Counter)  # hotkey -> its answers
     strangers: Counter = field(default_factory=Counter)  # name -> answers left out
     unnamed: int = 0  # rankings left out that do not say who answered
-    ungraded: int = 0  # answers left out whose grade is no finite number
+    ungraded: int = 0  # answers left out whose grade is not a finite number
     repeated: int = 0  # answers that share prompt and hotkey: their mean counts
     outside: int = 0  # answers with a grade below 0 or above 1
     forgotten: int = 0  # rankings learned from that the gate's memory has no room for

@@ -25,7 +25,7 @@ class Watch:
 
     low: float = -math.inf  # of the raw scores that the curve was fitted on
     high: float = math.inf
-    by_text: Optional[float] = None  # share of pairs that the rewards order rightly
+    by_text: Optional[float] = None  # share of pairs that the rewards order correctly
     by_who: Optional[float] = None  # share that the authors' mean grades do
     seen: int = 0  # raw scores so far
     below: int = 0  # of them, below the range
@@ -61,8 +61,8 @@ class Watch:
                 what = "corrected by who answered" if offsets else "not corrected"
                 found.append(
                     f"who answered predicts {self.by_who:.1%} of the graded pairs, the "
-                    f"rewards {self.by_text:.1%}: the text adds little to the author "
-                    f"(the rewards are {what})"
+                    f"rewards {self.by_text:.1%}: the text tells little beyond its "
+                    f"author (the rewards are {what})"
                 )
         for hotkey, errors in (offsets.errors if offsets else {}).items():
             if abs(moved := drift(errors)) > _FAR:

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 class Span:
     "Name some queries of a row, and the keys that they see."
 
-    queries: slice
+    queries: slice  # of the row; every query is in one span
     shared: slice  # keys of the prefix that several texts share; may be empty
     own: slice  # keys of the text itself
 

@@ -41,7 +41,7 @@ def packed_rewards(
 def score_packed(
     model: RewardModel,
     prompts: list[str],  # one for each completion
-    completions: list[str],
+    completions: list[str],  # n of them
     bf16: bool = False,  # compute in bfloat16
     budget: int = 16384,  # tokens of a batch
 ) -> torch.Tensor:  # (n, 1) float32 on the CPU, in the order given
@@ -179,7 +179,7 @@ def common_start(
 def lay_out(
     groups: list[list[list[int]]],  # token ids: `groups[prompt][completion]`
     share: bool,  # compute what the texts of a group have in common once
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu",  # where the tensors are needed
     padding: int | None = None,  # RoBERTa's positions are counted from this token's id
 ) -> Layout:
     "Put the texts of a batch into one row of tokens, without padding."
@@ -419,7 +419,7 @@ def _only(function: Callable, places: str) -> Callable:
 def run_layout(
     model: Any,  # a `packed_view`
     pooling: str,  # of the encoder
-    layout: Layout,
+    layout: Layout,  # of the texts
     embeddings: torch.Tensor,  # (1, tokens, size), of the layout's tokens
 ) -> torch.Tensor:  # (texts, size), float32 where the model computes with less
     "Compute the vector of each text of a layout."
