@@ -223,10 +223,12 @@ class Stream:
     @staticmethod
     async def _run(ask: Callable, pieces: asyncio.Queue) -> Prompting:
         try:
-            try:
-                return await ask(pieces.put)
-            finally:
-                await pieces.put(None)  # the end
+            answer = await ask(pieces.put)
+            await pieces.put(None)  # the end
+            return answer
+        except Exception:
+            await pieces.put(None)
+            raise
         except asyncio.CancelledError:  # closed early: perhaps nobody reads on
             if pieces.full():
                 pieces.get_nowait()
