@@ -297,7 +297,12 @@ class _Parser(jsonargparse.ArgumentParser):
         "Read the arguments; in a command of ours no variable may have a wrong name."
         if self.default_env and self.is_command:
             self._check_variables()
-        return super().parse_args(*args, **kwargs)
+        try:
+            found = super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError:
+            self.error("the file of --config is no text in UTF-8")
+        self._check_sections(found)
+        return found
 
     def format_help(self, *args, **kwargs) -> str:
         "Write the help, of a command in order."
@@ -320,6 +325,17 @@ class _Parser(jsonargparse.ArgumentParser):
                     self.error(str(wrong))
                 print(f"{self.prog}: warning: {wrong}; it is ignored", file=sys.stderr)
 
+    def _check_sections(self, found: Any) -> None:
+        "Refuse a file that has a value where a section of settings belongs."
+        dests = {action.dest for action in self._actions}
+        for part in sorted({dest.split(".")[0] for dest in dests if "." in dest}):
+            value = found.get(part)
+            if isinstance(value, (bool, int, float, str, list)):
+                self.error(
+                    f"{part} must hold settings by name, one a line under it, not "
+                    f"{value!r}"
+                )
+
     def _in_words(self, message: str) -> str:
         fields = {action.dest: action for action in self._actions}
         found = re.match(r'Parser key "([\w.]+)"', message)
@@ -340,6 +356,12 @@ class _Parser(jsonargparse.ArgumentParser):
         if found := re.match(r"the following arguments are required: (.*)", message):
             missing = [_flag(name.strip()) for name in found[1].split(",")]
             return f"{' and '.join(missing)} must be given"
+        if found := re.search(r"Path is not a file: '?(.*?)'?$", message):
+            return f"{found[1]} is no file: give one to --config"
+        if message.startswith("Problems parsing config"):
+            place = re.search(r"line \d+, column \d+", message)
+            where = f" at {place[0]}" if place else ""
+            return f"the file of --config is no YAML{where}: look at colons and indents"
         if found := re.search(r"File does not exist: '?(.*?)'?$", message):
             return f"there is no file {found[1]}: give one to --config"
         return " ".join(message.split())

@@ -115,6 +115,17 @@ def test_a_reader_that_leaves_gets_no_traceback(argv):
     assert process.returncode in (0, 141)
 
 
+@pytest.mark.parametrize("content, message", [
+    (b"a: : b", "the file of --config is no YAML at line 1, column 4"), (b"\xff\xfe\xff", "--config is no text in UTF-8"),
+    (b"gating: 3", "gating must hold settings by name"), (b"judge: [1]", "judge must hold settings by name")])
+def test_a_file_of_settings_that_is_none(capsys, tmp_path, content, message):
+    (tmp_path / "wrong.yaml").write_bytes(content)
+    status, text = failed(capsys, "loop", "--config", str(tmp_path / "wrong.yaml"))
+    assert status == 2 and message in text and "\n" not in text, text
+    status, text = failed(capsys, "loop", "--config", str(tmp_path))
+    assert status == 2 and "is no file: give one to --config" in text
+
+
 @pytest.mark.parametrize("argv, message", [
     (["reward", "train", "--data", "x"], "--out must be given"),
     (["reward", "score"], "--model and --data must be given"),

@@ -114,3 +114,9 @@ def test_newcomers_take_places_and_the_others_are_drawn_once_each(draw):
         chance = dict(zip(found.uids.tolist(), found.propensities.tolist()))
         assert len(chance) == 5 and chance.pop(6) == chance.pop(7) == 1.0
         assert list(chance.values()) == pytest.approx([0.5] * 3, abs=0.15)  # three of six equals
+
+
+def test_pictures_of_a_report_are_dark_in_dark_mode():
+    from prompting_nb.loop.report import page_of
+
+    assert "@media (prefers-color-scheme: dark)" in page_of("a run", "<img>") and "invert(1)" in page_of("a run", "<img>")

@@ -172,6 +172,10 @@ def test_checkpoints_states_prices_and_runs_that_are_damaged(models, tmp_path, c
     os.makedirs("state/state-000000001")
     (tmp_path / "state" / "state-000000001" / "validator.json").write_text("{")
     assert "it is no JSON from line 1, column 2 on" in failed(capsys, "route", "why?", "--dir", "state")
+    (tmp_path / "state" / "state-000000001" / "validator.json").write_text('{"format": 1, "step": 2}')
+    assert "its hotkeys is missing" in failed(capsys, "route", "why?", "--dir", "state")
+    train = ["reward", "train", "--model", models / "encoder", "--data", "rows.jsonl", "--out", "o"]
+    assert "rows.jsonl is a file: give a folder to --report" in failed(capsys, *train, "--report", "rows.jsonl")
     (tmp_path / "prices.json").write_text("[1]")
     assert "a value in it is of a wrong kind" in failed(capsys, "loop", "--prices.file", "prices.json", "--prices.worth", "1")
     os.makedirs("run")

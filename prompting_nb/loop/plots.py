@@ -176,6 +176,7 @@ def plot_routing(
         ylim=(0, 1.02),
         title=f"Grade of the asked uids, given by {graded_by}",
     )
+    ax.locator_params(axis="x", integer=True)  # there is no half a step
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
@@ -212,6 +213,7 @@ def plot_shares(
         ax.axvline(first + moved_at, color="#c8102e", lw=1)
     ax.grid(False)
     ax.set(xlabel="step (prompts)", ylabel="uid", title="Requests by uid")
+    ax.locator_params(axis="x", integer=True)  # there is no half a step
     return ax
 
 # %% ../../nbs/loop/04_plots.ipynb #c018

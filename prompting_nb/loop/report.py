@@ -716,6 +716,9 @@ tr.marked { background: #c8102e22; font-weight: 600; }
 .wide { overflow-x: auto; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; border-radius: .3rem; }
+@media (prefers-color-scheme: dark) {  /* a white picture becomes a dark one */
+  img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
+}
 figcaption { font-size: .9rem; opacity: .8; }
 """
 _CHOICES = {

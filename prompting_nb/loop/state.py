@@ -187,10 +187,18 @@ def _read(path: Path) -> dict:
             f"{path} is no state of a validator ({reason_of(error)}): remove it to go "
             "on from the state before"
         ) from None
-    if number > _FORMAT:
+    if isinstance(number, int) and number > _FORMAT:
         raise InputError(
             f"{path} has format {number}, written by version {saved.get('version')}; "
             f"this is version {__version__}, which reads up to {_FORMAT}: update it"
+        )
+    kinds = {"step": int, "hotkeys": list, "counts": dict, "averages": dict}
+    kinds |= {"format": int, "about": dict}
+    wrong = [name for name, kind in kinds.items() if type(saved.get(name)) is not kind]
+    if wrong:
+        raise InputError(
+            f"{path} is no state of a validator (its {wrong[0]} is missing, or of a "
+            "wrong kind): remove it to go on from the state before"
         )
     return saved
 

@@ -324,6 +324,9 @@ def run_train(
             f"{out} holds a reward model: give another --out, "
             "or --force to overwrite it"
         )
+    for flag, path in (("report", output.report), ("checkpoint", output.checkpoint)):
+        if path and Path(path).is_file():
+            raise InputError(f"{path} is a file: give a folder to --{flag}")
     check_folder(out)  # better now than after hours of training
     if rank:
         say = lambda text: None
