@@ -79,6 +79,11 @@ COMMANDS = {  # name: parser, function that takes what it parsed, and one line o
         _later("loop.validator", "run_validator"),
         "run a validator as a service, which goes on after a stop",
     ),
+    "watch": (
+        _later("loop.watch", "watch_parser"),
+        _later("loop.watch", "run_watch"),
+        "show how a validator in another process is doing",
+    ),
 }
 _HELP = "\n".join(
     [

@@ -20,9 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, Optional, get_args
 
-from safetensors import SafetensorError
-
 from .config import InputError
+from .faults import fault_of
 
 if TYPE_CHECKING:  # a miner without a model must not wait for torch
     import torch
@@ -47,13 +46,45 @@ def load(
             with _offline():
                 return loader(where, **{**kwargs, "local_files_only": True})
         return loader(where, **kwargs)  # with its progress bar: a download takes long
-    except (OSError, ValueError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = reason or (lines or [type(error).__name__])[0]
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # loaders raise what they like, tokenizers `Exception`
+        what = f"cannot load the model {name!r}"
+        if Path(where).is_dir():
+            raise InputError(f"{what}: {_fault(loader, where, error)}") from error
+        reason = reason or _refusal(error)
         raise InputError(
-            f"cannot load the model {name!r} ({reason[:200]}): give a local folder "
-            f"with its weights, connect to the hub, or use the built-in {MINILM!r}"
+            f"{what} ({reason}): give a local folder with its weights, connect to the "
+            f"hub, or use the built-in {MINILM!r}"
         ) from error
+
+
+def _fault(loader: Callable, folder: str, error: Exception) -> str:
+    "Say why a folder could not be loaded."
+    kind = getattr(getattr(loader, "__self__", None), "__name__", "")
+    of_tokenizer = "Tokenizer" in kind
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed: pip install {error.name}"
+    wanted = (not of_tokenizer, of_tokenizer or not kind.startswith("Auto"))
+    return fault_of(folder, *wanted, error) or (
+        f"loading it ends with {type(error).__name__}, though its files look whole: "
+        "they may need another version of transformers"
+    )
+
+
+def _refusal(error: Exception) -> str:
+    "Say in words why the hub does not give a model."
+    known = {
+        "GatedRepoError": "its owner gives it only to those who have asked there",
+        "RepositoryNotFoundError": "the hub has no such model, or it is private",
+        "RevisionNotFoundError": "it has no such revision",
+        "EntryNotFoundError": "a file of it is missing",
+        "LocalEntryNotFoundError": "the hub cannot be reached",
+        "HFValidationError": "this is no name of a model: OWNER/NAME",
+    }
+    seen: list[BaseException | None] = [error, error.__cause__, error.__context__]
+    kinds = [type(one).__name__ for one in seen]
+    return next((known[kind] for kind in kinds if kind in known), kinds[0])
 
 
 def check_name(

@@ -98,9 +98,6 @@ class StreamPrompting(Prompting):
     path: ClassVar[str] = "/StreamPrompting"
 
 # %% ../nbs/02_protocol.ipynb #c017
-_BODY_LIMIT = 256  # characters of pydantic's message that are sent back
-
-
 class _Body(BaseModel):
     "The part of a `Prompting` that a caller may state."
 
@@ -110,10 +107,27 @@ class _Body(BaseModel):
 
 
 def _one_line(error: ValidationError) -> str:
-    "Return the first of pydantic's complaints as `field: what is wrong`."
+    "Say the first of pydantic's complaints in our words: `field: what is wrong`."
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return (f"{where}: " if where else "") + first["msg"][:_BODY_LIMIT]
+    where = ".".join(map(str, first["loc"]))[:80]
+    kind, bounds = first["type"], first.get("ctx", {})
+    words = next((w for k, w in _COMPLAINTS.items() if kind.startswith(k)), None)
+    if kind == "greater_than":
+        words = f"must be greater than {bounds['gt']:g}"
+    return (f"{where}: " if where else "") + (words or "is of a wrong kind")
+
+
+_COMPLAINTS = {  # by the start of pydantic's name for it
+    "json_invalid": "this is no JSON",
+    "missing": "must be given",
+    "string": "must be a text",
+    "list": "must be a list",
+    "tuple": "must be a list",
+    "bool": "must be true or false",
+    "float": "must be a number",
+    "finite": "must be a finite number",
+    "model": "must be an object",
+}
 
 
 _write = json.JSONEncoder(ensure_ascii=False).encode  # made once, not at each call

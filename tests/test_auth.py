@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -180,6 +181,9 @@ DAMAGE = {
 }  # fmt: skip
 
 
+REASONS = {"no columns": "the table nonces is another one", "text for a number": "the table floor holds something else"}
+
+
 def filled(path, clock):
     with FileNonces(path, clock)._file.db as db:
         db.executemany("INSERT INTO nonces VALUES (?, ?)", [(START + i, "5" * 48) for i in range(1000)])
@@ -200,6 +204,7 @@ def test_a_file_that_is_damaged_inside_is_set_aside_at_the_start(what, tmp_path,
         store.close()
     record, = caplog.records
     assert "is damaged" in record.getMessage() and Path(f"{path}.damaged").exists()
+    assert "None" not in record.getMessage() and REASONS.get(what, "") in record.getMessage()
 
 
 def test_a_file_that_is_damaged_while_it_is_used_is_set_aside(tmp_path, clock, caplog):
@@ -212,6 +217,7 @@ def test_a_file_that_is_damaged_while_it_is_used_is_set_aside(tmp_path, clock, c
     assert outcome.reason == EARLY
     clock.now += 2 * SECOND
     assert store.check_and_store("b", clock.now) and "set aside" in caplog.text
+    assert "log was deleted" not in caplog.text
     store.close()
 
 
@@ -240,7 +246,10 @@ def test_a_file_that_is_deleted_in_use_is_made_anew_with_what_it_held(what, tmp_
         store.close()
     again = FileNonces(path, clock)
     assert [again.check_and_store(who, START) for who in "abcd"] == [False, False, False, True]
-    assert again.floor == START and "was deleted or replaced while in use; it is made anew" in caplog.text
+    said = [record.getMessage() for record in caplog.records]
+    assert again.floor == START and f"{path} was deleted or replaced while in use; it is made anew" in said
+    if what == "log":
+        assert f"{path} is damaged (its log was deleted) and set aside as {path}.damaged" in said
     again.close()
 
 
@@ -250,6 +259,48 @@ def test_what_was_just_written_into_a_lost_file_is_written_again(tmp_path, clock
     add, store._file.add = store._file.add, lambda nonces, now: (add(nonces, now), path.unlink())[0]
     assert store.check_and_store("a", START) and not store.check_and_store("a", START)
     store.close()
+
+
+def test_a_lost_file_of_which_nothing_is_known_is_made_anew_with_a_window_of_refusals(tmp_path, clock):
+    path = tmp_path / "nonces"
+    store = FileNonces(path, clock)
+    assert store.check_and_store("a", START)
+    store._file.db.close()
+    path.unlink()
+    assert refused(store.check_and_store, "a", START).reason == EARLY and store.floor == START + 2 * SECOND
+    clock.now += 2 * SECOND
+    assert store.check_and_store("a", clock.now)
+    store.close()
+
+
+def test_a_file_that_is_lost_again_and_again_is_given_up(tmp_path, clock, caplog):
+    path = tmp_path / "nonces"
+    store, tries = FileNonces(path, clock), []
+
+    def lost():
+        tries.append(1)
+        raise FileNotFoundError("it is gone")
+
+    store._file = SimpleNamespace(check_there=lost, again=lambda *_, **__: store._file, close=store._file.close)
+    refusal = refused(store.check_and_store, "a", START)
+    assert (refusal.status, refusal.kind, len(tries)) == (503, "nonces", 3)
+    last = caplog.records[-1].getMessage()
+    assert last == f"{path} cannot be used, requests are refused: it disappears again and again"
+    store.close()
+
+
+def test_a_file_is_set_aside_with_its_log(tmp_path):
+    path = tmp_path / "nonces"
+    for end in ("", "-wal", "-shm"):
+        Path(f"{path}{end}").write_text(f"old{end}")
+    auth.set_aside(path, "a test")
+    assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {
+        "nonces.damaged": "old", "nonces.damaged-wal": "old-wal"}  # fmt: skip
+
+
+def test_only_damage_is_damage():
+    assert auth.is_damage(sqlite3.DatabaseError("malformed"))
+    assert not auth.is_damage(sqlite3.ProgrammingError("closed")) and not auth.is_damage(sqlite3.Error("other"))
 
 
 def test_a_locked_file_does_not_hold_up_the_loop(tmp_path, clock, caplog):
@@ -267,9 +318,11 @@ def test_a_locked_file_does_not_hold_up_the_loop(tmp_path, clock, caplog):
     turns, errors = asyncio.run(asked())
     assert turns > 20 and {(error.status, error.kind) for error in errors} == {(503, "nonces")}
     other.execute("ROLLBACK")
+    assert any(thread.name.startswith("nonces_") for thread in threading.enumerate())
     assert [asyncio.run(store.accept("a", START)) for _ in range(2)] == [True, False]
     other.close(), store.close()
-    assert refused(lambda: asyncio.run(store.accept("a", START + 1))).kind == "stopping"
+    refusal = refused(lambda: asyncio.run(store.accept("a", START + 1)))
+    assert (refusal.status, refusal.reason, refusal.kind) == (503, "the miner is stopping", "stopping")
 
 
 def test_many_that_come_at_once_are_written_together(tmp_path, clock):
@@ -343,6 +396,53 @@ def test_a_store_that_was_made_when_the_clock_was_ahead_serves_at_once(tmp_path,
         nonces.close()
 
 
+def test_a_part_of_a_second_is_not_forgotten(nonces, clock):
+    nonce = START + 7 * SECOND // 10
+    assert nonces.check_and_store("a", nonce)
+    clock.now += 10 * SECOND + SECOND // 2
+    assert nonces.check_and_store("b", clock.now) and not nonces.check_and_store("a", nonce)  # fresh, and known
+
+
+def test_the_last_moment_of_a_second_is_forgotten_with_it(nonces, clock):
+    nonce = START + SECOND - 1
+    assert nonces.check_and_store("a", nonce)
+    clock.now += 30 * SECOND
+    assert nonces.check_and_store("a", clock.now)
+    clock.now = nonce + SECOND
+    assert refused(nonces.check_and_store, "a", nonce).reason == GONE
+
+
+def test_a_beginning_two_seconds_ahead_is_kept(clock):
+    nonces = MemoryNonces(Clock(START + 2 * SECOND))
+    nonces.clock = clock
+    assert refused(nonces.check_and_store, "a", START).reason == EARLY and nonces.floor == START + 2 * SECOND
+
+
+def test_the_log_says_once_by_how_much_the_clock_has_gone_back(caplog):
+    watch = auth.ClockWatch()
+    watch.look(START, START + 3 * SECOND)
+    assert caplog.records == []
+    for latest in (HOUR, HOUR, 0, HOUR):
+        watch.look(START, START + latest)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all("has gone back by at least 3600 s;" in text for text in said)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_file_that_knows_only_its_beginning_or_what_it_forgot_tells_of_a_clock_that_was_ahead(tmp_path, clock, dropped, caplog):
+    clock.now += 0 if dropped else 2 * HOUR
+    store = FileNonces(tmp_path / "nonces", clock)
+    if dropped:
+        clock.now += 2 * HOUR
+        assert store.check_and_store("a", clock.now)
+        FileNonces(tmp_path / "nonces", Clock(clock.now + 60 * SECOND)).close()
+        assert len(store) == 0
+    store.close()
+    clock.now = START
+    FileNonces(tmp_path / "nonces", clock).close()
+    assert "has gone back by at least 7200 s" in caplog.text
+
+
 def test_a_file_of_the_released_format_with_a_floor_ahead_is_opened(tmp_path, clock):
     path = tmp_path / "nonces"
     with sqlite3.connect(path) as db:
@@ -369,6 +469,16 @@ def test_a_request_from_ahead_waits_for_its_time_and_is_refused_after_a_restart(
     nonce = time.time_ns() + SECOND // 4
     reborn.verify(raw(signed(nonce)), BODY, "POST", "/Prompting")
     assert time.time_ns() >= nonce
+
+
+def test_spans_within_a_second_become_one():
+    near = Spans([(10 * SECOND, 11 * SECOND)])
+    near.add(8 * SECOND, 9 * SECOND + 1)
+    assert list(near) == [(8 * SECOND, 11 * SECOND)]
+    far = Spans([(0, SECOND)])
+    far.add(2 * SECOND + 1, 3 * SECOND)
+    assert list(far) == [(0, SECOND), (2 * SECOND + 1, 3 * SECOND)]
+    assert len(list(Spans((i * HOUR, i * HOUR) for i in range(1100)))) == 1024
 
 
 def test_spans_are_few_and_cover_what_was_added():
@@ -503,7 +613,7 @@ def test_what_the_store_or_the_protocol_cannot_read_is_malformed(clock, error, m
         assert (refusal.status, refusal.kind, refusal.reason) == (401, "MalformedAuth", "MalformedAuth: not a number")
 
 
-@pytest.mark.parametrize("ahead, waits", [(0, []), (SECOND // 2, [0.5]), (-SECOND, [])])
+@pytest.mark.parametrize("ahead, waits", [(0, []), (1, [1e-9]), (SECOND // 2, [0.5]), (-SECOND, [])])
 def test_a_nonce_from_ahead_is_waited_for(clock, monkeypatch, ahead, waits):
     slept = []
 
@@ -521,6 +631,27 @@ def test_a_nonce_from_ahead_is_waited_for(clock, monkeypatch, ahead, waits):
 
 async def _always(hotkey, nonce):
     return True
+
+
+@pytest.mark.parametrize("caller, given", [(Terminal(hotkey=CALLER, nonce=START), (CALLER, START)), (Terminal(), ("", 0))])
+def test_the_store_is_told_hotkey_and_nonce(clock, caller, given):
+    told = []
+
+    async def accept(*pair):
+        told.append(pair)
+        return True
+
+    nonces = SimpleNamespace(accept=accept, check_and_store=lambda *pair: told.append(pair) or True)
+    gate = Gatekeeper(ME, nonces, clock)
+    asyncio.run(gate.accept(caller)), gate.store(caller)
+    assert told == [given, given]
+
+
+def test_a_hotkey_that_is_too_long_is_refused_before_it_is_read(gate, monkeypatch):
+    monkeypatch.setattr(http_auth, "verify", None)
+    refusal = refused(gate.verify, raw(signed() | {"X-Bittensor-Hotkey": "5" * 65}), BODY, "POST", "/Prompting")
+    reason = "MalformedAuth: invalid hotkey address or signature encoding"
+    assert (refusal.status, refusal.kind, refusal.reason) == (401, "MalformedAuth", reason)
 
 
 def test_a_request_without_a_caller_claims_none():
@@ -565,6 +696,8 @@ def test_an_answer_is_signed_for_one_question():
     assert SIGNATURE == "x-prompting-signature" and signature.startswith("sr25519 0x")
     assert answer_fits(signature, ANSWER, miner=ME, **QUESTION)
     assert answer_fits(signature.replace("0x", ""), ANSWER, miner=ME, **QUESTION)
+    spaced = signature[:20] + " " + signature[20:]  # as hexadecimal digits may be written
+    assert answer_fits(spaced, ANSWER, miner=ME, **QUESTION)
     for other in ({"caller": ME}, {"path": "/Other"}, {"nonce": START + 1}, {"miner": CALLER}):
         assert answer_fits(signature, ANSWER, **{"miner": ME, **QUESTION, **other}) is False
     assert answer_fits(signature, ANSWER + b" ", miner=ME, **QUESTION) is False

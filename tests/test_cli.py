@@ -1,10 +1,15 @@
 """The program `prompting-nb` as a person meets it: help, topics, completion, pipes that nobody reads, and errors in a line."""
 
+import fcntl
+import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from prompting_nb.cli import COMMANDS, command_parsers, main
@@ -124,3 +129,60 @@ def test_a_reader_that_leaves_gets_no_traceback(argv):
 def test_one_line_says_what_is_wrong(capsys, argv, message):
     status, text = failed(capsys, *argv)
     assert status == 2 and message in text and "\n" not in text, text
+
+
+# ---- terminals
+
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9\d|10[0-7])[;\d]*m")
+IN_TERMINAL = """
+import sys
+from prompting_nb.cli import main
+run, model, data = sys.argv[1:]
+main(["watch", "--dir", run])
+for more in ([], ["--quiet"]):
+    print("NEXT", flush=True)
+    main(["reward", "train", "--model", model, "--data", data, "--out", f"{model}-{len(more)}", "--max-steps", "3", *more])
+"""
+
+
+def in_terminal(argv, **variables):
+    "What a program writes that believes in a terminal of 120 columns."
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # a bar has no room in the zero columns of a new one
+    environment = {**os.environ, "TERM": "xterm-256color", **variables}
+    with subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        written = b""
+        while True:
+            try:
+                written += (block := os.read(ours, 1 << 16))
+            except OSError:  # nobody holds the other end any more
+                break
+            if not block:
+                break
+    os.close(ours)
+    text = written.decode(errors="replace")
+    assert process.returncode == 0, text
+    return text
+
+
+@pytest.mark.slow
+def test_no_colour_where_it_is_not_wanted_and_no_bars_where_it_is_quiet(tmp_path):
+    from toys import letter_tokenizer, save_model
+    from transformers import BertConfig
+
+    tokenizer = letter_tokenizer(True)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = save_model(tmp_path / "model", config, tokenizer)
+    rows = [{"prompt": f"say {n}", "chosen": "a b", "rejected": "c"} for n in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+    run.mkdir()
+    event = {"step": 0, "prompt": "a", "uids": [1], "hotkeys": ["5F"], "rewards": [1.0], "statuses": [200], "block": 1}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (run / "summary.json").write_text(json.dumps({"status": "finished", "steps": 1, "top_k": 1}))
+    text = in_terminal([sys.executable, "-c", IN_TERMINAL, run, model, tmp_path / "rows.jsonl"], NO_COLOR="1")
+    assert not COLOUR.search(text)
+    before, loud, quiet = text.split("NEXT")
+    assert "\x1b[" in before and "5F" in before  # a table that was drawn anew
+    assert "process(es)):" in loud and "process(es)):" not in quiet and "the model is in" in quiet

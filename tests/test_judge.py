@@ -197,7 +197,7 @@ def test_a_cross_encoder_is_a_judge(tmp_path):
     other = save_model(tmp_path / "three", many, letter_tokenizer(bert=True), kind=hf.AutoModelForSequenceClassification)
     with pytest.raises(InputError, match="3 labels"):
         CrossEncoderScorer(other)
-    with pytest.raises(InputError, match="no cross-encoder"):
+    with pytest.raises(InputError, match="there is no folder"):
         CrossEncoderScorer(str(tmp_path / "nothing"))
 
 

@@ -162,12 +162,12 @@ def test_a_file_of_rankings(tmp_path, name, opener):
         file.write("{\n")
     with pytest.raises(InputError) as error:
         read_rankings(path)
-    assert str(error.value).startswith(f"{path}:5: not JSON (Expecting property name")
+    assert str(error.value).startswith(f"{path}:5: not JSON from column 2 on")
 
 
 def test_files_that_cannot_be_read_and_files_without_a_ranking(tmp_path):
-    for name, content, reason in (("a.jsonl", None, "No such file or directory"), ("b.jsonl", b"\xff", "'utf-8' codec can't"),
-                                  ("c.jsonl.gz", b"no gzip", "Not a gzipped file")):  # fmt: skip
+    for name, content, reason in (("a.jsonl", None, "No such file or directory"), ("b.jsonl", b"\xff", "it is no text in UTF-8"),
+                                  ("c.jsonl.gz", b"no gzip", "it is not packed by gzip")):  # fmt: skip
         path = tmp_path / name
         if content:
             path.write_bytes(content)

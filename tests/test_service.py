@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -693,6 +694,8 @@ def _subnet(tmp_path, judged, miners, seconds, every):
     run = tmp_path / "run"
     flags = ["--miners", miners, "--dir", run, "--reward", judged / "reward", "--block-time", 1, "--tempo", 10]
     log = open(tmp_path / "log", "wb")
+    shown = open(tmp_path / "watched", "wb")
+    watching = subprocess.Popen(command("watch", "--dir", run, "--every", "0.2"), stdout=shown)
     subnet = subprocess.Popen(command("subnet", *flags), stdout=log, stderr=log)
     told = lambda: f"; the log ends with\n{(tmp_path / 'log').read_text(errors='replace')[-5000:]}"
     listed = lambda: {e["name"]: e for e in json.loads((run / "processes.json").read_text())}
@@ -737,14 +740,24 @@ def _subnet(tmp_path, judged, miners, seconds, every):
         print(f"healed: {healed}; all had ended {time.monotonic() - died:.1f} s after the supervisor;", end=" ")
         print(f"{len(asking.answered)} answers, {len(asking.reported)} reports, {len(asking.registered)} guests, {len(found)} steps")
         assert not any(map(alive, pids))
+        time.sleep(1)
+        watching.send_signal(signal.SIGINT)
+        status, seen = watching.wait(SECONDS), (tmp_path / "watched").read_text()  # what a process saw that only looks into the folder
+        lines = seen.splitlines()
+        assert status == 0 and (lines[0].startswith("waiting: ") or "no validator" in lines[0])
+        assert any(line.startswith("the validator runs") for line in lines) and "it was killed" in lines[-1]
+        assert int(re.search(r"; step (\d+), ", lines[-1])[1]) >= found[-1]["step"]
+        assert "begun anew" not in seen and "no events" not in lines[-1]
         saved = read_about(run / "validator")
         assert saved["averages"] == averages_of(run / "validator", saved["step"]) and saved["step"] > 3
     except AssertionError as error:
         raise AssertionError(f"{error}{told()}") from None
     finally:
         asking.ended.set()
-        subnet.kill()
-        subnet.wait()
+        for process in (subnet, watching):
+            process.kill()
+            process.wait()
+        shown.close()
         log.close()
     return run
 

@@ -100,6 +100,13 @@ def test_quarto_is_used_where_it_is_installed_and_never_fetched(monkeypatch, cap
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
+def test_cells_that_only_import_are_not_shown(site):
+    "Also where a logger is made beside the imports: a page begins with the object in use."
+    shown = [p.relative_to(site).as_posix() for p in pages(site) for block in soup(p).select("main pre")
+             if block.get_text().strip().startswith(("import ", "from ")) and "\n_log = logging" in block.get_text()]
+    assert shown == []
+
+
 def test_addresses_are_those_of_quarto(site):
     "nbdev hands Quarto each notebook with an `output-file`: the name without its number."
     expected = {re.sub(r"\d+\w?_", "", p.relative_to(ROOT / "nbs").as_posix().lower()).replace(".ipynb", ".html")

@@ -294,7 +294,7 @@ def _about(folder: Path) -> dict:
     return about
 
 
-def _ask_saved(folder: Path, question: str, timeout: float, limit: float) -> dict:
+def _ask_saved(folder: Path, question: str, timeout: float, call: float) -> dict:
     "Ask with the saved gate, for at most `timeout` seconds; nothing is learned."
     from bittensor.result import RpcConnectionError
 
@@ -304,7 +304,7 @@ def _ask_saved(folder: Path, question: str, timeout: float, limit: float) -> dic
 
     about = _about(folder)
     wallet = open_wallet(**about["wallet"])
-    with open_client(about["network"], limit) as client:
+    with open_client(about["network"], call) as client:
         try:
             _ = client.block
         except RpcConnectionError as error:

@@ -25,8 +25,8 @@ from prompting_nb.config import (
     command_parser,
     settings_of,
 )
-from ..files import read_lines, write_file
-from .record import flatten
+from ..files import read_lines, reason_of, write_file
+from .record import MADE_WITH, flatten
 from .report import page_of, picture
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp008
@@ -254,7 +254,8 @@ def _read_summary(folder: Path) -> dict:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path}: {error}; leave this run out") from None
+        why = f"cannot read {path}: {reason_of(error)}"
+        raise InputError(f"{why}; leave this run out") from error
     if not isinstance(summary, dict) or not {"status", "steps"} <= summary.keys():
         raise InputError(f"{path} is no summary of a run: it has no status and steps")
     return summary
@@ -274,7 +275,8 @@ def _read_curves(folder: Path, summary: dict) -> dict[str, np.ndarray]:
             AttributeError,
             RecursionError,
         ) as error:
-            raise InputError(f"cannot read {path}: {error}; remove it") from None
+            why = f"cannot read {path}: {reason_of(error)}"
+            raise InputError(f"{why}; remove it") from error
         bad = [n for n, row in curves.items() if row.shape != (summary["steps"],)]
         if bad or not all(np.isfinite(row).all() for row in curves.values()):
             raise InputError(
@@ -292,8 +294,8 @@ def _read_curves(folder: Path, summary: dict) -> dict[str, np.ndarray]:
             rewards = event.get("grades") or event["rewards"]
             means.append(float(np.mean([x or 0.0 for x in rewards])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise InputError(f"{log}:{number}: no event of a run: {problem}") from None
+            problem = reason_of(error)
+            raise InputError(f"{log}:{number}: no event of a run: {problem}") from error
     return {"gate": np.array(means)} if means else {}
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp013
@@ -364,28 +366,9 @@ def _share(gate: np.ndarray, random: np.ndarray, oracle: np.ndarray) -> Figure:
     return _around(share, _error(gain - share * way) / float(way.mean()))
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp016
-_KEPT = (  # keys of a summary that say how a run was made; the others are results
-    "arena",
-    "graded_by",
-    "seed",
-    "top_k",
-    "steps",
-    "warm",
-    "known_rankings",
-    "judge_corrected",
-    "command",
-    "date",
-    "versions",
-    "seeds",
-    "rule",
-    "loss",
-    "learning_rate",
-    "gating",
-    "policy",
-    "judge",
-    "judging",
-    "data",
-)
+# keys of a summary that say how a run was made; the others are results
+_ARENA = ("arena", "graded_by", "seed", "top_k", "steps", "warm", "known_rankings")
+_KEPT = (*_ARENA, "judge_corrected", "judge", *MADE_WITH)
 _PLACES = ("out", "force", "quiet", "debug", "config")  # flags that change no figure
 
 
@@ -394,6 +377,7 @@ def _settings(summary: dict) -> dict[str, Any]:
     flags = summary.get("settings")
     found = flatten(flags) if isinstance(flags, dict) else {}
     rest = {name: summary[name] for name in _KEPT if name in summary}
+    rest.pop("settings", None)
     return flatten(rest) | found
 
 

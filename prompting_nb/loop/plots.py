@@ -197,18 +197,19 @@ def request_shares(
 def plot_shares(
     asked: Sequence[Sequence[int]],  # the uids asked, for each step
     names: dict[int, str],  # uid -> label; these are the rows
-    moved_at: Optional[int] = None,  # the step at which a uid changed hands
+    moved_at: Optional[int] = None,  # place in `asked` where a uid changed hands
+    first: int = 0,  # number of the first step
     ax: Optional[Axes] = None,  # to draw on
 ) -> Axes:
     "Plot the share of the requests for each uid, over time."
     ax = new_axes(ax, figsize=(7.0, 1.2 + 0.26 * len(names)))
     shares = request_shares(asked, list(names))
-    extent = (0, len(asked), len(names) - 0.5, -0.5)
+    extent = (first, first + len(asked), len(names) - 0.5, -0.5)
     image = ax.imshow(shares, aspect="auto", cmap="Greys", vmin=0, extent=extent)
     ax.figure.colorbar(image, ax=ax, label="share of requests", pad=0.02)
     ax.set_yticks(range(len(names)), [f"{name}  {uid}" for uid, name in names.items()])
     if moved_at is not None:
-        ax.axvline(moved_at, color="#c8102e", lw=1)
+        ax.axvline(first + moved_at, color="#c8102e", lw=1)
     ax.grid(False)
     ax.set(xlabel="step (prompts)", ylabel="uid", title="Requests by uid")
     return ax

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..config import InputError
 from ..files import write_file
-from .record import describe, flatten
+from .record import MADE_WITH, describe, flatten
 from .run import Answer, Bought, Loop, Trace
 from .teach import Assessment
 from ..reward.tokens import cuts_text
@@ -397,7 +397,7 @@ def render(
         if late := summary.get("late_rewards"):
             told = ", ".join(f"{name} {count}" for name, count in late.items())
             parts.append(f"<p>Rewards that came later: {html.escape(told)}.</p>")
-    made_with = {name: summary[name] for name in _MADE_WITH if name in summary}
+    made_with = {name: summary[name] for name in MADE_WITH if name in summary}
     rows = [
         {"what": name, "value": "" if value is None else str(value)}
         for name, value in flatten(made_with).items()
@@ -718,20 +718,6 @@ figure { margin: 1.5rem 0; }
 img { max-width: 100%; border-radius: .3rem; }
 figcaption { font-size: .9rem; opacity: .8; }
 """
-_MADE_WITH = (
-    "command",
-    "date",
-    "versions",
-    "seeds",
-    "rule",
-    "loss",
-    "learning_rate",
-    "gating",
-    "policy",
-    "judging",
-    "data",
-    "settings",
-)
 _CHOICES = {
     "random": "random choice",
     "best_fixed": "best fixed choice, in hindsight",

@@ -19,6 +19,7 @@ from typing import Any, Optional
 
 from .. import __version__
 from ..config import InputError
+from ..files import reason_of
 from .journal import Journal
 from ..validators.judge import Judge
 from ..validators.validator import Validator
@@ -183,8 +184,8 @@ def _read(path: Path) -> dict:
         number = saved["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is no state of a validator ({error}): remove it to go on from the "
-            "state before"
+            f"{path} is no state of a validator ({reason_of(error)}): remove it to go "
+            "on from the state before"
         ) from None
     if number > _FORMAT:
         raise InputError(

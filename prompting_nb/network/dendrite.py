@@ -226,10 +226,7 @@ class Stream:
             answer = await ask(pieces.put)
             await pieces.put(None)  # the end
             return answer
-        except Exception:
-            await pieces.put(None)
-            raise
-        except asyncio.CancelledError:  # closed early: perhaps nobody reads on
+        except BaseException:  # closed early: perhaps nobody reads on
             if pieces.full():
                 pieces.get_nowait()
             pieces.put_nowait(None)

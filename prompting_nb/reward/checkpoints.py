@@ -8,7 +8,6 @@ __all__ = ['Checkpoint', 'write_checkpoint', 'read_checkpoint', 'run_digest', 's
 # %% ../../nbs/reward/12_checkpoints.ipynb #k003
 import hashlib
 import json
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,16 +76,11 @@ def read_checkpoint(
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        # torch's own words are advice for other cases
-        reason = getattr(error, "strerror", None) or "it is damaged or cut off"
-        message = f"cannot read {path} ({reason}): delete it to begin anew"
+    except Exception as error:  # of the many that a damaged pickle leads to
+        why = "it is damaged or cut off"
+        if isinstance(error, OSError) and error.strerror:
+            why = error.strerror
+        message = f"cannot read {path} ({why}): delete it to begin anew"
         raise InputError(message) from error
     found = str(state.get("digest")) if isinstance(state, dict) else ""
     if found != digest:

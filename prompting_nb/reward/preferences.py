@@ -16,6 +16,7 @@ from itertools import permutations
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 from ..config import InputError
+from ..files import reason_of
 from .columns import Candidates, read_row
 from ..show import Bar, html_table
 from .sources import Unreadable, name_of, read_rows
@@ -256,8 +257,11 @@ def decoded(
         raise ValueError(row.reason)
     try:
         return json.loads(row) if isinstance(row, str) else row
+    except json.JSONDecodeError as error:
+        column = min(error.pos, len(row.rstrip())) + 1
+        raise ValueError(f"not JSON from column {column} on") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from error
+        raise ValueError(f"not JSON: {reason_of(error)}") from error
 
 
 def _join(ranking: Ranking, other: Ranking) -> None:

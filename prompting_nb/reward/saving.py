@@ -23,6 +23,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from ..config import InputError
 from ..encoding.batches import evaluating
+from ..faults import fault_of, json_fault, tensors_fault
+from ..files import reason_of
 from ..pretrained import load, no_bars
 from prompting_nb.reward.classifiers import (
     Reader,
@@ -178,14 +180,29 @@ def load_model(
         OSError,
         ValueError,
         TypeError,
-        KeyError,
+        LookupError,
+        AttributeError,
         RuntimeError,
         SafetensorError,
     ) as error:
         raise InputError(
-            f"the reward model in {folder} cannot be read ({_reason(error)}): "
-            "save it again"
+            f"the reward model in {folder} cannot be read "
+            f"({_fault(Path(folder), error)}): save it again"
         ) from error
+
+
+def _fault(folder: Path, error: Exception) -> str:
+    "Say what is wrong with the files of a reward model."
+    found = tensors_fault(folder / _HEAD) if (folder / _HEAD).exists() else None
+    if (folder / "adapter_config.json").is_file():
+        adapters = folder / "adapter_model.safetensors"
+        found = found or json_fault(folder, "adapter_config.json")
+        found = found or (tensors_fault(adapters) if adapters.exists() else None)
+        return found or "its adapters do not fit its base, or lack a setting"
+    return found or fault_of(folder, error=error) or reason_of(error)
+
+
+_HEAD = "reward_head.safetensors"
 
 
 def _load(
@@ -220,8 +237,9 @@ def _load(
         _check_base(model, where, base, settings, options)
         _load_adapters(model, folder)
     model.encoder.model_name = name  # what it began with, and not this folder
-    if (folder / "reward_head.safetensors").is_file():
-        weights = load_file(folder / "reward_head.safetensors")
+    if (folder / _HEAD).is_file():
+        weights = load_file(folder / _HEAD)
+        _check_head(weights, model, folder)
         if "length" in weights:  # a copy, since what was loaded is a view of the file
             length = weights.pop("length").clone()
             model.length = torch.nn.Parameter(length.to(model.device))
@@ -234,9 +252,26 @@ def _load(
     return model
 
 
+def _check_head(weights: dict, model: Any, folder: Path) -> None:
+    "Raise `InputError` for a head that is not of this model."
+    size = model.head[1].in_features
+    known = {"1.weight": [1, size], "1.bias": [1], "length": [1]}
+    found = {name: list(value.shape) for name, value in weights.items()}
+    wrong = [name for name, shape in found.items() if known.get(name) != shape]
+    if wrong or not ({"1.weight", "length"} & found.keys()):
+        what = f"{wrong[0]} in the shape {found[wrong[0]]}" if wrong else "no weights"
+        raise InputError(
+            f"{folder / _HEAD} holds {what}, and a head for vectors of {size} numbers "
+            "has none such: it is of another model; save this one again"
+        )
+
+
 def _settings(folder: Path) -> dict:
     "Read reward.json, and compare the files that it lists with those that are there."
-    settings = json.loads((folder / "reward.json").read_text())
+    if found := json_fault(folder, "reward.json"):
+        what = f"the reward model in {folder} cannot be read"
+        raise InputError(f"{what}: {found}, or save the model again")
+    settings = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
     names = {path.name for path in folder.iterdir()} - {"reward.json"}
     if "format" not in settings:  # of version 0.1.0: what it is follows from its files
         has = {name: (folder / name).is_file() for name in _EITHER}
@@ -246,26 +281,23 @@ def _settings(folder: Path) -> dict:
                 f"from an older model: delete {' or '.join(_EITHER)}"
             )
         is_adapted = has["adapter_config.json"]
-        base = {"name": settings["model_name"]} if is_adapted else None
+        base = {"name": settings.get("model_name")} if is_adapted else None
         old = {
             "base": base,
             "weights": "encoder",
             "dtype": "float32",
             "buffers": "float32",
         }
-        return {
-            **old,
-            "skip": None,
-            "pair": False,
-            "bound": None,
-            "depth": None,
-            **settings,
-        }
+        more = {"skip": None, "pair": False, "bound": None, "depth": None}
+        return _checked(folder, {**old, **more, **settings, "files": []})
+    if settings["format"] != _FORMAT and not _is_count(settings["format"]):
+        _checked(folder, settings)
     if settings["format"] > _FORMAT:
         raise InputError(
             f"{folder} is of a newer version (format {settings['format']}): "
             "update prompting_nb"
         )
+    _checked(folder, settings)
     listed = {name.split("/")[0] for name in settings["files"]}
     more = sorted(x for x in names - listed if _matches(x, _PARTS))
     if more:
@@ -284,13 +316,79 @@ def _settings(folder: Path) -> dict:
 _EITHER = ("adapter_config.json", "model.safetensors")
 
 
+def _checked(folder: Path, settings: dict) -> dict:
+    "Return settings; raises `InputError` for one that is missing or cannot be used."
+    for name, (fits, words) in _KNOWN.items():
+        if name not in settings and name == "format":
+            continue
+        if name not in settings or not fits(settings[name]):
+            given = repr(settings[name]) if name in settings else "nothing"
+            raise InputError(
+                f"{folder / 'reward.json'} has {given:.60} for {name}, which must be "
+                f"{words}: correct it, or save the model again"
+            )
+    return settings
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def _is_dtype(value: Any) -> bool:
+    found = getattr(torch, value, None) if isinstance(value, str) else None
+    return isinstance(found, torch.dtype) and found.is_floating_point
+
+
+def _is_bound(value: Any) -> bool:
+    return value is None or type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _names_base(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, dict) and isinstance(value.get("name"), str)
+    )
+
+
+_POOLINGS = ("last", "mean", "layers", "pooler", "classifier")
+_KNOWN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "format": (_is_count, "a whole number"),
+    "weights": (lambda x: x in ("encoder", "classifier"), "encoder or classifier"),
+    "base": (_names_base, "null, or an object with a name"),
+    "model_name": (lambda x: isinstance(x, str), "a text"),
+    "dtype": (_is_dtype, "a precision, such as float32"),
+    "buffers": (_is_dtype, "a precision, such as float32"),
+    "dropout": (_is_share, "a number from 0 to 1"),
+    "pooling": (lambda x: x in _POOLINGS, f"one of {', '.join(_POOLINGS)}"),
+    "max_length": (_is_count, "a whole number, at least 1"),
+    "depth": (lambda x: x is None or _is_count(x), "null, or a whole number"),
+    "bound": (_is_bound, "null, or a number greater than 0"),
+    "skip": (lambda x: x is None or type(x) is int, "null, or the id of a token"),
+    "pair": (lambda x: isinstance(x, bool), "true or false"),
+    "files": (
+        lambda x: isinstance(x, list) and all(isinstance(one, str) for one in x),
+        "a list of names",
+    ),
+}
+
+
 def _read(where: str, tokenizer: Any, settings: dict, options: dict) -> Reader:
     "Load the transformer of a saved model, or of the base of its adapters."
     if settings["weights"] == "classifier":
         classifier = load_classifier(where, **options)
         return read_classifier(classifier, tokenizer, settings)
     with no_bars():
-        model = load(AutoModel.from_pretrained, where, **options)
+        read = AutoModel.from_pretrained
+        model, report = load(read, where, output_loading_info=True, **options)
+    # the base of adapters may be a checkpoint that lacks what we do not read
+    if settings["base"] is None and (without := sorted(report["missing_keys"])):
+        raise InputError(
+            f"the weights in {where} lack {without[0]}, for which chance would stand "
+            "in: copy the folder again, or save the model again"
+        )
     pooling, skip, pair = (settings[name] for name in ("pooling", "skip", "pair"))
     return Reader(model, tokenizer, pooling, None, skip, pair)
 

@@ -9,14 +9,16 @@ __all__ = ['read_rows', 'Unreadable', 'name_of']
 import ast
 import csv
 import json
+import logging
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
 from ..config import InputError
-from ..files import read_lines
+from ..files import read_lines, reason_of
 
 # %% ../../nbs/reward/15_sources.ipynb #s009
 def read_rows(
@@ -120,7 +122,7 @@ def _read_json(name: str) -> Iterator[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{"):  # several objects: lines
             return _lines(name)
-        raise InputError(f"{name}: not JSON ({error})") from error
+        raise InputError(f"{name}: {reason_of(error)}") from error
     if isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list)]
         found = lists[0] if len(lists) == 1 and len(found) == 1 else [found]
@@ -198,7 +200,8 @@ def _read_folder(folder: Path, split: str | None) -> Iterator[tuple[str, Any]]:
         from datasets import load_from_disk
 
         try:
-            found = load_from_disk(str(folder))
+            with _unlogged():
+                found = load_from_disk(str(folder))
         except Exception as error:  # of many libraries
             raise InputError(f"cannot read {folder}: {_reason(error)}") from error
         name, data = _one_split(str(folder), found, split)
@@ -227,18 +230,25 @@ def _loaded(name: str, *how: Any, splits: bool = False, **files: Any) -> Any:
 
     try:
         options = {**files, **({} if splits else {"split": "train"})}
-        return load_dataset(*how, streaming=True, **options)
+        with _unlogged():
+            return load_dataset(*how, streaming=True, **options)
     except Exception as error:  # of many libraries
-        where = "there is no such file, and the hub says: " if splits else ""
-        raise InputError(f"cannot read {name}: {where}{_reason(error)}") from error
+        reason = _reason(error)
+        if splits:
+            reason = (
+                "there is no such file, and the hub has no such data set, or cannot be"
+            )
+            reason += " reached"
+        raise InputError(f"cannot read {name}: {reason}") from error
 
 
 def _streamed(name: str, data: Iterable) -> Iterator[tuple[str, Any]]:
     "Number the rows of a data set; what is wrong with its file shows on the way."
     number = -1
     try:
-        for number, row in enumerate(data):
-            yield f"{name} row {number}", row
+        with _unlogged():
+            for number, row in enumerate(data):
+                yield f"{name} row {number}", row
     except Exception as error:  # of many libraries
         reason = _reason(error)
         raise InputError(f"cannot read {name} after row {number}: {reason}") from error
@@ -262,5 +272,19 @@ def _one_split(name: str, data: Any, split: str | None) -> tuple[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    "Shorten an error to one line."
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    "Say why a file cannot be read that a library reads."
+    if isinstance(error, (InputError, OSError, UnicodeError)):
+        return reason_of(error)
+    return "it is damaged, or of another kind than its name says"
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    "Keep the library from writing to the log what the error says in our words."
+    logger = logging.getLogger("datasets")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

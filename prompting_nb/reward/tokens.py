@@ -322,6 +322,11 @@ def length_limit(
     if positions is None:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [tokenizer.model_max_length, positions]
+    if wrong := [x for x in limits if x and not isinstance(x, (int, float))]:
+        raise InputError(
+            f"{wrong[0]!r} is no number of tokens: correct model_max_length in the "
+            "model's tokenizer_config.json, or max_position_embeddings in config.json"
+        )
     own = min(limit for limit in limits if limit and limit > 0)
     if wanted is not None and not 8 <= wanted <= own:
         raise InputError(f"max_length is {wanted}; this model takes 8 to {own} tokens")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..config import InputError, PositiveFloat, check_settings
+from ..files import reason_of
 
 # %% ../../nbs/validators/18_cost.ipynb #c009
 @dataclass
@@ -125,8 +126,8 @@ def read_prices(
         prices = {str(name): float(price) for name, price in found.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{settings.file} holds no prices ({error}): it needs an object of JSON, "
-            '{"hotkey": price, ...}'
+            f"{settings.file} holds no prices ({reason_of(error)}): it needs an object "
+            'of JSON, {"hotkey": price, ...}'
         ) from None
     return Prices(prices, settings.worth, settings.budget)
 

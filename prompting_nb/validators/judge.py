@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..config import InputError
-from ..files import write_file
+from ..files import reason_of, write_file
+from ..pretrained import load
 from .offsets import Offsets, errors_of
 from .watch import Watch, agreement, by_author
 
@@ -168,8 +169,7 @@ class Judge:
             offsets, correct = Offsets(state["errors"]), bool(state["correct"])
             return cls(model, scores, grades, ties, offsets, correct, Watch(**watch))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path} holds no judge: {why}") from None
+            raise InputError(f"{path} holds no judge: {reason_of(error)}") from error
 
 # %% ../../nbs/validators/05_judge.ipynb #j020
 _TIE = 1e-3  # of a reward is its place among the raw scores
@@ -257,9 +257,4 @@ def _cross_encoder(name: str | Path) -> Any:
     "Load a cross-encoder."
     from sentence_transformers import CrossEncoder
 
-    try:
-        return CrossEncoder(str(name))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no cross-encoder can be loaded from {name}: {error}"
-        ) from None
+    return load(CrossEncoder, str(name))

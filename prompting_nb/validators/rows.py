@@ -292,7 +292,8 @@ def _read(path: str | Path) -> tuple[dict, dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             return tensors, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as a saved gate: {error}") from None
+        why = getattr(error, "strerror", None) or "it is damaged, or of another kind"
+        raise InputError(f"{path} cannot be read as a saved gate: {why}") from error
 
 
 def _check_identity(path: str | Path, about: dict, here: dict) -> None:

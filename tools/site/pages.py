@@ -96,6 +96,14 @@ def actions(notebook: str) -> str:
     return f'```{{=html}}\n<p class="page-actions">{shown}</p>\n```'
 
 
+def _prepares(nodes: list[ast.stmt]) -> bool:
+    "Whether a cell only imports, with what belongs to it: a logger, or imports for types or for a version of Python."
+    imports = (ast.Import, ast.ImportFrom)
+    beside = lambda node: isinstance(node, ast.If) and all(isinstance(one, imports) for one in node.body + node.orelse)
+    private = lambda node: isinstance(node, ast.Assign) and all(getattr(x, "id", "").startswith("_") for x in node.targets)
+    return isinstance(nodes[0], imports) and all(isinstance(n, imports) or beside(n) or private(n) for n in nodes) if nodes else True
+
+
 class Page(Processor):
     "nbdev's last processor: the notebook as a reader of the site wants it."
 
@@ -155,8 +163,7 @@ class Page(Processor):
             return [mk_cell(self._entry(asked[1])._repr_markdown_(), "markdown")]
         if not {"export", "exports", "exporti"} & set(directives):
             return [] if "default_exp" in directives else [cell]
-        nodes = ast.parse(cell.source).body
-        if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes):
+        if _prepares(ast.parse(cell.source).body):
             return []
         names = [name for name in self._defined(cell) if name not in shown]
         cell.outputs = []
