@@ -715,7 +715,7 @@ LIES = {
     "half a body": (ok(b"{}").replace(b"length: 2", b"length: 99"), 408),
     "not HTTP": (b"SSH-2.0\r\n", 422),
     "endless header": (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000, 422),
-    "status 999": (b"HTTP/1.1 999 x\r\ncontent-length: 0\r\n\r\n", 999),
+    "status 999": (b"HTTP/1.1 999 x\r\ncontent-length: 0\r\n\r\n", 422),
     "status 204": (b"HTTP/1.1 204 x\r\n\r\n", 204),
     "long reason": (ok(b'{"error": "two\\nlines %s"}' % (b"x" * 999)).replace(b"200 OK", b"500 x"), 500),
     "deep reason": (ok(b"[" * 10_000).replace(b"200 OK", b"500 x"), 500),

@@ -11,7 +11,7 @@ import sys
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Callable, Literal, Optional
+from typing import Any, Callable, Literal, Optional
 
 import jsonargparse
 
@@ -111,8 +111,8 @@ def _warn_of_ignored(settings: Config, kind: str) -> None:
             continue
         given = vars(getattr(settings, miner.section, Config()))
         for f in fields(miner.Settings):
-            make = f.default_factory
-            made = f.default if make is MISSING else make()
+            make: Any = f.default_factory
+            made = make() if f.default is MISSING else f.default
             if given.get(f.name, made) != made:
                 name = f"--{miner.section}.{f.name}"
                 told = "%s has no effect: it is for --miner.kind %s, and the kind is %s"

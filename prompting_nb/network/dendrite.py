@@ -226,7 +226,10 @@ class Stream:
             answer = await ask(pieces.put)
             await pieces.put(None)  # the end
             return answer
-        except BaseException:  # closed early: perhaps nobody reads on
+        except Exception:
+            await pieces.put(None)
+            raise
+        except asyncio.CancelledError:  # closed early: perhaps nobody reads on
             if pieces.full():
                 pieces.get_nowait()
             pieces.put_nowait(None)
