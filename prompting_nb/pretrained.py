@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, Optional, get_args
 
 from .config import InputError
-from .faults import fault_of
+from .help.faults import fault_of
 
 if TYPE_CHECKING:  # a miner without a model must not wait for torch
     import torch

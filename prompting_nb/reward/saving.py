@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from ..config import InputError
 from ..encoding.batches import evaluating
-from ..faults import fault_of, json_fault, tensors_fault
+from ..help.faults import fault_of, json_fault, tensors_fault
 from ..files import reason_of
 from ..pretrained import load, no_bars
 from prompting_nb.reward.classifiers import (
