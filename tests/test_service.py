@@ -131,6 +131,14 @@ def test_without_a_miner_it_waits_and_says_so(tmp_path, caplog):
     assert events(tmp_path) == []
 
 
+@pytest.mark.parametrize("address", ["nonsense", "example.org:80", "8.8.8.8:80", "127.0.0.1", 7])
+def test_a_question_goes_to_this_machine_only(tmp_path, address, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("a name was looked up"))
+    (tmp_path / "endpoint.json").write_text(json.dumps({"address": address}))
+    with pytest.raises(InputError, match="holds no address of a validator on this machine: delete"):
+        post_prompt(tmp_path, "x?")
+
+
 def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
     "A join that a signal interrupts must not make Python think that the thread has ended."
     begun, over = threading.Event(), threading.Event()

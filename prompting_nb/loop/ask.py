@@ -10,6 +10,7 @@ __all__ = ['AskSettings', 'CallSettings', 'RouteSettings', 'ask_parser', 'route_
 import http.client
 import json
 import os
+import re
 import secrets
 import time
 import urllib.error
@@ -186,6 +187,11 @@ def post_prompt(
         address = place["address"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    if not re.fullmatch(r"(127(\.\d{1,3}){3}|\[::1\]|localhost):\d{1,5}", str(address)):
+        raise InputError(
+            f"{folder / 'endpoint.json'} holds no address of a validator on this "
+            "machine: delete the file"
+        )
     data = json.dumps({"prompt": question, "route": route}).encode()
     head = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"http://{address}/prompt", data, head)

@@ -41,8 +41,10 @@ class Dashboard:
     def __init__(
         self,
         loop: Loop,  # what listened to its events before still gets them
-        every: int = 10,  # steps from one drawing to the next
+        every: int = 10,  # steps from one drawing to the next, at least 1
     ):
+        if every < 1:
+            raise InputError(f"every is {every}; it should be at least 1 step")
         self.view = View()
         self.loop, self.every, self._before = loop, every, loop.on_event
         loop.on_event = self.event
