@@ -1,8 +1,12 @@
 """What several files of tests share."""
 
 import os
+import signal
 
 import pytest
+
+# Tests send SIGINT to themselves and to processes of their own; whoever starts the tests in the background may ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if os.access(p, os.X_OK)), None)

@@ -44,7 +44,7 @@ class EmbeddedChain:
 
     Talk to it through `client()`, as to a real chain. Registrations, stake, blocks and
     failures are made with `register`, `replace`, `set_stake`, `step` and `fail`. It is
-    thread safe. A request that it does not know raises `UnknownCall`.
+    thread safe. A request that it does not know raises UnknownCall.
     """
 
     def __init__(
