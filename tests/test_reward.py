@@ -350,8 +350,9 @@ history = train(model, rankings, config, rankings[:3], progress=False, checkpoin
 if history.processes == 1 or torch.distributed.get_rank() == 0:
     score = model.score("what is 1", ["good", "sun"]).flatten().tolist()
     curve = [[step[name] for name in ("loss", "accuracy", "margin", "grad_norm")] for step in history.steps]
+    out = open(sys.argv[2], "w")
     json.dump({"processes": history.processes, "packed": history.packed, "sharded": history.sharded, "resumed": history.resumed,
-               "curve": curve, "evaluations": [found["loss"] for found in history.evaluations], "score": score}, out := open(sys.argv[2], "w"))
+               "curve": curve, "evaluations": [found["loss"] for found in history.evaluations], "score": score}, out)
     out.close()
 if torch.distributed.is_initialized():
     torch.distributed.barrier()  # a process that leaves while another still speaks to it ends in SIGABRT
