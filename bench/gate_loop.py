@@ -125,7 +125,8 @@ def built_in_loop(seeds: list[int], progress=print) -> dict:
     return compared(subnets, seeds, True, {name: VARIANTS[name] for name in names})
 
 
-def measure(data: str, quick: bool = False, work: str = str(quality.WORK), progress=lambda text: None, parts=PARTS) -> dict:
+def measure(data: str, quick: bool = False, work: str = str(quality.WORK), progress=lambda text: None, parts=PARTS,
+            built_in_seeds: int = 3) -> dict:
     "Everything, or a part of it, with the keys of the benchmark."
     found = {}
     if Path(data).is_file() and "recorded" in parts:
@@ -133,7 +134,7 @@ def measure(data: str, quick: bool = False, work: str = str(quality.WORK), progr
         for key in ("now", "corrected", "warm", "rule"):
             found[f"loop_gap_{key}"] = found["loop"]["moves"][key]["mean"]
     if "built-in" in parts:
-        found["built_in"] = built_in_loop(list(range(1 if quick else 10)), progress)
+        found["built_in"] = built_in_loop(list(range(1 if quick else built_in_seeds)), progress)
         found["builtin_ahead"] = found["built_in"]["warm"]["mean"]
     return found
 
@@ -159,10 +160,11 @@ def main():
     parser.add_argument("data", nargs="?", default=str(quality.DATA), help="prompts-responses.jsonl.gz (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
     parser.add_argument("--quick", action="store_true", help="one or two seeds: does it run at all?")
+    parser.add_argument("--built-in-seeds", type=int, default=3, metavar="N", help="each trains a model, a minute or two (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="put the figures into this file; figures of a part that is not run stay")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = measure(args.data, args.quick, progress=print, parts=args.parts)
+    result = measure(args.data, args.quick, progress=print, parts=args.parts, built_in_seeds=args.built_in_seeds)
     show(result, Console(width=120))
     print({key: round(value, 4) for key, value in result.items() if isinstance(value, float)})
     if args.json:
