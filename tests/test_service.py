@@ -28,6 +28,7 @@ from prompting_nb.baseminer.subnet import open_client
 from prompting_nb.config import InputError
 from prompting_nb.loop.ask import post_prompt
 from prompting_nb.loop.endpoint import Endpoint, status_of
+from prompting_nb.loop.follow import Follower
 from prompting_nb.loop.journal import Journal
 from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.service import NotReady, Service, ServiceSettings
@@ -137,6 +138,8 @@ def test_a_question_goes_to_this_machine_only(tmp_path, address, monkeypatch):
     (tmp_path / "endpoint.json").write_text(json.dumps({"address": address}))
     with pytest.raises(InputError, match="holds no address of a validator on this machine: delete"):
         post_prompt(tmp_path, "x?")
+    with Follower(tmp_path) as follower:  # who looks on asks there neither
+        assert "holds no address of a validator on this machine: delete" in follower.state()
 
 
 def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
@@ -409,7 +412,8 @@ def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):
     "A real limit on the size of files, in a process of its own."
     code = f"""
         import resource, signal, dataclasses
-        from prompting_nb.loop.journal import Journal
+        from prompting_nb.loop.follow import Follower
+from prompting_nb.loop.journal import Journal
         from prompting_nb.validators.event import Event
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

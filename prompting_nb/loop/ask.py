@@ -10,7 +10,6 @@ __all__ = ['AskSettings', 'CallSettings', 'RouteSettings', 'ask_parser', 'route_
 import http.client
 import json
 import os
-import re
 import secrets
 import time
 import urllib.error
@@ -32,6 +31,7 @@ from prompting_nb.config import (
     command_parser,
     settings_of,
 )
+from .follow import validator_address
 from ..network.limited import CALL_TIMEOUT
 
 # %% ../../nbs/loop/15_ask.ipynb #c007
@@ -182,16 +182,8 @@ def post_prompt(
     timeout: float = 30.0,  # seconds
 ) -> Optional[dict]:  # `None`: none runs; raises RuntimeError, `NotNow` if it may pass
     "Post a question to the validator that runs with a folder."
-    try:
-        place = json.loads((folder / "endpoint.json").read_text(encoding="utf-8"))
-        address = place["address"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if (address := validator_address(folder)) is None:
         return None
-    if not re.fullmatch(r"(127(\.\d{1,3}){3}|\[::1\]|localhost):\d{1,5}", str(address)):
-        raise InputError(
-            f"{folder / 'endpoint.json'} holds no address of a validator on this "
-            "machine: delete the file"
-        )
     data = json.dumps({"prompt": question, "route": route}).encode()
     head = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"http://{address}/prompt", data, head)
