@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['read_lines', 'read_texts', 'reason_of', 'read_prompts', 'replacing', 'write_file', 'replacing_folder', 'read_json',
-           'on_sigterm', 'log_to_stderr']
+           'event_files', 'rotation_of', 'on_sigterm', 'log_to_stderr']
 
 # %% ../nbs/05_files.ipynb #c002
 import gzip
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ import threading
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Optional
 
 from .config import InputError
 
@@ -194,6 +195,24 @@ def read_json(
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+# %% ../nbs/05_files.ipynb #evf2
+def event_files(
+    folder: Path,  # of a validator; it need not be there
+) -> list[Path]:
+    "List the files of a log of events, the oldest first."
+    old = [p for p in folder.glob("events.*.jsonl") if rotation_of(p) is not None]
+    # a device would be read without an end
+    present = [p for p in [folder / "events.jsonl"] if p.is_file()]
+    return sorted(old, key=lambda path: rotation_of(path) or 0) + present
+
+
+def rotation_of(
+    path: Path,  # of a file of a log
+) -> Optional[int]:  # `None`: it is not rotated
+    "Return the number that a file of a log of events got when it was full."
+    found = re.fullmatch(r"events\.(\d+)\.jsonl", path.name)
+    return int(found[1]) if found else None
 
 # %% ../nbs/05_files.ipynb #f021
 def _interrupt() -> None:

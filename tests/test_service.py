@@ -412,8 +412,7 @@ def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):
     "A real limit on the size of files, in a process of its own."
     code = f"""
         import resource, signal, dataclasses
-        from prompting_nb.loop.follow import Follower
-from prompting_nb.loop.journal import Journal
+        from prompting_nb.loop.journal import Journal
         from prompting_nb.validators.event import Event
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from ..config import InputError
-from ..files import read_json
-from .journal import event_files
+from ..files import event_files, read_json
 
 # %% ../../nbs/loop/28_follow.ipynb #flw009
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Callable
 import torch
 
 from ..config import InputError
-from ..files import read_lines
+from ..files import event_files, read_lines
 
 # %% ../../nbs/validators/03_replay.ipynb #c025
 @dataclass(frozen=True)
@@ -133,8 +133,9 @@ def read_events(
     path = Path(path)
     folder, files = path.parent, [path]
     if path.is_dir():
-        folder, old = path, sorted(path.glob("events.*.jsonl"))
-        files = [*old, path / "events.jsonl"]
+        folder, files = path, event_files(path)
+        if not files:
+            raise InputError(f"cannot read {path}: it holds no log of events")
     lines = [entry for file in files for entry in _read_file(file)]
     _add_late([event for event, _ in lines], folder / "rewards.jsonl")
     waiting = sum(
