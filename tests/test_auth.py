@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from bittensor import http_auth
-from bittensor.sp_core import ss58_decode, ss58_encode
+from bittensor.sp_core import CRYPTO_ED25519, Keypair, ss58_decode, ss58_encode
 
 from prompting_nb.network import auth
 from prompting_nb.network.auth import (
@@ -654,6 +654,12 @@ def test_a_hotkey_that_is_too_long_is_refused_before_it_is_read(gate, monkeypatc
     assert (refusal.status, refusal.kind, refusal.reason) == (401, "MalformedAuth", reason)
 
 
+def test_headers_are_decoded_by_name():
+    headers = [(b"accept", b"\xe4"), (b"x-bittensor-nonce", b"1")]
+    assert auth.decode_headers(headers) == {"accept": "ä", "x-bittensor-nonce": "1"}
+    assert auth.decode_headers(headers, b"x-bittensor-") == {"x-bittensor-nonce": "1"}
+
+
 def test_a_request_without_a_caller_claims_none():
     assert claimed_hotkey([(b"accept", b"x")]) == ""
 
@@ -701,6 +707,16 @@ def test_an_answer_is_signed_for_one_question():
     for other in ({"caller": ME}, {"path": "/Other"}, {"nonce": START + 1}, {"miner": CALLER}):
         assert answer_fits(signature, ANSWER, **{"miner": ME, **QUESTION, **other}) is False
     assert answer_fits(signature, ANSWER + b" ", miner=ME, **QUESTION) is False
+
+
+def test_a_key_of_the_other_scheme_signs_requests_and_answers(gate):
+    other = Keypair.create_from_uri("//miner", crypto_type=CRYPTO_ED25519)
+    headers = sign_request(other, BODY, path="/Prompting", receiver=ME, nonce=START)
+    assert gate.verify(raw(headers), BODY, "POST", "/Prompting").hotkey == other.ss58_address
+    signature = sign_answer(other, ANSWER, **QUESTION)
+    assert signature.startswith("ed25519 0x") and answer_fits(signature, ANSWER, miner=other.ss58_address, **QUESTION)
+    wrong = signature.replace("ed25519", "sr25519")
+    assert not answer_fits(wrong, ANSWER, miner=other.ss58_address, **QUESTION)
 
 
 def test_the_signed_line_of_an_answer():
