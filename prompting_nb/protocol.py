@@ -52,7 +52,10 @@ class Prompting(Synapse):
     messages: tuple[str, ...] = Field(frozen=True)  # one for each role
     completion: Optional[str] = None  # set by the miner
 
-    def model_post_init(self, _):
+    def model_post_init(
+        self,
+        _,  # pydantic's context, unused
+    ):
         if len(self.roles) != len(self.messages):
             raise ValueError(
                 f"{len(self.roles)} roles but {len(self.messages)} messages: "

@@ -36,7 +36,10 @@ class Batcher:
         self._thread.submit(self._next)
         return future
 
-    def __call__(self, item: Any) -> Any:
+    def __call__(
+        self,
+        item: Any,  # one element of the lists that `fn` takes
+    ) -> Any:
         "Return the result for an item, waiting for it."
         return self.submit(item).result()
 

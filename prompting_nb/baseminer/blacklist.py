@@ -50,7 +50,11 @@ class TooOften(Verdict):
     retry_after: float = 1.0
 
     @classmethod
-    def wait(cls, seconds: float, reason: str) -> "TooOften":
+    def wait(
+        cls,
+        seconds: float,  # until the next request is admitted
+        reason: str,  # for the caller
+    ) -> "TooOften":
         "Refuse for this many seconds."
         verdict = cls(True, reason)
         verdict.retry_after = seconds

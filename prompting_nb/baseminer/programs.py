@@ -62,16 +62,19 @@ class ProcessMiner(Miner):
 
     def __init__(
         self,
-        config: Any = None,  # these four as for `Miner`
-        axon: Any = None,
-        wallet: Any = None,
-        subtensor: Any = None,
+        config: Any = None,  # as for `Miner`
+        axon: Any = None,  # as for `Miner`
+        wallet: Any = None,  # as for `Miner`
+        subtensor: Any = None,  # as for `Miner`
     ):
         super().__init__(config, axon, wallet, subtensor)
         self.program = Program(self.own_settings)
         weakref.finalize(self, self.program.close)  # at the end of Python, too
 
-    def prompt(self, synapse: Prompting) -> Prompting:
+    def prompt(
+        self,
+        synapse: Prompting,  # gets what the program writes
+    ) -> Prompting:
         "Ask the program. Raises `ProgramFailed` where it gives no answer."
         synapse.completion = self.program.answer(synapse)
         return synapse
@@ -93,7 +96,10 @@ class ProgramFailed(RuntimeError):
 class Program:
     "A program that answers prompts; several threads may ask."
 
-    def __init__(self, settings: ProcessSettings):
+    def __init__(
+        self,
+        settings: ProcessSettings,  # command, time limit, whether it stays
+    ):
         self.settings = settings
         self._kept: Optional[_Kept] = None
         self._lock = threading.Lock()  # a kept program answers one at a time

@@ -56,7 +56,10 @@ class Subnet:
         return self._metagraph
 
     @metagraph.setter
-    def metagraph(self, metagraph: Any) -> None:
+    def metagraph(
+        self,
+        metagraph: Any,  # has `hotkeys` and `S`, one for each uid
+    ) -> None:
         self._metagraph, self.callers = metagraph, index_callers(metagraph)
 
     def look(self) -> int:

@@ -84,7 +84,10 @@ def own_weights(
 class OneDnnLinear(torch.nn.Linear):
     "A linear layer without gradient that runs on oneDNN where it can, on the CPU."
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input: torch.Tensor,  # (..., in_features)
+    ) -> torch.Tensor:
         "Map (..., in_features) to (..., out_features)."
         known = (torch.float32, torch.bfloat16)
         if input.device.type != "cpu" or input.dtype not in known:

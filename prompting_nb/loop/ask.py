@@ -177,7 +177,7 @@ def find_folder(
 
 def post_prompt(
     folder: Path,  # of a validator
-    question: str,
+    question: str,  # the prompt
     route: bool = False,  # ask nobody, only say who would be asked
     timeout: float = 30.0,  # seconds
 ) -> Optional[dict]:  # `None`: none runs; raises RuntimeError, `NotNow` if it may pass
@@ -224,7 +224,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 # %% ../../nbs/loop/15_ask.ipynb #c010
 def post_when_up(
     folder: Path,  # of a validator
-    question: str,
+    question: str,  # the prompt
     route: bool = False,  # ask nobody, only say who would be asked
     timeout: float = 30.0,  # seconds
 ) -> Optional[dict]:  # `None`: no validator runs, and none is being started again

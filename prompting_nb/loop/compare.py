@@ -33,9 +33,9 @@ from .report import page_of, picture
 class Figure(NamedTuple):
     "A mean with its 95 % interval; `None` for what is not known."
 
-    value: Optional[float]
-    low: Optional[float] = None
-    high: Optional[float] = None
+    value: Optional[float]  # the mean
+    low: Optional[float] = None  # lower bound of the interval
+    high: Optional[float] = None  # upper bound of the interval
 
     def __str__(self) -> str:
         if self.value is None:
@@ -64,9 +64,9 @@ class Group(NamedTuple):
 class Difference(NamedTuple):
     "The gate of a run minus that of the first."
 
-    run: str
+    run: str  # name of its folder
     paired: bool  # whether both had the same prompts, step by step
-    figure: Figure
+    figure: Figure  # difference of mean grades
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp009
 FIGURES = {  # by key: what the tables call it
@@ -83,10 +83,10 @@ FIGURES = {  # by key: what the tables call it
 class Comparison:
     "Runs side by side."
 
-    runs: list["RunFolder"]
-    settings: list[Row]
-    groups: list[Group]
-    differences: list[Difference]
+    runs: list["RunFolder"]  # in the order given; the first is the baseline
+    settings: list[Row]  # of all runs
+    groups: list[Group]  # where at least two runs differ in the seed alone
+    differences: list[Difference]  # one for each run but the first
     notes: list[str]  # what makes figures hard to compare
 
     def as_dict(self) -> dict:  # plain values, as for JSON
@@ -209,8 +209,8 @@ def compare_runs(
 class RunFolder:
     "A run that was read from its folder."
 
-    folder: Path
-    summary: dict
+    folder: Path  # where it was read
+    summary: dict  # what `summary.json` holds
     curves: dict[str, np.ndarray]  # "gate", "random" ...: mean grades, (steps,) each
     figures: dict[str, Figure]  # by the keys of `FIGURES`
     name: str = ""  # what tables call it
@@ -533,7 +533,7 @@ _STROKES = ("-", "--", "-.", ":")
 
 
 def plot_runs(
-    runs: Sequence[RunFolder],
+    runs: Sequence[RunFolder],  # as `read_runs` returns them
     ax: Any = None,  # to draw on
 ) -> Any:  # the axes
     "Plot the mean grade of the asked uids of each run over time."

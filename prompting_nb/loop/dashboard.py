@@ -49,7 +49,10 @@ class Dashboard:
         self.loop, self.every, self._before = loop, every, loop.on_event
         loop.on_event = self.event
 
-    def event(self, event: Event) -> None:
+    def event(
+        self,
+        event: Event,  # the newest step
+    ) -> None:
         "Take note of an event, and draw when it is time."
         self._before(event)
         done, total = len(self.loop.trace.events), len(self.loop.arena.prompts)
@@ -153,7 +156,7 @@ def plot_rewards(
 
 # %% ../../nbs/loop/05_dashboard.ipynb #c009
 def uid_table(
-    events: Sequence[Event | Seen],
+    events: Sequence[Event | Seen],  # of the steps so far, oldest first
     names: dict[int, str],  # uid -> label; these are the rows
     waiting: Optional[dict[int, int]] = None,  # uid -> requests in its queue
 ) -> str:  # HTML

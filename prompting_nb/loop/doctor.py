@@ -45,9 +45,9 @@ State = Literal["ok", "warning", "problem", "skipped"]
 class Check:
     "What was looked at, what was found, and what to do about it."
 
-    name: str
-    state: State
-    found: str
+    name: str  # what was looked at
+    state: State  # `ok`, or how bad it is
+    found: str  # a sentence
     remedy: str = ""  # empty where nothing needs to be done
 
 
@@ -345,7 +345,7 @@ class DoctorSettings:
     timeout: PositiveFloat = 20.0
     json: bool = False
     debug: bool = False
-    wallet: WalletSettings = field(default_factory=WalletSettings)
+    wallet: WalletSettings = field(default_factory=WalletSettings)  # to look for
 
     __post_init__ = check_settings
 

@@ -26,11 +26,11 @@ from ..files import event_files, read_json
 class Seen:
     "What a view shows of an event; the lists have an entry for each uid asked."
 
-    step: int
+    step: int  # from 0
     block: int  # of the chain; 0 where there is none
-    prompt: str
-    uids: list[int]
-    hotkeys: list[str]
+    prompt: str  # of the user
+    uids: list[int]  # that were asked
+    hotkeys: list[str]  # that held the uids
     rewards: list[Optional[float]]  # `None`: not yet
     statuses: list[int]  # HTTP status codes
 
@@ -179,7 +179,7 @@ class Follower:
 class Tally(NamedTuple):
     "What became of the requests to a uid."
 
-    asked: int
+    asked: int  # requests that were sent
     reward: Optional[float]  # mean of those that are known; `None`: none is
     failed: int  # without an answer in time
     unrewarded: int  # whose reward has not come yet

@@ -37,7 +37,7 @@ class OwnJudge:
         self,
         # an object with `score(prompt, completions) -> (n, 1)`, as a `RewardModel` is;
         # or a function (prompt, completions) -> n rewards in [0, 1], which stay as such
-        scorer: Any,
+        scorer: Any,  # has `score`, or is a function of prompt and completions
         name: str = "the judge",  # for messages
     ):  # raises `InputError` for what can do neither
         if not hasattr(scorer, "score") and not callable(scorer):

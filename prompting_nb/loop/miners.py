@@ -65,7 +65,7 @@ class BuiltinSettings:
 class OwnMiner:
     "A miner that takes part, and where it was named."
 
-    name: str
+    name: str  # in reports
     kind: str  # a name in `MINERS`, "builtin" or "python"
     settings: dict[str, Any] = field(default_factory=dict, repr=False)  # may hold keys
     python: str = ""  # FILE.py:NAME or MODULE:NAME, of kind "python"
@@ -475,7 +475,7 @@ async def _awaited(answer: Any) -> Any:
 
 # %% ../../nbs/loop/21_miners.ipynb #l21020
 def save_miner(
-    miner: OwnMiner,
+    miner: OwnMiner,  # class or address, with its settings
     path: Path,  # its folder exists
 ) -> None:
     "Write down a miner for a process that serves it."

@@ -22,7 +22,11 @@ class OpensMiner(Protocol):
     @property
     def name(self) -> str: ...
 
-    def open(self, config: Any, **parts: Any) -> Miner: ...
+    def open(
+        self,
+        config: Any,  # nested settings for the miner
+        **parts: Any,  # axon, wallet and subtensor, as for `Miner`
+    ) -> Miner: ...
 
 
 class Network:
@@ -141,7 +145,7 @@ class WorkerMiner(Miner):
 
     def __init__(
         self,
-        worker: Worker,
+        worker: Worker,  # who answers
         config: Any = None,  # as for `Miner`, but None reads no command line
         **kwargs,  # axon, wallet and subtensor, as for `Miner`
     ):
@@ -149,14 +153,20 @@ class WorkerMiner(Miner):
         super().__init__({} if config is None else config, **kwargs)
 
     @classmethod
-    def add_args(cls, parser) -> None:
+    def add_args(
+        cls,
+        parser,  # stays as it is
+    ) -> None:
         "Add nothing: a worker has no settings."
 
     def config(self) -> Config:
         "Name the miner in the log after its worker."
         return Config(miner=Config(name=self.worker.name))
 
-    def prompt(self, synapse: Prompting) -> Prompting:
+    def prompt(
+        self,
+        synapse: Prompting,  # gets the completion
+    ) -> Prompting:
         "Answer as the worker does; when it is late, after the caller's timeout."
         if self.worker.is_late(synapse.prompt):
             self._hurry.wait(2 * synapse.timeout)

@@ -44,7 +44,7 @@ MADE_WITH = (  # keys of what `describe` returns, in the order in which they are
 
 
 def describe(
-    loop: Loop,
+    loop: Loop,  # as it is, before or after its run
     command: Optional[str] = None,  # as it was typed; `None`: there was none
     settings: Any = None,  # the configuration of a command, nested or not
     date: Optional[str] = None,  # ISO 8601, when the run began
@@ -112,7 +112,7 @@ def describe_judge(
 
 
 def describe_data(
-    arena: Arena,
+    arena: Arena,  # prompts, rankings and workers
     files: Iterable[str | Path] = (),  # that the run read
 ) -> dict:
     "Count and hash each part of an arena, and hash the files that were read."

@@ -41,10 +41,10 @@ class Loop:
 
     def __init__(
         self,
-        arena: Arena,
+        arena: Arena,  # prompts, workers, grades
         # (prompt, completions) -> rewards (k,), as `Judge` does; or with `fitted_to`,
         # which makes such a judge of the answers to a trial, as `OwnJudge` does
-        judge: Any,
+        judge: Any,  # (prompt, completions) -> rewards (k,), or an `OwnJudge` to fit
         policy: Optional[Policy] = None,  # how the validator chooses
         gate: Callable = default_gate,  # (metagraph, seed) -> gating model
         seed: int = 0,  # of wallets, gate and choices
@@ -52,8 +52,7 @@ class Loop:
         warm: bool = False,  # whether the gate learns from the arena's `known` first
         churn: int = 1,  # times that the uid that is asked most changes hands
         seconds: Optional[float] = None,  # then the run ends, after two steps at least
-        # called with the `Answer`s to a prompt
-        on_answers: Callable = lambda answers: None,
+        on_answers: Callable = lambda answers: None,  # gets `Answer`s to a prompt
         trial: int = 5,  # prompts that everybody is asked first, where that is needed
         prices: Optional[Prices] = None,  # of the answers, by name of the worker
     ):  # raises `InputError` when there are fewer workers than uids to ask
@@ -259,9 +258,9 @@ class Loop:
 class Holder:
     "A miner that holds or held a uid."
 
-    uid: int
+    uid: int  # place in the subnet
     name: str  # of the worker
-    hotkey: str
+    hotkey: str  # SS58 address
     since: int = 0  # the step before which it took over
     kind: str = "built-in"  # of the miner
 
@@ -271,14 +270,14 @@ class Answer:
     "What a miner answered to a prompt."
 
     step: int  # -1 before the first one
-    prompt: str
-    uid: int
+    prompt: str  # of the user
+    uid: int  # who was asked
     name: str  # of the miner
     kind: str  # of the miner
     asked: bool  # whether the gate chose it; the others are asked to compare
     completion: Optional[str]  # `None` where it failed or was late
     status: int  # of HTTP; 408 is a timeout
-    seconds: float
+    seconds: float  # from request to answer
     grade: Optional[float] = None  # in [0, 1]
     failure: str = ""  # why there is no completion
 
@@ -313,7 +312,7 @@ class Trace:
 
     def add(
         self,
-        event: Event,
+        event: Event,  # the newest step, without grades
         workers: dict[int, Any],  # by uid; those that are no `Worker` are never overdue
         grades: list[float],  # of their answers, in the same order
     ) -> Event:  # with grades
@@ -456,10 +455,10 @@ class Trace:
 
 # %% ../../nbs/loop/00_run.ipynb #r013
 def grade_all(
-    arena: Arena,
+    arena: Arena,  # grades, where it can
     judge: Callable,  # asked where the arena cannot grade
-    prompt: str,
-    workers: Iterable[Worker],
+    prompt: str,  # of the user
+    workers: Iterable[Worker],  # late and failing ones too
 ) -> list[float]:  # one for each worker, in [0, 1]; 0 for a late or failed answer
     "Grade what the workers answer, or would answer, to a prompt."
     if arena.grade is None:
@@ -468,9 +467,9 @@ def grade_all(
 
 
 def grade_texts(
-    arena: Arena,
+    arena: Arena,  # grades, where it can
     judge: Callable,  # asked where the arena cannot grade
-    prompt: str,
+    prompt: str,  # of the user
     completions: list[Optional[str]],  # `None` where a miner failed or was late
 ) -> list[float]:  # one for each completion, in [0, 1]; 0 where there is none
     "Grade what miners have answered to a prompt."

@@ -43,7 +43,7 @@ class Saved:
 
 
 def save_state(
-    validator: Validator,
+    validator: Validator,  # with its gate and its judge
     folder: str | Path,  # of the validator; the state is a folder in it
     **about: Any,  # anything else that is to come back, as JSON
 ) -> Path:  # raises OSError when it cannot be written; earlier states stay then

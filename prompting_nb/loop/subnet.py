@@ -124,7 +124,7 @@ class SubnetProcesses:
 
     def __init__(
         self,
-        settings: SubnetSettings,
+        settings: SubnetSettings,  # folder, ports, miners, validators
         say: Callable[[str], None] = print,  # told what happens
     ):  # raises `InputError` when another subnet runs in this folder
         self.settings, self.say = settings, say
@@ -185,7 +185,10 @@ class SubnetProcesses:
             return [miner.name for miner in self.own]
         return [f"miner-{number + 1}" for number in range(self.settings.miners)]
 
-    def port(self, name: str) -> int:
+    def port(
+        self,
+        name: str,  # of the process
+    ) -> int:
         "Return the port of a process, which stays the same over restarts."
         if name not in self._ports:
             self._ports[name] = free_port()

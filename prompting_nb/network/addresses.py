@@ -146,7 +146,7 @@ def _carried(outer: Any) -> list:
 # %% ../../nbs/network/11_addresses.ipynb #k017
 async def find_addresses(
     host: str,  # of `split_address`
-    port: int,
+    port: int,  # 1 to 65535
     allow_private: bool = False,  # also those that are not on the open internet
     timeout: float | None = None,  # seconds for the look-up; then `TimeoutError`
 ) -> list[str]:  # raises `ValueError` for a refused host, `OSError` for an unknown one

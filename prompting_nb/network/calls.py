@@ -300,12 +300,15 @@ def check_call(
 class Extrinsics:
     "Signed calls that change a subnet."
 
-    def __init__(self, state: SubnetState):
+    def __init__(
+        self,
+        state: SubnetState,  # that the calls change
+    ):
         self._state = state
 
     def carry_out(
         self,
-        extrinsic: Extrinsic,
+        extrinsic: Extrinsic,  # signed
         inner: Extrinsic | None = None,  # what it holds, if it is encrypted
     ) -> Receipt:  # of a call that counts, whether it succeeded or was refused
         """Verify an extrinsic and carry it out, once.

@@ -76,7 +76,10 @@ class ChainStore:
 
     # saving
 
-    def save(self, state: SubnetState) -> None:
+    def save(
+        self,
+        state: SubnetState,  # rules, clock, neurons, balances
+    ) -> None:
         "Store the state as it is now, or nothing: `OSError` when that fails."
         with self._written():
             values = (state.block, state.clock, state.count)
@@ -161,7 +164,10 @@ class ChainStore:
 
     # loading
 
-    def restore(self, state: SubnetState) -> bool:  # False: nothing was stored
+    def restore(
+        self,
+        state: SubnetState,  # filled in place
+    ) -> bool:  # False: nothing was stored
         "Put what is stored into a state. `InputError` for a damaged file."
         try:
             clock = self._db.execute("select block, epoch, extrinsics from clock")

@@ -57,7 +57,10 @@ class Connection(asyncio.Protocol):
         sock = self._transport and self._transport.get_extra_info("socket")
         return sock.fileno() if sock else -1
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(
+        self,
+        transport: Any,  # of asyncio
+    ) -> None:
         "Begin to wait for a request."
         self._transport = transport
         transport.set_write_buffer_limits(high=_HIGH)
@@ -69,7 +72,10 @@ class Connection(asyncio.Protocol):
         self._clock.wait("head")
         self._crowd.enter(self)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(
+        self,
+        data: bytes,  # as they came, any number
+    ) -> None:
         "Read bytes, and check the limits."
         if self._ending:
             self._dropped += len(data)
@@ -95,7 +101,10 @@ class Connection(asyncio.Protocol):
         "Close the connection: the caller hangs up or sends no more."
         self._hung_up()
 
-    def connection_lost(self, exc: Optional[Exception]) -> None:
+    def connection_lost(
+        self,
+        exc: Optional[Exception],  # `None`: it was closed in order
+    ) -> None:
         "Forget the connection."
         self._crowd.leave(self)
         self._hung_up()
@@ -124,7 +133,10 @@ class Connection(asyncio.Protocol):
 
     # Called by the reader
 
-    def request(self, exchange: "_Exchange") -> None:
+    def request(
+        self,
+        exchange: "_Exchange",  # with method, path and headers
+    ) -> None:
         "Start a request, whose headers are complete."
         if self._serving is None and self._full is None:
             self._serve(exchange)
@@ -136,7 +148,10 @@ class Connection(asyncio.Protocol):
             reason = f"more than {most} requests were sent ahead of their answers"
             self.refuse(400, reason, "pipelined")
 
-    def received(self, exchange: "_Exchange") -> None:
+    def received(
+        self,
+        exchange: "_Exchange",  # with its body
+    ) -> None:
         "Take a request that is complete."
         self._crowd.forget(self)
         if exchange.answered and self._serving is exchange:
@@ -174,7 +189,10 @@ class Connection(asyncio.Protocol):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def answered(self, exchange: "_Exchange") -> None:
+    def answered(
+        self,
+        exchange: "_Exchange",  # that is over
+    ) -> None:
         "End a request: the application has sent the whole answer."
         self._clock.write()
         if not exchange.keep_alive:
@@ -220,7 +238,10 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.close()
 
-    async def write(self, data: bytes) -> None:
+    async def write(
+        self,
+        data: bytes,  # of the answer
+    ) -> None:
         "Write when the caller has taken most of what was written before."
         while self._full is not None:
             await asyncio.shield(self._full)
@@ -245,7 +266,10 @@ class Connection(asyncio.Protocol):
 
     # Called by the server and the crowd
 
-    def evict(self, reason: str) -> None:
+    def evict(
+        self,
+        reason: str,  # for the metrics
+    ) -> None:
         "Close at once."
         self._transport.abort()
 

@@ -271,9 +271,9 @@ class Question:
 
     synapse: Prompting  # with the time limit
     body: bytes  # the synapse as JSON
-    signer: "RequestSigner"
+    signer: "RequestSigner"  # signs the requests
     max_answer: int  # bytes
-    require_signed: bool
+    require_signed: bool  # an unsigned answer counts as none
     allow_private: bool  # ask at any address
 
     async def ask(
@@ -407,7 +407,9 @@ class Target(NamedTuple):
         return Terminal(hotkey=hotkey, ip=host, port=port)
 
 
-def read_target(target: Any) -> Target:
+def read_target(
+    target: Any,  # one that cannot be read gives a target that says so
+) -> Target:
     "Read hotkey and address of a neuron, an `Axon`, or whatever has them."
     try:
         where = getattr(target, "address", None) or getattr(target, "axon", None)
@@ -522,7 +524,7 @@ class Sent(NamedTuple):
 
     miner: str  # hotkey that was asked
     caller: str  # hotkey that asks
-    path: str
+    path: str  # of the URL
     nonce: int  # nanoseconds since 1970
 
     def check(
@@ -621,8 +623,8 @@ class Sessions:
 class Session(NamedTuple):
     "What requests of one event loop share."
 
-    http: aiohttp.ClientSession
-    places: "Places"
+    http: aiohttp.ClientSession  # with its connections
+    places: "Places"  # bounds the requests under way
 
 
 class _NoNames(AbstractResolver):
@@ -669,7 +671,11 @@ def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> N
 class Places:
     "Bounds the requests of one event loop that are under way, in all and per target."
 
-    def __init__(self, total: int, per_target: int):
+    def __init__(
+        self,
+        total: int,  # requests under way at most
+        per_target: int,  # requests under way to one hotkey
+    ):
         self._total, self._per_target = asyncio.Semaphore(total), per_target
         self._own: dict[str, asyncio.Semaphore] = {}  # of targets that are being asked
         self._users: dict[str, int] = {}  # requests that have or want a place

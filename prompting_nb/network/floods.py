@@ -38,7 +38,10 @@ class Paced(asyncio.Protocol):
         "Count from now on what answers another request."
         self._size = 0
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(
+        self,
+        data: bytes,  # as they came
+    ) -> None:
         "Take bytes, and hand on the first of them unless others wait."
         self._size += len(data)
         if self._size > self._most:
@@ -91,7 +94,10 @@ class Paced(asyncio.Protocol):
                 self._hand(rest[start : start + _PART])
         return self._inner.eof_received()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(
+        self,
+        exc: Exception | None,  # as for asyncio
+    ) -> None:
         "Forget what waits."
         self._drop()
         self._inner.connection_lost(exc)
@@ -116,7 +122,11 @@ class PacedConnector(aiohttp.TCPConnector):
         super().__init__(**options)
         self.most_bytes = most
 
-    async def connect(self, *args: Any, **kwargs: Any) -> Any:
+    async def connect(
+        self,
+        *args: Any,  # as for aiohttp
+        **kwargs: Any,  # as for aiohttp
+    ) -> Any:
         "Return a connection for one request."
         connection = await super().connect(*args, **kwargs)
         if (transport := connection.transport) is not None:

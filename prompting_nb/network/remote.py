@@ -140,7 +140,10 @@ class RemoteSubstrate:
 
     finalized_block_number = block_number
 
-    async def block_hash(self, block: int | None = None) -> str:
+    async def block_hash(
+        self,
+        block: int | None = None,  # its number; `None`: the newest
+    ) -> str:
         return await self._ask("block_hash", block=block)
 
     async def block_time(self) -> float:
@@ -149,7 +152,11 @@ class RemoteSubstrate:
     async def spec_version(self) -> int:
         return 0
 
-    async def blocks(self, *, finalized: bool = False) -> AsyncIterator[dict]:
+    async def blocks(
+        self,
+        *,
+        finalized: bool = False,  # ignored: every block is final at once
+    ) -> AsyncIterator[dict]:
         "Yield the header of each new block."
         seen = await self.block_number()
         while True:
@@ -161,35 +168,61 @@ class RemoteSubstrate:
     # queries
 
     async def query(
-        self, module, storage_function, params=None, block_hash=None
+        self,
+        module,  # of the pallet
+        storage_function,  # name of the value
+        params=None,  # its keys, such as netuid and uid
+        block_hash=None,  # `None`: the newest block
     ) -> Any:
         item = {"module": module, "storage_function": storage_function}
         return await self._ask("query", **item, params=params, block_hash=block_hash)
 
     async def query_map(
-        self, module, storage_function, params=None, block_hash=None
+        self,
+        module,  # of the pallet
+        storage_function,  # name of the map
+        params=None,  # its first keys
+        block_hash=None,  # `None`: the newest block
     ) -> list:
         item = {"module": module, "storage_function": storage_function}
         more = {"params": params, "block_hash": block_hash}
         return [tuple(pair) for pair in await self._ask("query_map", **item, **more)]
 
     async def query_batch(
-        self, module, storage_function, param_sets, block_hash=None
+        self,
+        module,  # of the pallet
+        storage_function,  # name of the value
+        param_sets,  # keys, one list for each value
+        block_hash=None,  # `None`: the newest block
     ) -> list:
         item = {"module": module, "storage_function": storage_function}
         more = {"param_sets": param_sets, "block_hash": block_hash}
         return await self._ask("query_batch", **item, **more)
 
-    async def runtime_call(self, api, method, params, block_hash=None) -> Any:
+    async def runtime_call(
+        self,
+        api,  # of the runtime
+        method,  # of the API
+        params,  # its arguments
+        block_hash=None,  # `None`: the newest block
+    ) -> Any:
         call = {"api": api, "method": method, "params": params}
         return await self._ask("runtime_call", **call, block_hash=block_hash)
 
-    async def constant(self, module: str, name: str, *_) -> int:
+    async def constant(
+        self,
+        module: str,  # of the pallet
+        name: str,  # of the constant
+        *_,  # ignored
+    ) -> int:
         return await self._ask("constant", module=module, name=name)
 
     # extrinsics
 
-    async def compose(self, call) -> Any:
+    async def compose(
+        self,
+        call,  # of the SDK
+    ) -> Any:
         check_call(call)
         return call
 
@@ -197,10 +230,16 @@ class RemoteSubstrate:
         "Return the name of the chain, for which calls are signed."
         return (await self._ask("info"))["chain_id"]
 
-    async def account_next_index(self, address: str) -> int:
+    async def account_next_index(
+        self,
+        address: str,  # SS58
+    ) -> int:
         return await self._ask("account_next_index", address=address)
 
-    async def send(self, extrinsic: Extrinsic) -> Receipt:
+    async def send(
+        self,
+        extrinsic: Extrinsic,  # signed
+    ) -> Receipt:
         "Send a signed extrinsic, with what it holds encrypted; return its receipt."
         inner = self.shielded.take(extrinsic)
         more = {"inner": vars(inner)} if inner else {}
@@ -209,7 +248,9 @@ class RemoteSubstrate:
     submit, sign_extrinsic, mev_next_key = take_signed, sign_shielded, open_key
 
     async def find_extrinsic(
-        self, extrinsic_hash: str, block_hash: str
+        self,
+        extrinsic_hash: str,  # 0x and 64 digits
+        block_hash: str,  # of the block that holds it
     ) -> ExtrinsicResult | None:
         block = int(block_hash, 16)
         asked = {"extrinsic_hash": extrinsic_hash, "block": block}

@@ -119,7 +119,7 @@ class Queries:
 
     def __init__(
         self,
-        state: SubnetState,
+        state: SubnetState,  # that is read
         before: Callable[[], None] = lambda: None,  # called before each read
     ):
         self._state, self._before = state, before
@@ -179,7 +179,7 @@ class Queries:
     def call(
         self,
         api: str,  # of the runtime
-        method: str,
+        method: str,  # of the API
         params: Any,  # the netuid comes last
         block_hash: str | None = None,  # None: the newest block
     ) -> Any:  # None for another subnet
@@ -193,7 +193,11 @@ class Queries:
             ours = netuid == self._state.netuid
             return answer(self._state, block, neurons, *keys) if ours else None
 
-    def constant(self, module: str, name: str) -> int:
+    def constant(
+        self,
+        module: str,  # of the pallet
+        name: str,  # of the constant
+    ) -> int:
         "Return a constant of a pallet."
         if (module, name) != ("Balances", "ExistentialDeposit"):
             raise UnknownCall(f"the embedded chain has no constant {module}.{name}")

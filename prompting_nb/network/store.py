@@ -51,7 +51,10 @@ class Store:
         self._loops: dict[Any, redis.asyncio.Redis] = {}  # event loop -> its client
         self._lock, self._away_until, self._away = threading.Lock(), 0.0, False
 
-    def key(self, *parts: Any) -> str:
+    def key(
+        self,
+        *parts: Any,  # joined by colons
+    ) -> str:
         "Return the name of a key of this miner."
         return ":".join(map(str, ("prompting", self.hotkey, *parts)))
 
@@ -74,7 +77,12 @@ class Store:
             raise self._failed(error) from None
         return self._back(found)
 
-    def run_in_thread(self, script: str, keys: list[str], arguments: list) -> Any:
+    def run_in_thread(
+        self,
+        script: str,  # in Lua
+        keys: list[str],  # that the script uses
+        arguments: list,  # numbers or texts
+    ) -> Any:
         "Run a script from a thread, which waits for it."
         self._check()
         try:
@@ -169,7 +177,7 @@ class StoredNonces:
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         kept: float = 60.0,  # seconds; more than the 12 in which a nonce is fresh
     ):
         self.store, self.kept = store, kept
@@ -180,7 +188,11 @@ class StoredNonces:
             began, now = self.store.key("began"), f"{self.store.clock():020}"
             self.store.run_in_thread(_BEGIN, [began], [now])
 
-    async def accept(self, hotkey: str, nonce: int) -> bool:
+    async def accept(
+        self,
+        hotkey: str,  # of the caller, SS58
+        nonce: int,  # nanoseconds since 1970
+    ) -> bool:
         "Store a nonce unless it is known; `Refusal` 401 or 503 if it cannot be."
         return _accepted(await self.store.run(*self._question(hotkey, nonce)))
 
@@ -235,7 +247,7 @@ class StoredQuota:
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         quota: int,  # requests admitted within a window
         window: float,  # seconds
     ):
@@ -276,7 +288,7 @@ class StoredPrompts:
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         span: int = 7200,  # blocks for which a prompt counts as recent
     ):
         self.store, self.span = store, span
@@ -336,7 +348,7 @@ class StoredMetrics:
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         kept: float = 60.0,  # seconds after which a silent process is left out
     ):
         self.store, self.kept = store, kept

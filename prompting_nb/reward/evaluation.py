@@ -110,8 +110,8 @@ class RewardEvaluation:
 
     accuracy: float  # share of pairs in the right order
     interval: tuple[float, float]  # 95 % bootstrap interval of it, by prompt
-    n_prompts: int
-    n_pairs: int
+    n_prompts: int  # prompts that were evaluated
+    n_pairs: int  # pairs that were compared
     shorter_accuracy: float  # where the judge preferred the shorter; nan without any
     n_shorter: int  # pairs of that kind
     ece: float  # expected calibration error of sigma(margin)
@@ -188,10 +188,10 @@ def count_right(
 class Accuracy(NamedTuple):
     "A share of pairs in the right order, with a bootstrap interval."
 
-    value: float
-    low: float
-    high: float
-    n_pairs: int
+    value: float  # share, a tie counting 0.5
+    low: float  # lower bound of the interval
+    high: float  # upper bound of the interval
+    n_pairs: int  # pairs that were compared
 
 
 def pairwise_accuracy(
@@ -220,7 +220,7 @@ class Bin(NamedTuple):
 
     low: float  # the least confidence, from 0.5
     high: float  # the greatest
-    n_pairs: int
+    n_pairs: int  # pairs that were compared
     confidence: float  # mean of sigma(|margin|)
     accuracy: float  # share in the right order
 
@@ -288,8 +288,8 @@ def best_of_k_accuracy(
 class Answers(NamedTuple):
     "The scores of right and of wrong answers to one question."
 
-    right: list[float]
-    wrong: list[float]
+    right: list[float]  # scores of right answers
+    wrong: list[float]  # scores of wrong answers
 
     @property
     def gap(self) -> float:
@@ -320,7 +320,7 @@ class LengthBin(NamedTuple):
     "Pairs with a similar ratio of lengths, chosen to rejected."
 
     ratio: float  # geometric mean of characters of chosen / characters of rejected
-    n_pairs: int
+    n_pairs: int  # pairs that were compared
     accuracy: float  # share in the right order
 
 
@@ -371,7 +371,7 @@ def confusion_by_length(
 def rejection_curve(
     margins: np.ndarray,  # (n_pairs,) as the function `margins` returns them
     uncertainty: np.ndarray,  # (n_pairs,) higher is less sure
-    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    shares: tuple[float, ...] = tuple(i / 10 for i in range(1, 11)),  # of pairs kept
 ) -> list[tuple[float, float]]:  # (share kept, accuracy on it)
     "Compute the accuracy when only the surest pairs are kept."
     right = ((margins > 0) + (margins == 0) / 2)[np.argsort(uncertainty, kind="stable")]

@@ -27,7 +27,7 @@ class Ranking:
     "Completions of one prompt, each with a judge's score (else ValueError)."
 
     prompt: str  # or a `Conversation`, which is a text that remembers its messages
-    completions: list[str]
+    completions: list[str]  # of the prompt
     scores: list[float]  # finite; higher is better; compared within the prompt only
     names: list[str] | None = None  # who wrote each completion
     source: str | None = None  # where the prompt comes from
@@ -67,13 +67,15 @@ class Ranking:
 class Pair(NamedTuple):
     "One decision: of two completions of a prompt, which one the judge preferred."
 
-    prompt: str
-    chosen: str
-    rejected: str
+    prompt: str  # of both
+    chosen: str  # the completion with the higher score
+    rejected: str  # the completion with the lower score
     margin: float  # as recorded, else by how much the judge's scores differ
 
 
-def decisions(ranking: Ranking) -> Iterator[tuple[int, int]]:  # (better, worse)
+def decisions(
+    ranking: Ranking,  # of any length
+) -> Iterator[tuple[int, int]]:  # (better, worse)
     "Iterate over the indices of every two completions that the judge told apart."
     return (
         (i, j)

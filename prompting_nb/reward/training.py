@@ -190,9 +190,9 @@ class History:
     evaluations: list[dict] = field(default_factory=list)  # loss, accuracy, margin ...
     stopped: str = "finished"  # or "max_steps", "max_seconds", "patience"
     seconds: float = 0.0  # from the call of `train` to its return
-    processes: int = 1
-    bf16: bool = False
-    packed: bool = False
+    processes: int = 1  # of the launch
+    bf16: bool = False  # computed in bfloat16
+    packed: bool = False  # batches without padding
     sharded: bool = False  # whether the processes divided the weights among them
     resumed: int = 0  # the step that a checkpoint let the run begin at
     epochs: int = 1  # as given, or as chosen from the data
@@ -413,7 +413,7 @@ def _finite(value: float, what: str, step: int) -> float:
 
 
 def batching(
-    learner: "Learner",
+    learner: "Learner",  # that computes the rewards
 ) -> Callable:  # `token_batches` or `length_batches`, as `Plan` calls them
     "Choose how prompts are put into batches: by computed tokens, or by length."
     if not learner.packed:
@@ -439,12 +439,19 @@ class Plan:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def ends_epoch(self, number: int) -> bool:
+    def ends_epoch(
+        self,
+        number: int,  # of the step, from 0
+    ) -> bool:
         "Say whether a step is the last of its epoch, or of the run."
         following = self.steps[number + 1 : number + 2]
         return not following or following[0][0] > self.steps[number][0]
 
-    def collate(self, batch: list[Draw], device: torch.device) -> tuple:
+    def collate(
+        self,
+        batch: list[Draw],  # prompts of one process
+        device: torch.device,  # where the tensors go
+    ) -> tuple:
         "Make tokens, scores and groups of a batch, see `batches.collate`, and margins."
         margins = [
             self._margins(one.ranking)[i] for one in batch for i in one.completions
@@ -458,7 +465,10 @@ class Plan:
         weight = (ranking.margins is not None) if self.margin is None else self.margin
         return [weight * value for value in ranking.margins or ranking.scores]
 
-    def pairs(self, number: int) -> int:
+    def pairs(
+        self,
+        number: int,  # of the step, from 0
+    ) -> int:
         "Count the pairs that a step learns from, in all processes."
         _, batches = self.steps[number]
         of_prompts = (
@@ -522,7 +532,9 @@ def schedule(
     return progress / warmup if progress < warmup else (1 - progress) / (1 - warmup)
 
 # %% ../../nbs/reward/05_training.ipynb #c035
-def bf16_pays(device: torch.device) -> bool:
+def bf16_pays(
+    device: torch.device,  # where the model is
+) -> bool:
     "Say whether a device multiplies bfloat16 in hardware."
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -592,7 +604,10 @@ class Learner(torch.nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             return self.model(*pad([row for rows in groups for row in rows], device))
 
-    def validate(self, rankings: list[Ranking]) -> dict:
+    def validate(
+        self,
+        rankings: list[Ranking],  # held out
+    ) -> dict:
         "Do what `validate` does, in the precision of training."
         return validate(self.model, rankings, self.bf16, self.packed)
 
@@ -658,7 +673,10 @@ class Optimiser:
         inner = self.optimizer.optimizer
         return get_optimizer_state_dict(self.learner, inner, options=options)
 
-    def load(self, state: dict) -> None:
+    def load(
+        self,
+        state: dict,  # as `state` returned it
+    ) -> None:
         "Take averages back that `state` gave."
         options = StateDictOptions(full_state_dict=True)
         inner = self.optimizer.optimizer
@@ -683,7 +701,7 @@ def parameter_groups(
 
 
 def prepare(
-    learner: Learner,
+    learner: Learner,  # computes the rewards
     config: TrainConfig,  # settings of the run
     processes: Processes,  # of this launch
 ) -> tuple[torch.nn.Module, Optimiser]:  # the learner as Accelerate runs it
@@ -756,13 +774,18 @@ class Evaluation:
     def due(
         self,
         step: int,  # from 0, just finished
-        ends_epoch: bool,
+        ends_epoch: bool,  # whether the step ended an epoch
     ) -> bool:
         "Say whether to evaluate after a step."
         due = ends_epoch if self.every is None else (step + 1) % self.every == 0
         return bool(self.rankings) and due
 
-    def look(self, learner: Learner, step: int, epoch: int) -> dict:
+    def look(
+        self,
+        learner: Learner,  # as it is now
+        step: int,  # from 0, just finished
+        epoch: int,  # from 0
+    ) -> dict:
         "Evaluate, and remember the weights where they are the best so far."
         found = {"step": step, "epoch": epoch, **learner.validate(self.rankings)}
         least = min((earlier["loss"] for earlier in self.found), default=math.inf)
@@ -806,14 +829,22 @@ class Tracker:
         how: dict = dict(total=total, initial=first, unit="step", desc=name)
         return progress_bar(**how, disable=hidden)
 
-    def show(self, bar: Any, record: dict) -> None:
+    def show(
+        self,
+        bar: Any,  # progress bar of tqdm
+        record: dict,  # of a step
+    ) -> None:
         "Show and log the record of a step."
         self.log("train", record)
         shown = {name: round(record[name], 3) for name in ("loss", "accuracy")}
         bar.set_postfix(shown, refresh=False)
         bar.update()
 
-    def log(self, kind: str, record: dict) -> None:
+    def log(
+        self,
+        kind: str,  # `train` or `eval`
+        record: dict,  # name -> number
+    ) -> None:
         "Log the numbers of a record under `train/` or `eval/`."
         values = {f"{kind}/{name}": v for name, v in record.items() if name != "step"}
         self.accelerator.log(values, step=record["step"])

@@ -801,7 +801,9 @@ class Memory:
                 self.questions[key if self.once else (key, question.at)] = question
 
 
-def question_key(x: torch.Tensor) -> bytes:
+def question_key(
+    x: torch.Tensor,  # (hidden_size,)
+) -> bytes:
     "Return the bytes of an embedding, by which a question is recognized."
     return x.cpu().numpy().tobytes()
 

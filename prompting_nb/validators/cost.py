@@ -23,9 +23,7 @@ class Prices:
     "What answers cost, and what may be spent on them."
 
     prices: Mapping[str, float]  # of an answer, by hotkey; others cost the most
-    worth: Optional[float] = (
-        None  # of a point of grade (1.0), in the unit of the prices
-    )
+    worth: Optional[float] = None  # of a grade of 1.0, in the unit of the prices
     budget: Optional[float] = None  # mean price of an answer that must hold
     rate: float = 0.02  # with a budget: how fast the worth is found
     weight: float = field(init=False)  # points of grade that one unit of price is worth
@@ -135,8 +133,8 @@ def read_prices(
 class Point(NamedTuple):
     "Mean price and grade of the answers under one weight of the price."
 
-    cost: float
-    grade: float
+    cost: float  # mean price of an answer
+    grade: float  # mean grade of an answer, in [0, 1]
 
 
 def cost_curve(

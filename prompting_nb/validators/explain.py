@@ -19,8 +19,8 @@ from .gating import embed
 class Reason(NamedTuple):
     "Why a uid is asked, or how near it is to that."
 
-    uid: int
-    hotkey: str
+    uid: int  # place in the subnet
+    hotkey: str  # that holds it
     mean: float  # expected reward
     sd: Optional[float]  # standard deviation of it; `None`: the gate has no posterior
     chance: Optional[float]  # of being asked; `None`: unknown
@@ -33,7 +33,7 @@ class Reason(NamedTuple):
 class Explanation:
     "What a gate makes of a prompt."
 
-    prompt: str
+    prompt: str  # of the user
     topics: dict[int, float]  # share of each of the largest topics
     rows: list[Reason]  # the highest chances first
 

@@ -29,8 +29,9 @@ class Judge:
     model: Any  # has `score(prompts, completions) -> (n, 1)`, as a `RewardModel` does
     scores: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # rising scores
     grades: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # of these scores
-    # centre and width of the scores that break ties; `None`: ties stay
-    ties: Optional[tuple[float, float]] = field(default=None, repr=False)
+    ties: Optional[tuple[float, float]] = field(
+        default=None, repr=False
+    )  # centre and width of the scores that break ties; `None`: ties stay
     offsets: Offsets = field(default_factory=Offsets)  # added, by hotkey
     correct: bool = True  # whether they are
     watch: Watch = field(default_factory=Watch, repr=False)  # of signs of trouble
@@ -98,7 +99,7 @@ class Judge:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str,  # of the user
         completions: Sequence[Optional[str]],  # `None` or empty: no answer
         hotkeys: Optional[Sequence[str]] = None,  # who gave them; `None`: not known
     ) -> torch.Tensor:  # (len(completions),) float32; 0 for no answer
@@ -129,7 +130,7 @@ class Judge:
 
     def offset(
         self,
-        hotkey: str,
+        hotkey: str,  # 0 for an unknown one
     ) -> float:
         "Return what is added to the rewards of a hotkey's answers."
         return self.offsets[hotkey] if self.correct else 0.0
@@ -237,7 +238,7 @@ class CrossEncoderScorer:
     def score(
         self,
         prompts: Any,  # one for all, or one for each completion
-        completions: Sequence[str],
+        completions: Sequence[str],  # n of them
         progress: bool = False,  # show a progress bar
     ) -> torch.Tensor:  # (n, 1) float32 on the CPU
         "Score completions, each with its prompt."

@@ -20,10 +20,10 @@ from ..show import html_table
 class Offset:
     "What is added to the rewards of a hotkey's answers."
 
-    hotkey: str
+    hotkey: str  # SS58 address
     value: float  # negative for somebody whom the judge flatters
     low: float  # of the 95 % interval
-    high: float
+    high: float  # upper bound of the 95 % interval
     mean: float  # of grade minus reward, not shrunken
     answers: int  # that were graded
 

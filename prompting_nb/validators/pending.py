@@ -19,9 +19,9 @@ from .selection import Selection
 class Asked(NamedTuple):
     "A question that waits for its rewards."
 
-    id: Any
-    prompt: str
-    selection: Selection
+    id: Any  # by which the rewards name it
+    prompt: str  # of the user
+    selection: Selection  # uids and probabilities
 
 
 class Pending:

@@ -27,12 +27,12 @@ class Estimate:
     """
 
     ips: float  # inverse propensity scoring
-    ips_interval: tuple[float, float]
+    ips_interval: tuple[float, float]  # 95 % interval
     snips: float  # the same, self-normalized
-    snips_interval: tuple[float, float]
+    snips_interval: tuple[float, float]  # 95 % interval
     dm: float  # direct method; has no interval, since its error is bias
     dr: float  # doubly robust
-    dr_interval: tuple[float, float]
+    dr_interval: tuple[float, float]  # 95 % interval
     effective_sample_size: float  # in answers
     answers: int  # in the log, with a known propensity
     covered: float  # fraction of the policy's actions that the log could have taken
@@ -101,7 +101,7 @@ class Event:
     """
 
     step: int  # number of the question
-    prompt: str
+    prompt: str  # of the user
     uids: list[int]  # asked
     propensities: list[float | None]  # in (0, 1]; `None` where unknown
     rewards: list[float | None]  # `None` where there was no answer

@@ -258,7 +258,7 @@ def save_rows(
 class SavedRows(NamedTuple):
     "What a file of `save_rows` holds, and where its rows belong now."
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]  # by name, as they were saved
     about: dict[str, str]  # the metadata
     sources: torch.Tensor  # (num_uids,) the saved row of each row, as `row_sources`
 

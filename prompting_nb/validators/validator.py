@@ -371,7 +371,7 @@ class Validator:
 class Round:
     "A prompt on its way: who is asked, what they answered, what it is worth."
 
-    prompt: str
+    prompt: str  # of the user
     step: int  # steps that had been taken when the uids were chosen
     scores: torch.Tensor  # (network_size,), the gate's, with gradient
     uids: list[int]  # k, to be asked
@@ -405,11 +405,8 @@ class Policy:
 
     k: PositiveInt = 3  # uids asked at once
     timeout: PositiveFloat = 1.0  # seconds that they have to answer
-    # `None`: thompson for a gate with a posterior, epsilon for others
-    rule: Optional[Rule] = None
-    explore: ClosedUnitInterval = (
-        1.0  # epsilon: probability of a random choice at first
-    )
+    rule: Optional[Rule] = None  # thompson with a posterior, else epsilon
+    explore: ClosedUnitInterval = 1.0  # epsilon: chance of a random choice at first
     explore_end: ClosedUnitInterval = 0.05  # epsilon: the same, after `explore_steps`
     explore_steps: NonNegativeInt = 75  # epsilon: steps over which it falls
     width: PositiveFloat = 1.3  # thompson, ucb: standard deviations at first

@@ -52,7 +52,7 @@ class Known:
 class Judged(NamedTuple):
     "The grades of the answers to one prompt."
 
-    prompt: str
+    prompt: str  # of the user
     uids: torch.Tensor  # (k,) int64 of those who answered, each once
     grades: torch.Tensor  # (k,) float32
 
@@ -91,9 +91,9 @@ def judged_answers(
 class TrackRecord(NamedTuple):
     "How somebody did in judged rankings."
 
-    name: str
+    name: str  # hotkey or name
     mean: float  # of the grades
-    answers: int
+    answers: int  # how many were judged
 
 
 def track_records(

@@ -24,12 +24,12 @@ class Watch:
     "What is known of how far a judge can be believed."
 
     low: float = -math.inf  # of the raw scores that the curve was fitted on
-    high: float = math.inf
+    high: float = math.inf  # of the same
     by_text: Optional[float] = None  # share of pairs that the rewards order correctly
     by_who: Optional[float] = None  # share that the authors' mean grades do
     seen: int = 0  # raw scores so far
     below: int = 0  # of them, below the range
-    above: int = 0
+    above: int = 0  # of them, above it
 
     @property
     def left_range(self) -> bool:
