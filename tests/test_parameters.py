@@ -1,4 +1,4 @@
-"""Every parameter of a public function or method, and every public field, says beside itself what it is."""
+"""Every parameter of a public function or method, and every public field, says beside itself what it is; `help` shows it."""
 
 import ast
 import io
@@ -67,6 +67,25 @@ def silent(source: str) -> list[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_every_parameter_and_field_has_a_comment(path):
     assert silent(path.read_text()) == []
+
+
+def shows_arguments(cls: ast.ClassDef) -> bool:
+    "Whether `help` of a class has what stands beside its parameters or fields."
+    marks, bases = [set(map(ast.unparse, nodes)) for nodes in (cls.decorator_list, cls.bases)]
+    if "arguments_in_help" in marks or {"Protocol", "BaseModel"} & bases or "Args:" in (ast.get_docstring(cls) or ""):
+        return True
+    inits = [n for n in cls.body if isinstance(n, FUNCTION) and n.name == "__init__"]
+    if inits:
+        return len(parameters(inits[0])) == 1
+    has_fields = "NamedTuple" in bases or any("dataclass" in mark for mark in marks)
+    return not (has_fields and any(isinstance(n, ast.AnnAssign) for n in cls.body))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_help_shows_the_comments(path):
+    classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    unmarked = [cls.name for cls in classes if not shows_arguments(cls)]
+    assert unmarked == (["Bar"] if path.name == "show.py" else [])  # defined before the mark is
 
 
 def test_a_silent_one_is_found():

@@ -17,6 +17,7 @@ from .blacklist import TooOften
 from .cache import prompt_key
 from ..network.auth import Refusal
 from ..protocol import Prompting
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05008
 def answer(
@@ -42,6 +43,7 @@ def _checked(result: Any, name: str) -> Prompting:
     raise NoCompletion(f"{name} returned {what}; {must}")
 
 
+@arguments_in_help
 class NoCompletion(Refusal, TypeError):
     "A `prompt` gave no answer. On the wire: status 500, with the reason."
 
@@ -68,6 +70,7 @@ def _finished(result: Any) -> Any:
         return thread.submit(asyncio.run, wait()).result()
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05017
+@arguments_in_help
 class RepeatedPrompt(Refusal, ValueError):
     "The prompt was sent within the span of the cache. On the wire: status 409."
 
@@ -78,6 +81,7 @@ class RepeatedPrompt(Refusal, ValueError):
         super().__init__(409, reason, "repeated")
 
 
+@arguments_in_help
 class Once:
     "Refuse prompts that were answered within the span of a cache."
 

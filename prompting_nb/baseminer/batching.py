@@ -10,7 +10,10 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/baseminer/10_batching.ipynb #m10005
+@arguments_in_help
 class Batcher:
     "A function of lists that is called with one item at a time, from any thread."
 

@@ -17,8 +17,10 @@ from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
 from ..config import InputError
 from ..network.addresses import hotkey_address, written_alike
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07043
+@arguments_in_help
 @dataclass(frozen=True)
 class Caller:
     "What the metagraph knows about a hotkey, which need not be registered."
@@ -34,6 +36,7 @@ class Caller:
         return self.uid is not None
 
 
+@arguments_in_help
 class Verdict(NamedTuple):
     "The decision on a request, and the reason. Its truth value is `blacklisted`."
 
@@ -167,6 +170,7 @@ def minimum_stake(
     return rule
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07045
+@arguments_in_help
 class RateLimiter:
     """At most `quota` requests of a hotkey within any `window` seconds.
 
@@ -224,6 +228,7 @@ def rate_limit(
     return rule
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07027
+@arguments_in_help
 class RequestLog:
     "The times of each caller's latest requests, bounded for each caller and in total."
 

@@ -31,6 +31,7 @@ from ..config import check_settings
 from ..files import read_texts
 from ..pretrained import MINILM, load
 from ..protocol import Prompting
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class ReplaySettings:
     __post_init__ = check_settings
 
 
+@arguments_in_help
 class ReplayMiner(Miner):
     "Answers with the recorded completion of a prompt."
 
@@ -131,6 +133,7 @@ class RetrievalSettings:
     __post_init__ = check_settings
 
 
+@arguments_in_help
 class RetrievalMiner(Miner):
     "Answers with the nearest entry of a collection."
 
@@ -163,6 +166,7 @@ class RetrievalMiner(Miner):
         return synapse
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01013
+@arguments_in_help
 class Index:
     "Texts with an answer each, to be found by meaning."
 
@@ -234,6 +238,7 @@ class TransformersSettings:
     __post_init__ = check_settings
 
 
+@arguments_in_help
 class TransformersMiner(Miner):
     "Answers with a causal language model, several requests in a batch."
 
@@ -259,6 +264,7 @@ class TransformersMiner(Miner):
                 yield piece
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01031
+@arguments_in_help
 class LanguageModel:
     "A causal language model that answers conversations in batches."
 
@@ -442,6 +448,7 @@ class OpenAISettings:
             raise InputError(f"say with --openai.model {which}")
 
 
+@arguments_in_help
 class OpenAICompatibleMiner(Miner):
     "Answers with a model behind a server with OpenAI's API: vLLM, Ollama, OpenAI ..."
 
@@ -471,6 +478,7 @@ class UpstreamError(RuntimeError):
     "The model server gave no answer. The message is safe to pass on to a caller."
 
 
+@arguments_in_help
 class ChatClient:
     "A client of OpenAI's chat completions, with connections for each event loop."
 

@@ -24,6 +24,7 @@ from typing import Any, Optional
 from .miner import Miner
 from ..config import InputError, check_settings
 from ..protocol import Prompting
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class ProcessSettings:
             raise InputError(f"--process.folder {self.folder} is no folder")
 
 
+@arguments_in_help
 class ProcessMiner(Miner):
     "Answers with what a program writes."
 
@@ -93,6 +95,7 @@ class ProgramFailed(RuntimeError):
     "A program gave no answer; the message says why."
 
 
+@arguments_in_help
 class Program:
     "A program that answers prompts; several threads may ask."
 

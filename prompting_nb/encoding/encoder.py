@@ -21,10 +21,12 @@ from .weights import frozen_model, own_weights
 from .windows import context_size, windows
 from ..pretrained import count_cut, encode_sentences
 from ..pretrained import is_sentence_model, load, load_sentences, resolve
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/encoding/00_encoder.ipynb #c051
+@arguments_in_help
 class Encoder(torch.nn.Module):
     """Turn texts into embeddings with a frozen pretrained model.
 
@@ -167,6 +169,7 @@ class Encoder(torch.nn.Module):
         return self.pool(output, mask)
 
 # %% ../../nbs/encoding/00_encoder.ipynb #c034
+@arguments_in_help
 class EmbeddingCache:
     "Keep the embeddings of the texts that were used last."
 

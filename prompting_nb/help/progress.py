@@ -13,7 +13,10 @@ from typing import Any, Iterable, Optional
 from tqdm.auto import tqdm as notebook_or_terminal
 from tqdm.std import tqdm as terminal
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/help/01_progress.ipynb #c008
+@arguments_in_help
 class TenthLines(terminal):
     "Writes a line for each tenth of the work, and one at its end."
 

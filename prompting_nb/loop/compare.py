@@ -28,8 +28,10 @@ from prompting_nb.config import (
 from ..files import read_lines, reason_of, write_file
 from .record import MADE_WITH, flatten
 from .report import page_of, picture
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp008
+@arguments_in_help
 class Figure(NamedTuple):
     "A mean with its 95 % interval; `None` for what is not known."
 
@@ -45,6 +47,7 @@ class Figure(NamedTuple):
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
+@arguments_in_help
 class Row(NamedTuple):
     "A setting of all runs."
 
@@ -54,6 +57,7 @@ class Row(NamedTuple):
     differs: bool  # among the runs that have it
 
 
+@arguments_in_help
 class Group(NamedTuple):
     "Runs that differ by their seed alone."
 
@@ -61,6 +65,7 @@ class Group(NamedTuple):
     figures: dict[str, Figure]  # means over the runs, with Student's t
 
 
+@arguments_in_help
 class Difference(NamedTuple):
     "The gate of a run minus that of the first."
 
@@ -79,6 +84,7 @@ FIGURES = {  # by key: what the tables call it
 }
 
 
+@arguments_in_help
 @dataclass
 class Comparison:
     "Runs side by side."
@@ -205,6 +211,7 @@ def compare_runs(
     )
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp011
+@arguments_in_help
 @dataclass
 class RunFolder:
     "A run that was read from its folder."
@@ -394,7 +401,7 @@ def _side_by_side(runs: list[RunFolder]) -> list[Row]:
 
 
 def _alike(run: RunFolder) -> Optional[str]:  # `None`: not known
-    "Return what runs have in common that differ by the seed alone."
+    "Return a key that is equal for runs that differ by their seed alone."
     summary = run.summary
     flags = summary.get("settings")
     if not isinstance(flags, dict):

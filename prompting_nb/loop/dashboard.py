@@ -28,10 +28,11 @@ from prompting_nb.loop.follow import (
 )
 from .plots import moving_mean, new_axes, plot_shares, styled
 from .run import Loop
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from ..validators.event import Event
 
 # %% ../../nbs/loop/05_dashboard.ipynb #c013
+@arguments_in_help
 class Dashboard:
     """Follows a loop: show it in a notebook, then run the loop.
 

@@ -36,14 +36,16 @@ from prompting_nb.config import (
     command_parser,
     settings_of,
 )
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/26_doctor.ipynb #doc008
 State = Literal["ok", "warning", "problem", "skipped"]
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Check:
-    "What was looked at, what was found, and what to do about it."
+    "The result of one check: subject, state, finding, remedy."
 
     name: str  # what was looked at
     state: State  # `ok`, or how bad it is

@@ -20,6 +20,7 @@ from prometheus_client import generate_latest
 
 from ..config import InputError
 from .service import NotReady, Service, is_text
+from ..show import arguments_in_help
 from ..validators.event import Event
 from ..validators.validator import Round, Validator
 
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 _LARGEST = 1_000_000  # bytes of a request
 
 
+@arguments_in_help
 class Endpoint:
     """The HTTP server of a service, on loopback.
 

@@ -20,8 +20,10 @@ from typing import IO, Any, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from ..config import InputError
 from ..files import event_files, read_json
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/28_follow.ipynb #flw009
+@arguments_in_help
 @dataclass(frozen=True)
 class Seen:
     "What a view shows of an event; the lists have an entry for each uid asked."
@@ -35,6 +37,7 @@ class Seen:
     statuses: list[int]  # HTTP status codes
 
 
+@arguments_in_help
 class Follower:
     """Reads what is appended to the log of events in a folder; never writes.
 
@@ -60,7 +63,7 @@ class Follower:
 
     @property
     def place(self) -> Path:
-        "The folder with the log: of a subnet, that of its validator."
+        "Return the folder with the log: of a subnet, that of its validator."
         inner = self.folder / "validator"
         return inner if inner.is_dir() else self.folder
 
@@ -78,7 +81,7 @@ class Follower:
         return min(new, len(self.events))
 
     def tally(self) -> dict[int, "Tally"]:
-        "Count what became of the requests to each uid, by uid."
+        "Count the outcomes of the requests to each uid."
         return tally(self.events)
 
     def names(
@@ -176,8 +179,9 @@ class Follower:
                 self.events[place] = replace(event, rewards=now)
 
 # %% ../../nbs/loop/28_follow.ipynb #flw011
+@arguments_in_help
 class Tally(NamedTuple):
-    "What became of the requests to a uid."
+    "Outcomes of the requests to a uid."
 
     asked: int  # requests that were sent
     reward: Optional[float]  # mean of those that are known; `None`: none is
@@ -188,7 +192,7 @@ class Tally(NamedTuple):
 def tally(
     events: Iterable[Any],  # with uids, rewards and statuses, as `Seen` and `Event`
 ) -> dict[int, Tally]:
-    "Count what became of the requests to each uid, by uid."
+    "Count the outcomes of the requests to each uid."
     found: dict[int, list] = {}
     for event in events:
         for uid, *answer in zip(event.uids, event.rewards, event.statuses):

@@ -18,6 +18,7 @@ from ..show import arguments_in_help
 from ..validators.validator import MovingAverage, Policy, default_gate
 
 # %% ../../nbs/loop/16_laboratory.ipynb #f46012
+@arguments_in_help
 class Working:
     "A miner of the laboratory that is as good as a worker's answers."
 

@@ -14,6 +14,7 @@ from ..config import Config, InputError
 from .tasks import Worker
 from ..network.chain import EmbeddedChain, make_wallet
 from ..protocol import Prompting
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/02_network.ipynb #c009
 class OpensMiner(Protocol):
@@ -29,6 +30,7 @@ class OpensMiner(Protocol):
     ) -> Miner: ...
 
 
+@arguments_in_help
 class Network:
     """An embedded chain, a validator's wallet, and a running miner for each worker.
 
@@ -140,6 +142,7 @@ def allow_files(
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 # %% ../../nbs/loop/02_network.ipynb #c007
+@arguments_in_help
 class WorkerMiner(Miner):
     "A miner that answers as a `Worker` does, late where the worker is late."
 

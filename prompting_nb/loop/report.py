@@ -25,10 +25,12 @@ from .record import MADE_WITH, describe, flatten
 from .run import Answer, Bought, Loop, Trace
 from .teach import Assessment
 from ..reward.tokens import cuts_text
+from ..show import arguments_in_help
 from ..validators.event import Event
 from ..validators.judge import Judge
 
 # %% ../../nbs/loop/03_report.ipynb #c024
+@arguments_in_help
 class Recorder:
     "Writes the results of a run to a folder."
 

@@ -414,8 +414,9 @@ class Service:
             self._said[subject] = text
 
 # %% ../../nbs/loop/10_service.ipynb #c010
+@arguments_in_help
 class Prompts:
-    "Where the prompts come from, and how many of them were taken."
+    "The source of prompts, and how many of them were taken."
 
     def __init__(
         self,
@@ -469,6 +470,7 @@ def is_text(
         return False
 
 # %% ../../nbs/loop/10_service.ipynb #c014
+@arguments_in_help
 class ChainWatch:
     "The block of the chain, and how long ago it was read."
 

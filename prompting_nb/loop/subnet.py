@@ -36,6 +36,7 @@ from ..files import log_to_stderr, read_json, write_file
 from .miners import OwnMiner, read_miners, save_miner
 from .processes import Supervisor, free_port
 from .worker import NAMES
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/14_subnet.ipynb #c007
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ VALIDATOR = "validator"  # name of its wallet and process
 _CLI = "prompting_nb.cli:main"
 
 
+@arguments_in_help
 class SubnetProcesses:
     "The processes of a subnet; use it in a `with` block."
 

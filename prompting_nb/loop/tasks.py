@@ -30,11 +30,12 @@ import numpy as np
 from ..config import InputError
 from ..reward.preferences import Ranking, clean, read_rankings
 from ..files import read_lines, read_prompts
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c041
+@arguments_in_help
 @dataclass
 class Arena:
     "Prompts, the workers that answer them, and how the answers are graded."
@@ -148,6 +149,7 @@ def _everybody(task: "Task", workers: list["Worker"]) -> Ranking:
     return Ranking(task.prompt, [text or "" for text in given], grades, names)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c005
+@arguments_in_help
 @dataclass(frozen=True)
 class Task:
     "A prompt and the program that grades an answer to it."
@@ -474,6 +476,7 @@ class WorkerFailed(RuntimeError):
     "A worker did not manage to answer."
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Worker:
     "A name and a function that answers prompts."

@@ -27,8 +27,10 @@ from bittensor.wallets import CRYPTO_TYPE_NAMES, parse_crypto_type
 
 from .addresses import LONGEST_HOTKEY, hotkey_address, same_hotkey
 from ..protocol import Terminal
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/03_auth.ipynb #c023
+@arguments_in_help
 class Gatekeeper:
     "Verify the sender of a request from its headers and its raw body, by `btauth/1`."
 
@@ -141,6 +143,7 @@ def _unauthorized(kind: str, reason: Any) -> "Refusal":
     return Refusal(401, f"{kind}: {reason}", kind)
 
 # %% ../../nbs/network/03_auth.ipynb #c010
+@arguments_in_help
 class Refusal(Exception):
     "A request that is answered with an error."
 
@@ -274,6 +277,7 @@ class Nonces(Protocol):
         ...
 
 # %% ../../nbs/network/03_auth.ipynb #c012
+@arguments_in_help
 class MemoryNonces:
     "Store the accepted nonces of one process in memory. They are lost when it ends."
 
@@ -393,6 +397,7 @@ def decode_headers(
     }
 
 # %% ../../nbs/network/03_auth.ipynb #d021
+@arguments_in_help
 class Spans:
     "Closed intervals of nanoseconds, at most `limit`; more are merged."
 
@@ -462,6 +467,7 @@ class ClockWatch:
         self._told = back
 
 # %% ../../nbs/network/03_auth.ipynb #c017
+@arguments_in_help
 class FileNonces:
     """Store accepted nonces in a file, for all processes that use it.
 
@@ -608,6 +614,7 @@ def is_damage(
     return isinstance(error, sqlite3.DatabaseError) and not other
 
 
+@arguments_in_help
 class NonceFile:
     "An open SQLite file of nonces. Its methods raise `sqlite3.Error`."
 

@@ -17,6 +17,7 @@ from .neurons import Commit, UnknownCall, require, uid_of
 from .registration import register
 from .signing import STALE, Extrinsic
 from .state import Receipt, SubnetState
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/24_calls.ipynb #c2b008
 def _uid(state: SubnetState, hotkey: str) -> int:
@@ -297,6 +298,7 @@ def check_call(
         )
 
 
+@arguments_in_help
 class Extrinsics:
     "Signed calls that change a subnet."
 

@@ -29,10 +29,12 @@ from .chain import EmbeddedChain
 from .neurons import UnknownCall
 from .server import Server, listen
 from .signing import Extrinsic, pack, unpack
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/27_chain_server.ipynb #a05009
+@arguments_in_help
 class Methods:
-    "What a served chain answers, by name."
+    "The methods of a served chain, by name."
 
     reads = (
         "account_next_index",
@@ -182,6 +184,7 @@ def _json(status: int, value: dict) -> Response:
     return Response(pack(value), status, media_type="application/json")
 
 # %% ../../nbs/network/27_chain_server.ipynb #a05013
+@arguments_in_help
 class BlockClock:
     "A thread that makes blocks."
 
@@ -218,6 +221,7 @@ class BlockClock:
                 failing = True
 
 # %% ../../nbs/network/27_chain_server.ipynb #a05016
+@arguments_in_help
 class ChainServer:
     "A chain that listens on loopback. Use it in a `with` block."
 

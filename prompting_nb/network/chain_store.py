@@ -18,6 +18,7 @@ from ..config import InputError
 from .chain import EmbeddedChain
 from .neurons import Commit, Neuron
 from .state import Receipt, SubnetState
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/26_chain_store.ipynb #cc7008
 _TABLES = """
@@ -36,6 +37,7 @@ create table receipts (number integer primary key, record text not null);
 _OURS = 0x70626E31  # tells our files from other SQLite files
 
 
+@arguments_in_help
 class ChainStore:
     "A subnet in a SQLite file, for one process at a time."
 

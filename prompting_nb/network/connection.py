@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import httptools
 
 from .limits import Crowd, Limits, share_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/13_connection.ipynb #h008
 _log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ _HIGH = 262_144  # bytes of an answer that wait to be taken before its maker wai
 _BODY = 65_536  # bytes of a body that wait to be read before no more are received
 
 
+@arguments_in_help
 class Connection(asyncio.Protocol):
     "One connection of a server."
 
@@ -268,7 +270,7 @@ class Connection(asyncio.Protocol):
 
     def evict(
         self,
-        reason: str,  # for the metrics
+        reason: str,  # ignored here: the crowd counts it
     ) -> None:
         "Close at once."
         self._transport.abort()

@@ -202,6 +202,7 @@ async def _discard(piece: str) -> None:
     "Drop a piece: the whole completion is in the answer."
 
 # %% ../../nbs/network/01_dendrite.ipynb #c024
+@arguments_in_help
 class Stream:
     """The pieces of one miner's completion, for `async for` or `for`.
 
@@ -265,6 +266,7 @@ class Stream:
         self.close()
 
 # %% ../../nbs/network/01_dendrite.ipynb #c018
+@arguments_in_help
 @dataclass(frozen=True)
 class Question:
     "A prompt for any number of miners, and what an answer must fulfil to count."
@@ -328,7 +330,7 @@ class Question:
         left: float,  # seconds that the miner has
         emit: Callable,
     ) -> tuple[str, str]:
-        "Send the request; the completion and a status message, or an exception."
+        "Send the request; return completion and status message, or raise."
         host, port = split_address(where.address or "")
         allowed = self.allow_private or where.ours
         addresses = await find_addresses(host, port, allowed, left)
@@ -374,6 +376,7 @@ def _cause(error: Exception) -> str:
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
 
 # %% ../../nbs/network/01_dendrite.ipynb #c006
+@arguments_in_help
 class Target(NamedTuple):
     "What is known about a target, before it is judged."
 
@@ -519,6 +522,7 @@ async def _read_stream(
     raise _Failure(422, "the answer was cut off")
 
 # %% ../../nbs/network/01_dendrite.ipynb #c014
+@arguments_in_help
 class Sent(NamedTuple):
     "The part of a request that the answer's signature refers to."
 
@@ -543,6 +547,7 @@ class Sent(NamedTuple):
         return "Success"
 
 
+@arguments_in_help
 class RequestSigner:
     """Sign requests with one hotkey, each with a nonce greater than the last.
 
@@ -580,6 +585,7 @@ class RequestSigner:
 _SET_BACK = 1_000_000_000  # nanoseconds
 
 # %% ../../nbs/network/01_dendrite.ipynb #c022
+@arguments_in_help
 class Sessions:
     "HTTP sessions, one for each event loop, and a loop for callers without one."
 
@@ -620,6 +626,7 @@ class Sessions:
             self._background.stop()
 
 
+@arguments_in_help
 class Session(NamedTuple):
     "What requests of one event loop share."
 
@@ -668,6 +675,7 @@ def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> N
         loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
 
 # %% ../../nbs/network/01_dendrite.ipynb #d018
+@arguments_in_help
 class Places:
     "Bounds the requests of one event loop that are under way, in all and per target."
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/32_floods.ipynb #fl09
 _PART = 4096  # bytes that are parsed at a time
 _MESSAGES = 16  # that may wait to be read; one is the answer
@@ -20,6 +22,7 @@ class Flood(aiohttp.ClientPayloadError):
     "A server sends more than belongs to an answer."
 
 
+@arguments_in_help
 class Paced(asyncio.Protocol):
     "Hands what arrives on a connection to its protocol in parts, within bounds."
 
@@ -103,14 +106,15 @@ class Paced(asyncio.Protocol):
         self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        "Pass it on."
+        "Pass the call on to the protocol."
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        "Pass it on."
+        "Pass the call on to the protocol."
         self._inner.resume_writing()
 
 # %% ../../nbs/network/32_floods.ipynb #fl14
+@arguments_in_help
 class PacedConnector(aiohttp.TCPConnector):
     "A connector of aiohttp whose connections are paced."
 

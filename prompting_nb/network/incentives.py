@@ -13,6 +13,7 @@ from typing import Callable, Mapping, Optional, Protocol
 import numpy as np
 
 from .consensus import yuma
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/10_incentives.ipynb #c009
 class Answers(Protocol):
@@ -27,6 +28,7 @@ class Answers(Protocol):
         ...
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Steady:
     "A miner whose answers are always equally good."
@@ -42,6 +44,7 @@ class Steady:
         return np.full(epochs, self.quality)
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class PartTime:
     "A miner that is good at some of the tasks, and useless at the others."
@@ -58,6 +61,7 @@ class PartTime:
         return self.quality * (rng.random(epochs) < self.share)
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Drifting:
     "A miner whose quality wanders around a mean: a first-order autoregression."
@@ -80,6 +84,7 @@ class Drifting:
         return np.clip(self.mean + self.sd * values, 0, 1)
 
 # %% ../../nbs/network/10_incentives.ipynb #c012
+@arguments_in_help
 @dataclass
 class View:
     "What a validator sees when it sets its weights."
@@ -95,6 +100,7 @@ class View:
 Strategy = Callable[[View], np.ndarray]  # weights (uids,), none negative
 
 
+@arguments_in_help
 @dataclass
 class Honest:
     "Ask the miners, and set weights to the quality that was measured."
@@ -109,6 +115,7 @@ class Honest:
         return np.clip(measured, 0, None)
 
 
+@arguments_in_help
 @dataclass
 class Lazy:
     "Measure honestly, but only now and then; set the same weights in between."
@@ -140,6 +147,7 @@ class Copier:
         return others @ view.revealed
 
 
+@arguments_in_help
 @dataclass
 class SelfVoter:
     "Put all weight on uids of one's own."
@@ -155,9 +163,10 @@ class SelfVoter:
         return weights
 
 # %% ../../nbs/network/10_incentives.ipynb #c015
+@arguments_in_help
 @dataclass
 class Run:
-    "What happened, epoch by epoch."
+    "The course of a simulation, epoch by epoch."
 
     validators: list[str]  # names, in the order of the rows
     miners: list[str]  # names, in the order of the columns
@@ -185,6 +194,7 @@ class Run:
         return {name: round(float(x), 4) for name, x in zip(self.miners, mean)}
 
 
+@arguments_in_help
 @dataclass
 class Laboratory:
     "A subnet of validators and miners whose strategies are known."

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Callable, Iterator, Optional, Protocol
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/12_limits.ipynb #l009
+@arguments_in_help
 @dataclass(frozen=True)
 class Limits:
     "What connections may use. Several servers may share one object."
@@ -97,6 +100,7 @@ class _Group:
         return None
 
 # %% ../../nbs/network/12_limits.ipynb #l013
+@arguments_in_help
 class Crowd:
     "The open connections of one server, and the bytes of their unfinished requests."
 

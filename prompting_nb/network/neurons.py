@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 
 from bittensor.result import ChainError
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/18_neurons.ipynb #826007
+@arguments_in_help
 @dataclass(frozen=True)
 class Commit:
     "Weights that were committed and are not revealed yet."
@@ -23,6 +26,7 @@ class Commit:
     version_key: int  # of the program that set them
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Neuron:
     "One place of the subnet as the chain stores it."
@@ -57,6 +61,7 @@ def uid_of(
     return next((uid for uid, n in enumerate(neurons) if n.hotkey == hotkey), None)
 
 # %% ../../nbs/network/18_neurons.ipynb #826010
+@arguments_in_help
 @dataclass(frozen=True)
 class Rules:
     "Hyperparameters of a subnet; `EmbeddedChain` says what each of them means."

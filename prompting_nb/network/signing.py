@@ -20,6 +20,7 @@ from bittensor.sp_core import verify
 from .commits import weights_of
 from .neurons import UnknownCall
 from .state import Receipt
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/23_signing.ipynb #803008
 def pack(
@@ -55,6 +56,7 @@ def _refused(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 # %% ../../nbs/network/23_signing.ipynb #803011
+@arguments_in_help
 @dataclass(frozen=True)
 class Extrinsic:
     "A call with the signature of the account that makes it."

@@ -20,11 +20,13 @@ from bittensor.settings import RAO_PER_TAO
 from .commits import reveal
 from .epochs import run_epoch
 from .neurons import Neuron, Rules
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/20_state.ipynb #9c6008
+@arguments_in_help
 @dataclass(frozen=True)
 class Receipt:
-    "What became of an extrinsic."
+    "The outcome of an extrinsic."
 
     hash: str  # of the signed extrinsic
     block: int  # in which it was carried out or refused
@@ -40,7 +42,7 @@ class Receipt:
 
 
 class Store(Protocol):
-    "Where a state is kept beyond the life of the process."
+    "A store that keeps a state beyond the life of the process."
 
     def save(
         self,
@@ -50,6 +52,7 @@ class Store(Protocol):
         ...
 
 
+@arguments_in_help
 class SubnetState:
     "Rules, clock, neurons and balances of one subnet, also as they were before."
 

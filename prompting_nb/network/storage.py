@@ -12,6 +12,7 @@ from bittensor.settings import RAO_PER_TAO
 
 from .neurons import UnknownCall, uid_of
 from .state import SubnetState
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/22_storage.ipynb #79c008
 def _graph(state: SubnetState, neurons: tuple, block: int) -> dict:
@@ -114,6 +115,7 @@ def _commits(neurons: tuple) -> list:
     return sorted(found.items())
 
 # %% ../../nbs/network/22_storage.ipynb #79c012
+@arguments_in_help
 class Queries:
     "Reads of a subnet by the names that a chain gives to its state."
 

@@ -23,10 +23,12 @@ from redis.connection import parse_url
 
 from ..config import InputError
 from .auth import FORGOTTEN, MAX_SKEW, Refusal, stale
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/network/15_store.ipynb #r006
+@arguments_in_help
 class Store:
     """A Redis that the processes of one miner share.
 
@@ -172,6 +174,7 @@ _WEEK = 7 * 24 * 3_600_000  # milliseconds
 _EARLY = "signed before the store of this miner began to remember what it accepted"
 
 
+@arguments_in_help
 class StoredNonces:
     "Accepted nonces in a store that several processes share."
 
@@ -242,6 +245,7 @@ return math.max(1, first[2] + window - now)
 """
 
 
+@arguments_in_help
 class StoredQuota:
     "At most `quota` requests of a hotkey in any `window` seconds, at all processes."
 
@@ -281,6 +285,7 @@ _RELEASE = "return redis.call('del', KEYS[1])"
 _BLOCK = 24_000  # milliseconds: twice what a block takes
 
 
+@arguments_in_help
 class StoredPrompts:
     "The prompts claimed within the last `span` blocks, at all processes."
 
@@ -343,6 +348,7 @@ return found
 _numbers = itertools.count(1)  # of the miners of this process
 
 
+@arguments_in_help
 class StoredMetrics:
     "The metrics of all processes, each as it was last heard of."
 

@@ -19,6 +19,7 @@ from .neurons import UnknownCall
 from .signing import Extrinsic, Shielded, result_of, submit_call
 from .state import Receipt, SubnetState
 from .storage import Queries
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/25_substrate.ipynb #0ad008
 def token_balance(
@@ -96,6 +97,7 @@ def _refused(name: str) -> Callable:
     return refused
 
 # %% ../../nbs/network/25_substrate.ipynb #0ad011
+@arguments_in_help
 @refuse_the_rest
 class MemorySubstrate:
     "bittensor's `Substrate` protocol over a subnet in memory."

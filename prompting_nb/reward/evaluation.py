@@ -27,7 +27,7 @@ from prompting_nb.reward.preferences import (
     score_rankings,
 )
 from .tokens import Cuts, cuts_of, length_of
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c051
 def evaluate(
@@ -104,6 +104,7 @@ def _check_scores(scores: list[list[float]], rankings: list[Ranking]) -> None:
             )
 
 
+@arguments_in_help
 @dataclass
 class RewardEvaluation:
     "The figures of a scorer on held-out rankings."
@@ -185,6 +186,7 @@ def count_right(
     return counts
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c011
+@arguments_in_help
 class Accuracy(NamedTuple):
     "A share of pairs in the right order, with a bootstrap interval."
 
@@ -215,6 +217,7 @@ def pairwise_accuracy(
     return Accuracy(float(right / total), float(low), float(high), int(total))
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c017
+@arguments_in_help
 class Bin(NamedTuple):
     "Pairs of similar confidence."
 
@@ -285,6 +288,7 @@ def best_of_k_accuracy(
     return sum(hits) / len(hits)
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c031
+@arguments_in_help
 class Answers(NamedTuple):
     "The scores of right and of wrong answers to one question."
 
@@ -316,6 +320,7 @@ def ties_score(
     return float((first + second + 0.01 * bonus).mean())
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c036
+@arguments_in_help
 class LengthBin(NamedTuple):
     "Pairs with a similar ratio of lengths, chosen to rejected."
 

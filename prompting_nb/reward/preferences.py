@@ -18,10 +18,11 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 from ..config import InputError
 from ..files import reason_of
 from .columns import Candidates, read_row
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from .sources import Unreadable, name_of, read_rows
 
 # %% ../../nbs/reward/03_preferences.ipynb #c005
+@arguments_in_help
 @dataclass
 class Ranking:
     "Completions of one prompt, each with a judge's score (else ValueError)."
@@ -64,6 +65,7 @@ class Ranking:
         return html_table(str(self.prompt), ("completion", "by", "score"), rows)
 
 # %% ../../nbs/reward/03_preferences.ipynb #c009
+@arguments_in_help
 class Pair(NamedTuple):
     "One decision: of two completions of a prompt, which one the judge preferred."
 
@@ -110,6 +112,7 @@ def pairs(
     return found
 
 # %% ../../nbs/reward/03_preferences.ipynb #c013
+@arguments_in_help
 @dataclass
 class Report:
     "Counts of what was read, and what of it was dropped."

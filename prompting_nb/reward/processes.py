@@ -22,8 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from ..config import InputError
 from .batches import Draw
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/13_processes.ipynb #p008
+@arguments_in_help
 class Processes:
     "The processes of a launch as one of them sees it, driven by Accelerate."
 

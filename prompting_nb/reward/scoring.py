@@ -25,8 +25,10 @@ from .model import RewardModel
 from .preferences import decoded
 from .processes import this_process
 from .tokens import Cuts, cuts_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/16_scoring.ipynb #r008
+@arguments_in_help
 @dataclass
 class Scored:
     "What was scored."

@@ -182,6 +182,7 @@ def shift_rewards(
         gate.reflect()
 
 
+@arguments_in_help
 class AuditedPolicy:
     "In the simulator: a gate whose rewards are corrected by audits of some answers."
 

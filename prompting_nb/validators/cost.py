@@ -16,8 +16,10 @@ import torch
 
 from ..config import InputError, PositiveFloat, check_settings
 from ..files import reason_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/18_cost.ipynb #c009
+@arguments_in_help
 @dataclass
 class Prices:
     "What answers cost, and what may be spent on them."
@@ -130,6 +132,7 @@ def read_prices(
     return Prices(prices, settings.worth, settings.budget)
 
 # %% ../../nbs/validators/18_cost.ipynb #c011
+@arguments_in_help
 class Point(NamedTuple):
     "Mean price and grade of the answers under one weight of the price."
 

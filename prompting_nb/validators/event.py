@@ -11,11 +11,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Optional
 
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from . import replay
 from .explain import Explanation
 
 # %% ../../nbs/validators/06_event.ipynb #c021
+@arguments_in_help
 @dataclass(frozen=True, kw_only=True)
 class Event(replay.Event):
     """One step of a validator.

@@ -77,6 +77,10 @@ class BaseGatingModel(torch.nn.Module, ABC):
     # the message scored last; scores and standard deviations (or None) of all uids
     _latest: tuple | None = None
 
+    def __init__(self):
+        "Create the module; a subclass calls `configure` for settings and capacity."
+        super().__init__()
+
     @classmethod
     def add_args(
         cls,
@@ -310,7 +314,7 @@ class LinearGate(BaseGatingModel):
         self._follow(saved.sources)
 
     def _follow(self, sources: torch.Tensor) -> torch.Tensor:
-        "Move all rows; the uids that start anew."
+        "Move all rows; return the uids that start anew."
         fresh = move_rows(row_tensors(self.head, self.optimizer), sources)
         self._draw(fresh)
         self._latest = None

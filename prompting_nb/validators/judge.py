@@ -18,10 +18,12 @@ import torch
 from ..config import InputError
 from ..files import reason_of, write_file
 from ..pretrained import load
+from ..show import arguments_in_help
 from .offsets import Offsets, errors_of
 from .watch import Watch, agreement, by_author
 
 # %% ../../nbs/validators/05_judge.ipynb #c013
+@arguments_in_help
 @dataclass
 class Judge:
     "Turns the completions of a prompt into rewards in [0, 1], before any correction."
@@ -218,6 +220,7 @@ def reward_with(
     return judge(prompt, completions)
 
 # %% ../../nbs/validators/05_judge.ipynb #j034
+@arguments_in_help
 class CrossEncoderScorer:
     "Scores completions with a cross-encoder of Sentence Transformers."
 

@@ -13,9 +13,10 @@ from typing import Iterable, Mapping, Sequence
 import numpy as np
 
 from ..config import InputError
-from ..show import html_table
+from ..show import arguments_in_help, html_table
 
 # %% ../../nbs/validators/10_offsets.ipynb #o010
+@arguments_in_help
 @dataclass(frozen=True)
 class Offset:
     "What is added to the rewards of a hotkey's answers."
@@ -50,6 +51,7 @@ def shrunken(
 _LEAST_SPREAD = 1e-4  # variance of true offsets, where none can be seen
 
 # %% ../../nbs/validators/10_offsets.ipynb #o014
+@arguments_in_help
 class Offsets:
     "The offset of each hotkey, from errors of the judge that are kept."
 

@@ -13,9 +13,11 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 import torch
 
 from ..config import InputError
+from ..show import arguments_in_help
 from .selection import Selection
 
 # %% ../../nbs/validators/16_pending.ipynb #q008
+@arguments_in_help
 class Asked(NamedTuple):
     "A question that waits for its rewards."
 
@@ -24,6 +26,7 @@ class Asked(NamedTuple):
     selection: Selection  # uids and probabilities
 
 
+@arguments_in_help
 class Pending:
     "Questions whose rewards have not come yet, for a gate or a policy to learn from."
 

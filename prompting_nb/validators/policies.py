@@ -24,7 +24,7 @@ from .warm import track_records
 # %% ../../nbs/validators/14_policies.ipynb #p009
 @runtime_checkable
 class Bandit(Protocol):
-    """What learns whom to ask.
+    """A policy: it chooses uids and learns from rewards.
 
     Besides these it has `choose(prompt, k, available) -> Selection`, or
     `scores(prompt) -> (network_size,)`, the highest of which are asked.
@@ -67,6 +67,7 @@ def ask(
     return select(scores, k, epsilon=epsilon, **options)
 
 # %% ../../nbs/validators/14_policies.ipynb #p014
+@arguments_in_help
 class Components:
     "Features of prompts: 1, and scaled principal components of their embeddings."
 
@@ -216,6 +217,7 @@ def _largest_bounds(mean, sd, k, *, generator, **options) -> Selection:
     return ucb(mean, sd, k, generator=generator, **options)
 
 # %% ../../nbs/validators/14_policies.ipynb #p017
+@arguments_in_help
 class NearestAnswers:
     "Expects of each uid the mean reward of its answers to the most similar prompts."
 
@@ -296,6 +298,7 @@ class NearestAnswers:
         self.rewards[move_rows(moved, sources)] = torch.nan
 
 # %% ../../nbs/validators/14_policies.ipynb #p018
+@arguments_in_help
 class MeanPerUid:
     "Thompson sampling from the mean reward of each uid, whatever the prompt is."
 
@@ -347,6 +350,7 @@ class MeanPerUid:
         self.beliefs.move(sources)
 
 
+@arguments_in_help
 class BestFixed:
     "Asks the same hotkeys every time, as far as they are there."
 

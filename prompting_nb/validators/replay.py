@@ -17,8 +17,10 @@ import torch
 
 from ..config import InputError
 from ..files import event_files, read_lines
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/03_replay.ipynb #c025
+@arguments_in_help
 @dataclass(frozen=True)
 class Estimate:
     """What a policy would have earned: mean reward per uid asked, with 95 % intervals.
@@ -93,6 +95,7 @@ def estimate(
     )
 
 # %% ../../nbs/validators/03_replay.ipynb #c006
+@arguments_in_help
 @dataclass(frozen=True)
 class Event:
     """One question: the uids asked, with what probability, and their rewards.

@@ -109,6 +109,7 @@ class Subnet:
         return Lookup(dict(zip(texts, torch.nn.functional.pad(table, (0, free)))))
 
 
+@arguments_in_help
 class Lookup(torch.nn.Module):
     "Stands in for an encoder: embeddings of texts that were computed before."
 
@@ -153,6 +154,7 @@ def made_up(
     return Subnet(skill[of_prompt], embeddings=x, topics=of_prompt, uids=uids)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s021
+@arguments_in_help
 @dataclass
 class Now:
     "The state of a subnet in a run, which events change before a step."
@@ -232,6 +234,7 @@ class Now:
         return (row.clip(0, 1) * self.worth)[self.copied]
 
 # %% ../../nbs/validators/09_simulate.ipynb #s022
+@arguments_in_help
 @dataclass(frozen=True)
 class Replace:
     "Miners leave, and newcomers with hotkeys of their own get their uids."
@@ -254,6 +257,7 @@ class Replace:
                 now.hotkeys[uid] = now.hotkey_of(column)
 
 
+@arguments_in_help
 @dataclass
 class Drift:
     """Skills wander (autoregressive, order one) and keep the spread that they have.
@@ -289,6 +293,7 @@ class Drift:
         self.walk = np.zeros_like(self.start)
 
 
+@arguments_in_help
 @dataclass
 class Lazy:
     "Miners answer only some prompts as well as they can. Holds the state of one run."
@@ -311,6 +316,7 @@ class Lazy:
             now.worth[self.uids[careless]] *= self.worth
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Copies:
     "Several hotkeys give the same answer, that of the first of them."
@@ -328,6 +334,7 @@ class Copies:
             now.copied[uids] = uids[:1]
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Noise:
     "Rewards are told with errors."
@@ -358,6 +365,7 @@ class Noise:
         return told.clip(0, 1) if self.cut else told
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Delay:
     "Rewards come later, each on its own, in any order, or never."
@@ -378,6 +386,7 @@ class Delay:
         return np.where(draw.random(k) < self.lost, np.inf, steps)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s031
+@arguments_in_help
 class Always:
     "Asks the same uids every time."
 
@@ -412,6 +421,7 @@ class Always:
         "Change nothing."
 
 
+@arguments_in_help
 class Favourites:
     "Asks those who did best in the subnet's known rankings, while they hold a uid."
 
@@ -451,6 +461,7 @@ class Favourites:
         self.hotkeys = metagraph.hotkeys
 
 
+@arguments_in_help
 class GatePolicy:
     "Asks whom a gate scores best, by the rule of a validator."
 
@@ -516,6 +527,7 @@ class GatePolicy:
         self.hotkeys, self._latest = metagraph.hotkeys, (None, None)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s041
+@arguments_in_help
 @dataclass
 class Run:
     "What one policy did with one seed: grades and rewards of all uids at each step."
@@ -654,6 +666,7 @@ def _teach(policy: Any, prompt: str, answers: list, hotkeys: list[str]) -> None:
         policy.learn(prompt, torch.tensor(uids), rewards)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s051
+@arguments_in_help
 @dataclass
 class Standing:
     "Mean grades in [0, 1] of `k` asked uids over some steps, for four ways to choose."
@@ -701,6 +714,7 @@ def alternatives(
     }
 
 # %% ../../nbs/validators/09_simulate.ipynb #s061
+@arguments_in_help
 class Figure(NamedTuple):
     "A figure over seeds."
 
@@ -732,6 +746,7 @@ def figure_of(
     return Figure(mean, mean - half, mean + half, sd, *worst, found.tolist())
 
 
+@arguments_in_help
 @dataclass
 class Results:
     "The runs of several policies over the same seeds."

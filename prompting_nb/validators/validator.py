@@ -367,9 +367,10 @@ class Validator:
         self.dendrite.close()
 
 
+@arguments_in_help
 @dataclass
 class Round:
-    "A prompt on its way: who is asked, what they answered, what it is worth."
+    "One question of a validator: uids asked, answers, rewards."
 
     prompt: str  # of the user
     step: int  # steps that had been taken when the uids were chosen
@@ -399,6 +400,7 @@ def _five_digits(values: Any) -> list:
 Rule = Literal["thompson", "ucb", "gumbel", "epsilon"]
 
 
+@arguments_in_help
 @dataclass
 class Policy:
     "How a validator chooses the uids to ask."
@@ -504,6 +506,7 @@ def default_gate(
     return GATES[kind](metagraph, config=settings, num_uids=width)
 
 # %% ../../nbs/validators/07_validator.ipynb #c023
+@arguments_in_help
 class MovingAverage:
     "Keeps an exponential moving average of the rewards of each hotkey."
 
@@ -538,6 +541,7 @@ class MovingAverage:
         return {uid: value / total for uid, value in earned.items()}
 
 # %% ../../nbs/validators/07_validator.ipynb #v0114
+@arguments_in_help
 @dataclass(frozen=True)
 class FirstUids:
     "The first uids of a metagraph."

@@ -13,7 +13,10 @@ from typing import Any, Iterable, Mapping, NamedTuple
 
 import torch
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/validators/08_warm.ipynb #w008
+@arguments_in_help
 @dataclass
 class Known:
     "What a gate learned from judged rankings, and what was left out."
@@ -49,6 +52,7 @@ class Known:
         return text
 
 # %% ../../nbs/validators/08_warm.ipynb #w010
+@arguments_in_help
 class Judged(NamedTuple):
     "The grades of the answers to one prompt."
 
@@ -88,6 +92,7 @@ def judged_answers(
     return found, known
 
 # %% ../../nbs/validators/08_warm.ipynb #w014
+@arguments_in_help
 class TrackRecord(NamedTuple):
     "How somebody did in judged rankings."
 

@@ -14,14 +14,16 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from ..show import arguments_in_help
 from .offsets import Offsets, drift
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/validators/12_watch.ipynb #w010
+@arguments_in_help
 @dataclass
 class Watch:
-    "What is known of how far a judge can be believed."
+    "Evidence of how far a judge can be trusted."
 
     low: float = -math.inf  # of the raw scores that the curve was fitted on
     high: float = math.inf  # of the same

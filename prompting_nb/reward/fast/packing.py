@@ -24,6 +24,7 @@ from .attention import Span, attend
 from ..model import RewardModel, TextEncoder
 from ...encoding.batches import evaluating
 from ..tokens import length_of
+from ...show import arguments_in_help
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c040
 def packed_rewards(
@@ -123,6 +124,7 @@ def _offset(model: Any) -> int | None:
     return None
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c008
+@arguments_in_help
 @dataclass
 class Layout:
     "Describe where the texts of a batch are in one row of tokens."
