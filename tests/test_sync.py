@@ -73,6 +73,14 @@ def test_cell_options_are_yaml(page):
         assert isinstance(read, dict) and len(read) == len(lines), lines
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "nbs").as_posix())
+def test_pictures_speak_one_language(page):
+    "What a page draws with matplotlib has the look of `styled`, from the axes on."
+    shown = [code for code in code_of(page) if not re.search(r"^#\| (export|hide)", code, re.M)]
+    drawn = [code for code in shown if re.search(r"plt\.(subplots|figure|plot)\b", code)]
+    assert [code for code in drawn if "@styled" not in code and "styled(plt.subplots)" not in code] == []
+
+
 def test_forks_run_the_tests_on_each_version_of_python():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
     assert set(workflow[True]) == {"push", "pull_request"}  # YAML reads the key `on` as true

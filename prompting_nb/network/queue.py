@@ -19,6 +19,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, AsyncGenerator, Awaitable, Callable
 
+from ..help.usage import count_of
+
 # %% ../../nbs/network/05_queue.ipynb #c010
 _log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class WorkQueue:
         if not self.full:
             return
         if not self.waiting or priority <= self._line.last().priority:
-            raise QueueFull(f"{self.waiting} requests wait already")
+            raise QueueFull(f"{count_of(self.waiting, 'request')} waiting already")
 
     async def slot(
         self,
