@@ -246,7 +246,7 @@ def test_a_plan_is_no_longer_than_its_run_and_has_a_bound(monkeypatch):
     whole = plan(epochs=20)
     short = plan(epochs=10**4, max_steps=5)
     assert short[:5] == whole[:5] and 5 < len(short) < len(whole)
-    monkeypatch.setattr(training, "MOST_STEPS", len(whole) - 1)
+    monkeypatch.setattr(training, "_MOST_STEPS", len(whole) - 1)
     with pytest.raises(InputError, match=f"20 epochs are about {len(whole)} steps, and a plan holds at most"):
         plan(epochs=20)
     assert len(plan(epochs=20, max_steps=5)) < len(whole)

@@ -18,8 +18,10 @@ from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 from ..config import InputError
 from ..network.addresses import hotkey_address, written_alike
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07043
+@arguments_in_help
 @dataclass(frozen=True)
 class Caller:
     "What the metagraph knows about a hotkey, which need not be registered."
@@ -35,6 +37,7 @@ class Caller:
         return self.uid is not None
 
 
+@arguments_in_help
 class Verdict(NamedTuple):
     "The decision on a request, and the reason. Its truth value is `blacklisted`."
 
@@ -51,7 +54,11 @@ class TooOften(Verdict):
     retry_after: float = 1.0
 
     @classmethod
-    def wait(cls, seconds: float, reason: str) -> "TooOften":
+    def wait(
+        cls,
+        seconds: float,  # until the next request is admitted
+        reason: str,  # for the caller
+    ) -> "TooOften":
         "Refuse for this many seconds."
         verdict = cls(True, reason)
         verdict.retry_after = seconds
@@ -164,6 +171,7 @@ def minimum_stake(
     return rule
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07045
+@arguments_in_help
 class RateLimiter:
     """At most `quota` requests of a hotkey within any `window` seconds.
 
@@ -221,6 +229,7 @@ def rate_limit(
     return rule
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07027
+@arguments_in_help
 class RequestLog:
     "The times of each caller's latest requests, bounded for each caller and in total."
 

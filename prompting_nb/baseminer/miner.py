@@ -145,7 +145,10 @@ class Miner(abc.ABC):
         add_settings(parser, MinerSettings)
 
     @classmethod
-    def check_config(cls, config: Config) -> None:
+    def check_config(
+        cls,
+        config: Config,  # nested, as `config()` returns it
+    ) -> None:
         "Raise `InputError`, a ValueError that names the flag, for a wrong setting."
         settings_of(MinerSettings, config, ignore_unknown=True)
         cls._own_settings(config)
@@ -224,11 +227,17 @@ class Miner(abc.ABC):
 
     # Choosing
 
-    def caller(self, synapse: Synapse) -> Optional[Caller]:
+    def caller(
+        self,
+        synapse: Synapse,  # its headers are enough
+    ) -> Optional[Caller]:
         "Look up the sender of a request in the metagraph; None when it names nobody."
         return self.subnet.caller(synapse)
 
-    def blacklist(self, synapse: Synapse) -> Verdict:
+    def blacklist(
+        self,
+        synapse: Synapse,  # headers only: `messages` is not there yet
+    ) -> Verdict:
         """Decide whether to refuse a request; the result's truth value is the decision.
 
         Runs before the request's body is parsed: `synapse` has the verified hotkey of
@@ -237,7 +246,10 @@ class Miner(abc.ABC):
         """
         return judge(self.rules, self.caller(synapse))
 
-    def priority(self, synapse: Synapse) -> float:
+    def priority(
+        self,
+        synapse: Synapse,  # headers only
+    ) -> float:
         """Rank a request in the queue, higher first.
 
         By default the caller's stake, with a bonus for asking seldom.
@@ -262,7 +274,10 @@ class Miner(abc.ABC):
         return self.subnet.block
 
     @block.setter
-    def block(self, block: int) -> None:
+    def block(
+        self,
+        block: int,  # number of the newest block
+    ) -> None:
         self.subnet.block = block
 
     @property
@@ -276,7 +291,10 @@ class Miner(abc.ABC):
         return self.subnet.metagraph
 
     @metagraph.setter
-    def metagraph(self, metagraph: Any) -> None:
+    def metagraph(
+        self,
+        metagraph: Any,  # has `hotkeys` and `S`, one for each uid
+    ) -> None:
         self.subnet.metagraph = metagraph
 
     def sync(self) -> None:

@@ -142,7 +142,7 @@ class LoopSettings:
 
 # %% ../../nbs/loop/06_command.ipynb #m0095
 def add_gate(
-    parser: jsonargparse.ArgumentParser,
+    parser: jsonargparse.ArgumentParser,  # gets the flags
     without: str,  # says how many uids there are without `--gating.num_uids`
 ) -> None:
     "Add the flags of a validator's gate, with the defaults of `GATE`."

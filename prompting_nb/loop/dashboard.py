@@ -28,11 +28,12 @@ from prompting_nb.loop.follow import (
 )
 from .plots import moving_mean, new_axes, plot_shares, styled
 from .run import Loop
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from ..validators.event import Event
 from ..help.usage import count_of
 
 # %% ../../nbs/loop/05_dashboard.ipynb #c013
+@arguments_in_help
 class Dashboard:
     """Follows a loop: show it in a notebook, then run the loop.
 
@@ -50,7 +51,10 @@ class Dashboard:
         self.loop, self.every, self._before = loop, every, loop.on_event
         loop.on_event = self.event
 
-    def event(self, event: Event) -> None:
+    def event(
+        self,
+        event: Event,  # the newest step
+    ) -> None:
         "Take note of an event, and draw when it is time."
         self._before(event)
         done, total = len(self.loop.trace.events), len(self.loop.arena.prompts)
@@ -155,7 +159,7 @@ def plot_rewards(
 
 # %% ../../nbs/loop/05_dashboard.ipynb #c009
 def uid_table(
-    events: Sequence[Event | Seen],
+    events: Sequence[Event | Seen],  # of the steps so far, oldest first
     names: dict[int, str],  # uid -> label; these are the rows
     waiting: Optional[dict[int, int]] = None,  # uid -> requests in its queue
 ) -> str:  # HTML

@@ -40,18 +40,20 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/26_doctor.ipynb #doc008
 State = Literal["ok", "warning", "problem", "skipped"]
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Check:
-    "What was looked at, what was found, and what to do about it."
+    "The result of one check: subject, state, finding, remedy."
 
-    name: str
-    state: State
-    found: str
+    name: str  # what was looked at
+    state: State  # `ok`, or how bad it is
+    found: str  # a sentence
     remedy: str = ""  # empty where nothing needs to be done
 
 
@@ -352,7 +354,7 @@ class DoctorSettings:
     timeout: PositiveSeconds = 20.0
     json: bool = False
     debug: bool = False
-    wallet: WalletSettings = field(default_factory=WalletSettings)
+    wallet: WalletSettings = field(default_factory=WalletSettings)  # to look for
 
     __post_init__ = check_settings
 

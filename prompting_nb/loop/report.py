@@ -25,11 +25,13 @@ from .record import MADE_WITH, describe, flatten
 from .run import Answer, Bought, Loop, Trace
 from .teach import Assessment
 from ..reward.tokens import cuts_text
+from ..show import arguments_in_help
 from ..validators.event import Event
 from ..validators.judge import Judge
 from ..help.usage import count_of
 
 # %% ../../nbs/loop/03_report.ipynb #c024
+@arguments_in_help
 class Recorder:
     "Writes the results of a run to a folder."
 
@@ -44,11 +46,17 @@ class Recorder:
         self._events = open(self.folder / "events.jsonl", "wb", buffering=0)
         self._answers: Any = None  # opened when there are some
 
-    def event(self, event: Event) -> None:
+    def event(
+        self,
+        event: Event,  # a step of the validator
+    ) -> None:
         "Append an event to the log."
         self._append(self._events, event.to_json(), "events.jsonl")
 
-    def answers(self, answers: list[Answer]) -> None:
+    def answers(
+        self,
+        answers: list[Answer],  # to one prompt
+    ) -> None:
         "Append what miners answered to a prompt to `answers.jsonl`."
         if self._answers is None:
             self._answers = open(self.folder / "answers.jsonl", "wb", buffering=0)
@@ -69,7 +77,7 @@ class Recorder:
 
     def close(
         self,
-        loop: Loop,
+        loop: Loop,  # that has ended
         assessment: Optional[Assessment] = None,  # `None`: no reward model was tested
         status: str = "finished",  # or "interrupted", "failed"
         judge: str = "",  # what judged, in words
@@ -152,7 +160,7 @@ def _next_folder(parent: Path) -> Path:
 
 # %% ../../nbs/loop/03_report.ipynb #c010
 def summarise(
-    loop: Loop,
+    loop: Loop,  # that has ended
     assessment: Optional[Assessment] = None,  # `None`: no reward model was tested
     status: str = "finished",  # or "interrupted", "failed"
     about: Optional[dict] = None,  # for `describe`, by name
@@ -190,7 +198,9 @@ def summarise(
     return result
 
 
-def curves_as_json(trace: Trace) -> str:
+def curves_as_json(
+    trace: Trace,  # of the steps so far
+) -> str:
     "Write the mean grades at each step as JSON, for the gate and for other choices."
     curves = trace.curves() if trace.events else {}
     rows = {name: [round(float(x), 4) for x in row] for name, row in curves.items()}
@@ -352,7 +362,7 @@ def _bought(loop: Loop) -> dict:
 
 # %% ../../nbs/loop/03_report.ipynb #c020
 def render(
-    loop: Loop,
+    loop: Loop,  # that has ended
     summary: dict,  # as `summarise` makes it
     assessment: Optional[Assessment] = None,  # as for `Recorder.close`
 ) -> str:  # a complete HTML page without references to anything outside

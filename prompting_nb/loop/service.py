@@ -179,14 +179,14 @@ class Service:
 
     def step(
         self,
-        prompt: str,
+        prompt: str,  # of the user
     ) -> tuple[Round, Event]:  # raises `NotReady`, or ValueError for a failing judge
         "Ask one prompt now; several threads may."
         return self._step(prompt, listed=False)
 
     def route(
         self,
-        prompt: str,
+        prompt: str,  # of the user
     ) -> Round:  # raises `NotReady`
         "Say whom a prompt would go to, and ask nobody."
         with self._lock:
@@ -425,8 +425,9 @@ class Service:
             self._said[subject] = text
 
 # %% ../../nbs/loop/10_service.ipynb #c010
+@arguments_in_help
 class Prompts:
-    "Where the prompts come from, and how many of them were taken."
+    "The source of prompts, and how many of them were taken."
 
     def __init__(
         self,
@@ -457,7 +458,7 @@ class Prompts:
     def go_on(
         self,
         saved: Optional[Saved],  # the state that was resumed
-        journal: Journal,
+        journal: Journal,  # of the steps that are done
     ) -> None:
         "Go on in the list where an earlier service stopped."
         if saved is None or self._list is None:
@@ -469,7 +470,7 @@ class Prompts:
 
 # %% ../../nbs/loop/10_service.ipynb #c011
 def is_text(
-    prompt: Any,
+    prompt: Any,  # as it was read or posted
 ) -> TypeGuard[str]:
     "Tell whether there is something to ask; half a character cannot be sent."
     if not isinstance(prompt, str) or not prompt.strip():
@@ -480,6 +481,7 @@ def is_text(
         return False
 
 # %% ../../nbs/loop/10_service.ipynb #c014
+@arguments_in_help
 class ChainWatch:
     "The block of the chain, and how long ago it was read."
 
@@ -487,7 +489,7 @@ class ChainWatch:
         self,
         client: Any,  # a `bittensor.SyncClient`
         patience: float = 60.0,  # seconds without news
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,  # in seconds
     ):
         self.client, self.patience, self.clock = client, patience, clock
         self.block = 0
@@ -530,7 +532,10 @@ class ServiceMetrics:
         )
         self.block = Gauge("validator_block", "Block of the chain.", registry=here)
 
-    def count(self, event: Event) -> None:
+    def count(
+        self,
+        event: Event,  # the step that ended
+    ) -> None:
         "Count a step."
         self.steps.inc()
         self.block.set(event.block)

@@ -42,6 +42,7 @@ from .miners import OwnMiner, read_miners, save_miner
 from .processes import Supervisor, free_port
 from .worker import NAMES
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/14_subnet.ipynb #c007
 @dataclass(frozen=True)
@@ -126,12 +127,13 @@ VALIDATOR = "validator"  # name of its wallet and process
 _CLI = "prompting_nb.cli:main"
 
 
+@arguments_in_help
 class SubnetProcesses:
     "The processes of a subnet; use it in a `with` block."
 
     def __init__(
         self,
-        settings: SubnetSettings,
+        settings: SubnetSettings,  # folder, ports, miners, validators
         say: Callable[[str], None] = print,  # told what happens
     ):  # raises `InputError` when another subnet runs in this folder
         self.settings, self.say = settings, say
@@ -192,7 +194,10 @@ class SubnetProcesses:
             return [miner.name for miner in self.own]
         return [f"miner-{number + 1}" for number in range(self.settings.miners)]
 
-    def port(self, name: str) -> int:
+    def port(
+        self,
+        name: str,  # of the process
+    ) -> int:
         "Return the port of a process, which stays the same over restarts."
         if name not in self._ports:
             self._ports[name] = free_port()

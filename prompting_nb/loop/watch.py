@@ -151,7 +151,7 @@ def _in_terminal(reader: Follower, run: WatchSettings) -> None:
 
 
 def _looks(reader: Follower, run: WatchSettings) -> Any:
-    "Read again and again until the time or the run is over; give what is said."
+    "Read the log repeatedly until the time or the run is over; yield what changed."
     started = time.monotonic()
     while True:
         ended = reader.over()  # then nothing is written any more

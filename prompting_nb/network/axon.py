@@ -300,7 +300,12 @@ class Axon:
         client.execute(intent, self._wallet).raise_for_failure()
         return self
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(
+        self,
+        scope: dict,  # of ASGI: `http` or `lifespan`
+        receive: Callable,  # of ASGI
+        send: Callable,  # of ASGI
+    ) -> None:
         "Serve as an ASGI application, for a server of your own."
         if self._application is None:
             raise RuntimeError("attach a forward function before the axon serves")

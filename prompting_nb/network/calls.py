@@ -18,6 +18,7 @@ from .registration import register
 from .signing import STALE, Extrinsic
 from .state import Receipt, SubnetState
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/24_calls.ipynb #c2b008
 def _uid(state: SubnetState, hotkey: str) -> int:
@@ -298,15 +299,19 @@ def check_call(
         )
 
 
+@arguments_in_help
 class Extrinsics:
     "Signed calls that change a subnet."
 
-    def __init__(self, state: SubnetState):
+    def __init__(
+        self,
+        state: SubnetState,  # that the calls change
+    ):
         self._state = state
 
     def carry_out(
         self,
-        extrinsic: Extrinsic,
+        extrinsic: Extrinsic,  # signed
         inner: Extrinsic | None = None,  # what it holds, if it is encrypted
     ) -> Receipt:  # of a call that counts, whether it succeeded or was refused
         """Verify an extrinsic and carry it out, once.

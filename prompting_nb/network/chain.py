@@ -223,6 +223,7 @@ def is_embedded(
     return network == EMBEDDED or network.startswith("embedded://")
 
 # %% ../../nbs/network/02_chain.ipynb #c037bs
+@arguments_in_help
 @dataclass(frozen=True)
 class MetagraphTable:
     "A metagraph, of the embedded chain or a real one, as a notebook shows it."

@@ -18,6 +18,7 @@ from bittensor.sp_core import Keypair
 
 from ..config import InputError
 from ..files import write_file
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/17_wallets.ipynb #aac008
 def make_wallet(
@@ -36,6 +37,7 @@ def make_wallet(
     )
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class EmbeddedWallet:
     """A wallet in memory, for the embedded chain **only**; `make_wallet` makes it.

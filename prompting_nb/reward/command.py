@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reward_parser', 'run_reward', 'DataSettings', 'ModelSettings', 'OutputSettings', 'ScoringSettings', 'EvalSettings',
-           'ScoreSettings', 'ConsoleSettings', 'RewardParser', 'run_train', 'run_eval', 'run_score']
+           'ScoreSettings', 'ConsoleSettings', 'RewardParser']
 
 # %% ../../nbs/reward/10_command.ipynb #c002
 import json
@@ -45,7 +45,7 @@ def run_reward(
     say: Callable[[str], None] = print,  # told what happens
 ) -> Any:  # raises `InputError` for bad input
     "Run the command `prompting-nb reward`."
-    run = {"train": run_train, "eval": run_eval, "score": run_score}
+    run = {"train": _run_train, "eval": _run_eval, "score": _run_score}
     return run[settings.action](settings, say)
 
 # %% ../../nbs/reward/10_command.ipynb #m006
@@ -307,7 +307,7 @@ def _fresh_model(
     return model.add_lora(chosen.lora) if chosen.lora else model
 
 
-def run_train(
+def _run_train(
     settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> dict:  # the figures of the evaluation; empty where nothing was held out
@@ -380,7 +380,7 @@ def run_train(
     return found.to_dict() if found else {}
 
 # %% ../../nbs/reward/10_command.ipynb #c017
-def run_eval(
+def _run_eval(
     settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> dict:  # the figures of the evaluation
@@ -410,7 +410,7 @@ def run_eval(
     return found.to_dict()
 
 
-def run_score(
+def _run_score(
     settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> Any:  # a `Scored`: how many lines, texts, bad rows; what was cut

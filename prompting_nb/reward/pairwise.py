@@ -18,6 +18,7 @@ import torch
 from ..config import InputError
 from ..encoding.batches import in_threads
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/19_pairwise.ipynb #j008
 QUESTION = """Which of two answers to a user is better? Judge whether an answer is
@@ -36,6 +37,7 @@ right, helpful and clear. Neither length nor order counts.
 Say in one sentence why, then end with [[A]], [[B]] or, if they are equal, [[C]]."""
 
 
+@arguments_in_help
 class PairwiseJudge:
     "Compares completions of a prompt by asking which of two is better."
 
@@ -140,6 +142,7 @@ class PairwiseJudge:
         return {**asdict(self.counts), "cost": round(cost, 6)}
 
 
+@arguments_in_help
 @dataclass
 class Cost:
     "Counts of what a judge was asked."

@@ -26,8 +26,10 @@ from .preferences import decoded
 from .processes import this_process
 from .tokens import Cuts, cuts_of
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/16_scoring.ipynb #r008
+@arguments_in_help
 @dataclass
 class Scored:
     "What was scored."

@@ -26,8 +26,10 @@ from prompting_nb.reward.conversations import (
     split_answer,
 )
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/02_tokens.ipynb #t009
+@arguments_in_help
 class Row(list):
     "The token ids of a text, and how many tokens of it were cut off."
 
@@ -48,6 +50,7 @@ def length_of(
     return len(row) + getattr(row, "cut", 0)
 
 
+@arguments_in_help
 @dataclass
 class Cuts:
     "Counts of what was too long and was cut."
@@ -112,6 +115,7 @@ def cuts_of(
     return found
 
 # %% ../../nbs/reward/02_tokens.ipynb #t011
+@arguments_in_help
 class Batch(NamedTuple):
     "Rows as tensors, in the order of the arguments of `RewardModel.forward`."
 

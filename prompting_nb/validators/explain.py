@@ -12,16 +12,17 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence
 import torch
 
 from ..config import InputError
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from .gating import embed
 from ..help.usage import count_of
 
 # %% ../../nbs/validators/17_explain.ipynb #x009
+@arguments_in_help
 class Reason(NamedTuple):
     "Why a uid is asked, or how near it is to that."
 
-    uid: int
-    hotkey: str
+    uid: int  # place in the subnet
+    hotkey: str  # that holds it
     mean: float  # expected reward
     sd: Optional[float]  # standard deviation of it; `None`: the gate has no posterior
     chance: Optional[float]  # of being asked; `None`: unknown
@@ -30,11 +31,12 @@ class Reason(NamedTuple):
     by_topic: dict[int, float]  # expected reward in the largest topics
 
 
+@arguments_in_help
 @dataclass
 class Explanation:
-    "What a gate makes of a prompt."
+    "Why a gate asks these uids for a prompt."
 
-    prompt: str
+    prompt: str  # of the user
     topics: dict[int, float]  # share of each of the largest topics
     rows: list[Reason]  # the highest chances first
 

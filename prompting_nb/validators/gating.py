@@ -80,8 +80,15 @@ class BaseGatingModel(torch.nn.Module, ABC):
     # the message scored last; scores and standard deviations (or None) of all uids
     _latest: tuple | None = None
 
+    def __init__(self):
+        "Create the module; a subclass calls `configure` for settings and capacity."
+        super().__init__()
+
     @classmethod
-    def add_args(cls, parser: argparse.ArgumentParser) -> None:
+    def add_args(
+        cls,
+        parser: argparse.ArgumentParser,  # gets the flags; twice does no harm
+    ) -> None:
         """Add the command line arguments that configure a gating model to a parser.
 
         The arguments added are:
@@ -115,9 +122,9 @@ class BaseGatingModel(torch.nn.Module, ABC):
     def configure(
         self,
         metagraph: Any,  # as for the constructor
-        config: Any,
-        model_name: str | None,
-        num_uids: int | None,
+        config: Any,  # as for the constructor
+        model_name: str | None,  # as for the constructor
+        num_uids: int | None,  # as for the constructor
     ) -> None:  # raises `InputError` for what does not fit together
         "Set settings, `num_uids` and `hotkeys` from the arguments of a constructor."
         hotkeys = uid_hotkeys(metagraph)
@@ -138,12 +145,17 @@ class BaseGatingModel(torch.nn.Module, ABC):
         return found, settings_of(cls.Settings, found, "gating", ignore_unknown=True)
 
     @abstractmethod
-    def forward(self, message: str) -> TensorType["network_size"]:
+    def forward(
+        self,
+        message: str,  # to be routed
+    ) -> TensorType["network_size"]:
         "Score each uid for a message."
 
     @abstractmethod
     def backward(
-        self, scores: TensorType["metagraph.n"], rewards: TensorType["metagraph.n"]
+        self,
+        scores: TensorType["metagraph.n"],  # of `forward`, or of the uids asked
+        rewards: TensorType["metagraph.n"],  # of the same uids
     ) -> TensorType[()]:
         "Learn from the rewards of uids that were asked."
 
@@ -174,7 +186,11 @@ class BaseGatingModel(torch.nn.Module, ABC):
         return 0
 
     @abstractmethod
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys to their uids in the latest state of the network."
 
     def __repr__(self) -> str:
@@ -301,7 +317,7 @@ class LinearGate(BaseGatingModel):
         self._follow(saved.sources)
 
     def _follow(self, sources: torch.Tensor) -> torch.Tensor:
-        "Move all rows; the uids that start anew."
+        "Move all rows; return the uids that start anew."
         fresh = move_rows(row_tensors(self.head, self.optimizer), sources)
         self._draw(fresh)
         self._latest = None

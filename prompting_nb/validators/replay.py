@@ -18,8 +18,10 @@ import torch
 from ..config import InputError
 from ..files import event_files, read_lines
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/03_replay.ipynb #c025
+@arguments_in_help
 @dataclass(frozen=True)
 class Estimate:
     """What a policy would have earned: mean reward per uid asked, with 95 % intervals.
@@ -28,12 +30,12 @@ class Estimate:
     """
 
     ips: float  # inverse propensity scoring
-    ips_interval: tuple[float, float]
+    ips_interval: tuple[float, float]  # 95 % interval
     snips: float  # the same, self-normalized
-    snips_interval: tuple[float, float]
+    snips_interval: tuple[float, float]  # 95 % interval
     dm: float  # direct method; has no interval, since its error is bias
     dr: float  # doubly robust
-    dr_interval: tuple[float, float]
+    dr_interval: tuple[float, float]  # 95 % interval
     effective_sample_size: float  # in answers
     answers: int  # in the log, with a known propensity
     covered: float  # fraction of the policy's actions that the log could have taken
@@ -94,6 +96,7 @@ def estimate(
     )
 
 # %% ../../nbs/validators/03_replay.ipynb #c006
+@arguments_in_help
 @dataclass(frozen=True)
 class Event:
     """One question: the uids asked, with what probability, and their rewards.
@@ -102,7 +105,7 @@ class Event:
     """
 
     step: int  # number of the question
-    prompt: str
+    prompt: str  # of the user
     uids: list[int]  # asked
     propensities: list[float | None]  # in (0, 1]; `None` where unknown
     rewards: list[float | None]  # `None` where there was no answer

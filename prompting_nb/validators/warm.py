@@ -14,8 +14,10 @@ from typing import Any, Iterable, Mapping, NamedTuple
 import torch
 
 from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/08_warm.ipynb #w008
+@arguments_in_help
 @dataclass
 class Known:
     "What a gate learned from judged rankings, and what was left out."
@@ -54,10 +56,11 @@ class Known:
         return text
 
 # %% ../../nbs/validators/08_warm.ipynb #w010
+@arguments_in_help
 class Judged(NamedTuple):
     "The grades of the answers to one prompt."
 
-    prompt: str
+    prompt: str  # of the user
     uids: torch.Tensor  # (k,) int64 of those who answered, each once
     grades: torch.Tensor  # (k,) float32
 
@@ -93,12 +96,13 @@ def judged_answers(
     return found, known
 
 # %% ../../nbs/validators/08_warm.ipynb #w014
+@arguments_in_help
 class TrackRecord(NamedTuple):
     "How somebody did in judged rankings."
 
-    name: str
+    name: str  # hotkey or name
     mean: float  # of the grades
-    answers: int
+    answers: int  # how many were judged
 
 
 def track_records(
