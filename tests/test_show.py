@@ -149,8 +149,8 @@ def shown_objects() -> dict:
 
 
 @pytest.mark.parametrize("kind, parts", {
-    "Ranking": ["1.000", "0.500"], "Trace": ["1 steps, 1 uids asked at each", "0.750"], "Arena": ["2 prompts for 0 workers"],
-    "Prompting": ["user", "status 200"], "EmbeddedChain": ["netuid 1, block 1, 1 uids", "3.000", "yes"],
+    "Ranking": ["1.000", "0.500"], "Trace": ["1 step, 1 uid asked at each", "0.750"], "Arena": ["2 prompts for 0 workers"],
+    "Prompting": ["user", "status 200"], "EmbeddedChain": ["netuid 1, block 1, 1 uid", "3.000", "yes"],
     "History": ["from 0.700 to 0.100", "0.875", "1.2", "finished"]}.items())
 def test_objects_show_themselves(kind, parts):
     value = shown_objects()[kind]

@@ -75,6 +75,14 @@ def test_cell_options_are_yaml(page):
         assert isinstance(read, dict) and len(read) == len(lines), lines
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "nbs").as_posix())
+def test_pictures_speak_one_language(page):
+    "What a page draws with matplotlib has the look of `styled`, from the axes on."
+    shown = [code for code in code_of(page) if not re.search(r"^#\| (export|hide)", code, re.M)]
+    drawn = [code for code in shown if re.search(r"plt\.(subplots|figure|plot)\b", code)]
+    assert [code for code in drawn if "@styled" not in code and "styled(plt.subplots)" not in code] == []
+
+
 REFERENCE = [page for page in PAGES if any("#| default_exp" in code for code in code_of(page))]
 
 

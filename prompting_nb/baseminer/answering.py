@@ -17,6 +17,7 @@ from .blacklist import TooOften
 from .cache import prompt_key
 from ..network.auth import Refusal
 from ..protocol import Prompting
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05008
@@ -155,7 +156,7 @@ class Once:
         return prompt_key(synapse, self.per_caller)
 
     def _repeated(self, cache: Any) -> RepeatedPrompt:
-        span = f"within the last {cache.span} blocks"
+        span = f"within the last {count_of(cache.span, 'block')}"
         return RepeatedPrompt(f"this prompt was sent {span}")
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05019
@@ -256,7 +257,10 @@ def counted(
         seconds = await quota.wait(hotkey)
         if not seconds:
             return verdict
-        within = f"requests within {quota.window:g} seconds"
-        return TooOften.wait(seconds, f"more than {quota.quota} {within}")
+        most, window = (
+            count_of(quota.quota, "request"),
+            count_of(quota.window, "second"),
+        )
+        return TooOften.wait(seconds, f"more than {most} within {window}")
 
     return refuse_or_count

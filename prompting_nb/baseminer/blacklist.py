@@ -17,6 +17,7 @@ from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
 from ..config import InputError
 from ..network.addresses import hotkey_address, written_alike
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07043
@@ -221,8 +222,8 @@ def rate_limit(
 
     def rule(caller: Caller) -> Optional[Verdict]:
         if not limiter.admit(caller.hotkey):
-            within = f"requests within {limiter.window:g} seconds"
-            reason = f"more than {limiter.quota} {within}"
+            most = count_of(limiter.quota, "request")
+            reason = f"more than {most} within {count_of(limiter.window, 'second')}"
             return TooOften.wait(limiter.retry_after(caller.hotkey), reason)
 
     return rule

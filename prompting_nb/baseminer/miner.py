@@ -33,6 +33,7 @@ from ..network.store import Store, StoredMetrics, StoredNonces
 from ..network.store import StoredPrompts, StoredQuota
 from ..protocol import Prompting, Synapse
 from ..show import Bar, html_table, arguments_in_help
+from ..help.usage import count_of
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
 @arguments_in_help
@@ -320,7 +321,7 @@ class Miner(abc.ABC):
         if (failures := self.runner.failures) < 3:
             return ""
         old = f"the metagraph is of block {self.synced_at}"
-        return f"the chain has failed {failures} times in a row, {old}"
+        return f"the chain has failed {count_of(failures, 'time')} in a row, {old}"
 
     def _each_block(self) -> int:
         "Look at the chain and do what is due; send nothing once a stop is asked for."

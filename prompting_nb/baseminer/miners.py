@@ -26,10 +26,10 @@ import numpy as np
 from .batching import Batcher
 from .miner import Miner
 from .programs import ProcessMiner
-from ..config import InputError, NonNegativeFloat, PositiveInt
+from ..config import InputError, NonNegativeFloat, PositiveInt, RunError
 from ..config import check_settings
 from ..files import read_texts
-from ..pretrained import MINILM, load
+from ..pretrained import MINILM, known_device, load
 from ..protocol import Prompting
 from ..show import arguments_in_help
 
@@ -272,13 +272,14 @@ class LanguageModel:
         self,
         settings: TransformersSettings,  # model, device, lengths, sampling
     ):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         name, self.settings = settings.model_name, settings
+        device = known_device(settings.device, "--transformers.device")
         self.tokenizer = load(AutoTokenizer.from_pretrained, name)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        model = load(AutoModelForCausalLM.from_pretrained, name)
-        self.model = model.eval().to(settings.device)
+        model = _causal_model(name)
+        self.model = model.eval().to(device)
         self.batcher = Batcher(self.generate, settings.batch)
 
     def generate(
@@ -344,6 +345,26 @@ class _Request:
         self, synapse: Prompting, tell: Callable[[str], None] = lambda piece: None
     ):
         self.synapse, self.tell, self.left = synapse, tell, False
+
+
+def _causal_model(name: str) -> Any:
+    "Load a causal language model; `InputError` for one that lacks weights."
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as reports
+
+    before = reports.get_verbosity()
+    reports.set_verbosity_error()  # it would print tables of names
+    try:
+        load_it = AutoModelForCausalLM.from_pretrained
+        model, found = load(load_it, name, output_loading_info=True)
+    finally:
+        reports.set_verbosity(before)
+    if lost := sorted(found["missing_keys"]):
+        raise InputError(
+            f"{name} is no causal language model: its weights lack {lost[0]}, for "
+            "which chance would stand in; give one to --transformers.model_name"
+        )
+    return model
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01021
 def conversation(
@@ -474,7 +495,7 @@ class OpenAICompatibleMiner(Miner):
                 yield piece
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01044
-class UpstreamError(RuntimeError):
+class UpstreamError(RunError):
     "The model server gave no answer. The message is safe to pass on to a caller."
 
 

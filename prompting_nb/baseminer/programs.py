@@ -22,8 +22,9 @@ from queue import Empty, Queue
 from typing import Any, Optional
 
 from .miner import Miner
-from ..config import InputError, check_settings
+from ..config import InputError, RunError, check_settings
 from ..protocol import Prompting
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class ProcessMiner(Miner):
         return stopped
 
 # %% ../../nbs/baseminer/12_programs.ipynb #p12013
-class ProgramFailed(RuntimeError):
+class ProgramFailed(RunError):
     "A program gave no answer; the message says why."
 
 
@@ -215,8 +216,8 @@ class _Kept:
             self.lines.get()
             stray += 1
         if stray:
-            told = "the program wrote %d lines more than it was asked for; dropped"
-            _log.warning(told, stray)
+            told = "the program wrote %s more than it was asked for; dropped"
+            _log.warning(told, count_of(stray, "line"))
 
 
 def _start(settings: ProcessSettings, log: bool = False) -> subprocess.Popen:

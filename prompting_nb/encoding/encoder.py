@@ -21,6 +21,7 @@ from .weights import frozen_model, own_weights
 from .windows import context_size, windows
 from ..pretrained import count_cut, encode_sentences
 from ..pretrained import is_sentence_model, load, load_sentences, resolve
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
@@ -155,8 +156,9 @@ class Encoder(torch.nn.Module):
         found = {text: vector.clone() for text, vector in zip(texts, vectors)}
         if cut := count_cut(self.model, texts, self.prompt_name):
             self.cut += cut
-            text = "%s reads only %d tokens of a text: %d texts were cut so far"
-            _log.warning(text, self.model_name, self.window, self.cut)
+            text = "%s reads only %d tokens of a text: %s cut so far"
+            so_far = count_of(self.cut, "text")
+            _log.warning(text, self.model_name, self.window, so_far)
         for text, vector in found.items():
             self.cache.put(text, vector)
         return found
@@ -215,10 +217,11 @@ class EmbeddingCache:
 # %% ../../nbs/encoding/00_encoder.ipynb #v010
 def check_encoder(
     model_name: str,  # a folder, a name on the hub, or "minilm"
+    prompt_name: str = "",  # of a sentence model; empty: its default
 ) -> None:  # raises `InputError` when there is no such encoder
     "Make sure that an encoder can be loaded; weights of a transformer are not read."
-    if is_sentence_model(model_name):
-        load_sentences(model_name)
+    if prompt_name or is_sentence_model(model_name):
+        load_sentences(resolve(model_name), prompt_name=prompt_name)
         return
     load(AutoTokenizer.from_pretrained, model_name)
     load(AutoModel.from_pretrained, model_name, device_map="meta")

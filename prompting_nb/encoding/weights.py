@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModel
 
 from ..config import InputError
-from ..pretrained import load, resolve
+from ..pretrained import known_device, load, resolve
 
 # %% ../../nbs/encoding/04_weights.ipynb #s002
 _frozen: WeakValueDictionary = WeakValueDictionary()  # what `frozen_model` has loaded
@@ -33,7 +33,7 @@ def frozen_model(
     """Load a transformer in evaluation mode, without gradients, once for all users.
 
     Do not change or move what it returns: take `copy.deepcopy` of it first."""
-    device = torch.device(device or torch.get_default_device())
+    device = known_device(device) if device else torch.get_default_device()
     if precision not in PRECISIONS:
         known = ", ".join(PRECISIONS)
         raise InputError(

@@ -24,8 +24,10 @@ import jsonargparse
 
 from prompting_nb.config import (
     Config,
+    NotEmptyStr,
+    RunError,
     InputError,
-    PositiveFloat,
+    PositiveSeconds,
     add_settings,
     check_settings,
     command_parser,
@@ -33,6 +35,7 @@ from prompting_nb.config import (
 )
 from .follow import validator_address
 from ..network.limited import CALL_TIMEOUT
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/15_ask.ipynb #c007
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class AskSettings:
     dir: Optional[str] = None
     axon: Optional[str] = None
     hotkey: Optional[str] = None
-    timeout: PositiveFloat = 30.0
+    timeout: PositiveSeconds = 30.0
     json: bool = False
     debug: bool = False
     subtensor: "CallSettings" = field(default_factory=lambda: CallSettings())
@@ -79,7 +82,7 @@ class CallSettings:
         timeout: Seconds that one call to the chain may take.
     """
 
-    timeout: PositiveFloat = CALL_TIMEOUT
+    timeout: PositiveSeconds = CALL_TIMEOUT
 
     __post_init__ = check_settings
 
@@ -96,7 +99,7 @@ class RouteSettings:
     """
 
     question: str
-    dir: str
+    dir: NotEmptyStr
     json: bool = False
     debug: bool = False
 
@@ -193,7 +196,7 @@ def post_prompt(
         with opener.open(request, timeout=timeout) as answer:
             found = json.load(answer)
     except urllib.error.HTTPError as error:
-        kind = NotNow if error.code == 503 else RuntimeError
+        kind = NotNow if error.code == 503 else RunError
         raise kind(f"the validator answered {error.code}: {_reason(error)}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         cause = getattr(error, "reason", error)
@@ -201,16 +204,16 @@ def post_prompt(
             return None  # it was killed: the file was left behind
         if isinstance(cause, TimeoutError):
             late = f"the validator at {address} did not answer within {timeout:g} s"
-            raise RuntimeError(late) from None
+            raise RunError(late) from None
         if isinstance(cause, (ConnectionError, http.client.HTTPException)):
             raise NotNow(f"the validator at {address} ended meanwhile") from None
-        raise RuntimeError(f"{address} is no validator: {cause}") from None
+        raise RunError(f"{address} is no validator: {cause}") from None
     if not isinstance(found, dict) or not isinstance(found.get("answers"), list):
-        raise RuntimeError(f"{address} is no validator: its answer is another one")
+        raise RunError(f"{address} is no validator: its answer is another one")
     return found
 
 
-class NotNow(RuntimeError):
+class NotNow(RunError):
     "The validator cannot answer at the moment; a later attempt may be answered."
 
 
@@ -240,7 +243,7 @@ def _post_when_up(
             last = str(error)
         if time.monotonic() > deadline:
             late = f"the validator did not answer within {timeout:g} s"
-            raise RuntimeError(f"{late}: {last}")
+            raise RunError(f"{late}: {last}")
         time.sleep(0.2)
 
 
@@ -306,7 +309,7 @@ def _ask_saved(folder: Path, question: str, timeout: float, call: float) -> dict
         try:
             _ = client.block
         except RpcConnectionError as error:
-            raise RuntimeError(
+            raise RunError(
                 f"no validator runs with {folder}, and its miners cannot be found: "
                 f"{error}; prompting-nb subnet or prompting-nb validator goes on there"
             ) from None
@@ -317,7 +320,7 @@ def _ask_saved(folder: Path, question: str, timeout: float, call: float) -> dict
         with validator:
             k = min(validator.policy.k, len(validator.serving()))
             if not k:
-                raise RuntimeError(f"no miner serves on {about['network']}")
+                raise RunError(f"no miner serves on {about['network']}")
             round = validator.route(question, k)
             validator.ask(round)
             event = validator.learn(round)  # in memory only
@@ -381,7 +384,7 @@ def _ask_one(run: AskSettings) -> dict:
     status, seconds = answer.dendrite.status_code, answer.dendrite.process_time
     if not answer.is_success:
         reason = answer.dendrite.status_message
-        raise RuntimeError(f"{run.axon}: status {status}: {reason}")
+        raise RunError(f"{run.axon}: status {status}: {reason}")
     row = {"uid": None, "hotkey": run.hotkey, "address": run.axon, "status": status}
     row |= {"completion": answer.completion, "reward": None, "seconds": seconds}
     return {"prompt": run.question, "best": 0, "answers": [row]}
@@ -406,7 +409,7 @@ def as_text(
             if row.get("because"):
                 parts.append(row["because"])
             parts.append(f"probability {row['propensity']:.2f}")
-            parts.append(f"asked {row['asked_before']} times before")
+            parts.append(f"asked {count_of(row['asked_before'], 'time')} before")
         if row.get("status") is not None:
             parts.append(f"status {row['status']} in {row['seconds']:.2f} s")
         if row.get("reward") is not None:

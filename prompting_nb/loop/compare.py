@@ -28,6 +28,7 @@ from prompting_nb.config import (
 from ..files import read_lines, reason_of, write_file
 from .record import MADE_WITH, flatten
 from .report import page_of, picture
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp008
@@ -175,7 +176,7 @@ class Comparison:
         "List the columns of the table of figures: runs, and runs that are alike."
         columns = [(run.name, run.figures) for run in self.runs]
         for group in self.groups:
-            title = f"{len(group.runs)} seeds: {', '.join(group.runs)}"
+            title = f"{count_of(len(group.runs), 'seed')}: {', '.join(group.runs)}"
             columns.append((title, group.figures))
         return columns
 
@@ -475,7 +476,7 @@ def _notes(runs: list[RunFolder]) -> list[str]:
     for run in runs:
         if run.summary.get("status") != "finished":
             status = run.summary.get("status")
-            notes.append(f"{run.name} {status} after {run.steps} steps")
+            notes.append(f"{run.name} {status} after {count_of(run.steps, 'step')}")
         if not run.steps:
             notes.append(f"{run.name} took no step: it has no figures")
         if run.summary.get("settings") is None:

@@ -20,6 +20,7 @@ from typing import IO, Any, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from ..config import InputError
 from ..files import event_files, read_json
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/loop/28_follow.ipynb #flw009
@@ -117,11 +118,13 @@ class Follower:
             newest, kept = self.events[-1], len(self.events)
             parts.append(f"step {newest.step}, block {newest.block}")
             if newest.step + 1 > kept:
-                parts.append(f"shown are the last {kept} steps")
+                parts.append(f"shown: the last {count_of(kept, 'step')}")
         if self.begun_anew:
             parts.append("the log was begun anew")
         if self.unreadable:
-            parts.append(f"{self.unreadable} lines of the log are no events")
+            parts.append(
+                f"{count_of(self.unreadable, 'line')} of the log without an event"
+            )
         return "; ".join(parts)
 
     def _lines(self) -> Iterator[bytes]:

@@ -354,6 +354,8 @@ def load_object(
 ) -> Any:  # raises `InputError` for what is not there or cannot be imported
     "Import the object that a name stands for."
     place, _, inner = name.rpartition(":")
+    if not (place and inner):
+        raise InputError(f"{name!r} must be FILE.py:NAME or MODULE:NAME")
     module = _module(place.strip(), Path(folder or "."))
     inner, found = inner.strip(), module
     for part in inner.split("."):

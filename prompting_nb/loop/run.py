@@ -30,6 +30,7 @@ from ..validators.simulate import Standing, alternatives, compare
 from ..validators.validator import Policy, Validator, default_gate
 from ..validators.warm import Known, track_records
 from ..show import Bar, arguments_in_help, html_table
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/00_run.ipynb #c049
 _log = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ class Loop:
         self.policy.check(len(arena.workers))
         if churn >= max(len(arena.prompts), 2):
             steps = len(arena.prompts)
-            raise InputError(f"--churn {churn} needs more than {steps} steps")
+            raise InputError(
+                f"--churn {churn} needs more than {count_of(steps, 'step')}"
+            )
         self.make_gate, self.on_event, self.warm = gate, on_event, warm
         self.prices = prices
         self.on_answers, self.trial = on_answers, trial
@@ -334,7 +337,8 @@ class Trace:
     def __repr__(self) -> str:
         moved = "" if self.moved is None else f", uid {self.moved} changed hands"
         moved += "" if self.moved is None else f" before step {self.moved_at}"
-        return f"Trace({len(self.events)} steps, {self.k} uids asked at each{moved})"
+        steps, uids = count_of(len(self.events), "step"), count_of(self.k, "uid")
+        return f"Trace({steps}, {uids} asked at each{moved})"
 
     def _repr_html_(self) -> str:
         asked = Counter(uid for event in self.events for uid in event.uids)
@@ -503,8 +507,8 @@ class _Reasons(logging.Handler):
         self._log, self._reasons = logging.getLogger(axon.__name__), {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] and record.args:
-            error = record.exc_info[1]
+        error = getattr(record, "cause", None)
+        if error is not None and record.args:
             text = " ".join(f"{type(error).__name__}: {error}".split())
             word = str(next(iter(record.args)))
             self._reasons[word] = text[:300]

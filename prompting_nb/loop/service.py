@@ -22,10 +22,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ..baseminer.running import Runner
 from prompting_nb.config import (
     InputError,
-    NonNegativeFloat,
     NonNegativeInt,
+    NonNegativeSeconds,
     PositiveFloat,
     PositiveInt,
+    PositiveSeconds,
+    check_most,
     check_settings,
 )
 from .journal import Journal
@@ -34,6 +36,7 @@ from ..validators.event import Event
 from ..validators.pending import finite
 from ..validators.validator import Round, Validator
 from ..show import arguments_in_help
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/10_service.ipynb #c008
 _log = logging.getLogger(__name__)
@@ -58,18 +61,20 @@ class ServiceSettings:
     """
 
     concurrent: PositiveInt = 1
-    interval: NonNegativeFloat = 0.5
+    interval: NonNegativeSeconds = 0.5
     steps: NonNegativeInt = 0
     save_every: PositiveInt = 100
     sync_every: PositiveInt = 20
     weights_every: NonNegativeInt = 0
     version_key: NonNegativeInt = 0
     no_set_weights: bool = False
-    poll_interval: PositiveFloat = 2.0
-    patience: PositiveFloat = 60.0
+    poll_interval: PositiveSeconds = 2.0
+    patience: PositiveSeconds = 60.0
     log_size: PositiveFloat = 100.0
 
-    __post_init__ = check_settings
+    def __post_init__(self):
+        check_settings(self)
+        check_most(self, "validator", concurrent=1000, log_size=10**6)
 
 
 class NotReady(RuntimeError):
@@ -145,7 +150,8 @@ class Service:
             for ended in self._asking
         )
         if late:
-            _log.error("%d prompts did not end within %g s", late, timeout)
+            late = count_of(late, "prompt")
+            _log.error("%s did not end within %g s", late, timeout)
         self.runner.stop()
         with self._lock:
             try:
@@ -221,7 +227,9 @@ class Service:
         if not self.validator.serving():
             found.append("no miner of the subnet serves")
         if self._unwritten:
-            found.append(f"{len(self._unwritten)} events could not be written")
+            found.append(
+                f"{count_of(len(self._unwritten), 'event')} could not be written"
+            )
         return [problem for problem in found if problem]
 
     def __enter__(self) -> "Service":
@@ -309,7 +317,9 @@ class Service:
         if not serving:
             raise NotReady("no miner of the subnet serves")
         if serving < k:
-            self._say("few", f"{serving} miners serve: asking these instead of {k}")
+            self._say(
+                "few", f"only {count_of(serving, 'miner')} to ask, instead of {k}"
+            )
         else:
             self._say("few", "")
         ticket = self.validator.steps + self._under_way
@@ -399,7 +409,8 @@ class Service:
                 self.weights, self._tried_at = weights, block
                 self.metrics.weights.labels("set").inc()
                 self._say("weights", "")
-                _log.info("block %d: weights of %d uids were set", block, len(weights))
+                uids = count_of(len(weights), "uid")
+                _log.info("block %d: weights of %s were set", block, uids)
         except RuntimeError as error:
             self.metrics.weights.labels("refused").inc()
             self._say("weights", f"{error}; another attempt at the next block")

@@ -24,6 +24,7 @@ from .journal import Journal
 from ..show import arguments_in_help
 from ..validators.judge import Judge
 from ..validators.validator import Validator
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/09_state.ipynb #c009
 _log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Saved:
     replayed: int = 0  # events after it that were learned from
 
     def __str__(self) -> str:
-        return f"{self.path.name}: {self.step} steps, and {self.replayed} from the log"
+        steps = count_of(self.step, "step")
+        return f"{self.path.name}: {steps}, and {self.replayed} from the log"
 
 
 def save_state(
@@ -141,8 +143,8 @@ def resume(
         journal.next_step = validator.steps
     changed = validator.sync(getattr(now, "whole", now))
     if changed:
-        text = "%d uids changed hands since step %d: %s"
-        _log.warning(text, len(changed), validator.steps, changed[:20])
+        text, uids = "%s changed hands since step %d: %s", count_of(len(changed), "uid")
+        _log.warning(text, uids, validator.steps, changed[:20])
     return found
 
 # %% ../../nbs/loop/09_state.ipynb #c010

@@ -31,6 +31,7 @@ from ..config import InputError
 from ..reward.preferences import Ranking, clean, read_rankings
 from ..files import read_lines, read_prompts
 from ..show import Bar, arguments_in_help, html_table
+from ..help.usage import count_of
 
 _log = logging.getLogger(__name__)
 
@@ -57,12 +58,12 @@ class Arena:
 
     def __str__(self) -> str:
         text = (
-            f"{self.name}: {len(self.prompts)} prompts for "
-            f"{len(self.workers)} workers, graded by {self.graded_by}"
+            f"{self.name}: {count_of(len(self.prompts), 'prompt')} for "
+            f"{count_of(len(self.workers), 'worker')}, graded by {self.graded_by}"
         )
         if not self.test:
             return text
-        rankings = f"{len(self.train)} rankings to learn from"
+        rankings = f"{count_of(len(self.train), 'ranking')} to learn from"
         return f"{text}; {rankings}, {len(self.test)} to test on"
 
     def __repr__(self) -> str:
@@ -644,7 +645,8 @@ def recorded(
     "Make an arena of recorded completions."
     rows, rankings = len(rankings), list({r.prompt: r for r in rankings}.values())
     if more := rows - len(rankings):
-        _log.warning("%s: %d rows left out: their prompt comes again", name, more)
+        left = count_of(more, "row")
+        _log.warning("%s: %s left out, whose prompt comes again", name, left)
     rankings = _scaled(rankings)
     if not all(r.names for r in rankings):
         why = "because each model becomes a miner"

@@ -17,6 +17,7 @@ from .neurons import Commit, UnknownCall, require, uid_of
 from .registration import register
 from .signing import STALE, Extrinsic
 from .state import Receipt, SubnetState
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/24_calls.ipynb #c2b020
@@ -160,7 +161,7 @@ _ONE_MECHANISM = "the subnet has one mechanism, number 0"
 def _check_rate(state: SubnetState, uid: int, name: str) -> None:
     "Refuse weights that come too soon after the last ones."
     since = state.block - state.neurons[uid].last_update
-    message = f"weights were set {since} blocks ago"
+    message = f"weights were set {count_of(since, 'block')} ago"
     require(since >= state.weights_rate_limit, name, message)
 
 # %% ../../nbs/network/24_calls.ipynb #c2b010

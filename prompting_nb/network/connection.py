@@ -17,6 +17,7 @@ from urllib.parse import unquote
 import httptools
 
 from .limits import Crowd, Limits, share_of
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/13_connection.ipynb #h008
@@ -147,7 +148,7 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             most = self._limits.max_pipelined
-            reason = f"more than {most} requests were sent ahead of their answers"
+            reason = f"more than {count_of(most, 'request')} sent ahead of the answers"
             self.refuse(400, reason, "pipelined")
 
     def received(

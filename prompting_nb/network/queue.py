@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, AsyncGenerator, Awaitable, Callable
 
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/05_queue.ipynb #c010
@@ -71,7 +72,7 @@ class WorkQueue:
         if not self.full:
             return
         if not self.waiting or priority <= self._line.last().priority:
-            raise QueueFull(f"{self.waiting} requests wait already")
+            raise QueueFull(f"{count_of(self.waiting, 'request')} waiting already")
 
     async def slot(
         self,

@@ -28,6 +28,7 @@ from prompting_nb.reward.preferences import (
 )
 from .tokens import Cuts, cuts_of, length_of
 from ..show import Bar, arguments_in_help, html_table
+from ..help.usage import count_of
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c051
 def evaluate(
@@ -138,7 +139,7 @@ class RewardEvaluation:
     def _repr_html_(self) -> str:
         low, high = self.interval
         pairs = f"of {self.n_pairs}; 95 % interval {low:.3f} to {high:.3f}"
-        prompts = f"over {self.n_prompts} prompts"
+        prompts = f"over {count_of(self.n_prompts, 'prompt')}"
         rows = [
             ("pairs in the right order", self.accuracy, pairs),
             (

@@ -8,6 +8,7 @@ __all__ = ['POOLINGS', 'RewardModel', 'TextEncoder', 'vectors_of', 'embed', 'pac
 
 # %% ../../nbs/reward/00_model.ipynb #c002
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ..encoding.batches import evaluating, in_batches, micro_batches
 from ..encoding.batches import pad_rows
 from ..encoding.pooling import last_token, mean_pooling
 from ..encoding.weights import frozen_model, own_weights
-from ..pretrained import load, resolve
+from ..pretrained import known_device, load, resolve
 from prompting_nb.reward.classifiers import (
     Reader,
     alike,
@@ -542,12 +543,12 @@ def _keep_layers(
 
 def pick_device(
     device: str | None = None,  # "cuda", "cuda:1", "cpu" ...; `None`: CUDA or the CPU
-) -> torch.device:
+) -> torch.device:  # raises `InputError` for another that is not there
     "Choose a device: the CPU, with a warning, if CUDA is asked for and there is none."
     has_cuda = torch.cuda.is_available()
     if device is None:
         device = "cuda" if has_cuda else "cpu"
-    if str(device).startswith("cuda") and not has_cuda:
+    if re.fullmatch(r"cuda(:\d+)?", str(device)) and not has_cuda:
         warnings.warn(
             "no CUDA device was found: using the CPU "
             "(device=None takes the best there is)",
@@ -555,7 +556,7 @@ def pick_device(
             stacklevel=3,
         )
         device = "cpu"
-    return torch.device(device)
+    return known_device(device)
 
 # %% ../../nbs/reward/00_model.ipynb #s002
 def _check_runs(

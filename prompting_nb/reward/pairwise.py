@@ -17,6 +17,7 @@ import torch
 
 from ..config import InputError
 from ..encoding.batches import in_threads
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/reward/19_pairwise.ipynb #j008
@@ -96,7 +97,7 @@ class PairwiseJudge:
         left = None if self.budget is None else self.budget - self.counts.questions
         if left is not None and len(open_) > left:
             raise InputError(
-                f"{len(open_)} questions are needed and {left} are left of the budget "
+                f"{count_of(len(open_), 'question')} needed, {left} left of the budget "
                 f"of {self.budget}: raise it, or compare fewer answers; what was asked "
                 "so far stays in the cache"
             )

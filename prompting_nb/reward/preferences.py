@@ -20,6 +20,7 @@ from ..files import reason_of
 from .columns import Candidates, read_row
 from ..show import Bar, arguments_in_help, html_table
 from .sources import Unreadable, name_of, read_rows
+from ..help.usage import count_of
 
 # %% ../../nbs/reward/03_preferences.ipynb #c005
 @arguments_in_help
@@ -128,17 +129,18 @@ class Report:
 
     def __str__(self) -> str:
         text = (
-            f"{self.rankings} prompts from {self.rows} rows; "
-            f"dropped: {self.empty} empty completions, "
-            f"{self.repeated} repeated completions, "
-            f"{self.single} prompts with fewer than two completions"
+            f"{count_of(self.rankings, 'prompt')} from {count_of(self.rows, 'row')}; "
+            f"dropped: {count_of(self.empty, 'empty completion')}, "
+            f"{count_of(self.repeated, 'repeated completion')}, "
+            f"{count_of(self.single, 'prompt')} with fewer than two completions"
         )
         if self.bad:
-            text += f"; passed over: {self.bad} bad rows, the first: {self.first_bad}"
+            bad = count_of(self.bad, "bad row")
+            text += f"; passed over: {bad}, the first: {self.first_bad}"
         if self.contradicted:
             text += (
-                f"; {self.contradicted} pairs whose scores do not say that the chosen "
-                "one is better: it counts as better"
+                f"; {count_of(self.contradicted, 'pair')} whose scores do not say that "
+                "the chosen one is better: it counts as better"
             )
         return text
 

@@ -25,6 +25,7 @@ from prompting_nb.reward.conversations import (
     prompt_of,
     split_answer,
 )
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/reward/02_tokens.ipynb #t009
@@ -80,13 +81,15 @@ class Cuts:
     def __str__(self) -> str:
         if not self.tokens:
             return (
-                f"none of {self.texts} texts was cut (at most {self.max_length} tokens)"
+                f"none of {count_of(self.texts, 'text')} was cut (at most "
+                f"{self.max_length} tokens)"
             )
         share = lambda count: f"{count} ({count / self.texts:.1%})"
         return (
-            f"of {self.texts} texts, {share(self.prompts)} lost the beginning of the "
-            f"prompt and {share(self.completions)} the end of the completion, "
-            f"{self.tokens} tokens in all (at most {self.max_length} a text)"
+            f"of {count_of(self.texts, 'text')}, {share(self.prompts)} lost the "
+            f"beginning of the prompt and {share(self.completions)} the end of the "
+            f"completion, {count_of(self.tokens, 'token')} in all (at most "
+            f"{self.max_length} a text)"
         )
 
 

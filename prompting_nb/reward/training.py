@@ -31,12 +31,15 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from ..help.progress import progress as progress_bar
 from prompting_nb.config import (
-    IntFrom2,
+    Epochs,
     HalfOpenUnitInterval,
     InputError,
+    IntFrom2,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    RunError,
+    Seed,
     check_settings,
 )
 from prompting_nb.reward.batches import (
@@ -67,6 +70,7 @@ from prompting_nb.reward.preferences import (
     score_rankings,
 )
 from .processes import Processes, whole_weights
+from ..help.usage import count_of
 
 # %% ../../nbs/reward/05_training.ipynb #c009
 @dataclass
@@ -96,7 +100,7 @@ class TrainConfig:
         max_seconds: Stop after this many seconds, with a learning rate near zero.
     """
 
-    epochs: PositiveInt | None = None
+    epochs: Epochs | None = None
     lr: PositiveFloat = 1e-4
     head_lr: PositiveFloat | None = None
     completions_per_prompt: IntFrom2 = 4
@@ -110,7 +114,7 @@ class TrainConfig:
     bf16: bool | Literal["auto"] = "auto"
     encoder_dropout: bool = False
     packed: bool = True
-    seed: int = 0
+    seed: Seed = 0
     eval_every: PositiveInt | None = None
     patience: PositiveInt | None = None
     checkpoint_every: PositiveInt = 100
@@ -168,7 +172,7 @@ def train(
 
 def _tell(cuts: Any, equal: int, left: bool) -> None:
     "Warn of what was cut and of pairs that became equal; `InputError` if none is left."
-    told = f"{equal} pairs are equal after cutting and tokenising and were dropped"
+    told = f"{count_of(equal, 'pair')} dropped: equal after cutting and tokenising"
     if not left:
         raise InputError(
             f"there is nothing to learn: {told}; {cuts}: "
@@ -210,7 +214,9 @@ class History:
 
     def summary(self) -> str:
         "Say how many steps there were, and whether the loss went down."
-        size = f"{len(self.steps)} steps in {self.epochs} epoch(s)"
+        size = (
+            f"{count_of(len(self.steps), 'step')} in {count_of(self.epochs, 'epoch')}"
+        )
         size += f" of batches of at most {self.tokens_per_batch} tokens"
         if (found := self.trend()) is None:
             return f"{size}: too few to say whether the loss went down"
@@ -315,9 +321,9 @@ class Run:
         "Train until the plan, the time limit or the patience is over."
         first = self.resume()
         logging.getLogger(__name__).info(
-            "training on %s, %d process(es), bf16 %s, packed %s, sharded %s",
+            "training on %s, %s, bf16 %s, packed %s, sharded %s",
             self.processes.device,
-            self.processes.count,
+            count_of(self.processes.count, "process"),
             self.inner.bf16,
             self.inner.packed,
             self.processes.sharded,
@@ -405,7 +411,7 @@ class Run:
 def _finite(value: float, what: str, step: int) -> float:
     "Return the value; a RuntimeError says what to do where it is not finite."
     if not math.isfinite(value):
-        raise RuntimeError(
+        raise RunError(
             f"the {what} is {value} at step {step}, before the weights were changed: "
             "use a lower lr or a longer warmup, switch bf16 off, "
             "or look for extreme weights"
@@ -482,6 +488,7 @@ class Plan:
 
 
 _MOST_TOKENS = 4096  # of a batch, where nobody says how many
+_MOST_STEPS = 10**6  # of a run: all are planned before the first
 LEAST_STEPS = 60  # of a run that chooses epochs and batches itself
 MOST_EPOCHS = 10  # of such a run: more would learn few prompts by heart
 _LEAST_PROMPTS = 4  # of a batch of such a run, about
@@ -517,12 +524,20 @@ def plan_batches(
     batches_of: Callable = length_batches,  # or `token_batches`
 ) -> list[tuple[int, list[list[Draw]]]]:  # (epoch, batches) of each step
     "Plan every step: `config.accumulate` batches, fewer where an epoch ends."
-    rng, plan = random.Random(config.seed), []
-    for epoch in range(config.epochs or 1):
+    rng, plan, epochs = random.Random(config.seed), [], config.epochs or 1
+    for epoch in range(epochs):
         draws = draw(rankings, config.completions_per_prompt, rng)
         batches = batches_of(draws, rows, config.tokens_per_batch or _MOST_TOKENS, rng)
         starts = range(0, len(batches), config.accumulate)
         plan += [(epoch, batches[i : i + config.accumulate]) for i in starts]
+        wanted = min(len(starts) * epochs, config.max_steps or _MOST_STEPS + 1)
+        if wanted > _MOST_STEPS:
+            raise InputError(
+                f"{epochs} epochs are about {len(starts) * epochs} steps, and a plan "
+                f"holds at most {_MOST_STEPS}: take fewer epochs, or a lower max_steps"
+            )
+        if config.max_steps and len(plan) > config.max_steps:
+            break  # the rest would be cut off
     return plan
 
 # %% ../../nbs/reward/05_training.ipynb #c031
@@ -830,7 +845,7 @@ class Tracker:
         shown: bool = True,  # in the first process; others never show it
     ) -> Any:  # a tqdm
         "Make the progress bar."
-        name = f"training ({self.processes.count} process(es))"
+        name = f"training ({count_of(self.processes.count, 'process')})"
         hidden = not (shown and self.processes.rank == 0)
         how: dict = dict(total=total, initial=first, unit="step", desc=name)
         return progress_bar(**how, disable=hidden)

@@ -18,6 +18,7 @@ from .offsets import Offsets, drift
 from .selection import Selection
 from .simulate import Subnet
 from ..show import arguments_in_help
+from ..help.usage import count_of
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +133,8 @@ class Audits:
         found = self.judge.findings()
         if self.failed:
             found.append(
-                f"{self.failed} audits failed: the expensive judge gave no grade"
+                f"{count_of(self.failed, 'audit')} failed: no grade from the "
+                "expensive judge"
             )
         return found
 

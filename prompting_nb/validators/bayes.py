@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..config import InputError, NonNegativeFloat, PositiveInt
+from ..config import InputError, NonNegativeFloat, PositiveInt, check_most
 from ..encoding.encoder import Encoder
 from ..encoding.pooling import mean_direction, mean_pooling
 from ..shapes import TensorType, check_shapes
@@ -49,6 +49,11 @@ class BayesianSettings(GatingSettings):
     topics: PositiveInt = 16
     memory: PositiveInt = 8192
     half_life: NonNegativeFloat = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        # each uid has as many numbers as the square of the topics
+        check_most(self, "gating", topics=256, memory=10**6)
 
 
 @arguments_in_help

@@ -14,6 +14,7 @@ import torch
 from ..config import InputError
 from ..show import Bar, arguments_in_help, html_table
 from .gating import embed
+from ..help.usage import count_of
 
 # %% ../../nbs/validators/17_explain.ipynb #x009
 @arguments_in_help
@@ -75,7 +76,9 @@ class Explanation:
             off = f" +- {sd}" if sd else ""
             odds = "    " if chance is None else f"{chance:4.0%}"
             text = f"{uid:5} {hotkey:12} {mean}{off}  {odds} {reason:10}"
-            lines.append(f"{text} {answers} answers" if answers else text.rstrip())
+            lines.append(
+                f"{text} {count_of(answers, 'answer')}" if answers else text.rstrip()
+            )
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

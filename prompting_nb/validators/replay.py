@@ -17,6 +17,7 @@ import torch
 
 from ..config import InputError
 from ..files import event_files, read_lines
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/validators/03_replay.ipynb #c025
@@ -147,7 +148,9 @@ def read_events(
         for status, reward in zip(statuses, event.rewards)
     )
     if waiting:
-        warnings.warn(f"{waiting} answers of {path} have no reward yet", stacklevel=2)
+        warnings.warn(
+            f"{path}: {count_of(waiting, 'answer')} without a reward yet", stacklevel=2
+        )
     return [event for event, _ in lines]
 
 
@@ -192,8 +195,8 @@ def _add_late(events: list[Event], path: Path) -> None:
             elif event.rewards[places[uid]] is None:
                 event.rewards[places[uid]] = reward
     if lost:
-        text = f"{lost} rewards of {path} belong to no answer of the events that were"
-        warnings.warn(f"{text} read", stacklevel=3)
+        text = f"{path}: {count_of(lost, 'reward')} for no answer of the events read"
+        warnings.warn(text, stacklevel=3)
 
 
 _FIELDS = tuple(Event.__dataclass_fields__)

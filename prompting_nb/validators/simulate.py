@@ -26,6 +26,7 @@ from .replay import Event
 from .selection import Selection
 from .validator import Policy, default_gate
 from .warm import track_records
+from ..help.usage import count_of
 
 # %% ../../nbs/validators/09_simulate.ipynb #s010
 @arguments_in_help
@@ -806,7 +807,7 @@ class Results:
 
     def _repr_html_(self) -> str:
         seeds = len(next(iter(self.runs.values())))
-        title = f"{seeds} seeds, last {self.last:.0%} of each run"
+        title = f"{count_of(seeds, 'seed')}, last {self.last:.0%} of each run"
         return html_table(
             title, ("policy", *_COLUMNS, "worst gap closed"), self._rows()
         )
