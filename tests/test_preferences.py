@@ -172,8 +172,8 @@ def test_rows_are_counted_and_cleaned(caplog):
     assert rankings_from([single], keep_all=True) == [parse_ranking(single)]
     with pytest.raises(InputError) as error:
         rankings_from([single])
-    assert str(error.value) == ("the data holds no prompt with two different completions (0 prompts from 1 rows; dropped: "
-                                "0 empty completions, 1 repeated completions, 1 prompts with fewer than two completions)")
+    assert str(error.value) == ("the data holds no prompt with two different completions (0 prompts from 1 row; dropped: "
+                                "0 empty completions, 1 repeated completion, 1 prompt with fewer than two completions)")
 
 
 @pytest.mark.parametrize("name, opener", [("rankings.jsonl", open), ("rankings.jsonl.gz", gzip.open)])

@@ -72,9 +72,9 @@ async def test_a_full_queue_refuses_unless_a_lower_priority_waits():
     older, newer = start(queue, 1), start(queue, 1)
     await turns()
     for priority in (0, 1):
-        with pytest.raises(QueueFull, match="^2 requests wait already$"):
+        with pytest.raises(QueueFull, match="^2 requests waiting already$"):
             queue.check(priority)
-        with pytest.raises(QueueFull, match="^2 requests wait already$"):
+        with pytest.raises(QueueFull, match="^2 requests waiting already$"):
             await queue.slot(priority)
     assert queue.check(1.5) is None and queue.waiting == 2  # `check` changes nothing
     higher = start(queue, 1.5)
@@ -108,7 +108,7 @@ async def test_two_requests_that_come_at_once_displace_two_others():
 async def test_a_queue_without_places_refuses_every_priority():
     queue = WorkQueue(workers=1, limit=0)
     busy = await queue.slot(0)
-    with pytest.raises(QueueFull, match="^0 requests wait already$"):
+    with pytest.raises(QueueFull, match="^0 requests waiting already$"):
         await queue.slot(99)
     busy.release()
     (await queue.slot(-1)).release()

@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/32_floods.ipynb #fl09
 _PART = 4096  # bytes that are parsed at a time
 _MESSAGES = 16  # that may wait to be read; one is the answer
@@ -20,6 +22,7 @@ class Flood(aiohttp.ClientPayloadError):
     "A server sends more than belongs to an answer."
 
 
+@arguments_in_help
 class Paced(asyncio.Protocol):
     "Hands what arrives on a connection to its protocol in parts, within bounds."
 
@@ -38,7 +41,10 @@ class Paced(asyncio.Protocol):
         "Count from now on what answers another request."
         self._size = 0
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(
+        self,
+        data: bytes,  # as they came
+    ) -> None:
         "Take bytes, and hand on the first of them unless others wait."
         self._size += len(data)
         if self._size > self._most:
@@ -91,20 +97,24 @@ class Paced(asyncio.Protocol):
                 self._hand(rest[start : start + _PART])
         return self._inner.eof_received()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(
+        self,
+        exc: Exception | None,  # as for asyncio
+    ) -> None:
         "Forget what waits."
         self._drop()
         self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        "Pass it on."
+        "Pass the call on to the protocol."
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        "Pass it on."
+        "Pass the call on to the protocol."
         self._inner.resume_writing()
 
 # %% ../../nbs/network/32_floods.ipynb #fl14
+@arguments_in_help
 class PacedConnector(aiohttp.TCPConnector):
     "A connector of aiohttp whose connections are paced."
 
@@ -116,7 +126,11 @@ class PacedConnector(aiohttp.TCPConnector):
         super().__init__(**options)
         self.most_bytes = most
 
-    async def connect(self, *args: Any, **kwargs: Any) -> Any:
+    async def connect(
+        self,
+        *args: Any,  # as for aiohttp
+        **kwargs: Any,  # as for aiohttp
+    ) -> Any:
         "Return a connection for one request."
         connection = await super().connect(*args, **kwargs)
         if (transport := connection.transport) is not None:

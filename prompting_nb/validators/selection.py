@@ -12,8 +12,10 @@ import torch
 
 from ..config import InputError
 from ..shapes import TensorType, check_shapes
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/02_selection.ipynb #c005
+@arguments_in_help
 class Selection(NamedTuple):
     "The uids to ask, and the probability of asking each of them."
 
