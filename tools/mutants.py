@@ -1,7 +1,7 @@
 """Change one module in many small ways, and count the changes that its tests notice.
 
     python -m tools.mutants network.auth            all mutants of a module, and a list of those that survive
-    python -m tools.mutants network.auth --show     the same list with what was changed
+    python -m tools.mutants network.auth --show     the same list with what was changed, as it stands in tests/survivors.md
 
 mutmut makes the mutants and runs the tests on them. This lays out a folder for it, `.mutants/MODULE`, with a copy of the
 project and its configuration: one module to change, and the test cells of its page and the test files that are about it.
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +79,23 @@ def lay_out(module: str) -> Path:
     return folder
 
 
+def function_of(mutant: str) -> str:
+    "Name the function of a mutant: `Class.name` for `prompting_nb.module.xǁClassǁname__mutmut_1`."
+    name = mutant.rsplit(".", 1)[-1].rsplit("__mutmut_", 1)[0]
+    return name.removeprefix("xǁ").replace("ǁ", ".") if "ǁ" in name else name.removeprefix("x_")
+
+
+def change_of(diff: str) -> str:
+    "Write in short what was changed, `before` -> `after`, with a few words around it."
+    sides = [" ".join(line[1:].strip() for line in diff.splitlines() if line.startswith(sign) and not line.startswith(3 * sign))
+             for sign in "-+"]
+    same = len(os.path.commonprefix(sides))
+    same_after = len(os.path.commonprefix([side[same:][::-1] for side in sides]))
+    start, end = max(0, same - 40), max(0, same_after - 20)
+    cut = [bool(start) * "..." + side[start:len(side) - end] + bool(end) * "..." for side in sides]
+    return " -> ".join(f"`` {text} ``" if "`" in text else f"`{text}`" for text in cut)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", choices=sorted(TESTS), metavar="MODULE", help=", ".join(sorted(TESTS)))
@@ -95,8 +113,13 @@ def main() -> None:
     pairs = [line.strip().rsplit(": ", 1) for line in results if ": " in line]
     survivors = [name for name, status in pairs if status not in ("killed", "timeout")]
     print(f"{args.module}: {len(pairs)} mutants, {len(pairs) - len(survivors)} caught", *survivors, sep="\n  ")
-    for name in survivors if args.show else ():
-        mutmut("show", name)
+    if args.show:
+        explained = (ROOT / "tests" / "survivors.md").read_text()
+        show = lambda name: mutmut("show", name, capture_output=True, text=True).stdout
+        changes = Counter(f"- `{function_of(name)}`: {change_of(show(name))}" for name in survivors)
+        for change, count in changes.items():
+            line = change + f" ({count})" * (count > 1)
+            print(line + " [not explained in tests/survivors.md]" * (f"{line}: " not in explained))
 
 
 if __name__ == "__main__":
