@@ -293,7 +293,7 @@ class Miner(abc.ABC):
     @metagraph.setter
     def metagraph(
         self,
-        metagraph: Any,  # has `hotkeys` and `S`, one for each uid
+        metagraph: Any,  # with `neurons`, or with columns as of bittensor 10
     ) -> None:
         self.subnet.metagraph = metagraph
 

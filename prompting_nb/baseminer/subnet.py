@@ -60,7 +60,7 @@ class Subnet:
     @metagraph.setter
     def metagraph(
         self,
-        metagraph: Any,  # has `hotkeys` and `S`, one for each uid
+        metagraph: Any,  # with `neurons`, or with columns as of bittensor 10
     ) -> None:
         self._metagraph, self.callers = metagraph, index_callers(metagraph)
 

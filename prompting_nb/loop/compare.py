@@ -541,7 +541,7 @@ _STROKES = ("-", "--", "-.", ":")
 
 
 def plot_runs(
-    runs: Sequence[RunFolder],  # as `read_runs` returns them
+    runs: Sequence[RunFolder],  # as `read_run` returns them
     ax: Any = None,  # to draw on
 ) -> Any:  # the axes
     "Plot the mean grade of the asked uids of each run over time."

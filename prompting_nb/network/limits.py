@@ -66,7 +66,7 @@ class Guest(Protocol):
 
     def evict(
         self,
-        reason: str,  # for the metrics
+        reason: str,  # a word; the crowd has counted it already
     ) -> None:
         "Close at once."
         ...

@@ -40,7 +40,7 @@ def packed_rewards(
 
 
 def score_packed(
-    model: RewardModel,  # in evaluation mode
+    model: RewardModel,  # in any mode; dropout is off
     prompts: list[str],  # one for each completion
     completions: list[str],  # n of them
     bf16: bool = False,  # compute in bfloat16
