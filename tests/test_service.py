@@ -121,7 +121,7 @@ def test_fewer_miners_than_it_asks_for(network, tmp_path, caplog):
     with service_of(network, tmp_path, k=9, steps=3) as service:
         assert service.join(SECONDS)
     assert all(len(e["uids"]) == 4 for e in events(tmp_path))
-    assert caplog.text.count("4 miners serve: asking these instead of 9") == 1
+    assert caplog.text.count("only 4 miners to ask, instead of 9") == 1
 
 
 def test_without_a_miner_it_waits_and_says_so(tmp_path, caplog):

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .blacklist import read_hotkeys
-from ..config import InputError, NonNegativeFloat, NonNegativeInt
-from ..config import Port, PositiveFloat, PositiveInt, check_settings
+from ..config import InputError, Netuid, NonNegativeFloat, NonNegativeInt
+from ..config import Port, PositiveFloat, PositiveInt, PositiveSeconds
+from ..config import NotEmptyStr, check_most, check_settings
 from ..network.addresses import not_public
 from ..network.limited import CALL_TIMEOUT
 
@@ -31,7 +32,7 @@ class MinerSettings:
         miner: The miner itself.
     """
 
-    netuid: NonNegativeInt = 1
+    netuid: Netuid = 1
     subtensor: "SubtensorSettings" = field(default_factory=lambda: SubtensorSettings())
     wallet: "WalletSettings" = field(default_factory=lambda: WalletSettings())
     axon: "AxonSettings" = field(default_factory=lambda: AxonSettings())
@@ -56,7 +57,7 @@ class LoopSettings:
 
     name: str = "miner"
     blocks_per_epoch: PositiveInt = 100
-    poll_interval: PositiveFloat = 6.0
+    poll_interval: PositiveSeconds = 6.0
     retries: NonNegativeInt = 10
     no_set_weights: bool = False
     blacklist: "BlacklistSettings" = field(default_factory=lambda: BlacklistSettings())
@@ -130,7 +131,7 @@ class SubtensorSettings:
     """
 
     network: str = "finney"
-    timeout: PositiveFloat = CALL_TIMEOUT
+    timeout: PositiveSeconds = CALL_TIMEOUT
 
     __post_init__ = check_settings
 
@@ -145,8 +146,8 @@ class WalletSettings:
         path: Folder of the wallets.
     """
 
-    name: str = "default"
-    hotkey: str = "default"
+    name: NotEmptyStr = "default"
+    hotkey: NotEmptyStr = "default"
     path: str = "~/.bittensor/wallets"
 
     __post_init__ = check_settings
@@ -188,6 +189,7 @@ class AxonSettings:
 
     def __post_init__(self):
         check_settings(self)
+        check_most(self, "axon", processes=256)
         if self.host in ("0.0.0.0", "::") and not self.external_ip:
             raise InputError(
                 f"--axon.host {self.host} means every interface, and is no address to "
@@ -238,7 +240,7 @@ class AxonSettings:
 
 # %% ../../nbs/baseminer/03_flags.ipynb #srv0102
 def without_effect(
-    settings: MinerSettings,
+    settings: MinerSettings,  # of a miner
 ) -> list[str]:  # one sentence for each, with the remedy
     "Find the settings that differ from their defaults and have no effect."
     cache = settings.miner.blacklist.use_prompt_cache

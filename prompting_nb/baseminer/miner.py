@@ -35,6 +35,7 @@ from ..network.store import Store, StoredMetrics, StoredNonces
 from ..network.store import StoredPrompts, StoredQuota
 from ..protocol import Prompting, Synapse
 from ..show import Bar, html_table, arguments_in_help
+from ..help.usage import count_of
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
 _log = logging.getLogger(__name__)
@@ -151,7 +152,10 @@ class Miner(abc.ABC):
         add_settings(parser, MinerSettings)
 
     @classmethod
-    def check_config(cls, config: Config) -> None:
+    def check_config(
+        cls,
+        config: Config,  # nested, as `config()` returns it
+    ) -> None:
         "Raise `InputError`, a ValueError that names the flag, for a wrong setting."
         settings_of(MinerSettings, config, ignore_unknown=True)
         cls._own_settings(config)
@@ -230,11 +234,17 @@ class Miner(abc.ABC):
 
     # Choosing
 
-    def caller(self, synapse: Synapse) -> Optional[Caller]:
+    def caller(
+        self,
+        synapse: Synapse,  # its headers are enough
+    ) -> Optional[Caller]:
         "Look up the sender of a request in the metagraph; None when it names nobody."
         return self.subnet.caller(synapse)
 
-    def blacklist(self, synapse: Synapse) -> Verdict:
+    def blacklist(
+        self,
+        synapse: Synapse,  # headers only: `messages` is not there yet
+    ) -> Verdict:
         """Decide whether to refuse a request; the result's truth value is the decision.
 
         Runs before the request's body is parsed: `synapse` has the verified hotkey of
@@ -243,7 +253,10 @@ class Miner(abc.ABC):
         """
         return judge(self.rules, self.caller(synapse))
 
-    def priority(self, synapse: Synapse) -> float:
+    def priority(
+        self,
+        synapse: Synapse,  # headers only
+    ) -> float:
         """Rank a request in the queue, higher first.
 
         By default the caller's stake, with a bonus for asking seldom.
@@ -268,7 +281,10 @@ class Miner(abc.ABC):
         return self.subnet.block
 
     @block.setter
-    def block(self, block: int) -> None:
+    def block(
+        self,
+        block: int,  # number of the newest block
+    ) -> None:
         self.subnet.block = block
 
     @property
@@ -282,7 +298,10 @@ class Miner(abc.ABC):
         return self.subnet.metagraph
 
     @metagraph.setter
-    def metagraph(self, metagraph: Any) -> None:
+    def metagraph(
+        self,
+        metagraph: Any,  # with `neurons`, or with columns as of bittensor 10
+    ) -> None:
         self.subnet.metagraph = metagraph
 
     def sync(self) -> None:
@@ -309,7 +328,7 @@ class Miner(abc.ABC):
         if (failures := self.runner.failures) < 3:
             return ""
         old = f"the metagraph is of block {self.synced_at}"
-        return f"the chain has failed {failures} times in a row, {old}"
+        return f"the chain has failed {count_of(failures, 'time')} in a row, {old}"
 
     def _each_block(self) -> int:
         "Look at the chain and do what is due; send nothing once a stop is asked for."

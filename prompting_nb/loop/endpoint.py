@@ -20,6 +20,7 @@ from prometheus_client import generate_latest
 
 from ..config import InputError
 from .service import NotReady, Service, is_text
+from ..show import arguments_in_help
 from ..validators.event import Event
 from ..validators.validator import Round, Validator
 
@@ -29,6 +30,7 @@ _LARGEST = 1_000_000  # bytes of a request
 _BODY = 10.0  # seconds for a body to arrive
 
 
+@arguments_in_help
 class Endpoint:
     """The HTTP server of a service, on loopback.
 
@@ -38,7 +40,7 @@ class Endpoint:
 
     def __init__(
         self,
-        service: Service,
+        service: Service,  # answers the questions
         port: int = 0,  # 0 takes one that is free
         host: str = "127.0.0.1",  # a loopback address; InputError for any other
     ):
@@ -183,7 +185,7 @@ class Endpoint:
 # %% ../../nbs/loop/11_endpoint.ipynb #c011
 def as_answer(
     validator: Validator,  # whose gate chose
-    round: Round,
+    round: Round,  # as the validator returned it
     event: Optional[Event] = None,  # `None`: nobody was asked
 ) -> dict:  # plain values, as for JSON
     "Describe who was chosen and why, and what they answered."
@@ -227,7 +229,7 @@ def as_answer(
 
 
 def status_of(
-    service: Service,
+    service: Service,  # running or not
 ) -> dict:  # plain values, as for JSON
     "Describe what a service is doing."
     validator, event = service.validator, service.latest

@@ -202,6 +202,7 @@ async def _discard(piece: str) -> None:
     "Drop a piece: the whole completion is in the answer."
 
 # %% ../../nbs/network/01_dendrite.ipynb #c024
+@arguments_in_help
 class Stream:
     """The pieces of one miner's completion, for `async for` or `for`.
 
@@ -265,15 +266,16 @@ class Stream:
         self.close()
 
 # %% ../../nbs/network/01_dendrite.ipynb #c018
+@arguments_in_help
 @dataclass(frozen=True)
 class Question:
     "A prompt for any number of miners, and what an answer must fulfil to count."
 
     synapse: Prompting  # with the time limit
     body: bytes  # the synapse as JSON
-    signer: "RequestSigner"
+    signer: "RequestSigner"  # signs the requests
     max_answer: int  # bytes
-    require_signed: bool
+    require_signed: bool  # an unsigned answer counts as none
     allow_private: bool  # ask at any address
 
     async def ask(
@@ -328,7 +330,7 @@ class Question:
         left: float,  # seconds that the miner has
         emit: Callable,
     ) -> tuple[str, str]:
-        "Send the request; the completion and a status message, or an exception."
+        "Send the request; return completion and status message, or raise."
         host, port = split_address(where.address or "")
         allowed = self.allow_private or where.ours
         addresses = await find_addresses(host, port, allowed, left)
@@ -396,6 +398,7 @@ def _cause(error: Exception) -> str:
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
 
 # %% ../../nbs/network/01_dendrite.ipynb #c006
+@arguments_in_help
 class Target(NamedTuple):
     "What is known about a target, before it is judged."
 
@@ -429,7 +432,9 @@ class Target(NamedTuple):
         return Terminal(hotkey=hotkey, ip=host, port=port)
 
 
-def read_target(target: Any) -> Target:
+def read_target(
+    target: Any,  # one that cannot be read gives a target that says so
+) -> Target:
     "Read hotkey and address of a neuron, an `Axon`, or whatever has them."
     try:
         where = getattr(target, "address", None) or getattr(target, "axon", None)
@@ -539,12 +544,13 @@ async def _read_stream(
     raise _Failure(422, "the answer was cut off")
 
 # %% ../../nbs/network/01_dendrite.ipynb #c014
+@arguments_in_help
 class Sent(NamedTuple):
     "The part of a request that the answer's signature refers to."
 
     miner: str  # hotkey that was asked
     caller: str  # hotkey that asks
-    path: str
+    path: str  # of the URL
     nonce: int  # nanoseconds since 1970
 
     def check(
@@ -563,6 +569,7 @@ class Sent(NamedTuple):
         return "Success"
 
 
+@arguments_in_help
 class RequestSigner:
     """Sign requests with one hotkey, each with a nonce greater than the last.
 
@@ -600,6 +607,7 @@ class RequestSigner:
 _SET_BACK = 1_000_000_000  # nanoseconds
 
 # %% ../../nbs/network/01_dendrite.ipynb #c022
+@arguments_in_help
 class Sessions:
     "HTTP sessions, one for each event loop, and a loop for callers without one."
 
@@ -642,11 +650,12 @@ class Sessions:
             self._background.stop()
 
 
+@arguments_in_help
 class Session(NamedTuple):
     "What requests of one event loop share."
 
-    http: aiohttp.ClientSession
-    places: "Places"
+    http: aiohttp.ClientSession  # with its connections
+    places: "Places"  # bounds the requests under way
 
 
 class _NoNames(AbstractResolver):
@@ -691,10 +700,15 @@ def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> N
         loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
 
 # %% ../../nbs/network/01_dendrite.ipynb #d018
+@arguments_in_help
 class Places:
     "Bounds the requests of one event loop that are under way, in all and per target."
 
-    def __init__(self, total: int, per_target: int):
+    def __init__(
+        self,
+        total: int,  # requests under way at most
+        per_target: int,  # requests under way to one hotkey
+    ):
         self._total, self._per_target = asyncio.Semaphore(total), per_target
         self._own: dict[str, asyncio.Semaphore] = {}  # of targets that are being asked
         self._users: dict[str, int] = {}  # requests that have or want a place

@@ -12,6 +12,8 @@ from typing import Any, Callable
 
 import aiohttp
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/32_floods.ipynb #fl09
 _PART = 4096  # bytes that are parsed at a time
 _MESSAGES = 16  # that may wait to be read; one is the answer
@@ -21,6 +23,7 @@ class Flood(aiohttp.ClientPayloadError):
     "A server sends more than belongs to an answer."
 
 
+@arguments_in_help
 class Paced(asyncio.Protocol):
     "Hands what arrives on a connection to its protocol in parts, within bounds."
 
@@ -47,7 +50,10 @@ class Paced(asyncio.Protocol):
         "Tell whether it was used before and has not answered the present request."
         return self._used and not self._size
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(
+        self,
+        data: bytes,  # as they came
+    ) -> None:
         "Take bytes, and hand on the first of them unless others wait."
         self._size += len(data)
         if self._size > self._most:
@@ -100,7 +106,10 @@ class Paced(asyncio.Protocol):
                 self._hand(rest[start : start + _PART])
         return self._inner.eof_received()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(
+        self,
+        exc: Exception | None,  # as for asyncio
+    ) -> None:
         "Forget what waits."
         self._drop()
         if self._lost is not None:
@@ -108,11 +117,11 @@ class Paced(asyncio.Protocol):
         self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        "Pass it on."
+        "Pass the call on to the protocol."
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        "Pass it on."
+        "Pass the call on to the protocol."
         self._inner.resume_writing()
 
 # %% ../../nbs/network/32_floods.ipynb #fl14
@@ -125,6 +134,7 @@ def was_stale() -> bool:
     return line is not None and line.is_stale
 
 
+@arguments_in_help
 class PacedConnector(aiohttp.TCPConnector):
     "A connector of aiohttp whose connections are paced."
 
@@ -138,7 +148,11 @@ class PacedConnector(aiohttp.TCPConnector):
         self.most_bytes, self.kept = most, kept
         self.lines: set[Paced] = set()  # open connections, in use or idle
 
-    async def connect(self, *args: Any, **kwargs: Any) -> Any:
+    async def connect(
+        self,
+        *args: Any,  # as for aiohttp
+        **kwargs: Any,  # as for aiohttp
+    ) -> Any:
         "Return a connection for one request."
         _line.set(None)
         connection = await super().connect(*args, **kwargs)

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Callable, Iterator, Optional, Protocol
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/12_limits.ipynb #l009
+@arguments_in_help
 @dataclass(frozen=True)
 class Limits:
     "What connections may use. Several servers may share one object."
@@ -62,11 +65,17 @@ class Guest(Protocol):
 
     address: str  # of the peer, from `share_of`
 
-    def evict(self, reason: str) -> None:
+    def evict(
+        self,
+        reason: str,  # a word; the crowd has counted it already
+    ) -> None:
         "Close at once."
         ...
 
-    def tick(self, now: float) -> None:
+    def tick(
+        self,
+        now: float,  # of a monotonic clock, in seconds
+    ) -> None:
         "Close if the caller takes too long."
         ...
 
@@ -97,12 +106,13 @@ class _Group:
 _FRESH = 1.0  # seconds in which a request may be on its way
 
 
+@arguments_in_help
 class Crowd:
     "The open connections of one server, and the bytes of their unfinished requests."
 
     def __init__(
         self,
-        limits: Limits,
+        limits: Limits,  # of connections, bytes and seconds
         refused: Optional[Callable[[str], None]] = None,  # is told why, as in `limits`
         clock: Callable[[], float] = time.monotonic,  # seconds
     ):
@@ -136,7 +146,10 @@ class Crowd:
             if tell is not None:
                 tell(reason)
 
-    def enter(self, connection: Guest) -> None:
+    def enter(
+        self,
+        connection: Guest,  # just opened
+    ) -> None:
         "Add a connection, and close others when there are too many."
         address, now = connection.address, self._clock()
         group = self._addresses.setdefault(address, _Group())
@@ -168,7 +181,10 @@ class Crowd:
         self.leave(connection)
         connection.evict(reason)
 
-    def leave(self, connection: Guest) -> None:
+    def leave(
+        self,
+        connection: Guest,  # that is closed
+    ) -> None:
         "Forget a connection that was closed; does nothing for one that is not known."
         self.forget(connection)
         group = self._group_of.pop(connection, None)
@@ -181,7 +197,10 @@ class Crowd:
         if not group.size:
             del self._addresses[connection.address]
 
-    def permit(self, connection: Guest) -> None:
+    def permit(
+        self,
+        connection: Guest,  # whose request was admitted
+    ) -> None:
         "Keep a connection while its request is worked on; it is known from now on."
         group = self._group_of.get(connection)
         if group is not None:
@@ -189,7 +208,10 @@ class Crowd:
                 each.strangers.pop(connection, None)
                 each.known.pop(connection, None)
 
-    def rest(self, connection: Guest) -> None:
+    def rest(
+        self,
+        connection: Guest,  # whose answer is complete
+    ) -> None:
         "Note that a connection is idle from now on."
         group, now = self._group_of.get(connection), self._clock()
         if group is not None:
@@ -200,7 +222,10 @@ class Crowd:
                 line[connection] = now
                 line.move_to_end(connection)
 
-    def is_stranger(self, connection: Guest) -> bool:
+    def is_stranger(
+        self,
+        connection: Guest,  # that is open
+    ) -> bool:
         "Tell whether no request on this connection was permitted yet."
         return connection in self._all.strangers
 

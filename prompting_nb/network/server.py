@@ -19,6 +19,7 @@ from typing import Any, Callable, Coroutine, Optional
 
 from .connection import Connection
 from .limits import Crowd, Limits
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/06_server.ipynb #c015
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ _BACKLOG = 4096  # connections that wait to be accepted, if the system allows as
 _servers: "weakref.WeakSet[Server]" = weakref.WeakSet()  # of this process
 
 
+@arguments_in_help
 class Server:
     "Serves an ASGI application from a daemon thread."
 

@@ -23,10 +23,12 @@ from redis.connection import parse_url
 
 from ..config import InputError
 from .auth import FORGOTTEN, MAX_SKEW, Refusal, stale
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/network/15_store.ipynb #r006
+@arguments_in_help
 class Store:
     """A Redis that the processes of one miner share.
 
@@ -55,7 +57,10 @@ class Store:
         self._loops: dict[Any, _Client] = {}  # of event loops
         self._lock, self._away_until, self._away = threading.Lock(), 0.0, False
 
-    def key(self, *parts: Any) -> str:
+    def key(
+        self,
+        *parts: Any,  # joined by colons
+    ) -> str:
         "Return the name of a key of this miner."
         return ":".join(map(str, ("prompting", self.hotkey, *parts)))
 
@@ -79,7 +84,12 @@ class Store:
                 raise self._failed(error) from None
         return self._back(found)
 
-    def run_in_thread(self, script: str, keys: list[str], arguments: list) -> Any:
+    def run_in_thread(
+        self,
+        script: str,  # in Lua
+        keys: list[str],  # that the script uses
+        arguments: list,  # numbers or texts
+    ) -> Any:
         "Run a script from a thread, which waits for it."
         self._check()
         try:
@@ -180,12 +190,13 @@ _WEEK = 7 * 24 * 3_600_000  # milliseconds
 _EARLY = "signed before the store of this miner began to remember what it accepted"
 
 
+@arguments_in_help
 class StoredNonces:
     "Accepted nonces in a store that several processes share."
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         kept: float = 60.0,  # seconds; more than the 12 in which a nonce is fresh
     ):
         self.store, self.kept = store, kept
@@ -196,7 +207,11 @@ class StoredNonces:
             began, now = self.store.key("began"), f"{self.store.clock():020}"
             self.store.run_in_thread(_BEGIN, [began], [now])
 
-    async def accept(self, hotkey: str, nonce: int) -> bool:
+    async def accept(
+        self,
+        hotkey: str,  # of the caller, SS58
+        nonce: int,  # nanoseconds since 1970
+    ) -> bool:
         "Store a nonce unless it is known; `Refusal` 401 or 503 if it cannot be."
         return _accepted(await self.store.run(*self._question(hotkey, nonce)))
 
@@ -246,12 +261,13 @@ return math.max(1, first[2] + window - now)
 """
 
 
+@arguments_in_help
 class StoredQuota:
     "At most `quota` requests of a hotkey in any `window` seconds, at all processes."
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         quota: int,  # requests admitted within a window
         window: float,  # seconds
     ):
@@ -285,6 +301,7 @@ _RELEASE = "return redis.call('del', KEYS[1])"
 _BLOCK = 24_000  # milliseconds: twice what a block takes
 
 
+@arguments_in_help
 class StoredPrompts:
     "The prompts claimed within the last `span` blocks, at all processes."
 
@@ -292,7 +309,7 @@ class StoredPrompts:
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         span: int = 7200,  # blocks for which a prompt counts as recent
     ):
         self.store, self.span = store, span
@@ -347,12 +364,13 @@ return found
 _numbers = itertools.count(1)  # of the miners of this process
 
 
+@arguments_in_help
 class StoredMetrics:
     "The metrics of all processes, each as it was last heard of."
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         kept: float = 60.0,  # seconds after which a silent process is left out
     ):
         self.store, self.kept = store, kept
