@@ -219,6 +219,7 @@ def _known(loop: Loop) -> dict:
     }
     if isinstance(judge, Judge):
         found["judge_corrected"] = judge.correct and len(judge.offsets) > 0
+        found["judge_slope"] = round(judge.offsets.slope, 4)
         found["judge_offsets"] = [
             {
                 name: round(v, 4) if isinstance(v, float) else v
@@ -500,10 +501,16 @@ def knowledge(
     if not summary["judge_corrected"]:
         return f"{text} The judge's rewards are not corrected for who answered."
     values = [row["value"] for row in offsets]
-    return (
+    text = (
         f"{text} The judge corrects the rewards of {len(values)} miners, by "
         f"{min(values):+.3f} to {max(values):+.3f}, which "
         f"{sum(row['answers'] for row in offsets)} graded answers taught it."
+    )
+    if (slope := summary.get("judge_slope", 1.0)) > 0.995:
+        return text
+    return (
+        f"{text} Differences between the answers of one miner count {slope:.2f} times, "
+        "as the grades differ less than the rewards."
     )
 
 
