@@ -325,6 +325,19 @@ def test_a_locked_file_does_not_hold_up_the_loop(tmp_path, clock, caplog):
     assert (refusal.status, refusal.reason, refusal.kind) == (503, "the miner is stopping", "stopping")
 
 
+@pytest.mark.parametrize("hotkey, nonce", [("\ud800", START), ("a", 2**63)])
+def test_what_cannot_be_written_down_costs_its_own_request_only(tmp_path, clock, hotkey, nonce):
+    store = FileNonces(tmp_path / "nonces", clock)
+
+    async def asked():
+        with pytest.raises((ValueError, OverflowError)):
+            await asyncio.wait_for(store.accept(hotkey, nonce), 20)
+        return await asyncio.wait_for(store.accept("b", START), 20)
+
+    assert asyncio.run(asked()) is True
+    store.close()
+
+
 def test_many_that_come_at_once_are_written_together(tmp_path, clock):
     store = FileNonces(tmp_path / "nonces", clock)
     batches, add = [], store._file.add
@@ -500,6 +513,25 @@ def test_a_file_that_cannot_be_opened_is_an_error_and_stays(tmp_path, clock):
     with pytest.raises(sqlite3.OperationalError):
         FileNonces(path, clock)
     assert path.is_dir()
+
+
+def test_processes_that_open_a_new_file_at_once_wait_for_each_other(tmp_path, clock, monkeypatch):
+    locked, connect = 3 * [True], sqlite3.connect
+
+    class Busy(sqlite3.Connection):
+        def executescript(self, script):
+            if locked and locked.pop():
+                raise sqlite3.OperationalError("database is locked")
+            return super().executescript(script)
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **more: connect(*args, **more, factory=Busy))
+    store = FileNonces(tmp_path / "nonces", clock)
+    assert locked == [] and store.check_and_store("a", START)
+    store.close()
+    monkeypatch.setattr(auth, "_PATIENCE", 0.1)
+    locked += 1000 * [True]
+    with pytest.raises(sqlite3.OperationalError, match="is locked"):
+        FileNonces(tmp_path / "nonces", clock)
 
 
 def test_what_cannot_be_stored_is_not_accepted(tmp_path, clock, caplog):
