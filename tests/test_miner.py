@@ -343,6 +343,28 @@ def test_settings_are_typed(client):
     assert settings.miner.priority.rest == 30.0
 
 
+VAIN = {  # flag: what is written, and what gives it an effect
+    "--miner.blacklist.prompt_cache_block_span": ("100", "--miner.blacklist.use_prompt_cache=true"),
+    "--miner.blacklist.prompt_cache_per_caller": ("true", "--miner.blacklist.use_prompt_cache=true"),
+    "--miner.blacklist.window": ("5", "--miner.blacklist.quota=3"),
+    "--miner.priority.rest": ("5", "--miner.priority.idle_factor=0.5"),
+    "--axon.nonces": ("memory", ""),
+}
+
+
+@pytest.mark.parametrize("flag", VAIN)
+def test_a_setting_without_effect_is_said_with_the_remedy(flag, client, caplog, monkeypatch):
+    value, remedy = VAIN[flag]
+    missing = {"--axon.nonces": ["--axon.store=redis://127.0.0.1:1/0"], "--miner.priority.rest": ["--miner.priority.idle_factor=0"]}
+    for more, times in ((missing.get(flag, []), 1), ([remedy] if remedy else [], 0)):
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", ["prog", f"{flag}={value}", *more])
+        Echo(wallet=MINER, subtensor=client)
+        said = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
+        assert len(said) == times, said
+        assert all(line.startswith(flag) and " --" in line for line in said)
+
+
 def test_a_default_of_the_subclass_beats_the_base(make):
     class Patient(Echo):
         @classmethod

@@ -8,6 +8,8 @@ import transformers as hf
 from families import IDS, changed, close, tiny
 from toys import LETTERS, letter_tokenizer, save_model
 
+from prompting_nb.encoding.products import HalfLinear, runs_half
+from prompting_nb.reward.fast import packing
 from prompting_nb.reward.fast.packing import PACKING, SHARING, can_pack, packed_rewards, packed_view, score_packed, shares_prefix
 from prompting_nb.reward.model import RewardModel
 from prompting_nb.reward.preferences import Ranking
@@ -54,6 +56,54 @@ def test_packed_is_plain(tmp_path, kind, pooling, threads):
     largest = max(gradient.abs().max() for gradient in wanted.values())
     for name in wanted:
         assert (gradients[name] - wanted[name]).abs().max() <= tolerance * max(1, largest), name
+
+
+TEXTS = ["a long prompt"] * 3 + ["b", "say it"], ["one", "two and two", "c" * 30, "d" * 50, "it"]
+ONCE = [(kind, "last") for kind in sorted(SHARING)] + [(kind, how) for kind, how in WAYS if (kind, how) == ("bert", "layers")]
+ONCE += [(kind, how) for kind, how in zip(TWO_SIDED * 2, ("mean", "mean", "mean", "pooler", "pooler", "pooler", "pooler", "mean"))]
+
+
+@pytest.mark.parametrize("kind, pooling", sorted(set(ONCE)))
+def test_half_layers_are_as_exact_as_autocast(tmp_path, kind, pooling, monkeypatch):
+    "The scores of all texts differ from those in float32 as they do under autocast, and the model keeps its weights."
+    model = made(tmp_path, kind, pooling, torch.float32)
+    before = {name: part for name, part in model.named_modules()}
+    exact, views = score_packed(model, *TEXTS), []
+    monkeypatch.setattr(packing, "packed_view", lambda *given: views.append(packed_view(*given)) or views[-1])
+    monkeypatch.setattr(packing, "runs_half", lambda model: False)
+    cast = score_packed(model, *TEXTS, bf16=True)
+    if not runs_half(torch.nn.Linear(2, 2)):
+        pytest.skip("torch has no oneDNN that multiplies bfloat16 on this processor")
+    assert runs_half(model.model)
+    monkeypatch.setattr(packing, "runs_half", runs_half)
+    half = score_packed(model, *TEXTS, bf16=True)
+    products = [part for part in views[-1].modules() if isinstance(part, HalfLinear)]
+    assert products and not any(isinstance(part, HalfLinear) for part in views[0].modules())
+    assert any(part.activation[0] == "gelu" for part in products) == (kind in {"gpt2", *TWO_SIDED})
+    assert half.dtype == torch.float32 and not torch.equal(half, exact)
+    assert (half - exact).abs().max() <= 3 * (cast - exact).abs().max() < 0.3 * exact.std()
+    assert before == dict(model.named_modules()) and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(score_packed(model, *TEXTS), exact)
+
+
+def test_half_layers_take_part_where_nothing_is_learned(tmp_path):
+    "Adapters keep their own layers in bfloat16, and a new weight is seen by the next scores."
+    model = made(tmp_path, "bert", "mean", torch.float32)
+    first = score_packed(model, *TEXTS, bf16=True)
+    with torch.no_grad():
+        model.model.encoder.layer[0].output.dense.weight.mul_(3)
+    second = score_packed(model, *TEXTS, bf16=True)
+    assert (second - first).abs().max() > 0.01
+    torch.testing.assert_close(second, score_packed(model, *TEXTS), atol=0.05 * second.std().item() + 0.02, rtol=0.02)
+    changed(model.add_lora(2))
+    assert can_pack(model) and not runs_half(model.model)
+    adapted = score_packed(model, *TEXTS, bf16=True)
+    torch.testing.assert_close(adapted, score_packed(model, *TEXTS), atol=0.05 * adapted.std().item() + 0.02, rtol=0.02)
+
+
+def test_a_text_longer_than_a_part_leaves_the_others_together():
+    assert packing.divide([900, 5, 6, 7, 8], 2, 20) == [[0], [4, 3, 2, 1]]
+    assert len(packing.divide([10] * 100, 2, 50)) == 20
 
 
 def test_a_window_is_not_packed_unless_texts_fit(tmp_path):

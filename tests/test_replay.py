@@ -198,6 +198,7 @@ def test_the_model_of_rewards_by_hand():
     assert predicted.tolist() == pytest.approx([0.9 - shrunk, 0.9 + shrunk, 0.9])
     flat = [replace(event, scores=[0.7, 0.7], rewards=[0.4]) for event in events]
     assert line_and_uid(flat)(flat[0]).tolist() == pytest.approx([0.4, 0.4])
+    assert line_and_uid(flat)(events[0]).tolist() == pytest.approx([0.4, 0.4])  # equal scores tell nothing
 
 
 WRONG = {
@@ -238,6 +239,9 @@ def test_an_estimate_in_words():
     assert str(found).startswith("DR 0.933 [") and "  IPS 1.333 [" in str(found) and "  SNIPS 0.667 [" in str(found)
     assert str(found).endswith(f"  DM 0.400  ESS 2 of 4\nwarning: {found.warning}")
     assert "warning" not in str(replace(found, warning=None))
+    for kind in ("dr", "ips", "snips"):
+        low, high = getattr(found, f"{kind}_interval")
+        assert f"{kind.upper()} {getattr(found, kind):.3f} [{low:.3f}, {high:.3f}]" in str(found)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +334,10 @@ def test_warnings_word_for_word():
     few = "the log is worth only 3 answers of this policy: too few to say anything"
     found = estimate([*same, replace(same[0], propensities=[None])], ask_always([0, 3]))
     assert found.warning == f"{unknown}; {rare}; {few}"
-    assert "(uids 1, 2, 3, 4, 5, 6, 7, 8 never at all)" in estimate(same, ask_always(list(range(9)))).warning
+    for many, uids in ((9, "1, 2, 3, 4, 5, 6, 7, 8"), (10, "1, 2, 3, 4, 5, 6, 7, 8 ...")):
+        assert f"(uids {uids} never at all)" in estimate(same, ask_always(list(range(many)))).warning
+    both = same + [replace(event, uids=[3]) for event in same]
+    assert "in such a case; explore more" in estimate(both, ask_always([0, 3])).warning
     blind = [replace(event, propensities=[None]) for event in same]
     assert estimate(blind, ask_always([0, 3])).warning == unknown.replace("1 of 4", "3 of 3")
 
@@ -339,7 +346,7 @@ def test_warnings_word_for_word():
 def test_policies_refuse_more_uids_than_could_be_asked(k):
     event = Event(7, "", [0], [1.0], [0.5], [0.1, 0.9, 0.5], available=[0, 2])
     for make in (ask_best, ask_anyone):
-        assert make(2)(event).tolist() == [1.0, 0.0, 1.0]
+        assert make(2)(event).tolist() == [1.0, 0.0, 1.0] and make(1)(event).sum() == 1
         with pytest.raises(InputError) as error:
             make(k)(event)
         assert str(error.value) == f"a policy cannot ask {k} of the 2 uids that could be asked in step 7"

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['MinerSettings', 'LoopSettings', 'BlacklistSettings', 'PrioritySettings', 'SubtensorSettings', 'WalletSettings',
-           'AxonSettings']
+           'AxonSettings', 'without_effect']
 
 # %% ../../nbs/baseminer/03_flags.ipynb #m03002
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from .blacklist import read_hotkeys
 from ..config import InputError, Netuid, NonNegativeFloat, NonNegativeInt
@@ -237,3 +237,40 @@ class AxonSettings:
             return None
         state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
         return state / "prompting_nb" / f"nonces-{hotkey}.sqlite"
+
+# %% ../../nbs/baseminer/03_flags.ipynb #srv0102
+def without_effect(
+    settings: MinerSettings,  # of a miner
+) -> list[str]:  # one sentence for each, with the remedy
+    "Find the settings that differ from their defaults and have no effect."
+    cache = settings.miner.blacklist.use_prompt_cache
+    remember = "without --miner.blacklist.use_prompt_cache"
+    depends = (  # section, its fields, whether they count, and why not
+        ("miner.blacklist", ("prompt_cache_block_span",), cache, remember),
+        ("miner.blacklist", ("prompt_cache_per_caller",), cache, remember),
+        (
+            "miner.blacklist",
+            ("window",),
+            settings.miner.blacklist.quota,
+            "without --miner.blacklist.quota",
+        ),
+        (
+            "miner.priority",
+            ("rest", "history"),
+            settings.miner.priority.idle_factor,
+            "with --miner.priority.idle_factor 0",
+        ),
+        ("axon", ("nonces",), not settings.axon.store, "with --axon.store"),
+    )
+    found = []
+    for section, names, counts, why in depends:
+        part: Any = settings
+        for name in section.split("."):
+            part = getattr(part, name)
+        usual = type(part)()
+        found += [
+            f"--{section}.{name} {getattr(part, name)} has no effect {why}"
+            for name in names
+            if not counts and getattr(part, name) != getattr(usual, name)
+        ]
+    return found

@@ -9,6 +9,7 @@ __all__ = ['Miner', 'stop_all']
 import abc
 import argparse
 import inspect
+import logging
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, ClassVar
@@ -21,6 +22,7 @@ from .blacklist import Caller, Verdict, as_verdict
 from .blacklist import judge, standard_rules
 from .cache import PromptCache
 from .flags import AxonSettings, BlacklistSettings, MinerSettings
+from .flags import without_effect
 from .priority import StakePriority
 from .running import Runner
 from .subnet import NotRegisteredError, Subnet
@@ -36,6 +38,9 @@ from ..show import Bar, html_table, arguments_in_help
 from ..help.usage import count_of
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
+_log = logging.getLogger(__name__)
+
+
 @arguments_in_help
 class Miner(abc.ABC):
     """The base class of all miners: implement `prompt`, and say what can be set.
@@ -62,6 +67,8 @@ class Miner(abc.ABC):
         self.check_config(full)
         vars(self)["config"] = full  # hides the method; calling it returns itself
         self.settings = settings = settings_of(MinerSettings, full, ignore_unknown=True)
+        for sentence in without_effect(settings):
+            _log.warning(sentence)
         self.own_settings: Any = self._own_settings(full)
         loop, on_disk = settings.miner, wallet is None
         if wallet is None:

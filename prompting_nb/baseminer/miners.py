@@ -518,22 +518,20 @@ class ChatClient:
         synapse: Prompting,  # the conversation
     ) -> AsyncGenerator[str, None]:
         "Yield the pieces of an answer to a conversation. Raises `UpstreamError`."
-        try:
-            async with self._request(synapse) as answer:
-                kind = answer.headers.get("content-type", "")
-                if not kind.startswith("text/event-stream"):
-                    whole = (await answer.aread()).decode()
-                    yield _said(_answer(answer.status_code, whole), "message")
+        for again in (False, True):
+            begun = False
+            try:
+                async with self._request(synapse) as answer:
+                    begun = True
+                    async with aclosing(_read(answer)) as pieces:
+                        async for piece in pieces:
+                            yield piece
                     return
-                async for line in answer.aiter_lines():
-                    data = line[5:].strip() if line.startswith("data:") else "[DONE]"
-                    if data == "[DONE]":
-                        continue
-                    if piece := _said(_answer(answer.status_code, data), "delta"):
-                        yield piece
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeDecodeError) as error:
-            what = f"the model server cannot be reached: {type(error).__name__}"
-            raise UpstreamError(what) from error
+            except (httpx.HTTPError, httpx.InvalidURL, UnicodeDecodeError) as error:
+                # a server closes idle connections, perhaps just as a request comes
+                if again or begun or not isinstance(error, _BROKEN):
+                    what = f"the model server cannot be reached: {type(error).__name__}"
+                    raise UpstreamError(what) from error
 
     def _request(self, synapse: Prompting) -> Any:
         "Make the request to the server; entering its context sends it."
@@ -601,6 +599,22 @@ class ChatClient:
 
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another attempt
+_BROKEN = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # connections
+
+
+async def _read(answer: httpx.Response) -> AsyncGenerator[str, None]:
+    "Yield the pieces of an answer, streamed or whole."
+    kind = answer.headers.get("content-type", "")
+    if not kind.startswith("text/event-stream"):
+        whole = (await answer.aread()).decode()
+        yield _said(_answer(answer.status_code, whole), "message")
+        return
+    async for line in answer.aiter_lines():
+        data = line[5:].strip() if line.startswith("data:") else "[DONE]"
+        if data == "[DONE]":
+            continue
+        if piece := _said(_answer(answer.status_code, data), "delta"):
+            yield piece
 
 
 def _answer(status: int, text: str) -> dict:

@@ -27,6 +27,7 @@ from ..validators.validator import Round, Validator
 # %% ../../nbs/loop/11_endpoint.ipynb #c010
 _log = logging.getLogger(__name__)
 _LARGEST = 1_000_000  # bytes of a request
+_BODY = 10.0  # seconds for a body to arrive
 
 
 @arguments_in_help
@@ -61,7 +62,8 @@ class Endpoint:
     def start(self) -> None:  # raises `InputError` when the port is taken
         "Listen, in a thread."
         self._loop = asyncio.new_event_loop()
-        self._runner = web.AppRunner(self._app(), access_log=None)
+        # what still runs after eight seconds of a stop is given up
+        self._runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=8.0)
         work = self._loop.run_forever
         self._thread = threading.Thread(target=work, name="endpoint", daemon=True)
         self._thread.start()
@@ -284,7 +286,11 @@ async def _read_json(request: web.Request) -> tuple[Any, Optional[web.Response]]
     if request.content_type != "application/json":
         return None, _refuse(415, "send application/json")
     try:
-        return await request.json(), None
+        return await asyncio.wait_for(request.json(), _BODY), None
+    except asyncio.TimeoutError:
+        late = _refuse(408, f"the body did not arrive within {_BODY:g} s")
+        late.force_close()
+        return None, late
     except web.HTTPRequestEntityTooLarge:
         return None, _refuse(413, f"a request has at most {_LARGEST} bytes")
     except (web.RequestPayloadError, ConnectionError):  # no chunks, or half a body

@@ -231,6 +231,7 @@ def _known(loop: Loop) -> dict:
     }
     if isinstance(judge, Judge):
         found["judge_corrected"] = judge.correct and len(judge.offsets) > 0
+        found["judge_slope"] = round(judge.offsets.slope, 4)
         found["judge_offsets"] = [
             {
                 name: round(v, 4) if isinstance(v, float) else v
@@ -514,11 +515,17 @@ def knowledge(
         return f"{text} The judge's rewards are not corrected for who answered."
     values = [row["value"] for row in offsets]
     taught = sum(row["answers"] for row in offsets)
-    return (
+    text = (
         f"{text} The judge corrects the rewards of "
         f"{count_of(len(values), 'miner')}, by "
         f"{min(values):+.3f} to {max(values):+.3f}, which "
         f"{count_of(taught, 'graded answer')} taught it."
+    )
+    if (slope := summary.get("judge_slope", 1.0)) > 0.995:
+        return text
+    return (
+        f"{text} Differences between the answers of one miner count {slope:.2f} times, "
+        "as the grades differ less than the rewards."
     )
 
 

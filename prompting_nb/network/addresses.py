@@ -8,10 +8,13 @@ __all__ = ['LONGEST_HOTKEY', 'hotkey_address', 'same_hotkey', 'written_alike', '
 # %% ../../nbs/network/11_addresses.ipynb #k003
 import asyncio
 import ipaddress
+import os
 import re
 import socket
 from functools import lru_cache, partial
 from typing import Any, Optional
+
+from .queue import Threads
 
 # %% ../../nbs/network/11_addresses.ipynb #k008
 _SS58_FORMAT = 42  # number of the network in a hotkey's address; it begins with 5
@@ -143,6 +146,12 @@ def _carried(outer: Any) -> list:
     return [last] if outer in _NAT64 else [inner for inner in found if inner]
 
 # %% ../../nbs/network/11_addresses.ipynb #k017
+@lru_cache(1)
+def _lookers(process: int) -> Threads:
+    "Return the threads that look names up; a forked child has none of its parent's."
+    return Threads(64, "names")
+
+
 async def find_addresses(
     host: str,  # of `split_address`
     port: int,  # 1 to 65535
@@ -154,8 +163,8 @@ async def find_addresses(
         addresses = [plain]
     else:
         look = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        looking = asyncio.get_running_loop().run_in_executor(None, look)
-        found = await asyncio.wait_for(looking, timeout)
+        looking = _lookers(os.getpid()).submit(look)
+        found = await asyncio.wait_for(asyncio.wrap_future(looking), timeout)
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in () if allow_private else addresses:
         if kind := not_public(address.partition("%")[0]):

@@ -538,9 +538,12 @@ class FileNonces:
             if not waiting:
                 return
             asked = [one for one in waiting if one[2].set_running_or_notify_cancel()]
-            outcomes = self._store([(hotkey, nonce) for hotkey, nonce, _ in asked])
+            try:
+                outcomes = self._store([(hotkey, nonce) for hotkey, nonce, _ in asked])
+            except Exception as error:  # whatever it is, nobody waits for ever
+                outcomes = [error] * len(asked)
             for (_, _, future), outcome in zip(asked, outcomes):
-                if isinstance(outcome, Refusal):
+                if isinstance(outcome, Exception):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
@@ -597,6 +600,7 @@ _TABLES = """
         (one INTEGER PRIMARY KEY CHECK (one = 1), nonce INTEGER);
     CREATE TABLE IF NOT EXISTS dropped (first INTEGER PRIMARY KEY, last INTEGER);
 """
+_PATIENCE = 5.0  # seconds in which other processes may hold a file that is opened
 _COLUMNS = {  # of the tables, each with its type
     "nonces": {"nonce": "integer", "hotkey": "text"},
     "floor": {"one": "integer", "nonce": "integer"},
@@ -649,13 +653,18 @@ class NonceFile:
         now: int,  # nanoseconds since 1970
     ) -> "NonceFile":
         "Open the file at `path`; set one that is damaged aside and make another."
-        try:
-            return cls(path, now)
-        except sqlite3.DatabaseError as error:
-            if not is_damage(error):  # busy, no room: a new file would not help
-                raise
-            set_aside(path, error)
-            return cls(path, now + _SKEW)  # no longer knows what it accepted
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return cls(path, now)
+            except sqlite3.DatabaseError as error:
+                if "is locked" in str(error) and time.monotonic() < end:
+                    time.sleep(0.02)  # SQLite does not wait for all of its locks
+                    continue
+                if not is_damage(error):  # busy, no room: a new file would not help
+                    raise
+                set_aside(path, error)
+                return cls(path, now + _SKEW)  # no longer knows what it accepted
 
     def again(
         self,

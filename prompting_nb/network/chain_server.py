@@ -117,6 +117,9 @@ class Methods:
         return await run_in_threadpool(lambda: self.admin[name](**params))
 
 # %% ../../nbs/network/27_chain_server.ipynb #a05011
+_BODY = 10.0  # seconds for the parameters to arrive
+
+
 def make_app(
     chain: EmbeddedChain,  # that is served
     token: str,  # for what changes the chain without a signature; empty: nobody has it
@@ -129,13 +132,16 @@ def make_app(
             _check_origin(request)
             given = request.headers.get("authorization", "")
             right = hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
-            params = unpack(await request.body())
+            params = unpack(await asyncio.wait_for(request.body(), _BODY))
             if not isinstance(params, dict):
                 raise ValueError("the parameters must be a JSON object")
             allowed = bool(token) and right
             name = request.path_params["method"]
             result = await methods.call(name, params, allowed)
             return _json(200, {"result": result})
+        except asyncio.TimeoutError:
+            words = f"the parameters did not arrive within {_BODY:g} s"
+            return _json(408, {"error": {"kind": "TimeoutError", "message": words}})
         except Exception as error:
             return _json(*_error(error))
 

@@ -29,7 +29,7 @@ from yarl import URL
 from .addresses import find_addresses, hotkey_address, split_address
 from .auth import SIGNATURE, answer_fits, sign_request
 from .axon import Axon
-from .floods import Flood, PacedConnector
+from .floods import Flood, PacedConnector, was_stale
 from .server import new_loop, open_files
 from prompting_nb.protocol import (
     Prompting,
@@ -340,11 +340,33 @@ class Question:
         for address in addresses:
             url = _url(address, port, self.synapse.path)
             try:
-                return await self._exchange(session, url, headers, sent, emit)
+                return await self._send(session, url, headers, sent, emit)
             except aiohttp.ClientConnectorError:
                 if address == addresses[-1]:
                     raise
         raise OSError("the name has no address")
+
+    async def _send(
+        self,
+        session: aiohttp.ClientSession,
+        url: URL,
+        headers: dict,
+        sent: "Sent",
+        emit: Callable,
+    ) -> tuple[str, str]:
+        "Send a request; again on another connection if that one had been closed."
+        closed = None
+        while True:
+            try:
+                return await self._exchange(session, url, headers, sent, emit)
+            except _Failure as failure:
+                if closed is not None and failure.args[0] == 401:
+                    raise closed from None  # the miner had it, but did not answer
+                raise
+            except aiohttp.ClientConnectionError as error:
+                if not was_stale():
+                    raise
+                closed = error
 
     async def _exchange(
         self,
@@ -609,13 +631,15 @@ class Sessions:
         with self._lock:
             for ended in [other for other in self._sessions if other.is_closed()]:
                 _close(ended, self._sessions.pop(ended).http)
-            session = Session(_new_session(self._on_wire), Places(*self._bounds))
+            http = _new_session(self._on_wire, self._bounds[0])
+            session = Session(http, Places(*self._bounds))
             return self._sessions.setdefault(loop, session)
 
     def background(self) -> asyncio.AbstractEventLoop:
         "Return the background loop, started at the first call."
         with self._lock:
-            self._background = self._background or BackgroundLoop()
+            if self._background is None or not self._background.alive:
+                self._background = BackgroundLoop()  # also in a forked child
             return self._background.loop
 
     def close(self) -> None:
@@ -649,11 +673,12 @@ class _NoNames(AbstractResolver):
 _NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 
 
-def _new_session(on_wire: int) -> aiohttp.ClientSession:
+def _new_session(on_wire: int, kept: int) -> aiohttp.ClientSession:
     "Make a session that keeps connections and nothing else: no cookies, no proxies."
     return aiohttp.ClientSession(
         connector=PacedConnector(
             on_wire,
+            kept,
             limit=0,  # `Places` counts
             keepalive_timeout=15,
             resolver=_NoNames(),
@@ -754,9 +779,14 @@ class BackgroundLoop:
         )
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        "Tell whether the thread runs; that of a parent does not run in its child."
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         "Cancel what still runs and end the thread."
-        if not self._thread.is_alive():
+        if not self.alive:
             return
         self.loop.call_soon_threadsafe(self.loop.stop)
         # the garbage collector may call this from any thread, also from this one

@@ -82,6 +82,7 @@ class Server:
         while not self._leaving.is_set():
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), self.crowd.limits.tick)
+            await asyncio.sleep(0)  # what came while the loop was busy is read first
             self._tick()
         server.close()
         await self._close_connections()

@@ -49,8 +49,12 @@ class Store:
             "socket_connect_timeout": timeout,
             "decode_responses": True,
         }
-        self._sync = redis.Redis.from_url(url, **self._settings)
-        self._loops: dict[Any, redis.asyncio.Redis] = {}  # event loop -> its client
+        # waits for one of its connections instead of failing when all are in use
+        pool = redis.BlockingConnectionPool.from_url(
+            url, timeout=None, **self._settings
+        )
+        self._sync = redis.Redis(connection_pool=pool)
+        self._loops: dict[Any, _Client] = {}  # of event loops
         self._lock, self._away_until, self._away = threading.Lock(), 0.0, False
 
     def key(
@@ -71,12 +75,13 @@ class Store:
         loop = asyncio.get_running_loop()
         client = self._loops.get(loop)
         if client is None:
-            client = redis.asyncio.Redis.from_url(self.url, **self._settings)
-            self._loops[loop] = client
-        try:
-            found = await client.eval(script, len(keys), *keys, *arguments)
-        except (redis.RedisError, OSError, asyncio.TimeoutError) as error:
-            raise self._failed(error) from None
+            client = self._loops[loop] = _Client(self.url, self._settings)
+        async with client.places:
+            self._check()  # it may have failed meanwhile
+            try:
+                found = await client.redis.eval(script, len(keys), *keys, *arguments)
+            except (redis.RedisError, OSError, asyncio.TimeoutError) as error:
+                raise self._failed(error) from None
         return self._back(found)
 
     def run_in_thread(
@@ -116,10 +121,21 @@ class Store:
 
     def close(self) -> None:
         "Close the connections."
-        self._sync.close()
+        self._sync.connection_pool.disconnect()
         for client in self._loops.values():  # of loops that may have ended
-            client.connection_pool.reset()
+            client.redis.connection_pool.reset()
         self._loops.clear()
+
+
+class _Client:
+    "The connections of one event loop, and whose turn it is to use one."
+
+    most = 32  # requests that ask Redis at a time; the pool refuses more than it has
+
+    def __init__(self, url: str, settings: dict):
+        self.redis = redis.asyncio.Redis.from_url(url, **settings)
+        most = min(self.most, self.redis.connection_pool.max_connections)
+        self.places = asyncio.Semaphore(most)
 
 
 def _unavailable() -> Refusal:

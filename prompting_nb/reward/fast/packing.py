@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['SHARING', 'PACKING', 'packed_rewards', 'score_packed', 'features', 'Layout', 'common_start', 'lay_out',
-           'positions_of', 'shares_prefix', 'can_pack', 'sees_all', 'packed_view', 'run_layout', 'divide']
+           'positions_of', 'shares_prefix', 'can_pack', 'sees_all', 'packed_view', 'run_layout', 'divide',
+           'run_layouts']
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c002
 import copy
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from types import MethodType
 from typing import Any, Callable, cast
@@ -23,6 +26,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import Span, attend
 from ..model import RewardModel, TextEncoder
 from ...encoding.batches import evaluating
+from ...encoding.products import half_layers, runs_half
 from ..tokens import length_of
 from ...show import arguments_in_help
 
@@ -44,13 +48,14 @@ def score_packed(
     prompts: list[str],  # one for each completion
     completions: list[str],  # n of them
     bf16: bool = False,  # compute in bfloat16
-    budget: int = 16384,  # tokens of a batch
+    budget: int = 65536,  # tokens of a batch
 ) -> torch.Tensor:  # (n, 1) float32 on the CPU, in the order given
     "Score completions as `RewardModel.score` does, packed where the model allows it."
     if not can_pack(model) or not completions:
         return model.score(prompts, completions, bf16=bf16)
     batches, tokens, before = [[]], 0, None
-    for prompt, row in zip(prompts, model.encode_texts(prompts, completions)):
+    rows = model.encode_texts(prompts, completions)
+    for prompt, row in zip(prompts, rows):
         if prompt != before:
             if tokens > budget:
                 batches.append([])
@@ -58,10 +63,13 @@ def score_packed(
             batches[-1].append([])
         batches[-1][-1].append(row)
         before, tokens = prompt, tokens + len(row)
+    half = bf16 and runs_half(model.model)
+    lengths = torch.tensor([length_of(row) for row in rows], device=model.device)
     with evaluating(model), torch.no_grad():
-        return torch.cat(
-            [packed_rewards(model, groups, bf16=bf16, part=2048) for groups in batches]
-        ).cpu()
+        view = packed_view(model, half)
+        run = partial(run_layouts, model, view=view, autocast=bf16 and not half)
+        vectors = [run(*_arrange(model, groups, None, 2048)) for groups in batches]
+        return model.rewards_of(torch.cat(vectors), lengths).cpu()
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c031
 def features(
@@ -72,40 +80,40 @@ def features(
     part: int = 1536,  # tokens that a thread computes at a time; a group stays whole
 ) -> torch.Tensor:  # (texts, size) float32, differentiable
     "Compute the vectors of texts without padding, and the prefix of a group once."
+    layouts, order, threads = _arrange(encoder, groups, threads, part)
+    if not torch.is_grad_enabled():
+        view = packed_view(encoder)
+        return run_layouts(encoder, layouts, order, threads, view, bf16)
+    table = encoder.model.get_input_embeddings()
+    embeddings = table(torch.cat([x.input_ids for x in layouts], dim=1))
+    parameters = [p for p in encoder.model.parameters() if p is not table.weight]
+    vectors = _Features.apply(encoder, layouts, threads, bf16, embeddings, *parameters)
+    return vectors[order]
+
+
+def _arrange(
+    encoder: RewardModel | TextEncoder,
+    groups: list[list[list[int]]],
+    threads: int | None,
+    part: int,
+) -> tuple[list["Layout"], torch.Tensor, int]:
+    "Divide texts into layouts; say where each text's vector is, and how many threads."
     share, device = shares_prefix(encoder), encoder.device
     threads = threads or (torch.get_num_threads() if device.type == "cpu" else 1)
     skip = _text_encoder(encoder).skip
     if skip is not None:  # what a classifier passes over at the end of a text
         groups = [[_without_end(row, skip) for row in rows] for rows in groups]
+    sizes = [
+        sum(map(len, rows)) - (common_start(rows) * (len(rows) - 1) if share else 0)
+        for rows in groups
+    ]
+    parts = divide(sizes, threads, part if device.type == "cpu" else None)
     offset = _offset(encoder.model)
-    layouts = [lay_out([rows], share, "cpu", offset) for rows in groups]
-    order = divide(
-        [len(x) for x in layouts], threads, part if device.type == "cpu" else None
-    )
-    layouts = [
-        lay_out([groups[i] for i in indices], share, device, offset)
-        for indices in order
-    ]
-    embeddings = encoder.model.get_input_embeddings()(
-        torch.cat([x.input_ids for x in layouts], dim=1)
-    )
-    parameters = [
-        p
-        for p in encoder.model.parameters()
-        if p is not encoder.model.get_input_embeddings().weight
-    ]
-    learn = torch.is_grad_enabled()
-    threads = min(threads, len(layouts))
-    vectors = _Features.apply(
-        encoder, layouts, threads, bf16, learn, embeddings, *parameters
-    )
-    starts = [0]
-    for rows in groups:
-        starts.append(starts[-1] + len(rows))
-    places = [
-        j for indices in order for i in indices for j in range(starts[i], starts[i + 1])
-    ]
-    return vectors[torch.tensor(places, device=device).argsort()]
+    layouts = [lay_out([groups[i] for i in p], share, device, offset) for p in parts]
+    starts = [0, *accumulate(map(len, groups))]
+    places = [j for p in parts for i in p for j in range(starts[i], starts[i + 1])]
+    order = torch.tensor(places, device=device).argsort()
+    return layouts, order, min(threads, len(layouts))
 
 
 def _without_end(row: list[int], skip: int) -> list[int]:
@@ -228,6 +236,8 @@ def _packed_attention(
     Takes (1, heads, tokens, size) and returns (1, tokens, heads, size)."""
     if odd := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
         raise RuntimeError(f"packed attention does not know {odd[0]}")
+    # rotation and norms may have made float32 of what a layer computed with less
+    query, key = query.to(value.dtype), key.to(value.dtype)
     # query heads of one key, in models where several share it
     repeat = query.shape[1] // key.shape[1]
     key, value = (
@@ -375,6 +385,7 @@ def _text_encoder(encoder: RewardModel | TextEncoder) -> TextEncoder:
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
 def packed_view(
     encoder: RewardModel | TextEncoder,  # whose weights are shared, not copied
+    half: bool = False,  # linear layers in bfloat16, where `runs_half`; no gradients
 ) -> Any:
     "Make a model with the weights of an encoder whose forward takes `layout` as well."
     copies: dict[int, Any] = {}  # of modules and configs, by the original's id
@@ -397,8 +408,10 @@ def packed_view(
                     vars(found)[name] = config_of(value)
         copies[id(module)] = found
         if module._modules:
-            parts = module._modules.items()
-            inner = {name: part and view_of(part) for name, part in parts}
+            parts, new = module._modules.items(), half_layers(module) if half else {}
+            inner = {
+                name: new.get(name) or (part and view_of(part)) for name, part in parts
+            }
             vars(found)["_modules"] = inner
         return found
 
@@ -462,10 +475,13 @@ def run_layout(
 def divide(
     sizes: list[int],  # of what is to be divided
     parts: int,  # number of parts, fewer where there are fewer sizes
-    largest: int | None = None,  # more parts, in multiples, until none is larger
+    largest: int | None = None,  # more parts, in multiples, none larger than needed
 ) -> list[list[int]]:  # for each part, which ones it has
     "Divide by size, the largest first, each to the part with the smallest sum."
     count = parts
+    if largest is not None and sizes:
+        largest = max(largest, *sizes)  # what is one cannot be divided
+        count = math.ceil(sum(sizes) / largest / parts) * parts
     while True:
         found, totals = (
             [[] for _ in range(min(count, len(sizes)))],
@@ -503,13 +519,36 @@ def _in_threads(
 _turn = threading.Lock()
 
 
+def run_layouts(
+    encoder: RewardModel | TextEncoder,
+    layouts: list[Layout],
+    order: torch.Tensor,  # (texts,) where the vector of each text is
+    threads: int,  # at most as many as layouts
+    view: Any,  # a `packed_view` of the encoder
+    autocast: bool = False,  # let torch choose what is computed in bfloat16
+) -> torch.Tensor:  # (texts, size) float32, without gradients
+    "Compute the vectors of layouts, each in the thread that is free first."
+    table, found = encoder.model.get_input_embeddings(), {}
+    todo = iter(range(len(layouts)))
+
+    def work(_):
+        kind = encoder.device.type
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=autocast):
+            for i in todo:
+                embeddings = table(layouts[i].input_ids)
+                found[i] = run_layout(view, encoder.pooling, layouts[i], embeddings)
+
+    _in_threads(threads, work, encoder.device)
+    return torch.cat([found[i] for i in range(len(layouts))])[order]
+
+
 class _Features(torch.autograd.Function):
     "Compute the vectors of several layouts in threads, forward and backward."
 
     @staticmethod
-    def forward(ctx, encoder, layouts, threads, bf16, learn, embeddings, *parameters):
+    def forward(ctx, encoder, layouts, threads, bf16, embeddings, *parameters):
         pieces = [
-            piece.detach().requires_grad_(learn)
+            piece.detach().requires_grad_()
             for piece in embeddings.split([len(x) for x in layouts], dim=1)
         ]
         turns = [range(index, len(layouts), threads) for index in range(threads)]
@@ -517,7 +556,7 @@ class _Features(torch.autograd.Function):
 
         def work(index):
             with (
-                torch.set_grad_enabled(learn),
+                torch.enable_grad(),
                 torch.autocast(embeddings.device.type, torch.bfloat16, enabled=bf16),
             ):
                 return [
@@ -559,7 +598,7 @@ class _Features(torch.autograd.Function):
         totals = iter(totals)
         of_embeddings = torch.cat([of_pieces[i] for i in range(len(pieces))], dim=1)
         learned = (next(totals) if p.requires_grad else None for p in parameters)
-        return *(None,) * 5, of_embeddings, *learned
+        return *(None,) * 4, of_embeddings, *learned
 
 
 def _add(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
