@@ -140,7 +140,7 @@ class Judge:
 
     def correction(
         self,
-        hotkey: str,
+        hotkey: str,  # who gave the answer
         reward: float,  # of an answer, before any correction
     ) -> float:
         "Return what is added to a reward: the offset, and what the slope takes off."

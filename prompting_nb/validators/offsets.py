@@ -77,8 +77,9 @@ class Offsets:
     def __init__(
         self,
         errors: Mapping[str, Iterable[float]] = {},  # hotkey -> grade minus reward
-        # hotkey -> the rewards that were wrong by these errors; `None`: not known
-        rewards: Mapping[str, Iterable[float | None]] = {},
+        rewards: Mapping[
+            str, Iterable[float | None]
+        ] = {},  # wrong by these; None: unknown
     ):  # raises `InputError` for an error that is not finite, or rewards of no error
         self.errors: dict[str, list[float]] = {}  # in the order in which they came
         self.rewards: dict[str, list[float | None]] = {}  # in the same order

@@ -520,8 +520,8 @@ _turn = threading.Lock()
 
 
 def run_layouts(
-    encoder: RewardModel | TextEncoder,
-    layouts: list[Layout],
+    encoder: RewardModel | TextEncoder,  # one that `can_pack`
+    layouts: list[Layout],  # each is computed in one thread
     order: torch.Tensor,  # (texts,) where the vector of each text is
     threads: int,  # at most as many as layouts
     view: Any,  # a `packed_view` of the encoder
