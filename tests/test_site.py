@@ -558,6 +558,7 @@ def test_search_answers_questions_and_ranks_whole_words_first(site, browser, ser
     for question, wanted in QUESTIONS.items():
         found = search(question)
         assert any(re.search(wanted, url) for url, _, _ in found[:3]), f"{question}: {found[:5]}"
+    assert "start_here" in search("how do I run a validator")[0][0]  # a heading with all the words, before a class Run
     for _, name, marks in search("gate "):
         assert all(re.match(r"gat", mark, re.I) for mark in marks)
     names = [name.lower() for _, name, _ in search("axon ")]

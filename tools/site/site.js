@@ -108,6 +108,8 @@ function score({ entry: [, title, name, api], words }, wanted) {
     if (grade) met += weight;
     sum += grade * weight + (any(words.title, whole) ? weight : 0);
   }
+  // a heading that has all words of a question is its answer
+  if (wanted.length > 1 && wanted.every(({ whole }) => any(words.name, whole))) sum *= 2;
   const needed = wanted.length > 2 ? .6 : .999;  // of a long question not every word has to be there
   if (name.startsWith("-") && !wanted.some(({ word }) => word.startsWith("-"))) sum /= 4;  // a flag is not what a word asks for
   return met >= needed * total ? sum * met / total / (1 + split(name).length / 12) : 0;
