@@ -455,18 +455,21 @@ def select(name, data, test=None):
     return {**job, "test": test["pairs" if name == "ours" else "rows"]} if test else job
 
 
-def prepared(args, crew, names):
+def prepared(args, crew, names, keep):
     "What is found out before anything is measured: how peers learn, the size of our batches, and how TRL is fastest."
     options = {name: {"dropout": True} if name == "reference" else {} for name in names}
     options["trl_default"], options["trl_tuned"] = {"tuned": False}, {"tuned": True, **TUNED[0]}
     data = data_of(crew, PARITY, 1000)
-    learnt = dict(parity(crew.ask, names, options, data_of(crew, PARITY, 2000), data))
+    learnt = keep(f"{crew.kind}-parity", lambda: dict(parity(crew.ask, names, options, data_of(crew, PARITY, 2000), data)))
     learnt |= {name: learnt["reference"] for name in names if name == "no_dropout"}
     crew.dismiss("reference")
     data = data_of(crew, args.pairs, 3000)
     rows = data["rows"][: max(STEP, args.pairs // 2)]
 
     def tried(how):
+        return keep("-".join([crew.kind, "tried", *(f"{key}_{value}" for key, value in how.items())]), lambda: rates(how))
+
+    def rates(how):
         crew.ask("trl_tuned", rows=rows[:FEW], tuned=True, **how)
         found = [undisturbed(lambda: crew.ask("trl_tuned", rows=rows, tuned=True, **how), args.tries) for _ in range(2)]
         return {**how, "rate": max(map(rate_of, found)), "rates": list(map(rate_of, found)),
@@ -530,7 +533,7 @@ def training(args, kind, folder, keep):
     "The rates and losses of everyone who trains a model of a kind."
     names = [name for name in NAMES if name not in PADDED or kind == "gpt2"]
     with Crew(args, kind, folder) as crew:
-        before = keep(f"{kind}-prepared", lambda: prepared(args, crew, names))
+        before = keep(f"{kind}-prepared", lambda: prepared(args, crew, names, keep))
         options = before["options"]
         runs = [keep(f"{kind}-{number}", lambda: repetition(args, crew, names, options, number)) for number in range(args.repetitions)]
         fewer = range(min(3, args.repetitions))

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
 from contextlib import contextmanager
 from typing import Callable, Optional
@@ -17,7 +18,7 @@ from typing import Callable, Optional
 import jsonargparse
 
 from . import __version__
-from .config import InputError, command_line
+from .config import InputError, RunError, command_line
 from .files import on_sigterm
 from .help.usage import Topics, completion_script
 
@@ -189,7 +190,14 @@ def _unread_output():
 def _one_line(error: BaseException) -> str:
     "Say in one line what is wrong."
     text = " ".join(str(error).split()) or type(error).__name__
-    plain = (InputError, argparse.ArgumentError, jsonargparse.ArgumentError, OSError)
+    if isinstance(error, MemoryError) or re.search(r"(allocate|out of) memory", text):
+        # of Python, numpy, torch on a CPU, torch on a GPU
+        return "there is not enough memory: take smaller numbers, or a smaller model"
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}"
+    plain = InputError, RunError, OSError
+    plain += argparse.ArgumentError, jsonargparse.ArgumentError
     return text if isinstance(error, plain) else f"{type(error).__name__}: {text}"
 
 # %% ../nbs/07_cli.ipynb #p002

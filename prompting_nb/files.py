@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_lines', 'read_texts', 'reason_of', 'read_prompts', 'replacing', 'write_file', 'replacing_folder', 'read_json',
-           'event_files', 'rotation_of', 'on_sigterm', 'log_to_stderr']
+           'check_can_make', 'event_files', 'rotation_of', 'on_sigterm', 'log_to_stderr']
 
 # %% ../nbs/05_files.ipynb #c002
 import gzip
@@ -195,6 +195,28 @@ def read_json(
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def check_can_make(
+    folder: str | Path,  # that work will be written to in the end
+    flag: str,  # that names it: `--out`
+) -> None:  # raises `InputError`; leaves nothing behind
+    "Find out before the work whether a folder can be made, or written to."
+    folder = Path(folder)
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.{threading.get_ident()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror}; give another folder to {flag}"
+        ) from None
+    finally:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
 
 # %% ../nbs/05_files.ipynb #evf2
 def event_files(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINILM', 'Backend', 'load', 'check_name', 'no_bars', 'hub_answers', 'minilm_path', 'resolve', 'word_tokenizer',
-           'is_sentence_model', 'load_sentences', 'encode_sentences', 'count_cut']
+           'known_device', 'is_sentence_model', 'load_sentences', 'encode_sentences', 'count_cut']
 
 # %% ../nbs/03_pretrained.ipynb #c002
 import difflib
@@ -204,6 +204,40 @@ def word_tokenizer(
         tokenizer_object=made, unk_token=unk_token, **special
     )
 
+# %% ../nbs/03_pretrained.ipynb #dev2
+def known_device(
+    name: "str | torch.device",  # "cpu", "cuda", "cuda:1", "mps" ...
+    what: str = "device",  # where it was given, for messages: a flag
+) -> "torch.device":  # raises `InputError` for one that is not there
+    "Check that this machine has a device."
+    import torch
+
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):  # torch knows no such name
+        device = torch.device("meta")
+    count = _devices_of(device.type)
+    if device.type != "meta" and (device.index or 0) < count:
+        return device
+    there = ["cpu"]
+    for kind in ("cuda", "xpu", "mps"):
+        there += [f"{kind}:{number}" for number in range(_devices_of(kind))]
+    have = ", ".join(there)
+    raise InputError(f"{what}: this machine has no {str(name)!r}, but {have}")
+
+
+def _devices_of(kind: str) -> int:
+    "Count the devices of a type of torch's."
+    import torch
+
+    if kind == "cpu":
+        return 1
+    count = getattr(getattr(torch, kind, None), "device_count", None)
+    try:
+        return count() if count else 0
+    except (RuntimeError, AttributeError):  # a torch without this backend
+        return 0
+
 # %% ../nbs/03_pretrained.ipynb #s009
 Backend = Literal["torch", "onnx", "openvino"]
 
@@ -247,7 +281,7 @@ def load_sentences(
         ) from error
     import torch
 
-    device = str(device or torch.get_default_device())
+    device = str(known_device(device) if device else torch.get_default_device())
     options: dict[str, Any] = {"device": device, "truncate_dim": truncate_dim}
     loader = functools.partial(SentenceTransformer, backend=backend, **options)
     try:

@@ -19,13 +19,13 @@ class Terminal(BaseModel):
     "One end of a request: its key and address, and how the request ended."
 
     hotkey: Optional[str] = None  # ss58 address of the key that signs at this end
-    ip: Optional[str] = None
-    port: Optional[int] = None
+    ip: Optional[str] = None  # of the server, without the port
+    port: Optional[int] = None  # of the server
     uuid: Optional[str] = None  # of the client, from bittensor up to version 10 only
     nonce: Optional[int] = None  # nanoseconds, from the signature
     version: Optional[str] = None  # of the authentication protocol
     status_code: Optional[int] = None  # HTTP's: 200 answered, 403 blacklisted ...
-    status_message: Optional[str] = None
+    status_message: Optional[str] = None  # why there is no answer, or "Success"
     process_time: Optional[float] = None  # seconds
 
 
@@ -52,7 +52,10 @@ class Prompting(Synapse):
     messages: tuple[str, ...] = Field(frozen=True)  # one for each role
     completion: Optional[str] = None  # set by the miner
 
-    def model_post_init(self, _):
+    def model_post_init(
+        self,
+        _,  # pydantic's context, unused
+    ):
         if len(self.roles) != len(self.messages):
             raise ValueError(
                 f"{len(self.roles)} roles but {len(self.messages)} messages: "

@@ -78,10 +78,13 @@ _C = TypeVar("_C", bound=type)
 
 
 def arguments_in_help(
-    shown: _C,  # a class with comments beside its constructor's parameters
+    shown: _C,  # a class with comments beside parameters or fields
 ) -> _C:  # the same class
-    "Show the comments of the constructor's parameters in the docstring of a class."
-    cast(Any, shown).__doc__ = _WithArguments(inspect.getdoc(shown), shown.__init__)
+    "Show comments of the constructor's parameters, or of fields, in a docstring."
+    written = any("__init__" in vars(base) for base in shown.__mro__[:-1])
+    fields = "__dataclass_fields__" in vars(shown) or hasattr(shown, "_fields")
+    described = shown if fields or not written else shown.__init__
+    cast(Any, shown).__doc__ = _WithArguments(inspect.getdoc(shown), described)
     if "__init__" in vars(shown) and not shown.__init__.__doc__:  # not torch's
         shown.__init__.__doc__ = "See the class for the arguments."
     return shown
@@ -90,25 +93,32 @@ def arguments_in_help(
 class _WithArguments:
     "A docstring that is completed when it is read."
 
-    def __init__(self, text: str | None, function: Callable):
-        self.text, self.function = text, function
+    def __init__(self, text: str | None, described: Callable):
+        self.text, self.described = text, described
 
     def __get__(self, instance, owner=None) -> str | None:
-        return "\n\n".join(filter(None, [self.text, _arguments(self.function)])) or None
+        return (
+            "\n\n".join(filter(None, [self.text, _arguments(self.described)])) or None
+        )
 
 
-def _arguments(function: Callable) -> str:
-    "Write the commented parameters of a function as a section of a docstring."
+def _arguments(described: Callable) -> str:
+    "Write commented parameters of a function, or fields, as a part of a docstring."
     try:
-        source = textwrap.dedent(inspect.getsource(function))
+        source = textwrap.dedent(inspect.getsource(described))
     except (OSError, TypeError):  # no source, as in a frozen application
         return ""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
     (node,) = ast.parse(source).body
-    assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ends = _last_lines(node.args)
-    last = node.body[0].lineno - 1  # where the result is described
+    if isinstance(node, ast.ClassDef):
+        named = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+        ends = [(ast.unparse(n.target), n.end_lineno or 0) for n in named]
+        ends, last = [row for row in ends if not row[0].startswith("_")], 0
+    else:
+        assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ends = _last_lines(node.args)
+        last = node.body[0].lineno - 1  # where the result is described
     lines = [f"    {name}: {comments[end]}" for name, end in ends if end in comments]
     if last in comments and last not in dict(ends).values():
         lines.append(f"    ({comments[last]})")

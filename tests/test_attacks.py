@@ -583,6 +583,22 @@ def test_second_request_that_does_not_go_on():
         assert axon.metrics.registry.get_sample_value("axon_connections_refused_total", {"reason": "slow"}) == 1
 
 
+def test_request_that_arrives_while_the_server_is_busy():
+    """The rest of a request arrives in time, while the server is busy for longer than a request may take.
+    Older server: -"""
+    busy, free = threading.Event(), threading.Event()
+    with Axon(MINER, limits=Limits(head_timeout=0.3)).attach(echo) as axon, connect(axon) as line:
+        data = request()
+        line.sendall(data[:100])
+        until(lambda: axon._server.crowd.size == 100)
+        axon._server.loop.call_soon_threadsafe(lambda: busy.set() or free.wait(SECONDS))
+        assert busy.wait(SECONDS)
+        line.sendall(data[100:])
+        time.sleep(0.5)
+        free.set()
+        assert read_status(line) == 200
+
+
 HALF = b"POST / HTTP/1.1\r\ncontent-length: 9000\r\n\r\n" + b"x" * 4000
 NEXT = {  # what a caller does that has not read its answer, and what is too much then; the reason counted
     "silent": (b"", Limits(write_timeout=0.2), ["unread"]),
@@ -708,6 +724,29 @@ def test_idle_connections_that_have_had_an_answer():
             assert axon._server.connections <= 81
             for line in held:
                 line.close()
+
+
+def test_many_callers_behind_one_address_who_come_at_once():
+    """Sixty validators behind one proxy connect in a moment in which the server is busy: three times the share of an address.
+    Older server: sets no limit."""
+    busy, free = threading.Event(), threading.Event()
+
+    async def hold(synapse):
+        if not busy.is_set():
+            busy.set()
+            free.wait(SECONDS)  # stops the event loop
+        return echo(synapse)
+
+    with Axon(MINER, limits=Limits(max_connections=80, max_per_address=20)).attach(hold) as axon, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(status, axon)
+        assert busy.wait(SECONDS)
+        lines = [connect(axon) for _ in range(60)]
+        for line in lines:
+            line.sendall(request())
+        free.set()
+        assert [read_status(line) for line in lines] == [200] * 60 and held.result() == 200
+        for line in lines:
+            line.close()
 
 
 def test_strangers_do_not_push_out_a_permitted_caller():

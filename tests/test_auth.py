@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from bittensor import http_auth
-from bittensor.sp_core import ss58_decode, ss58_encode
+from bittensor.sp_core import CRYPTO_ED25519, Keypair, ss58_decode, ss58_encode
 
 from prompting_nb.network import auth
 from prompting_nb.network.auth import (
@@ -325,6 +325,19 @@ def test_a_locked_file_does_not_hold_up_the_loop(tmp_path, clock, caplog):
     assert (refusal.status, refusal.reason, refusal.kind) == (503, "the miner is stopping", "stopping")
 
 
+@pytest.mark.parametrize("hotkey, nonce", [("\ud800", START), ("a", 2**63)])
+def test_what_cannot_be_written_down_costs_its_own_request_only(tmp_path, clock, hotkey, nonce):
+    store = FileNonces(tmp_path / "nonces", clock)
+
+    async def asked():
+        with pytest.raises((ValueError, OverflowError)):
+            await asyncio.wait_for(store.accept(hotkey, nonce), 20)
+        return await asyncio.wait_for(store.accept("b", START), 20)
+
+    assert asyncio.run(asked()) is True
+    store.close()
+
+
 def test_many_that_come_at_once_are_written_together(tmp_path, clock):
     store = FileNonces(tmp_path / "nonces", clock)
     batches, add = [], store._file.add
@@ -502,6 +515,25 @@ def test_a_file_that_cannot_be_opened_is_an_error_and_stays(tmp_path, clock):
     assert path.is_dir()
 
 
+def test_processes_that_open_a_new_file_at_once_wait_for_each_other(tmp_path, clock, monkeypatch):
+    locked, connect = 3 * [True], sqlite3.connect
+
+    class Busy(sqlite3.Connection):
+        def executescript(self, script):
+            if locked and locked.pop():
+                raise sqlite3.OperationalError("database is locked")
+            return super().executescript(script)
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **more: connect(*args, **more, factory=Busy))
+    store = FileNonces(tmp_path / "nonces", clock)
+    assert locked == [] and store.check_and_store("a", START)
+    store.close()
+    monkeypatch.setattr(auth, "_PATIENCE", 0.1)
+    locked += 1000 * [True]
+    with pytest.raises(sqlite3.OperationalError, match="is locked"):
+        FileNonces(tmp_path / "nonces", clock)
+
+
 def test_what_cannot_be_stored_is_not_accepted(tmp_path, clock, caplog):
     store = FileNonces(tmp_path / "nonces", clock)
     store._file.db.execute("PRAGMA query_only = on")  # as good as a full disk
@@ -654,6 +686,12 @@ def test_a_hotkey_that_is_too_long_is_refused_before_it_is_read(gate, monkeypatc
     assert (refusal.status, refusal.kind, refusal.reason) == (401, "MalformedAuth", reason)
 
 
+def test_headers_are_decoded_by_name():
+    headers = [(b"accept", b"\xe4"), (b"x-bittensor-nonce", b"1")]
+    assert auth.decode_headers(headers) == {"accept": "ä", "x-bittensor-nonce": "1"}
+    assert auth.decode_headers(headers, b"x-bittensor-") == {"x-bittensor-nonce": "1"}
+
+
 def test_a_request_without_a_caller_claims_none():
     assert claimed_hotkey([(b"accept", b"x")]) == ""
 
@@ -701,6 +739,16 @@ def test_an_answer_is_signed_for_one_question():
     for other in ({"caller": ME}, {"path": "/Other"}, {"nonce": START + 1}, {"miner": CALLER}):
         assert answer_fits(signature, ANSWER, **{"miner": ME, **QUESTION, **other}) is False
     assert answer_fits(signature, ANSWER + b" ", miner=ME, **QUESTION) is False
+
+
+def test_a_key_of_the_other_scheme_signs_requests_and_answers(gate):
+    other = Keypair.create_from_uri("//miner", crypto_type=CRYPTO_ED25519)
+    headers = sign_request(other, BODY, path="/Prompting", receiver=ME, nonce=START)
+    assert gate.verify(raw(headers), BODY, "POST", "/Prompting").hotkey == other.ss58_address
+    signature = sign_answer(other, ANSWER, **QUESTION)
+    assert signature.startswith("ed25519 0x") and answer_fits(signature, ANSWER, miner=other.ss58_address, **QUESTION)
+    wrong = signature.replace("ed25519", "sr25519")
+    assert not answer_fits(wrong, ANSWER, miner=other.ss58_address, **QUESTION)
 
 
 def test_the_signed_line_of_an_answer():

@@ -195,7 +195,7 @@ def test_the_standard_rules_stand_in_the_documented_order():
     assert said(Caller("x")) == "hotkey is not registered"
     assert said(Caller("x", 1)) == "hotkey has no validator permit"
     assert said(Caller("x", 1, 4.0, True)) == "stake 4 is below the required 5"
-    assert [said(Caller("x", 1, 5.0, True)) for _ in range(2)] == ["admitted", "more than 1 requests within 9 seconds"]
+    assert [said(Caller("x", 1, 5.0, True)) for _ in range(2)] == ["admitted", "more than 1 request within 9 seconds"]
     clock.now += 9
     assert said(Caller("x", 1, 5.0, True)) == "admitted"
     settings.quota = 0

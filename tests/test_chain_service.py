@@ -163,6 +163,16 @@ def test_an_answer_that_was_lost_is_given_again():
     assert chain.subnet.nonces[wallet.hotkey.ss58_address] == 1
 
 
+def test_parameters_that_do_not_arrive_are_given_up(monkeypatch):
+    monkeypatch.setattr("prompting_nb.network.chain_server._BODY", 0.3)
+    head = "POST /info HTTP/1.1\r\nHost: 127.0.0.1:1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    with ChainServer(EmbeddedChain()) as server:
+        with socket.create_connection(("127.0.0.1", server.port), 20) as line:
+            line.sendall(head.encode())
+            answer = line.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408") and b"within 0.3 s" in answer
+
+
 def test_writes_need_the_key_and_the_rest_the_token(tmp_path):
     alice, mallory = make_wallet("alice"), make_wallet("mallory")
     chain = EmbeddedChain()

@@ -39,7 +39,7 @@ def failed(capsys, *argv):
 def test_help_shows_choices_bounds_and_defaults_in_groups(parsers):
     text = parsers["loop"].format_help()
     assert "--gate {bayes,sentence,last-token}" in text and "(default: bayes)" in text
-    epochs = "--epochs N Times that the reward model sees every training prompt. (at least 1; default: 2)"
+    epochs = "--epochs N Times that the reward model sees every training prompt. (at least 1 and at most 10000; default: 2)"
     assert epochs in " ".join(text.split())
     assert "\n  --force  " in text  # a switch shows no value
     gating = text[text.index("Settings of a Bayesian gating model:"):]
@@ -81,7 +81,8 @@ def test_topics(capsys, parsers):
 @pytest.mark.parametrize("words, wanted", [
     (["prompting-nb", "lo"], {"loop"}), (["prompting-nb", "loop", "--gate", ""], {"bayes", "sentence", "last-token"}),
     (["prompting-nb", "loop", "--gating.lo"], {"--gating.loss"}), (["prompting-nb", "reward", "tr"], {"train"}),
-    (["prompting-nb", "reward", "train", "--lo"], {"--lora", "--log-folder"})])
+    (["prompting-nb", "reward", "train", "--lo"], {"--lora", "--log-folder"}),
+    (["prompting-nb", "help", "env"], {"environment"}), (["prompting-nb", "completion", ""], {"bash", "zsh"})])
 def test_bash_completes_commands_flags_and_choices(parsers, tmp_path, words, wanted):
     bash = shutil.which("bash") or pytest.skip("no bash")
     script = tmp_path / "complete.bash"
@@ -196,4 +197,4 @@ def test_no_colour_where_it_is_not_wanted_and_no_bars_where_it_is_quiet(tmp_path
     assert not COLOUR.search(text)
     before, loud, quiet = text.split("NEXT")
     assert "\x1b[" in before and "5F" in before  # a table that was drawn anew
-    assert "process(es)):" in loud and "process(es)):" not in quiet and "the model is in" in quiet
+    assert "1 process):" in loud and "1 process):" not in quiet and "the model is in" in quiet

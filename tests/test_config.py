@@ -398,7 +398,7 @@ def test_a_notebook_has_no_command_line(monkeypatch):
 
 def test_our_own_commands_refuse_every_unknown_flag():
     for argv in (["--verbose"], ["--gating.num", "3"], ["--neuron.name", "x"], ["stray"]):
-        with pytest.raises(argparse.ArgumentError, match="the nearest is|unrecognized"):
+        with pytest.raises(argparse.ArgumentError, match="the nearest is|belongs to no flag"):
             make_parser(add_args, exit_on_error=False).parse_args(argv)
 
 

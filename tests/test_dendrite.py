@@ -1,10 +1,17 @@
 """The client among strangers: addresses that it does not follow, targets that are none, miners that take up its places."""
 
 import asyncio
+import os
+import re
 import socket
+import struct
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 
 import aiohttp
@@ -14,6 +21,7 @@ from bittensor.sp_core import ss58_decode, ss58_encode
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.floods import PacedConnector
 from prompting_nb.protocol import Prompting, StreamPrompting
 from prompting_nb.validators.validator import Validator
 
@@ -157,6 +165,19 @@ def test_an_unknown_name_and_one_that_takes_long(internet, monkeypatch):
         free.set()
     assert answers[0] == (503, "gone.example:80 cannot be reached: [Errno -2] Name or service not known")
     assert answers[1] == (408, "no answer within 0.2 s") and internet.connected == []
+
+
+def test_names_that_nobody_answers_for_do_not_hold_up_the_others(internet, monkeypatch):
+    free = threading.Event()
+    look = lambda host, *_, **__: free.wait(20) and [] if host.startswith("slow") else internet.look_up(host, 0)
+    monkeypatch.setattr(socket, "getaddrinfo", look)
+    internet.names["miner.example"] = [["8.8.8.8"]]
+    with Dendrite(VALIDATOR) as dendrite:
+        names = [*(f"slow{i}.example" for i in range(40)), "miner.example"]
+        answers = said(dendrite.query([at(f"{name}:80") for name in names], QUESTION, timeout=2))
+        free.set()
+    assert [status for status, _ in answers] == [408] * 40 + [503]
+    assert [call[0] for call in internet.connected] == ["8.8.8.8"]
 
 
 def test_a_redirect_is_not_followed():
@@ -310,6 +331,23 @@ def open_files_of_this_process():
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def test_connections_that_are_kept_do_not_use_up_the_files(monkeypatch):
+    connect, most = PacedConnector.connect, []
+
+    async def counted(self, *args, **more):
+        connection = await connect(self, *args, **more)
+        most.append(len(self.lines))
+        return connection
+
+    monkeypatch.setattr(PacedConnector, "connect", counted)
+    with Axon(MINER, host="0.0.0.0").attach(echo) as axon, Dendrite(VALIDATOR, allow_private=True, connections=10) as dendrite:
+        targets = [at(f"127.0.0.{i + 1}:{axon.port}") for i in range(60)]
+        for _ in range(2):
+            assert [a.completion for a in dendrite.query(targets, QUESTION)] == ["hello"] * 60
+        [session] = dendrite._sessions._sessions.values()
+        assert max(most) <= 30 and len(session.http.connector.lines) <= 20  # some are being closed
+
+
 def test_one_target_cannot_have_all_places(axon, silent):
     with Dendrite(VALIDATOR, allow_private=True, connections=4, per_target=2) as dendrite:
 
@@ -365,3 +403,125 @@ def test_a_stream_that_is_closed_early_leaves_no_task_behind(dendrite):
         while asyncio.all_tasks(loop) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not [task for task in asyncio.all_tasks(loop) if "Stream._run" in repr(task)]
+
+
+# Connections that are kept --------------------------------------------------------------------------------------------
+
+
+class Keeping:
+    "A miner, or a proxy before one, whose connections answer one question each and end in some way when the next one comes."
+
+    def __init__(self, end, answer=None, first=True, hotkey=ME):
+        self.hotkey, self.end, self.first, self.requests = hotkey, end, first, []
+        self.answer = answer or (lambda request: (b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n", b'{"completion": "42"}'))
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.axon = f"127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        with suppress(OSError):  # closed
+            while True:
+                line, _ = self.socket.accept()
+                threading.Thread(target=self.serve, args=(line,), daemon=True).start()
+
+    def read(self, line):
+        "A whole request: its bytes."
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += line.recv(1) if self.end == "unread" and not data else line.recv(65536)
+        head, _, body = data.partition(b"\r\n\r\n")
+        size = int(re.search(rb"(?i)content-length: (\d+)", head)[1])
+        while len(body) < size:
+            body += line.recv(65536)
+        return head + b"\r\n\r\n" + body
+
+    def serve(self, line):
+        with line, suppress(OSError):
+            if self.first:
+                self.requests.append(self.read(line))
+                line.sendall(b"".join(self.answer(self.requests[-1])))
+            if self.end == "unread":
+                line.recv(1)
+            else:
+                self.requests.append(self.read(line))
+            if self.end == "half an answer":
+                line.sendall(self.answer(self.requests[-1])[0])
+            elif self.end == "answer that is lost":
+                self.answer(self.requests[-1])
+            elif self.end == "reset":
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+
+@pytest.mark.parametrize("size", [5, 900_000])
+@pytest.mark.parametrize("end", ["end", "reset", "unread"])
+def test_a_connection_that_was_closed_as_the_question_came_costs_no_answer(end, size):
+    with Keeping(end) as miner, Dendrite(VALIDATOR, allow_private=True, require_signed=False) as dendrite:
+        for number in range(4):
+            [answer] = dendrite.query(miner, f"{number}" + size * "x", timeout=20)
+            assert answer.completion == "42", answer.dendrite
+    if end != "unread":  # the first, and each of the others twice: the same bytes, so the same nonce
+        first, *twice = miner.requests
+        assert len(twice) == 6 and twice[::2] == twice[1::2] and len({first, *twice}) == 4
+
+
+def test_an_end_that_says_something_is_final():
+    with Dendrite(VALIDATOR, allow_private=True, require_signed=False) as dendrite:
+        with Keeping("end", first=False) as miner:  # a new connection
+            assert said(dendrite.query(miner, QUESTION)) == [(503, f"{miner.axon} cannot be reached: the connection was closed")]
+        assert len(miner.requests) == 1
+        with Keeping("half an answer") as miner:
+            statuses = [dendrite.query(miner, QUESTION)[0].dendrite.status_code for _ in range(2)]
+        assert statuses == [200, 422] and len(miner.requests) == 2
+
+
+@pytest.mark.parametrize("kind", [Prompting, StreamPrompting])
+def test_a_question_whose_answer_was_lost_is_not_answered_twice(kind, dendrite):
+    asked = []
+
+    def forward(synapse):
+        asked.append(synapse.prompt)
+        return echo(synapse)
+
+    def passed_on(request):
+        with socket.create_connection((axon.host, axon.port), 20) as line:
+            line.sendall(request)
+            answer = b""
+            while not re.search(rb"\r\n0\r\n\r\n$|\}$", answer):
+                answer += line.recv(65536)
+        head, gap, body = answer.partition(b"\r\n\r\n")
+        return head + gap, body
+
+    with Axon(MINER).attach(forward) as axon, Keeping("answer that is lost", passed_on) as between:
+        answers = [dendrite.query(between, kind.ask(prompt, timeout=20))[0] for prompt in ("one", "two", "three")]
+    assert asked == ["one", "two", "three"]
+    status = [(a.completion, a.dendrite.status_code) for a in answers]
+    assert status == [("one", 200), (None, 503), (None, 503)]
+    assert "the connection was closed" in answers[1].dendrite.status_message
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_asks_with_a_loop_of_its_own(axon):
+    code = """
+        import os, sys, warnings
+        from types import SimpleNamespace
+        from prompting_nb.network.chain import make_wallet
+        from prompting_nb.network.dendrite import Dendrite
+        warnings.simplefilter("ignore")
+        miner = SimpleNamespace(hotkey=sys.argv[1], axon=sys.argv[2])
+        with Dendrite(make_wallet("validator"), allow_private=True) as dendrite:
+            print(dendrite.query(miner, "parent")[0].completion, flush=True)
+            child = os.fork()
+            if child == 0:
+                print(dendrite.query(miner, "child")[0].completion, flush=True)
+                os._exit(0)
+            print(os.waitpid(child, 0)[1], dendrite.query(miner, "parent again")[0].completion, flush=True)
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code), ME, axon.address]
+    found = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert found.stdout == "parent\nchild\n0 parent again\n", found.stderr

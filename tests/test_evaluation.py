@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from prompting_nb.config import InputError
 from prompting_nb.reward import evaluation
 from prompting_nb.reward.evaluation import (
     Answers,
@@ -14,6 +15,7 @@ from prompting_nb.reward.evaluation import (
     best_of_k,
     best_of_k_accuracy,
     calibration,
+    confusion_by_length,
     count_right,
     evaluate,
     evaluate_scores,
@@ -26,6 +28,8 @@ from prompting_nb.reward.evaluation import (
     zero_shot_cosine,
 )
 from prompting_nb.reward.preferences import Ranking
+from prompting_nb.reward.tokens import Cuts, Row
+from prompting_nb.show import Bar, html_table
 
 RANKINGS = [
     Ranking("p", ["aa", "b", "ccc"], [3.0, 2.0, 1.0]),  # pairs: aa>b, aa>ccc, b>ccc
@@ -93,6 +97,7 @@ def test_the_correct_answer_first():
         best_of_k_accuracy([[1.0]], [])
 
 
+@pytest.mark.filterwarnings("error")  # without a spread there is a division by 0
 @pytest.mark.parametrize("right, wrong, alone, expected", [
     ([3.0, 2.0], [0.0], ([3.0], [0.0]), 1.0 + 0.01 * math.tanh(1)),  # gap 2 and 3, spread 1
     ([3.0, 2.0], [0.0], ([0.5], [0.0]), 0.8 + 0.01 * math.tanh(-0.5)),  # least is that of the twin: .5
@@ -202,3 +207,104 @@ def test_an_evaluation_in_a_notebook():
                  "of the judge&#x27;s own choice<", ">calibration error (ECE)<", ">0 is best<"):  # fmt: skip
         assert text in html, text
     assert "XX" not in html
+
+
+def many(count=60, seed=3):
+    "Rankings of two to five completions with lengths, and scores that are right more often than not."
+    dice, rankings, scores = np.random.default_rng(seed), [], []
+    for number in range(count):
+        judged = dice.normal(size=dice.integers(2, 6)).round(1)
+        texts = ["a" * length for length in dice.integers(1, 30, len(judged))]
+        rankings.append(Ranking(f"p{number}", texts, judged.tolist()))
+        scores.append((judged + dice.normal(size=len(judged))).round(1).tolist())
+    return scores, rankings
+
+
+def test_defaults_show_on_data_of_some_size():
+    scores, rankings = many()
+    found, every = evaluate_scores(scores, rankings), pairwise_accuracy(scores, rankings)
+    shorter = pairwise_accuracy(scores, rankings, shorter_only=True)
+    assert every == pairwise_accuracy(scores, rankings, False, samples=1000, level=0.95, seed=0) != shorter
+    assert found.interval == every[1:3] != evaluate_scores(scores, rankings, seed=1).interval
+    assert (found.shorter_accuracy, found.n_shorter) == (shorter.value, shorter.n_pairs)
+    counts = count_right(scores, rankings)
+    counts = counts[counts[:, 1] > 0]
+    drawn = counts[np.random.default_rng(0).integers(len(counts), size=(1000, len(counts)))].sum(axis=1)
+    assert every[1:3] == tuple(np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - 0.95) / 2, (1 + 0.95) / 2]))
+    assert found.random == best_of_k(scores, rankings, k=1) < found.best_of < found.oracle
+    assert (found.ece, found.bins) == calibration(margins(scores, rankings), 10) != calibration(margins(scores, rankings), 11)
+    assert found.by_length == accuracy_by_length(scores, rankings, (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0))
+    assert found.margins == margins(scores, rankings).tolist() and found.confusion == confusion_by_length(scores, rankings)
+    assert (found.equal, found.cuts) == (0, None)
+
+
+def test_pairs_of_equal_length_have_no_shorter_one():
+    assert count_right([[1.0, 0.0]], [Ranking("p", ["a", "b"], [1.0, 0.0])], shorter_only=True).tolist() == [[0, 0]]
+    one = calibration(np.array([1.0]))  # a single pair is divided by one
+    assert one[0] == pytest.approx(1 - 1 / (1 + math.exp(-1)))
+
+
+def test_equal_uncertainties_keep_their_order_among_many():
+    dice = np.random.default_rng(0)
+    right, unsure = dice.normal(size=400), dice.integers(0, 3, 400)
+    order = sorted(range(400), key=lambda i: unsure[i])
+    assert rejection_curve(right, unsure, (0.1, 0.2)) == [
+        (0.1, np.mean(right[order[:40]] > 0)), (0.2, np.mean(right[order[:80]] > 0))]  # fmt: skip
+
+
+def test_who_preferred_the_longer():
+    rankings = [Ranking("p", ["aaa", "bb", "c", "dd"], [4.0, 3.0, 2.0, 1.0])]  # aaa>bb, c, dd; bb>c, dd; c>dd
+    assert confusion_by_length([[4.0, 3.0, 2.0, 1.0]], rankings) == {
+        "judge longer, scores longer": 4, "judge longer, scores shorter": 0, "judge shorter, scores longer": 0,
+        "judge shorter, scores shorter": 1, "equal length or score": 1}  # fmt: skip
+    assert confusion_by_length([[0.0, 1.0, 2.0, 3.0], [2.0, 2.0, 2.0, 0.0]], rankings * 2) == {
+        "judge longer, scores longer": 1, "judge longer, scores shorter": 4, "judge shorter, scores longer": 1,
+        "judge shorter, scores shorter": 1, "equal length or score": 5}  # fmt: skip
+    with pytest.raises(ValueError, match="shorter"):
+        confusion_by_length([], rankings)
+
+
+@pytest.mark.parametrize("scores, reason", [
+    (SCORES[:2], "3 rankings have 2 lists of scores"),
+    ([SCORES[0], [1.0], SCORES[2]], "ranking 1 of 2 completions needs a finite score for each, got [1.0]"),
+    ([SCORES[0], [1.0, math.nan], SCORES[2]], "ranking 1 of 2 completions needs a finite score for each, got [1.0, nan]"),
+    ([[0.5] * 9, *SCORES[1:]], f"ranking 0 of 3 completions needs a finite score for each, got {[0.5] * 8}"),
+])  # fmt: skip
+def test_scores_that_do_not_fit_are_refused(scores, reason):
+    with pytest.raises(InputError) as error:
+        evaluate_scores(scores, RANKINGS)
+    assert str(error.value) == reason
+    with pytest.raises(InputError) as error:
+        evaluate(longer_wins, RANKINGS[2:])
+    assert str(error.value) == "there is nothing to evaluate: no prompt has two completions with different scores"
+
+
+def test_what_a_model_reads_alike_counts_as_equal():
+    "Scores of equal rows differ by rounding only; rows that were cut differently are not equal."
+
+    class Reader:
+        max_length = 2
+
+        def encode_texts(self, prompts, completions):
+            return [Row(map(ord, text[:2]), cut=max(0, len(text) - 2)) for text in completions]
+
+        def __call__(self, prompts, completions):
+            return [number / 1024 for number in range(len(completions))]
+
+    rankings = [Ranking("p", ["aab", "aac", "aadd", "x"], [3.0, 2.0, 1.0, 0.0]), RANKINGS[1]]
+    found = evaluate(Reader(), rankings)
+    assert [1024 * margin for margin in found.margins] == [0, -2, -3, -2, -3, -1, -1]
+    assert found.accuracy == 0.5 / 7 and found.equal == 3
+    assert found.cuts == Cuts(texts=6, completions=3, tokens=4, max_length=2)
+    assert found.to_dict()["cuts"] == found.cuts.to_dict()
+
+
+def test_bars_of_an_evaluation():
+    found = evaluate_scores(SCORES, RANKINGS)
+    low, high = found.interval
+    assert found._repr_html_() == html_table("Reward evaluation", ("what", "value", "note"), [
+        ("pairs in the right order", Bar(0.375, 0.375), f"of 4; 95 % interval {low:.3f} to {high:.3f}"),
+        ("where the shorter answer is better", Bar(1 / 3, 1 / 3), "of 3"),
+        ("judge's score of the best reward", Bar(1.0, 1.0), "over 3 prompts"),
+        ("of a completion taken by chance", Bar(found.random, found.random), ""), ("of the judge's own choice", Bar(5 / 3, 1.0), ""),
+        ("calibration error (ECE)", Bar(found.ece, found.ece), "0 is best")])  # fmt: skip

@@ -53,6 +53,9 @@ HELP = {  # class -> words of its help: a parameter's comment, and a shape where
     "baseminer.miner.Miner": ["axon: ", "wallet: ", "subtensor: "],
     "network.dendrite.Dendrite": ["wallet: ", "max_answer: "],
     "network.axon.Axon": ["wallet: ", "workers: "],
+    "encoding.encoder.Encoder": ["model_name: "],
+    "baseminer.blacklist.Caller": ["stake: "],
+    "validators.validator.Policy": ["k: uids asked at once", "timeout: seconds"],
 }
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from toys import letter_tokenizer
 from transformers import AutoModel, BertConfig
 
 from prompting_nb.cli import main
+from prompting_nb.config import InputError
+from prompting_nb.encoding.encoder import Encoder
+from prompting_nb.pretrained import known_device
 from prompting_nb.reward import RewardModel
+from prompting_nb.reward.model import pick_device
 
 # what torch, transformers, safetensors, json, pydantic, jsonargparse and Python itself would say
 THEIRS = re.compile(r"Traceback|torch\.|pydantic|[dD]eserializing|validation error|size mismatch|Expecting|jsonargparse|NoneType|codec|"
@@ -181,3 +186,145 @@ def test_checkpoints_states_prices_and_runs_that_are_damaged(models, tmp_path, c
     os.makedirs("run")
     (tmp_path / "run" / "summary.json").write_text("what?")
     assert "summary.json: it is no JSON from line 1, column 1 on; leave this run out" in failed(capsys, "compare", "run", "points")
+
+
+HUGE = str(10**20)
+ABSURD = [
+    (["reward", "train", "--epochs", HUGE], "--epochs must be at least 1 and at most 10000"),
+    (["reward", "train", "--max-steps", HUGE], f"--max-steps must be at most {sys.maxsize}"),
+    (["reward", "train", "--tokens-per-batch", "9" * 5000], "--tokens-per-batch must be"),
+    (["reward", "train", "--seed", "-1"], "--seed must be at least 0 and at most 4294967295"),
+    (["reward", "train", "--lr", "1e400"], "--lr must be a number, greater than 0, not inf"),
+    (["reward", "score", "--batch-size", HUGE], f"--batch-size must be at most {sys.maxsize}"),
+    (["loop", "--epochs", HUGE], "--epochs must be at least 1 and at most 10000"),
+    (["loop", "--prompts", __file__, "--steps", "2000000"], "--steps must be at most 1000000"),
+    (["loop", "--seed", HUGE], "--seed must be at least 0 and at most 4294967295"),
+    (["loop", "--timeout", "1e9"], "--timeout must be greater than 0 and at most 1000000"),
+    (["loop", "--gating.num_uids", HUGE], f"--gating.num_uids must be at most {sys.maxsize}"),
+    (["loop", "--gating.num_uids", "70000"], "--gating.num_uids must be at most 65536, not 70000"),
+    (["loop", "--gating.topics", "100000"], "--gating.topics must be at most 256, not 100000"),
+    (["chain", "--netuid", "65536"], "--netuid must be at least 0 and less than 65536"),
+    (["chain", "--tempo", HUGE], f"--tempo must be at most {sys.maxsize}"),
+    (["chain", "--tempo", "70000"], "--tempo must be at most 65535, not 70000"),
+    (["chain", "--register", "a", "--stake", "1e30"], "--stake must be at most 21000000"),
+    (["chain", "--step", "10000000"], "--step must be at most 1000000"),
+    (["chain", "--block-time", "1e300"], "--block-time must be at least 0 and at most 1000000"),
+    (["subnet", "--timeout", "1e300"], "--timeout must be greater than 0 and at most 1000000"),
+    (["subnet", "--tempo", "70000"], "--tempo must be at most 65535"),
+    (["subnet", "--seed", "-1"], "--seed must be at least 0"),
+    (["subnet", "--miners", "251"], "at most 250"),
+    (["validator", "--validator.concurrent", "100000"], "--validator.concurrent must be at most 1000"),
+    (["validator", "--validator.poll_interval", "1e300"], "--validator.poll_interval must be greater than 0 and at most 1000000"),
+    (["validator", "--validator.log_size", "1e300"], "--validator.log_size must be at most 1000000"),
+    (["miner", "--axon.processes", "100000"], "--axon.processes must be at most 256"),
+    (["miner", "--miner.poll_interval", "1e300"], "--miner.poll_interval must be greater than 0 and at most 1000000"),
+    (["miner", "--miner.priority.history", HUGE], f"--miner.priority.history must be at most {sys.maxsize}"),
+    (["miner", "--netuid", "-1"], "--netuid must be at least 0"),
+    (["doctor", "--axon.port", "99999"], "--axon.port must be at least 0 and at most 65535"),
+    (["doctor", "--timeout", "1e9"], "--timeout must be greater than 0 and at most 1000000"),
+    (["watch", "--every", "1e9"], "--every must be greater than 0 and at most 1000000"),
+    (["ask", "why?", "--dir", "d", "--timeout", "1e9"], "--timeout must be greater than 0 and at most 1000000"),
+]
+
+
+@pytest.mark.parametrize("argv, said", ABSURD, ids=range(len(ABSURD)))
+def test_absurd_numbers_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch, argv, said):
+    monkeypatch.chdir(tmp_path)
+    needed = {"train": ["--data", "d.jsonl", "--out", "o"], "score": ["--data", "d.jsonl", "--model", "m"], "chain": ["--dir", "c"],
+              "watch": ["--dir", "w"]}
+    line = failed(capsys, *argv, *needed.get(argv[1], needed.get(argv[0], [])))
+    assert said in line and len(line) < 200 and not list(tmp_path.iterdir())
+
+
+def test_a_plan_is_no_longer_than_its_run_and_has_a_bound(monkeypatch):
+    from prompting_nb.reward import training
+    from prompting_nb.reward.preferences import Ranking
+
+    rankings = [Ranking(str(n), ["a", "b"], [1.0, 0.0]) for n in range(8)]
+    rows = [[[1, 2], [1, 3]] for _ in rankings]
+    plan = lambda **how: training.plan_batches(rankings, rows, training.TrainConfig(tokens_per_batch=8, **how))
+    whole = plan(epochs=20)
+    short = plan(epochs=10**4, max_steps=5)
+    assert short[:5] == whole[:5] and 5 < len(short) < len(whole)
+    monkeypatch.setattr(training, "_MOST_STEPS", len(whole) - 1)
+    with pytest.raises(InputError, match=f"20 epochs are about {len(whole)} steps, and a plan holds at most"):
+        plan(epochs=20)
+    assert len(plan(epochs=20, max_steps=5)) < len(whole)
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "xpu", "mps:3", "gpu", "cudanonsense", "hpu", "meta", ""])
+def test_a_device_that_is_not_there_is_named(models, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
+    there = re.escape(f"this machine has no {name!r}, but cpu, cuda:0, cuda:1")
+    for load in (lambda: pick_device(name), lambda: known_device(name)):
+        with pytest.raises(InputError, match=there):
+            load()
+    if name:
+        for load in (lambda: RewardModel(str(models / "encoder"), device=name), lambda: Encoder(str(models / "encoder"), device=name)):
+            with pytest.raises(InputError, match=there):
+                load()
+    argv = ["miner", "--miner.kind", "transformers", "--transformers.model_name", models / "encoder", "--transformers.device", name]
+    assert f"--transformers.device: this machine has no {name!r}" in failed(capsys, *argv)
+
+
+def test_without_cuda_its_name_is_the_cpu_and_only_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.warns(RuntimeWarning, match="no CUDA device"):
+        assert pick_device("cuda:3").type == "cpu"
+    with pytest.raises(InputError, match="no 'cudas', but cpu"):
+        pick_device("cudas")
+
+
+REFUSED = [
+    (["chain", "--dir", "c", "--register", "a", "../b"], "'../b' cannot name a wallet"),
+    (["chain", "--dir", ""], "--dir must be a text that is not empty"),
+    (["validator"], "create it, or choose another with --wallet.name"),
+    (["validator", "--prompts", "none.txt", "--subtensor.network", "embedded://127.0.0.1:1"], "none.txt is not a file"),
+    (["validator", "--top-k", "0"], "--top-k must be at least 1"),
+    (["subnet", "--reward", "."], "holds no reward model"),
+    (["loop", "--out", "/proc/none"], "cannot write to /proc/none: No such file or directory; give another folder to --out"),
+    (["loop", "--miners", "999"], "--miners must be at most 250"),
+    (["loop", "--gating.prompt_name", "nonsense"], "has no prompt 'nonsense'"),
+    (["loop", "--prompts", "TEXT", "--judge.kind", "python", "--judge.python", "nonsense"],
+     "'nonsense' must be FILE.py:NAME or MODULE:NAME"),
+    (["reward", "eval", "--model", "minilm", "--data", "ROWS"], "minilm is an encoder, and no reward model"),
+    (["reward", "train", "--data", "ROWS", "--out", "/proc/none"], "cannot write to /proc/none"),
+    (["reward", "train", "--data", "ROWS", "--out", "o", "--report", "/proc/none"], "give another folder to --report"),
+    (["reward", "train", "--data", "ROWS", "--out", "o", "--checkpoint", "/proc/none"], "give another folder to --checkpoint"),
+    (["reward", "train", "--data", "ROWS", "--out", ""], "--out must be a text that is not empty"),
+    (["reward", "train", "--data", "ROWS", "--out", "o", "--lora", "99999999"], "--lora must be at most 4096"),
+    (["reward", "train", "--data", "ROWS", "--out", "o", "--length", "1e300"], "--length must be at most 1000000"),
+    (["miner", "--miner.kind", "transformers", "--transformers.model_name", "minilm"],
+     "minilm is no causal language model: its weights lack"),
+    (["miner", "--axon.nonces", "/proc/version"],
+     "/proc/version cannot keep nonces (unable to open database file): give another file to --axon.nonces"),
+    (["miner", "--ask", " "], "--ask needs some text"),
+    (["miner", "more"], "more belongs to no flag"),
+    (["miner", "--netuid"], "--netuid needs a value"),
+    (["watch", "--dir", __file__], "is a file: give a validator's folder to --dir"),
+    (["ask"], "ask: question must be given"),
+]
+
+
+@pytest.mark.parametrize("argv, said", REFUSED, ids=range(len(REFUSED)))
+def test_what_cannot_work_is_refused_before_the_work_and_leaves_nothing(tmp_path_factory, capsys, monkeypatch, argv, said):
+    work, data = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("data")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(data))
+    (data / "text.txt").write_text("why?\nhow?\n")
+    files = {"ROWS": data / "rows.jsonl", "TEXT": data / "text.txt"}
+    (data / "rows.jsonl").write_text("".join(f'{{"prompt": "{n}", "chosen": "a", "rejected": "b"}}\n' for n in range(9)))
+    assert said in failed(capsys, *(files.get(word, word) for word in argv))
+    assert [path.name for path in work.rglob("*")] == []
+
+
+def test_a_program_that_fails_is_one_line_in_the_log(capsys, caplog):
+    with pytest.raises(SystemExit) as end:
+        main(["miner", "--miner.kind", "process", "--process.command", "false", "--ask", "why?"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 1 and line.startswith("prompting-nb miner: status 500: the miner failed (error ") and not THEIRS.search(line)
+    [logged] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "the program ended with status 1" in logged.getMessage() and not logged.exc_info

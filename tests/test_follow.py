@@ -113,7 +113,7 @@ def test_lines_of_another_kind_are_counted(tmp_path, line):
     (tmp_path / "rewards.jsonl").write_text(f"{line}\n")
     with Follower(tmp_path) as reader:
         assert reader.read() == 2 and [e.step for e in reader.events] == [0, 1]
-        assert reader.unreadable == 4 and "4 lines of the log are no events" in str(reader)
+        assert reader.unreadable == 4 and "4 lines of the log without an event" in str(reader)
 
 
 def test_a_folder_that_begins_anew_or_loses_its_old_files(tmp_path):
@@ -171,7 +171,7 @@ def test_the_command_waits_follows_and_ends_in_order(tmp_path, number):
         with Journal(tmp_path / "run") as log:
             assert "holds no events yet" in watching.stdout.readline()
             log.append(event(0))
-            assert "; step 0, block 1; mean reward 1.000, 1 requests to 1 uids, 0 failed" in watching.stdout.readline()
+            assert "; step 0, block 1; mean reward 1.000, 1 request to 1 uid, 0 failed" in watching.stdout.readline()
         watching.send_signal(number)
         out, err = watching.communicate(timeout=SECONDS)
         assert (watching.returncode, err) == (0, "")

@@ -129,8 +129,11 @@ def test_capacity(make):
         make(subnet(["a", "b"], uids=[0, 7]))
 
 
+NO_METAGRAPHS = ["finney", None, 1, ["a", "b"], SimpleNamespace(hotkeys=None), SimpleNamespace(hotkeys="abc")]
+
+
 @pytest.mark.parametrize("cls", GATES)
-@pytest.mark.parametrize("network", ["finney", None, 1, ["a", "b"]])
+@pytest.mark.parametrize("network", NO_METAGRAPHS)
 def test_what_is_no_metagraph_is_named(cls, network):
     with pytest.raises(TypeError, match=f"needs a metagraph, .* got {type(network).__name__} .*"):
         cls(network)

@@ -90,11 +90,11 @@ def test_pairs_that_cutting_makes_equal_are_dropped_and_counted(toys):  # noqa: 
     long = "good " * 40
     rankings = [Ranking("what is", [long + "sun", long + "day"], [1.0, 0.0]), *kind_words(6, random.Random(0))]
     model = toy(toys, "bert", max_length=20)
-    with pytest.warns(UserWarning, match="1 pairs are equal after cutting"):
+    with pytest.warns(UserWarning, match="1 pair dropped: equal after cutting"):
         history = train(model, rankings, TrainConfig(max_steps=1, bf16=False), progress=False)
     assert history.equal == 1 and history.cuts["completions"] == 2 and history.cuts["share_of_completions"] == pytest.approx(2 / 32)
     assert history.to_dict()["cuts"]["max_length"] == 20
-    with pytest.raises(InputError, match="nothing to learn: 1 pairs are equal"):
+    with pytest.raises(InputError, match="nothing to learn: 1 pair dropped"):
         train(toy(toys, "bert", max_length=20), rankings[:1], progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

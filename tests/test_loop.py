@@ -318,7 +318,7 @@ def test_recorded_completions_that_are_left_out_are_said_in_the_log(caplog):
     texts = ["good answer to {}", "poor answer to {}", ""]
     rows = [Ranking(f"prompt {i}", [t.format(i) for t in texts], [0.9, 0.2, 0.1], ["strong", "weak", "mute"]) for i in range(20)]
     arena = recorded(rows + rows[:3], "mine")
-    assert "mine: 3 rows left out: their prompt comes again" in caplog.text
+    assert "mine: 3 rows left out, whose prompt comes again" in caplog.text
     assert "mine: models left out, since they have no answer to learn from: mute" in caplog.text
     assert sorted(w.name for w in arena.workers) == ["strong", "weak"]
 

@@ -343,6 +343,28 @@ def test_settings_are_typed(client):
     assert settings.miner.priority.rest == 30.0
 
 
+VAIN = {  # flag: what is written, and what gives it an effect
+    "--miner.blacklist.prompt_cache_block_span": ("100", "--miner.blacklist.use_prompt_cache=true"),
+    "--miner.blacklist.prompt_cache_per_caller": ("true", "--miner.blacklist.use_prompt_cache=true"),
+    "--miner.blacklist.window": ("5", "--miner.blacklist.quota=3"),
+    "--miner.priority.rest": ("5", "--miner.priority.idle_factor=0.5"),
+    "--axon.nonces": ("memory", ""),
+}
+
+
+@pytest.mark.parametrize("flag", VAIN)
+def test_a_setting_without_effect_is_said_with_the_remedy(flag, client, caplog, monkeypatch):
+    value, remedy = VAIN[flag]
+    missing = {"--axon.nonces": ["--axon.store=redis://127.0.0.1:1/0"], "--miner.priority.rest": ["--miner.priority.idle_factor=0"]}
+    for more, times in ((missing.get(flag, []), 1), ([remedy] if remedy else [], 0)):
+        caplog.clear()
+        monkeypatch.setattr(sys, "argv", ["prog", f"{flag}={value}", *more])
+        Echo(wallet=MINER, subtensor=client)
+        said = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
+        assert len(said) == times, said
+        assert all(line.startswith(flag) and " --" in line for line in said)
+
+
 def test_a_default_of_the_subclass_beats_the_base(make):
     class Patient(Echo):
         @classmethod
@@ -749,7 +771,7 @@ def test_rules_are_asked_in_their_order(make, chain):
         ["hotkey has no validator permit", "hotkey is not registered"],
         ["hotkey has no validator permit", "hotkey has no validator permit"],
         ["stake 5 is below the required 10", "stake 0 is below the required 10"],
-        ["more than 1 requests within 60 seconds", "more than 1 requests within 60 seconds"],
+        ["more than 1 request within 60 seconds", "more than 1 request within 60 seconds"],
         ["admitted", "admitted"],
     ]
 
@@ -1019,7 +1041,7 @@ def test_a_call_that_hangs_is_given_up_and_tried_again(make, chain, caplog):
         wait_until(lambda: "retry 3 of 10" in caplog.text)
         assert miner.runner.failures >= 3 and ask(miner).completion == "Hello"
         status, told = get(miner.axon, "/ready")
-        assert status == 503 and re.fullmatch(r"the chain has failed \d times in a row, the metagraph is of block 1", told["reason"])
+        assert status == 503 and re.fullmatch(r"the chain has failed \d times? in a row, the metagraph is of block 1", told["reason"])
         chain.answering.set()
         chain.step()
         assert miner.wait_for_block(chain.block) and miner.runner.failures == 0 and miner.synced_at == chain.block

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -261,6 +261,40 @@ def test_a_slow_server_does_not_block_others_and_hears_when_the_caller_leaves(pl
             assert not slow.done() and quick == [f"quick {i}" for i in range(12)]
             assert slow.result()[0].completion is None
         assert left.wait(SECONDS)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["a kept connection", "a new one, each time"])
+def test_a_connection_that_the_model_server_closed_costs_no_answer(place, first):
+    "It answers one request on each connection, or none, and hangs up when the next one comes."
+    body = json.dumps({"choices": [{"message": {"content": "ok"}}]}).encode()
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+    seen = []
+
+    def serve(line):
+        with line:
+            if first and line.recv(65536):
+                line.sendall(answer)
+            line.recv(65536)
+
+    def accept():
+        with suppress(OSError):
+            while True:
+                line, _ = server.accept()
+                seen.append(line)
+                threading.Thread(target=serve, args=(line,), daemon=True).start()
+
+    async def three(miner):
+        return [await collect(miner) for _ in range(3)]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        miner = remote_miner(f"http://127.0.0.1:{server.getsockname()[1]}/v1", place)
+        if first:
+            assert asyncio.run(three(miner)) == [["ok"]] * 3 and len(seen) == 3
+        else:
+            with pytest.raises(UpstreamError, match="RemoteProtocolError"):
+                asyncio.run(three(miner))
+            assert len(seen) == 2
 
 
 def test_the_key_is_in_no_message(place):

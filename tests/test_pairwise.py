@@ -42,7 +42,7 @@ def test_what_does_not_depend_on_the_answers_decides_nothing(answer):
 def test_a_budget_is_kept_and_nothing_is_lost():
     judge = PairwiseJudge(longer, budget=3)
     judge.score("which?", ANSWERS[:2])
-    with pytest.raises(InputError, match="4 questions are needed and 1 are left"):
+    with pytest.raises(InputError, match="4 questions needed, 1 left of"):
         judge.score("which?", ANSWERS[:3])
     assert judge.report()["questions"] == 2  # none of the four was asked
     judge.budget = None

@@ -7,20 +7,25 @@ import logging
 import pytest
 
 from prompting_nb.config import InputError
+from prompting_nb.reward import preferences
 from prompting_nb.reward.preferences import (
     Pair,
     Ranking,
     Report,
     clean,
     decided,
+    decoded,
     decisions,
     pairs,
     parse_ranking,
     rankings_from,
+    rankings_of,
     read_rankings,
     score_rankings,
     split,
 )
+from prompting_nb.reward.sources import Unreadable
+from prompting_nb.show import Bar, html_table
 
 ROW = {"prompt": "p", "responses": [{"completion": "a", "score": 2}, {"completion": "b", "score": 0.5}]}
 USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("user", "Hi?"), ("assistant", "Yes.")))
@@ -30,9 +35,16 @@ OTHER = {"role": "assistant", "content": "No."}
 def test_a_ranking_has_a_score_and_a_name_for_each_completion():
     assert len(Ranking("p", ["a", "b"], [1.0, 2.0], ["x", "y"])) == 2
     for more, reason in (({"scores": [1.0]}, "2 completions has 1 scores"),
-                         ({"names": ["x"]}, "2 completions has 1 names")):  # fmt: skip
+                         ({"names": ["x"]}, "2 completions has 1 names"),
+                         ({"margins": [1.0, 2.0, 3.0]}, "2 completions has 3 margins")):  # fmt: skip
         with pytest.raises(ValueError, match=f"^a ranking of {reason}$"):
             Ranking(**{"prompt": "p", "completions": ["a", "b"], "scores": [1.0, 2.0], **more})
+    assert Ranking("p", ["a", "b"], ["1", 2]).scores == [1.0, 2.0]
+    for more, reason in (({"completions": "ab" * 30}, "completions are a list of texts, got '" + "ab" * 19 + "a"),
+                         ({"scores": [1, float("inf")]}, "scores are finite numbers, got [1.0, inf]")):  # fmt: skip
+        with pytest.raises(ValueError) as error:
+            Ranking(**{"prompt": "p", "completions": ["a", "b"], "scores": [1.0, 2.0], **more})
+        assert str(error.value) == reason
 
 
 def test_pairs_are_what_the_judge_told_apart():
@@ -44,6 +56,20 @@ def test_pairs_are_what_the_judge_told_apart():
     with pytest.raises(InputError) as error:
         decided([tie])
     assert str(error.value) == "there is nothing to learn: no prompt has two completions with different scores"
+    with pytest.raises(InputError, match="^there is nothing to see: no prompt has"):
+        decided([tie], "there is nothing to see")
+    recorded = Ranking("p", ["a", "b"], [1.0, 3.0], margins=[0.25, 1.0])
+    assert pairs([recorded]) == [Pair("p", "b", "a", 0.75)]
+
+
+def test_a_ranking_in_a_notebook_is_a_table_from_the_best_to_the_worst():
+    columns = ("completion", "by", "score")
+    found = Ranking("p", ["a", "b", "c"], [1.0, 3.0, 2.0], ["x", "y", None])
+    rows = [["b", "y", Bar(3.0, 1.0)], ["c", "", Bar(2.0, 0.5)], ["a", "x", Bar(1.0, 0.0)]]
+    assert found._repr_html_() == html_table("p", columns, rows)
+    same = Ranking("p", ["a", "b"], [2.0, 2.0])
+    assert same._repr_html_() == html_table("p", columns, [["a", "", Bar(2.0, 0.0)], ["b", "", Bar(2.0, 0.0)]])
+    assert Ranking("p", [], [])._repr_html_() == html_table("p", columns, [])
 
 
 def test_empty_and_repeated_completions_are_dropped_and_counted():
@@ -146,8 +172,8 @@ def test_rows_are_counted_and_cleaned(caplog):
     assert rankings_from([single], keep_all=True) == [parse_ranking(single)]
     with pytest.raises(InputError) as error:
         rankings_from([single])
-    assert str(error.value) == ("the data holds no prompt with two different completions (0 prompts from 1 rows; dropped: "
-                                "0 empty completions, 1 repeated completions, 1 prompts with fewer than two completions)")
+    assert str(error.value) == ("the data holds no prompt with two different completions (0 prompts from 1 row; dropped: "
+                                "0 empty completions, 1 repeated completion, 1 prompt with fewer than two completions)")
 
 
 @pytest.mark.parametrize("name, opener", [("rankings.jsonl", open), ("rankings.jsonl.gz", gzip.open)])
@@ -181,6 +207,8 @@ def test_files_that_cannot_be_read_and_files_without_a_ranking(tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"}))
     assert len(read_rankings(twice, keep_all=True)) == 1
+    with pytest.raises(InputError, match="1 repeated completions"):
+        read_rankings(twice)
 
 
 def test_rankings_are_divided_by_prompt():
@@ -193,6 +221,8 @@ def test_rankings_are_divided_by_prompt():
     assert split(rankings, seed=0) == (train, test) != split(rankings, seed=1)
     for test in (1, 0.1, 9, 0.9):
         assert len({r.prompt for r in split(rankings, test)[1]}) == (test if test >= 1 else test * 10)
+    for test, kept in ((0.99, 9), (0.01, 1)):  # a share leaves a prompt on each side
+        assert len({r.prompt for r in split(rankings, test)[1]}) == kept
     for test in (0, 10, 0.0, 1.0, -0.1):
         with pytest.raises(InputError) as error:
             split(rankings, test)
@@ -203,3 +233,70 @@ def test_completions_are_scored_each_with_its_prompt():
     rankings = [Ranking("p", ["a", "bb"], [1.0, 0.0]), Ranking("q", ["ccc"], [1.0])]
     scorer = lambda prompts, completions: [f"{len(c) + (p == 'q') / 2}" for p, c in zip(prompts, completions, strict=True)]
     assert score_rankings(scorer, rankings) == [[1.0, 2.0], [3.5]]
+    with pytest.raises(ValueError) as error:
+        score_rankings(lambda prompts, completions: [1.0], rankings)
+    assert str(error.value) == "a scorer gives a number for each completion: it gave 1 for 3"
+
+
+def test_bad_rows_are_passed_over_up_to_a_number(tmp_path):
+    report, rows = Report(), [ROW, {"chosen": "a"}, ROW, [], "{"]
+    assert rankings_from(rows, report, skip_bad=3) == [parse_ranking(ROW)] * 2
+    assert report == Report(rows=5, rankings=2, bad=3, first_bad="row 1: 'rejected' is missing")
+    assert str(report).endswith(" completions; passed over: 3 bad rows, the first: row 1: 'rejected' is missing")
+    for skip_bad, reason in ((0, "row 1: 'rejected' is missing"), (2, "row 4: not JSON from column 2 on")):
+        with pytest.raises(InputError) as error:
+            rankings_from(rows, skip_bad=skip_bad)
+        assert str(error.value) == reason
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n{}\n")
+    assert len(read_rankings(path, skip_bad=1)) == 1
+    with pytest.raises(InputError) as error:
+        read_rankings(path)
+    assert str(error.value) == f"{path}:2: 'chosen' is missing"
+
+
+def test_scores_that_contradict_a_pair_are_counted_and_its_order_counts():
+    report, pair = Report(), {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2}
+    [first, second] = rankings_from([pair, {**pair, "prompt": "q"}], report)
+    assert first.scores == second.scores == [1.0, 0.0] and report.contradicted == 2
+    assert str(report).startswith("2 prompts from 2 rows; dropped: 0 empty completions, ")
+    assert str(report).endswith("; 2 pairs whose scores do not say that the chosen one is better: it counts as better")
+
+
+def test_single_answers_are_joined_by_prompt():
+    def row(prompt, text, score, **more):
+        return {"prompt": prompt, "response": text, "score": score, **more}
+
+    rows = [row("p", "a", 1), row("q", "a", 1), row("p", "b", 2), row("q", "b", 0), row("p", "c", 3)]
+    assert rankings_from(rows) == [Ranking("p", ["a", "b", "c"], [1.0, 2.0, 3.0]), Ranking("q", ["a", "b"], [1.0, 0.0])]
+    listed = {"prompt": "p", "responses": ROW["responses"][:1]}  # a list of one stays what it is
+    assert [len(found) for found in rankings_from([listed, listed], keep_all=True)] == [1, 1]
+    one, named = Ranking("p", ["a"], [1.0], ["x"]), Ranking("p", ["b"], [2.0], ["y"])
+    preferences._join(one, named)
+    assert one == Ranking("p", ["a", "b"], [1.0, 2.0], ["x", "y"])
+    preferences._join(one, Ranking("p", ["c"], [0.0]))
+    assert one == Ranking("p", ["a", "b", "c"], [1.0, 2.0, 0.0])
+
+
+def test_whatever_holds_rankings():
+    report, ranking = Report(), parse_ranking(ROW)
+    held = [ranking]
+    assert rankings_of(held) == rankings_of((ranking,)) == held and rankings_of(held) is not held
+    assert rankings_of([]) == rankings_of(()) == []
+    assert rankings_of([Pair("p", "a", "b", 2.0)]) == [Ranking("p", ["a", "b"], [1.0, 0.0], margins=[2.0, 0.0])]
+    assert rankings_of([ROW], report) == rankings_of(iter([json.dumps(ROW)])) == held and report.rows == 1
+    with pytest.raises(InputError, match="^row 0: "):
+        rankings_of([ranking, Pair("p", "a", "b", 2.0)])
+    assert parse_ranking({**ROW, "source": 5}).source is None
+
+
+@pytest.mark.parametrize("row, reason", [
+    ('{"a": x}', "not JSON from column 7 on"), ('{ "a" \n', "not JSON from column 6 on"),
+    ("[" * 100_000, "not JSON: it is nested too deeply"),
+    ("1" * 5000, "not JSON: a value in it cannot be used"), (Unreadable("it has 1 cells"), "it has 1 cells"),
+])  # fmt: skip
+def test_a_line_that_is_no_json_is_refused_with_the_reason(row, reason):
+    with pytest.raises(ValueError) as error:
+        decoded(row)
+    assert str(error.value) == reason
+    assert decoded('{"a": 1}') == decoded({"a": 1}) == {"a": 1}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,9 @@ from bittensor import http_auth
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import make_wallet
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.limits import Limits
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
+from test_dendrite import Keeping
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {name: shutil.which(name) or shutil.which(name, path="/usr/sbin") for name in ("nginx", "caddy")}
@@ -87,32 +90,38 @@ def caddy_command(folder, axon, plain, tls):
 COMMANDS = {"nginx": nginx_command, "caddy": caddy_command}
 
 
-@pytest.fixture(scope="module", params=list(COMMANDS))
-def proxy(request, tmp_path_factory):
-    "A miner behind a proxy: its own axon, and the proxy's ports for HTTP and TLS."
-    name = request.param
+@contextmanager
+def running(name, folder, axon):
+    "A proxy in front of an axon: its ports for HTTP and TLS."
     if PROGRAMS[name] is None:
         pytest.skip(f"{name} is not installed (apt-get install {name})")
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
-    folder, plain, tls = tmp_path_factory.mktemp(name), free_port(), free_port()
+    plain, tls = free_port(), free_port()
     key = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
            "-subj", "/CN=miner.example.org", "-addext", "subjectAltName=DNS:miner.example.org",
            "-keyout", folder / "miner.key", "-out", folder / "miner.pem"]  # fmt: skip
     subprocess.run(key, check=True, capture_output=True)
+    command, alone = COMMANDS[name](folder, axon, plain, tls), {"HOME": str(folder), "XDG_DATA_HOME": str(folder)}
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, stderr=log, stdout=log, env={**os.environ, **alone})
+    try:
+        end = time.monotonic() + SECONDS
+        while not (listens(plain) and listens(tls)):
+            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
+            time.sleep(0.01)
+        yield SimpleNamespace(axon=axon, plain=plain, tls=tls, certificate=folder / "miner.pem")
+    finally:
+        process.terminate()
+        process.wait(SECONDS)
+
+
+@pytest.fixture(scope="module", params=list(COMMANDS))
+def proxy(request, tmp_path_factory):
+    "A miner behind a proxy: its own axon, and the proxy's ports for HTTP and TLS."
     with Axon(MINER, trusted_proxies=["127.0.0.1"]).attach(words) as axon:
-        command, alone = COMMANDS[name](folder, axon, plain, tls), {"HOME": str(folder), "XDG_DATA_HOME": str(folder)}
-        with open(folder / "log", "wb") as log:
-            process = subprocess.Popen(command, stderr=log, stdout=log, env={**os.environ, **alone})
-        try:
-            end = time.monotonic() + SECONDS
-            while not (listens(plain) and listens(tls)):
-                assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
-                time.sleep(0.01)
-            yield SimpleNamespace(axon=axon, plain=plain, tls=tls, certificate=folder / "miner.pem")
-        finally:
-            process.terminate()
-            process.wait(SECONDS)
+        with running(request.param, tmp_path_factory.mktemp(request.param), axon) as proxy:
+            yield proxy
 
 
 def signed(question):
@@ -173,6 +182,21 @@ def test_streams_are_whole_on_a_busy_machine(proxy):
             process.kill()
             process.wait()
     assert [a for a in answers if a != (["It ", "is ", "42."], "Success")] == []
+
+
+@pytest.mark.parametrize("end", ["end", "reset", "unread"])
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_a_connection_that_was_closed_as_the_question_came_costs_no_answer(name, end, tmp_path):
+    "The miner has closed it: because of a limit, or to be started anew."
+    with Keeping(end, hotkey=MINER.hotkey.ss58_address) as miner:
+        with running(name, tmp_path, SimpleNamespace(address=miner.axon)) as proxy:
+            with Dendrite(VALIDATOR, allow_private=True, require_signed=False) as dendrite:
+                answers = [dendrite.query([behind(proxy)], Prompting.ask(f"{i}"))[0] for i in range(4)]
+    assert [a.completion for a in answers] == ["42"] * 4, [a.dendrite for a in answers]
+
+
+def test_nginx_closes_idle_connections_before_the_miner_does():
+    assert float(re.search(r"keepalive_timeout (\d+)s", shown("nginx"))[1]) <= 0.8 * Limits().idle_timeout
 
 
 def test_tls(proxy):

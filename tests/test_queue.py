@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,9 +72,9 @@ async def test_a_full_queue_refuses_unless_a_lower_priority_waits():
     older, newer = start(queue, 1), start(queue, 1)
     await turns()
     for priority in (0, 1):
-        with pytest.raises(QueueFull, match="^2 requests wait already$"):
+        with pytest.raises(QueueFull, match="^2 requests waiting already$"):
             queue.check(priority)
-        with pytest.raises(QueueFull, match="^2 requests wait already$"):
+        with pytest.raises(QueueFull, match="^2 requests waiting already$"):
             await queue.slot(priority)
     assert queue.check(1.5) is None and queue.waiting == 2  # `check` changes nothing
     higher = start(queue, 1.5)
@@ -107,7 +108,7 @@ async def test_two_requests_that_come_at_once_displace_two_others():
 async def test_a_queue_without_places_refuses_every_priority():
     queue = WorkQueue(workers=1, limit=0)
     busy = await queue.slot(0)
-    with pytest.raises(QueueFull, match="^0 requests wait already$"):
+    with pytest.raises(QueueFull, match="^0 requests waiting already$"):
         await queue.slot(99)
     busy.release()
     (await queue.slot(-1)).release()
@@ -198,6 +199,48 @@ async def test_a_slot_is_free_when_its_last_holder_lets_go():
         assert queue.running == running
 
 
+def test_work_that_goes_on_after_its_time_is_counted_and_logged(caplog):
+    held = "work goes on although its time is up: {} of 2 workers are held by such"
+    every = "all 2 workers are held by work whose time is up; no request is answered until one of them ends"
+    free = "a worker is free again, requests are worked on"
+
+    def said():
+        found = [(record.levelname, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        return found
+
+    async def test():
+        now, looks = [100.0], []
+        queue = WorkQueue(2, 5, clock=lambda: now[0])
+        one, two = await queue.slot(0), await queue.slot(0)
+        asyncio.get_running_loop().call_later = lambda seconds, *call: looks.append((seconds, *call))
+        queue.outlive(one, 103.0)
+        queue.outlive(two, 99.0)
+        assert looks == [(pytest.approx(3.001), queue._look, one), (0.001, queue._look, two)]
+        assert (queue.stuck, queue.running) == (1, 2)
+        queue._look(two)
+        assert said() == [("WARNING", held.format(1))]
+        now[0] = 103.0
+        assert queue.stuck == 2
+        queue._look(one)
+        assert said() == [("WARNING", held.format(2)), ("ERROR", every)]
+        queue._look(one)
+        assert said() == [("WARNING", held.format(2))]  # the error is said once
+        one.release()
+        assert said() == [("WARNING", free)] and (queue.stuck, queue.running) == (1, 1)
+        queue._look(one)  # it has ended
+        two.release()
+        assert said() == [] and (queue.stuck, queue.running) == (0, 0)
+        queue.outlive(two, 99.0)  # nobody holds it
+        assert len(looks) == 2 and queue.stuck == 0
+        for slot in (await queue.slot(0), await queue.slot(0)):
+            queue.outlive(slot, 0.0)
+        queue._look(slot)
+        assert said() == [("WARNING", held.format(2)), ("ERROR", every)]  # again, since one was free in between
+
+    asyncio.run(test())
+
+
 # Threads --------------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +309,15 @@ def test_close_does_not_wait_for_a_thread_that_hangs():
     while names("hangs") and time.monotonic() < end:
         time.sleep(0.001)
     assert names("hangs") == []  # both were told to end
+
+
+def test_close_gives_all_threads_together_a_moment():
+    threads, waited = Threads(limit=2, name="moment"), []
+    threads._threads = [SimpleNamespace(join=waited.append)] * 2
+    threads.close(-1.0)  # it is over already
+    assert waited == [0.0, 0.0]
+    threads.close()
+    assert 0 < waited[3] <= waited[2] <= 0.2
 
 
 # Handlers -------------------------------------------------------------------------------------------------------------
@@ -494,7 +546,31 @@ async def test_an_async_generator_is_closed_with_its_stream():
         assert closed.is_set()
 
 
-def test_a_thread_that_ends_after_its_loop_is_no_error():
+@pytest.mark.parametrize("step, turns", [(2, [6, 12, 18]), (5, [10, 20])])
+def test_a_generator_that_never_waits_lets_others_have_a_turn_after_more_than_five_milliseconds(monkeypatch, step, turns):
+    now, found = [0], []  # milliseconds
+
+    async def busy(_):
+        while now[0] < 20:
+            now[0] += step
+            yield "more"
+
+    async def sleep(seconds):
+        found.append((now[0], seconds))
+
+    async def test():
+        async with Place() as place:
+            stream = await place.work(busy)
+            with monkeypatch.context() as patch:
+                patch.setattr("prompting_nb.network.queue.time", SimpleNamespace(monotonic=lambda: now[0] / 1000))
+                patch.setattr(asyncio, "sleep", sleep)
+                assert {piece async for piece in stream} == {"more"}
+
+    run(test)()
+    assert found == [(turn, 0) for turn in turns]
+
+
+def test_a_thread_that_ends_after_its_loop_is_no_error(caplog):
     free, started = threading.Event(), threading.Event()
     threads = Threads(1, "after")
 
@@ -512,3 +588,4 @@ def test_a_thread_that_ends_after_its_loop_is_no_error():
     free.set()
     assert threads.submit(int, "7").result(SECONDS) == 7  # the thread is well
     threads.close()
+    assert caplog.records == []  # of the pool, which logs what a callback raises

@@ -198,6 +198,7 @@ def test_the_model_of_rewards_by_hand():
     assert predicted.tolist() == pytest.approx([0.9 - shrunk, 0.9 + shrunk, 0.9])
     flat = [replace(event, scores=[0.7, 0.7], rewards=[0.4]) for event in events]
     assert line_and_uid(flat)(flat[0]).tolist() == pytest.approx([0.4, 0.4])
+    assert line_and_uid(flat)(events[0]).tolist() == pytest.approx([0.4, 0.4])  # equal scores tell nothing
 
 
 WRONG = {
@@ -238,6 +239,9 @@ def test_an_estimate_in_words():
     assert str(found).startswith("DR 0.933 [") and "  IPS 1.333 [" in str(found) and "  SNIPS 0.667 [" in str(found)
     assert str(found).endswith(f"  DM 0.400  ESS 2 of 4\nwarning: {found.warning}")
     assert "warning" not in str(replace(found, warning=None))
+    for kind in ("dr", "ips", "snips"):
+        low, high = getattr(found, f"{kind}_interval")
+        assert f"{kind.upper()} {getattr(found, kind):.3f} [{low:.3f}, {high:.3f}]" in str(found)
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +286,143 @@ def test_recorded_models(recorded):
     assert sum(held) / len(held) >= 0.9
     assert abs(misses.mean()) < 4 * misses.std() / len(misses)**0.5
     assert misses.square().mean() < naive.square().mean()
+
+
+def test_estimates_to_the_last_digit():
+    "Rewards and propensities are as exact as the log has them."
+    found = estimate(SMALL, ask_always([1]), fit=constant(0.25))
+    ips = (0.9 / 0.8 + 0.2 / 0.5) / 3
+    assert found.ips == pytest.approx(ips, rel=1e-12)
+    assert found.snips == pytest.approx(3 * ips / (1 / 0.8 + 2), rel=1e-12)
+    assert found.dr == pytest.approx(0.25 + ((0.9 - 0.25) / 0.8 + (0.2 - 0.25) / 0.5) / 3, rel=1e-12)
+    one = estimate(SMALL[:1], ask_always([0]), fit=constant(0.25))  # one event has an interval of no width
+    assert (one.ips, one.ips_interval, one.snips) == (2.0, (2.0, 2.0), 1.0)
+    two = estimate([SMALL[0], replace(SMALL[1], rewards=[0.75, 0.9])], ask_always([0]))  # tops 2 and 3
+    assert two.ips_interval == pytest.approx((2.5 - 1.96 * 0.5, 2.5 + 1.96 * 0.5), rel=1e-12)
+    assert estimate([Event(0, "", [0], [1 + 1e-6], [1.0], [0.0])], ask_always([0])).covered == pytest.approx(1, abs=1e-5)
+    few = lambda event: torch.tensor([0.1, 0.9])
+    assert estimate([replace(SMALL[0], propensities=[1.0])] * 40, few).effective_sample_size == pytest.approx(40)
+
+
+def test_a_reward_is_expected_to_the_last_digit():
+    events = [Event(i, "", [i % 2], [0.5], [0.3 + 0.5 * (i % 4 > 1) + 0.2 * (i % 2)], [0.01 * (i % 4 > 1)] * 2)
+              for i in range(40)]  # scores that hardly differ still have a slope: 50
+    shrunk = 0.1 * 20 / 25
+    assert line_and_uid(events)(replace(events[0], scores=[0.01] * 2)).tolist() == pytest.approx([0.9 - shrunk, 0.9 + shrunk], rel=1e-12)
+    grown = line_and_uid(events)(replace(events[0], scores=[0.01] * 5))
+    assert grown.tolist() == pytest.approx([0.9 - shrunk, 0.9 + shrunk, 0.9, 0.9, 0.9], rel=1e-12)
+    smaller = [replace(events[0], scores=[0.0] * 4), *events]  # uids 2 and 3 are gone since
+    assert line_and_uid(smaller)(events[0]).shape == (2,)
+
+
+def test_folds_are_five_and_drawn_from_seed_0():
+    dice = torch.Generator().manual_seed(0)
+    events = log(torch.rand(6, generator=dice).expand(40, 6), torch.rand(6, generator=dice), select, 2, 0.3, dice)
+    found = estimate(events, ask_anyone(2))
+    assert found == estimate(events, ask_anyone(2), folds=5, seed=0)
+    assert found.dr != estimate(events, ask_anyone(2), seed=1).dr and found.dr != estimate(events, ask_anyone(2), folds=6).dr
+    with pytest.raises(InputError) as error:
+        estimate([events[0], replace(events[1], rewards=[0.5])], ask_anyone(2))
+    assert str(error.value) == "event 1 of the log: 2 uids, 2 propensities, 1 rewards: they belong together"
+
+
+def test_warnings_word_for_word():
+    same = [Event(step, "", [0], [1.0], [0.5], [0.0] * 12) for step in range(3)]
+    unknown = "1 of 4 events have no propensities and count only in DM: log what `selection` returns"
+    rare = ("the log speaks for only about 50% of what this policy would ask: the other uids were never asked in such a case"
+            " (uids 3 never at all); explore more when logging")  # fmt: skip
+    few = "the log is worth only 3 answers of this policy: too few to say anything"
+    found = estimate([*same, replace(same[0], propensities=[None])], ask_always([0, 3]))
+    assert found.warning == f"{unknown}; {rare}; {few}"
+    for many, uids in ((9, "1, 2, 3, 4, 5, 6, 7, 8"), (10, "1, 2, 3, 4, 5, 6, 7, 8 ...")):
+        assert f"(uids {uids} never at all)" in estimate(same, ask_always(list(range(many)))).warning
+    both = same + [replace(event, uids=[3]) for event in same]
+    assert "in such a case; explore more" in estimate(both, ask_always([0, 3])).warning
+    blind = [replace(event, propensities=[None]) for event in same]
+    assert estimate(blind, ask_always([0, 3])).warning == unknown.replace("1 of 4", "3 of 3")
+
+
+@pytest.mark.parametrize("k", [3, 0])
+def test_policies_refuse_more_uids_than_could_be_asked(k):
+    event = Event(7, "", [0], [1.0], [0.5], [0.1, 0.9, 0.5], available=[0, 2])
+    for make in (ask_best, ask_anyone):
+        assert make(2)(event).tolist() == [1.0, 0.0, 1.0] and make(1)(event).sum() == 1
+        with pytest.raises(InputError) as error:
+            make(k)(event)
+        assert str(error.value) == f"a policy cannot ask {k} of the 2 uids that could be asked in step 7"
+    for uids in ([0, 3], [-1]):
+        with pytest.raises(InputError) as error:
+            ask_always(uids)(event)
+        assert str(error.value) == f"uids {uids} should lie among the 3 of step 7"
+
+
+LINE = {"step": 0, "prompt": "?", "uids": [2, 0], "propensities": [0.9, 0.1], "rewards": [0.8, None],
+        "scores": [0.1, 0.2, 0.9], "statuses": [200, 200]}  # fmt: skip
+
+
+def write(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def said(warned):
+    return [str(record.message) for record in warned]
+
+
+def test_the_files_of_a_folder_with_rewards_that_came_late(tmp_path):
+    write(tmp_path / "events.000001.jsonl", LINE)
+    write(tmp_path / "events.jsonl", {**LINE, "step": 1, "statuses": [200, 408]}, {**LINE, "step": 2, "rewards": [None, None]})
+    with pytest.warns(UserWarning) as warned:
+        events = read_events(str(tmp_path))
+    assert [(event.step, event.rewards) for event in events] == [(0, [0.8, None]), (1, [0.8, None]), (2, [None, None])]
+    assert said(warned) == [f"3 answers of {tmp_path} have no reward yet"]  # that of status 408 is no answer
+    late = tmp_path / "rewards.jsonl"
+    write(late, {"step": 2, "rewards": {"0": 0.5, "2": 0.25}}, {"step": 9, "rewards": {"0": 1, "1": 1}},
+          {"step": 0, "rewards": {"2": 0.1, "1": 0.9, "0": "0.6"}}, {"step": 0, "rewards": {"0": 0.7}})  # fmt: skip
+    with pytest.warns(UserWarning) as warned:
+        events = read_events(tmp_path)
+    assert [event.rewards for event in events] == [[0.8, 0.6], [0.8, None], [0.25, 0.5]]  # what is there stays
+    assert said(warned) == [f"3 rewards of {late} belong to no answer of the events that were read"]
+    with pytest.warns(UserWarning) as warned:
+        events = read_events(str(tmp_path / "events.jsonl"))  # a file has the rewards beside it
+    assert [event.rewards for event in events] == [[0.8, None], [0.25, 0.5]]
+    assert said(warned) == [f"6 rewards of {late} belong to no answer of the events that were read"]
+
+
+def test_a_file_without_a_reward_that_waits_warns_of_nothing(tmp_path, recwarn):
+    write(tmp_path / "events.jsonl", {**LINE, "rewards": [0.8, 0.1]})
+    assert read_events(tmp_path / "events.jsonl")[0].rewards == [0.8, 0.1]
+    write(tmp_path / "rewards.jsonl", {"step": 0, "rewards": {}})
+    assert read_events(tmp_path)[0].rewards == [0.8, 0.1] and not recwarn.list
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError) as error:
+        read_events(tmp_path / "empty")
+    assert str(error.value) == f"cannot read {tmp_path / 'empty'}: it holds no log of events"
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("[]", "TypeError: "), ('{"rewards": {}}', "KeyError: 'step'"), ('{"step": 0, "rewards": [1]}', "AttributeError: "),
+    ('{"step": 0, "rewards": {"0": NaN}}', "ValueError: a reward is not finite"), ("{", "JSONDecodeError: "),
+    ('{"step": [], "rewards": {}}', "TypeError: "),
+])  # fmt: skip
+def test_late_rewards_that_cannot_be_read_are_named(tmp_path, line, reason):
+    write(tmp_path / "events.jsonl", {**LINE, "rewards": [0.8, 0.1]})
+    (tmp_path / "rewards.jsonl").write_text('{"step": 0, "rewards": {}}\n' + line + "\n")
+    with pytest.raises(InputError) as error:
+        read_events(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / 'rewards.jsonl'}:2: no late rewards: {reason}")
+
+
+@pytest.mark.parametrize("change, problem", [
+    ({"uids": []}, "0 uids, 2 propensities, 2 rewards: they belong together"),
+    ({"uids": [2, 2]}, "uids [2, 2] should be different and lie among the 3 that have scores"),
+    ({"available": [0, 1]}, "uids [2, 0] were asked, but only [0, 1] could be"),
+    ({"propensities": [0.9, 0]}, "propensities [0.9, 0] should lie between 0 and 1, and not be 0 for a uid that was asked"),
+    ({"rewards": [math.inf, 0]}, "rewards [inf, 0] should be finite numbers or null"),
+    ({"scores": ...}, "KeyError: 'scores'"),
+])  # fmt: skip
+def test_what_is_wrong_with_an_event_word_for_word(tmp_path, change, problem):
+    path = tmp_path / "events.jsonl"
+    write(path, {key: value for key, value in {**LINE, **change}.items() if value is not ...})
+    with pytest.raises(InputError) as error:
+        read_events(path)
+    assert str(error.value) == f"{path}:1: no event: {problem}"

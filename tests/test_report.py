@@ -18,7 +18,7 @@ def test_a_training_run_leaves_a_report(tmp_path):
     folder = tmp_path / "mine-report"
     assert sorted(path.name for path in folder.iterdir()) == ["by_length.svg", "curve.svg", "margins.svg", "report.md", "summary.json"]
     page, figures = (folder / "report.md").read_text(), json.loads((folder / "summary.json").read_text())
-    assert "steps in 2 epoch(s)" in page and "the loss" in page and "| judge: longer | 1 | 0 |" in page
+    assert "steps in 2 epochs of" in page and "the loss" in page and "| judge: longer | 1 | 0 |" in page
     assert figures["evaluation"]["confusion"]["judge longer, scores longer"] == 1
     assert figures["training"]["cuts"]["completions"] == 9 and len(figures["training"]["steps"]) > 3
     assert "lost the beginning of the prompt and 9 (50.0%) the end" in page

@@ -157,8 +157,8 @@ def test_the_command_in_two_processes(tmp_path):
     done = subprocess.run([*launch, *command], cwd=tmp_path, capture_output=True, text=True, timeout=200,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("training on 9 prompts in 2 process(es)") == 1  # the first process alone talks
-    assert "finished after 2 steps in 2 process(es)" in done.stdout
+    assert done.stdout.count("training on 9 prompts in 2 processes,") == 1  # the first process alone talks
+    assert "finished after 2 steps in 2 processes;" in done.stdout
     assert (tmp_path / "mine" / "reward.json").exists() and (tmp_path / "points" / "checkpoint.pt").exists()
 
 

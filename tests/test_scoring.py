@@ -216,6 +216,6 @@ def test_data_of_several_files_and_a_count_of_bad_rows(tmp_path):
     both = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.csv'}"
     found, said = command("train", "--data", both, "--out", tmp_path / "mine", "--depth", 1, "--max-length", 16, "--skip-bad", 1,
                           "--epochs", 1, "--margin", 0.5, "--centring", 0.01)  # fmt: skip
-    assert "6 prompts from 7 rows" in said and "passed over: 1 bad rows, the first: " in said and "a.jsonl:4: 'chosen' is missing" in said
+    assert "6 prompts from 7 rows" in said and "passed over: 1 bad row, the first: " in said and "a.jsonl:4: 'chosen' is missing" in said
     assert "training on 5 prompts" in said and "evaluating on 1" in said  # a tenth of six is one, not none
-    assert "trained: none of 10 texts was cut" in said and "in 1 epoch(s)" in said
+    assert "trained: none of 10 texts was cut" in said and "in 1 epoch of batches" in said

@@ -104,6 +104,9 @@ SCORES = torch.tensor([0.1, 0.9, 0.4, 0.8, 0.3, 0.6])
 
 def test_propensities_of_epsilon_greedy_by_hand():
     "1 - e + e k / m for the best, e k / m for others; newcomers share the first places."
+    for epsilon in (0.1, 0.2, 0.3, 0.6, 0.7):  # in double precision, rounded once
+        odds = select(SCORES, 3, epsilon=epsilon, generator=torch.Generator().manual_seed(4)).propensities
+        assert odds.max() == torch.tensor(1 - epsilon + epsilon * 3 / 6)
     for chosen, chance in ((set([1, 3, 5]), 0.75), (set([0, 2, 4]), 0.25)):
         found = {}
         for seed in range(60):
@@ -167,6 +170,8 @@ def test_what_is_malformed_is_named(rule):
         with pytest.raises(ValueError, match="scores must be finite, uid 2 has inf"):
             call(undefined, 1)
         assert call(undefined, 1, available=[0, 1]).uids.item() < 2  # a uid that is not asked needs no score
+    for rule in (thompson, ucb):
+        assert rule(undefined, torch.zeros(6), 1, available=[0, 1]).uids.item() == 1
 
 
 def test_widths_and_temperatures_are_checked():
@@ -207,3 +212,101 @@ def test_schedules():
     assert annealed(5, start=0.5, end=0.1, steps=10) == pytest.approx(0.3)
     assert [narrowing(answers) for answers in (0, 12, 48, 192, 1e6)] == pytest.approx([1.3, 1.3, 0.9192, 0.65, 0.65], abs=1e-4)
     assert narrowing(16, start=2.0, full=1.0, least=0.1) == pytest.approx(1.0)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_defaults_of_the_random_rules():
+    sd = torch.full((6,), 0.2)
+    certain = lambda scores, k, **more: thompson(scores, sd, k, **more)
+    for rule, told in ((gumbel_top_k, {"temperature": 0.1, "epsilon": 0.0}), (certain, {"width": 1.0, "epsilon": 0.0}),
+                       (select, {"epsilon": 0.1})):  # fmt: skip
+        for seed in range(5):
+            one, two = rule(SCORES, 3, generator=seeded(seed)), rule(SCORES, 3, **told, generator=seeded(seed))
+            assert torch.equal(one.uids, two.uids) and torch.equal(one.propensities, two.propensities)
+    assert ucb(SCORES, sd, 3, generator=seeded()).propensities.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("rule", [
+    lambda scores, **more: select(scores, 3, **more), lambda scores, **more: gumbel_top_k(scores, 3, **more),
+    lambda scores, **more: thompson(scores, scores.flip(0), 3, **more), lambda scores, **more: ucb(scores, scores.flip(0), 3, **more),
+], ids=["epsilon", "gumbel", "thompson", "ucb"])  # fmt: skip
+def test_double_precision_whatever_the_scores_are(rule):
+    for seed in range(3):
+        one, two = (rule(scores, epsilon=0.3, generator=seeded(seed)) for scores in (SCORES, SCORES.double()))
+        assert torch.equal(one.uids, two.uids) and torch.equal(one.propensities, two.propensities)
+        assert (one.uids.dtype, one.propensities.dtype) == (torch.int64, torch.float32)
+
+
+def test_bounds_are_added_in_double_precision():
+    sd = torch.tensor([0.2, 0.0])  # in single precision 0.1 + 0.2 is what 0.3 is, in double precision less
+    assert ucb(torch.tensor([0.1, 0.3]), sd, 1, epsilon=0).uids.tolist() == [1]
+    bound = 1.1 * sd[0].item()
+    for scores, wide in (([0.0, bound], sd), ([bound, 0.0], sd.flip(0))):  # equal bounds: the lower uid
+        assert ucb(torch.tensor(scores, dtype=torch.float64), wide, 1, width=1.1).uids.tolist() == [0]
+
+
+def test_a_mask_and_uids_say_the_same():
+    mask = torch.tensor([False, True, False, True, True, False])
+    for able in (mask, [4, 3, 1, 1], torch.tensor([[1.0, 3.0, 4.0]])):
+        assert select(SCORES, 3, epsilon=0, available=able).uids.tolist() == [1, 3, 4]
+    with pytest.raises(ValueError, match="^available holds uids that are not whole numbers$"):
+        select(SCORES, 1, available=[1.5, 2.0])
+    with pytest.raises(ValueError, match=r"^newcomers as a mask needs a value for each of 6 uids, got shape \(2, 3\)$"):
+        select(SCORES, 1, newcomers=mask.view(2, 3))
+
+
+def test_all_draws_behind_a_propensity_are_used(monkeypatch):
+    "In pieces of any size: the estimate of a network that needs several is as good as that of a small one."
+    mean, sd = torch.zeros(3000), torch.ones(3000)  # a piece is 21 rows: six, and one of two
+    sizes, pieces = [], [(1, torch.float64)] + [(21, torch.float32)] * 6 + [(2, torch.float32)]
+    for name in ("normal_", "exponential_"):
+        draw = getattr(torch.Tensor, name)
+        noting = lambda self, draw=draw, **more: sizes.append((len(self), self.dtype)) or draw(self, **more)
+        monkeypatch.setattr(torch.Tensor, name, noting)
+    gumbel_top_k(mean, 5, generator=seeded())
+    assert sizes == pieces
+    sizes.clear()
+    found = thompson(mean, sd, 5, generator=seeded()).propensities
+    assert sizes == pieces
+    assert found.mean().item() == pytest.approx(5 / 3000, rel=0.5) and found.min() > 0
+    sizes.clear()
+    for size in (512, 513):  # 512 uids fill a piece exactly
+        thompson(mean[:size], sd[:size], 5, generator=seeded())
+    assert [size for size, _ in sizes] == [1, 128, 1, 127, 1]
+    sizes.clear()
+    thompson(torch.zeros(70_000), torch.ones(70_000), 2, generator=seeded())
+    assert [size for size, _ in sizes] == [1] * 129
+
+
+def test_a_share_is_left_to_chance_by_epsilon_exactly():
+    "With epsilon e, the others' propensity is e k / m, and that of the best 1 - e more."
+    scores = torch.tensor([0.0, 100.0, 200.0, -100.0])
+    for rule in (lambda **more: gumbel_top_k(scores, 2, **more), lambda **more: thompson(scores, torch.ones(4), 2, **more)):
+        known = {}
+        for seed in range(40):
+            found = rule(epsilon=0.4, generator=seeded(seed))
+            known |= dict(zip(found.uids.tolist(), found.propensities.tolist()))
+            assert found.uids.tolist() == sorted(found.uids.tolist(), key=lambda uid: -scores[uid])
+        assert known == {1: pytest.approx(0.8), 2: pytest.approx(0.8), 0: pytest.approx(0.2), 3: pytest.approx(0.2)}
+
+
+def test_scores_far_from_zero_keep_their_digits():
+    "What counts is how scores differ, although propensities are estimated in single precision."
+    for rule in (lambda scores, dice: gumbel_top_k(scores, 2, generator=dice),
+                 lambda scores, dice: thompson(scores, torch.full((6,), 0.2), 2, generator=dice)):  # fmt: skip
+        for seed in range(5):
+            near, far = rule(SCORES.double(), seeded(seed)), rule(SCORES.double() + 1e6, seeded(seed))
+            assert torch.equal(near.uids, far.uids)
+            assert far.propensities.tolist() == pytest.approx(near.propensities.tolist(), rel=1e-3)
+
+
+def test_a_single_place_has_a_propensity_too():
+    for rule in (gumbel_top_k, lambda scores, k, **more: thompson(scores, torch.ones(len(scores)), k, **more)):
+        equals = [rule(torch.zeros(4), 1, generator=seeded(seed)).propensities.item() for seed in range(20)]
+        assert equals == pytest.approx([0.25] * 20, abs=0.12)
+        for seed in range(20):  # who is not new is asked by chance only
+            found = rule(SCORES, 1, newcomers=[0], epsilon=0.5, generator=seeded(seed))
+            assert found.propensities.item() == pytest.approx(0.5 / 6 + 0.5 * (found.uids.item() == 0))

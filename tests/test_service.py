@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -120,7 +121,7 @@ def test_fewer_miners_than_it_asks_for(network, tmp_path, caplog):
     with service_of(network, tmp_path, k=9, steps=3) as service:
         assert service.join(SECONDS)
     assert all(len(e["uids"]) == 4 for e in events(tmp_path))
-    assert caplog.text.count("4 miners serve: asking these instead of 9") == 1
+    assert caplog.text.count("only 4 miners to ask, instead of 9") == 1
 
 
 def test_without_a_miner_it_waits_and_says_so(tmp_path, caplog):
@@ -552,6 +553,17 @@ def test_rewards_are_posted(network, tmp_path):
             with pytest.raises(urllib.error.HTTPError) as error:
                 urllib.request.urlopen(urllib.request.Request(f"http://{endpoint.address}/reward", deep, head), timeout=60)
             assert error.value.code == 400
+
+
+def test_a_body_that_does_not_arrive_is_given_up(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("prompting_nb.loop.endpoint._BODY", 0.3)
+    head = b"POST /prompt HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with service_of(network, tmp_path, steps=0) as service, Endpoint(service) as endpoint:
+        with socket.create_connection((endpoint.host, endpoint.port), SECONDS) as line:
+            line.sendall(head)
+            answer = line.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 408") and b"within 0.3 s" in answer
+    assert endpoint._loop is None  # a stop does not wait for it
 
 
 # Real processes

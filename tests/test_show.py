@@ -1,7 +1,10 @@
 """What objects show of themselves in a notebook is safe, whatever strangers have written into them, and readable."""
 
+import inspect
 import re
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from bs4 import BeautifulSoup
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.reward.evaluation import RewardEvaluation
 from prompting_nb.network.chain import EmbeddedChain, MetagraphTable, make_wallet
-from prompting_nb.show import Bar, html_table
+from prompting_nb.show import Bar, arguments_in_help, html_table
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
 from prompting_nb.validators.event import Event
 
@@ -146,8 +149,8 @@ def shown_objects() -> dict:
 
 
 @pytest.mark.parametrize("kind, parts", {
-    "Ranking": ["1.000", "0.500"], "Trace": ["1 steps, 1 uids asked at each", "0.750"], "Arena": ["2 prompts for 0 workers"],
-    "Prompting": ["user", "status 200"], "EmbeddedChain": ["netuid 1, block 1, 1 uids", "3.000", "yes"],
+    "Ranking": ["1.000", "0.500"], "Trace": ["1 step, 1 uid asked at each", "0.750"], "Arena": ["2 prompts for 0 workers"],
+    "Prompting": ["user", "status 200"], "EmbeddedChain": ["netuid 1, block 1, 1 uid", "3.000", "yes"],
     "History": ["from 0.700 to 0.100", "0.875", "1.2", "finished"]}.items())
 def test_objects_show_themselves(kind, parts):
     value = shown_objects()[kind]
@@ -166,3 +169,34 @@ def test_a_reward_model_is_one_line():
     for part in ("'minilm'", "bert", "mean pooling", "at most 512 tokens", "22.7 million weights", "length 0.500", "bound 4.0",
                  "eval mode", "on cpu"):
         assert part in said
+
+
+@arguments_in_help
+@dataclass
+class Fields:
+    "Two numbers."
+
+    first: int  # the smaller one
+    second: int = 1
+    third: list = field(
+        default_factory=list
+    )  # the rest
+    _hidden: int = 0  # not shown
+
+
+@arguments_in_help
+class Row(NamedTuple):
+    "A row."
+
+    name: str  # of whom
+
+
+class Layer(torch.nn.Module):
+    "Inherits a constructor without comments."
+
+
+def test_help_shows_what_stands_beside_fields():
+    assert Fields.__doc__ == "Two numbers.\n\nArguments:\n    first: the smaller one\n    third: the rest"
+    assert Fields(1).__doc__ == Fields.__doc__ == inspect.getdoc(Fields)
+    assert Row.__doc__ == "A row.\n\nArguments:\n    name: of whom" and Row("a") == ("a",)
+    assert arguments_in_help(Layer).__doc__ == "Inherits a constructor without comments."

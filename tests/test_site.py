@@ -404,6 +404,14 @@ def test_cells_become_what_they_are(small):
     assert soup(small / "index.html").find("a", string="link to another page")["href"] == "toy.html#linear"
 
 
+def test_a_number_keeps_its_interval_and_a_flag_its_dashes():
+    from tools.site.render import to_html
+
+    made = bs4.BeautifulSoup(to_html("| a |\n|---|\n| .1 ± .2 |\n\nUse `loop --out a-b`.\n\n```\nloop --out x\n```\n"), "html.parser")
+    assert made.td.get_text() == ".1\u00a0±\u00a0.2" and made.find(class_="table-wrap").table
+    assert [flag.get_text() for flag in made.select(".flag")] == ["--out"] and made.p.get_text() == "Use loop --out a-b."
+
+
 # ---- in a browser
 
 @pytest.fixture

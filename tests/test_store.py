@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import redis.asyncio as redis_client
 from bittensor import http_auth
 
 from prompting_nb.baseminer.miner import Miner
@@ -141,6 +143,37 @@ def test_a_redis_that_hangs_does_not_hold_up_the_loop(redis):
         finally:
             redis.process.send_signal(signal.SIGCONT)
         until(lambda: status(axon) == 200)
+
+
+@pytest.mark.parametrize("more", ["", "?max_connections=3"])
+def test_many_that_come_at_once_wait_for_a_connection(redis, more):
+    nonces = StoredNonces(Store(redis.url + more, ME))
+    now = time.time_ns() + 10**9
+
+    async def asked():
+        return await asyncio.gather(*(nonces.accept("5x", now + i // 2) for i in range(600)))
+
+    assert sum(asyncio.run(asked())) == 300
+    with ThreadPoolExecutor(120) as pool:
+        assert sum(pool.map(lambda i: nonces.check_and_store("5y", now + i // 2), range(600))) == 300
+    nonces.close()
+
+
+def test_those_that_wait_for_a_connection_are_refused_as_soon_as_the_store_has_failed(redis, monkeypatch):
+    nonces, now, asked = StoredNonces(Store(redis.url, ME, timeout=0.3)), time.time_ns() + 10**9, []
+    evaluate = redis_client.Redis.eval
+    monkeypatch.setattr(redis_client.Redis, "eval", lambda *args: asked.append(1) or evaluate(*args))
+    redis.process.send_signal(signal.SIGSTOP)
+
+    async def all_at_once():
+        return await asyncio.gather(*(nonces.accept("5x", now + i) for i in range(200)), return_exceptions=True)
+
+    try:
+        assert {type(error) for error in asyncio.run(all_at_once())} == {Refusal}
+        assert 0 < len(asked) <= 32  # those that had a connection
+    finally:
+        redis.process.send_signal(signal.SIGCONT)
+    nonces.close()
 
 
 def test_a_nonce_that_is_no_time_is_refused(redis):

@@ -1,5 +1,7 @@
 """Notebooks, package and README say the same: exporting, cleaning and making the README again changes no file."""
 
+import ast
+import builtins
 import json
 import re
 import shutil
@@ -71,6 +73,45 @@ def test_cell_options_are_yaml(page):
         lines = re.findall(r"^#\|[ \t]*([\w-]+:.*)$", code, re.M)
         read = yaml.safe_load("\n".join(lines)) or {}
         assert isinstance(read, dict) and len(read) == len(lines), lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "nbs").as_posix())
+def test_pictures_speak_one_language(page):
+    "What a page draws with matplotlib has the look of `styled`, from the axes on."
+    shown = [code for code in code_of(page) if not re.search(r"^#\| (export|hide)", code, re.M)]
+    drawn = [code for code in shown if re.search(r"plt\.(subplots|figure|plot)\b", code)]
+    assert [code for code in drawn if "@styled" not in code and "styled(plt.subplots)" not in code] == []
+
+
+REFERENCE = [page for page in PAGES if any("#| default_exp" in code for code in code_of(page))]
+
+
+def bound_in(tree: ast.AST) -> set[str]:
+    "All names that a piece of code binds anywhere."
+    imported = (alias for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for alias in n.names)
+    found = {(alias.asname or alias.name).split(".")[0] for alias in imported} | set(dir(builtins))
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or isinstance(n, ast.ExceptHandler) and n.name:
+            found.add(n.name)
+        elif isinstance(n, ast.arg):
+            found.add(n.arg)
+        elif isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+            found.add(n.id)
+    return found
+
+
+@pytest.mark.parametrize("page", REFERENCE, ids=lambda page: page.relative_to(ROOT / "nbs").as_posix())
+def test_a_page_begins_with_an_example_that_runs_alone(page):
+    "Who copies it needs no other cell; what exports something comes later. Cells that a reader does not see do not count."
+    seen = [code for code in code_of(page) if not re.search(r"^#\|\s*(hide|default_exp)", code, re.M)][1:]
+    defines = re.compile(r"^(async def|def|class) ", re.M)
+    first = next(code for code in seen if not code.startswith("#| export") or defines.search(code))
+    assert not first.startswith("#| export"), "the page exports before it shows an example"
+    tree = ast.parse(first)
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    assert used - bound_in(tree) == set()
+    imports = sum((n.end_lineno or 0) - n.lineno + 1 for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom)))
+    assert sum(1 for line in first.splitlines() if line.strip()) - imports <= 20
 
 
 def test_forks_run_the_tests_on_each_version_of_python():

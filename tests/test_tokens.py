@@ -142,7 +142,7 @@ def test_a_row_remembers_of_which_side_it_lost_tokens(toys):  # noqa: F811
     cuts = cuts_of(rows, 20)
     assert cuts == Cuts(3, 2, 2, sum(row.cut for row in rows), 20)
     assert str(cuts).startswith("of 3 texts, 2 (66.7%) lost the beginning of the prompt and 2 (66.7%) the end of the completion")
-    assert str(cuts_of(encode(tokenizer, ["a"], ["b"], 20), 20)) == "none of 1 texts was cut (at most 20 tokens)"
+    assert str(cuts_of(encode(tokenizer, ["a"], ["b"], 20), 20)) == "none of 1 text was cut (at most 20 tokens)"
 
 
 @pytest.mark.parametrize("own, limit", [(64, 64), (1024, 1024), (4096, LONGEST), (-1, LONGEST)])

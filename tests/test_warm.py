@@ -69,8 +69,8 @@ def test_what_is_left_out_is_counted(caplog):
     with caplog.at_level(logging.WARNING):
         known = gate.learn_from(odd)
     assert (known.rankings, known.unnamed, known.ungraded, known.repeated, known.outside, known.forgotten) == (2, 1, 2, 2, 1, 1)
-    assert known.strangers == {"eve": 2} and "2 answers of 1 names without a hotkey here (eve)" in str(known)
-    assert "1 grades outside 0 to 1" in caplog.text
+    assert known.strangers == {"eve": 2} and "2 answers of 1 name without a hotkey here (eve)" in str(known)
+    assert "1 grade outside 0 to 1" in caplog.text
     assert gate.known == {"k0": 2, "k3": 1}
 
 

@@ -17,6 +17,8 @@ from .blacklist import TooOften
 from .cache import prompt_key
 from ..network.auth import Refusal
 from ..protocol import Prompting
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05008
 def answer(
@@ -42,10 +44,14 @@ def _checked(result: Any, name: str) -> Prompting:
     raise NoCompletion(f"{name} returned {what}; {must}")
 
 
+@arguments_in_help
 class NoCompletion(Refusal, TypeError):
     "A `prompt` gave no answer. On the wire: status 500, with the reason."
 
-    def __init__(self, reason: str):
+    def __init__(
+        self,
+        reason: str,  # why there is no answer, for the caller
+    ):
         super().__init__(500, reason, "handler")
 
 
@@ -65,13 +71,18 @@ def _finished(result: Any) -> Any:
         return thread.submit(asyncio.run, wait()).result()
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05017
+@arguments_in_help
 class RepeatedPrompt(Refusal, ValueError):
     "The prompt was sent within the span of the cache. On the wire: status 409."
 
-    def __init__(self, reason: str):
+    def __init__(
+        self,
+        reason: str,  # for the caller
+    ):
         super().__init__(409, reason, "repeated")
 
 
+@arguments_in_help
 class Once:
     "Refuse prompts that were answered within the span of a cache."
 
@@ -83,14 +94,20 @@ class Once:
     ):
         self.cache, self.block, self.per_caller = cache, block, per_caller
 
-    def check(self, synapse: Prompting) -> None:
+    def check(
+        self,
+        synapse: Prompting,  # the request, whose roles and messages count
+    ) -> None:
         "Raise `RepeatedPrompt` if the prompt is in the cache. Changes nothing."
         cache = self.cache
         if cache is not None and cache.recent(self._key(synapse), self.block()):
             raise self._repeated(cache)
 
     @contextmanager
-    def claimed(self, synapse: Prompting) -> Iterator[None]:
+    def claimed(
+        self,
+        synapse: Prompting,  # the request, whose roles and messages count
+    ) -> Iterator[None]:
         """Claim the prompt for a `with` block; give it back if the block fails.
 
         Raises `RepeatedPrompt` if it is in the cache already.
@@ -113,12 +130,18 @@ class Once:
         "Tell whether the cache is a store, for which an event loop must not wait."
         return getattr(self.cache, "waits", False)
 
-    async def check_async(self, synapse: Prompting) -> None:
+    async def check_async(
+        self,
+        synapse: Prompting,  # as for `check`
+    ) -> None:
         "Do what `check` does, in a thread, since the cache may have to be waited for."
         await asyncio.to_thread(self.check, synapse)
 
     @asynccontextmanager
-    async def claimed_async(self, synapse: Prompting) -> AsyncIterator[None]:
+    async def claimed_async(
+        self,
+        synapse: Prompting,  # as for `claimed`
+    ) -> AsyncIterator[None]:
         "Do what `claimed` does, in a thread, since the cache may be waited for."
         claim = self.claimed(synapse)
         await asyncio.to_thread(claim.__enter__)
@@ -133,7 +156,7 @@ class Once:
         return prompt_key(synapse, self.per_caller)
 
     def _repeated(self, cache: Any) -> RepeatedPrompt:
-        span = f"within the last {cache.span} blocks"
+        span = f"within the last {count_of(cache.span, 'block')}"
         return RepeatedPrompt(f"this prompt was sent {span}")
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05019
@@ -234,7 +257,10 @@ def counted(
         seconds = await quota.wait(hotkey)
         if not seconds:
             return verdict
-        within = f"requests within {quota.window:g} seconds"
-        return TooOften.wait(seconds, f"more than {quota.quota} {within}")
+        most, window = (
+            count_of(quota.quota, "request"),
+            count_of(quota.window, "second"),
+        )
+        return TooOften.wait(seconds, f"more than {most} within {window}")
 
     return refuse_or_count

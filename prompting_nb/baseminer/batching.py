@@ -10,7 +10,10 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/baseminer/10_batching.ipynb #m10005
+@arguments_in_help
 class Batcher:
     "A function of lists that is called with one item at a time, from any thread."
 
@@ -36,7 +39,10 @@ class Batcher:
         self._thread.submit(self._next)
         return future
 
-    def __call__(self, item: Any) -> Any:
+    def __call__(
+        self,
+        item: Any,  # one element of the lists that `fn` takes
+    ) -> Any:
         "Return the result for an item, waiting for it."
         return self.submit(item).result()
 

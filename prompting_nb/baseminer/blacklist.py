@@ -17,8 +17,11 @@ from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
 
 from ..config import InputError
 from ..network.addresses import hotkey_address, written_alike
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07043
+@arguments_in_help
 @dataclass(frozen=True)
 class Caller:
     "What the metagraph knows about a hotkey, which need not be registered."
@@ -34,6 +37,7 @@ class Caller:
         return self.uid is not None
 
 
+@arguments_in_help
 class Verdict(NamedTuple):
     "The decision on a request, and the reason. Its truth value is `blacklisted`."
 
@@ -50,7 +54,11 @@ class TooOften(Verdict):
     retry_after: float = 1.0
 
     @classmethod
-    def wait(cls, seconds: float, reason: str) -> "TooOften":
+    def wait(
+        cls,
+        seconds: float,  # until the next request is admitted
+        reason: str,  # for the caller
+    ) -> "TooOften":
         "Refuse for this many seconds."
         verdict = cls(True, reason)
         verdict.retry_after = seconds
@@ -163,6 +171,7 @@ def minimum_stake(
     return rule
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07045
+@arguments_in_help
 class RateLimiter:
     """At most `quota` requests of a hotkey within any `window` seconds.
 
@@ -213,13 +222,14 @@ def rate_limit(
 
     def rule(caller: Caller) -> Optional[Verdict]:
         if not limiter.admit(caller.hotkey):
-            within = f"requests within {limiter.window:g} seconds"
-            reason = f"more than {limiter.quota} {within}"
+            most = count_of(limiter.quota, "request")
+            reason = f"more than {most} within {count_of(limiter.window, 'second')}"
             return TooOften.wait(limiter.retry_after(caller.hotkey), reason)
 
     return rule
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07027
+@arguments_in_help
 class RequestLog:
     "The times of each caller's latest requests, bounded for each caller and in total."
 

@@ -12,8 +12,10 @@ from hashlib import blake2b
 
 from ..network.addresses import written_alike
 from ..protocol import Prompting
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/09_cache.ipynb #m09021
+@arguments_in_help
 class PromptCache:
     "The prompts claimed within the last `span` blocks. Safe to use from threads."
 

@@ -20,7 +20,7 @@ from .miner import Miner
 from .miners import MINERS
 from .processes import Followers, leader_is_gone
 from .subnet import NotRegisteredError
-from ..config import Config, InputError, add_argument, add_settings
+from ..config import Config, InputError, RunError, add_argument, add_settings
 from ..config import check_settings, command_parser, merge
 from ..files import log_to_stderr
 from ..network.chain import EmbeddedChain, make_wallet
@@ -88,6 +88,8 @@ def make_miner(
     if embedded and name == VALIDATOR:
         other = "give the miner another name"
         raise InputError(f"--wallet.name {name} is the validator's; {other}")
+    if settings.ask is not None and not settings.ask.strip():
+        raise InputError("--ask needs some text")
     if settings.ask is not None and not embedded:
         network = f"not with --subtensor.network {settings.subtensor.network}"
         raise InputError(f"--ask works on the chain in memory only, {network}")
@@ -133,7 +135,8 @@ def run_miner(
     say: Callable[[str], None] = partial(print, flush=True),  # told what happens
 ) -> None:
     "Run the command `prompting-nb miner`."
-    log_to_stderr(debug=settings.debug)
+    level = logging.INFO if settings.ask is None else logging.WARNING
+    log_to_stderr(level, debug=settings.debug)
     miner = make_miner(settings)
     try:
         with miner:
@@ -174,5 +177,5 @@ def _ask(miner: Miner, text: str) -> str:
         (answer,) = dendrite.query([miner.axon], Prompting.ask(text, timeout=120.0))
     if not answer.is_success:
         status, reason = answer.dendrite.status_code, answer.dendrite.status_message
-        raise RuntimeError(f"status {status}: {reason}")
+        raise RunError(f"status {status}: {reason}")
     return answer.completion or ""

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['MinerSettings', 'LoopSettings', 'BlacklistSettings', 'PrioritySettings', 'SubtensorSettings', 'WalletSettings',
-           'AxonSettings']
+           'AxonSettings', 'without_effect']
 
 # %% ../../nbs/baseminer/03_flags.ipynb #m03002
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from .blacklist import read_hotkeys
-from ..config import InputError, NonNegativeFloat, NonNegativeInt
-from ..config import Port, PositiveFloat, PositiveInt, check_settings
+from ..config import InputError, Netuid, NonNegativeFloat, NonNegativeInt
+from ..config import Port, PositiveFloat, PositiveInt, PositiveSeconds
+from ..config import NotEmptyStr, check_most, check_settings
 from ..network.addresses import not_public
 from ..network.limited import CALL_TIMEOUT
 
@@ -31,7 +32,7 @@ class MinerSettings:
         miner: The miner itself.
     """
 
-    netuid: NonNegativeInt = 1
+    netuid: Netuid = 1
     subtensor: "SubtensorSettings" = field(default_factory=lambda: SubtensorSettings())
     wallet: "WalletSettings" = field(default_factory=lambda: WalletSettings())
     axon: "AxonSettings" = field(default_factory=lambda: AxonSettings())
@@ -56,7 +57,7 @@ class LoopSettings:
 
     name: str = "miner"
     blocks_per_epoch: PositiveInt = 100
-    poll_interval: PositiveFloat = 6.0
+    poll_interval: PositiveSeconds = 6.0
     retries: NonNegativeInt = 10
     no_set_weights: bool = False
     blacklist: "BlacklistSettings" = field(default_factory=lambda: BlacklistSettings())
@@ -130,7 +131,7 @@ class SubtensorSettings:
     """
 
     network: str = "finney"
-    timeout: PositiveFloat = CALL_TIMEOUT
+    timeout: PositiveSeconds = CALL_TIMEOUT
 
     __post_init__ = check_settings
 
@@ -145,8 +146,8 @@ class WalletSettings:
         path: Folder of the wallets.
     """
 
-    name: str = "default"
-    hotkey: str = "default"
+    name: NotEmptyStr = "default"
+    hotkey: NotEmptyStr = "default"
     path: str = "~/.bittensor/wallets"
 
     __post_init__ = check_settings
@@ -188,6 +189,7 @@ class AxonSettings:
 
     def __post_init__(self):
         check_settings(self)
+        check_most(self, "axon", processes=256)
         if self.host in ("0.0.0.0", "::") and not self.external_ip:
             raise InputError(
                 f"--axon.host {self.host} means every interface, and is no address to "
@@ -235,3 +237,40 @@ class AxonSettings:
             return None
         state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
         return state / "prompting_nb" / f"nonces-{hotkey}.sqlite"
+
+# %% ../../nbs/baseminer/03_flags.ipynb #srv0102
+def without_effect(
+    settings: MinerSettings,  # of a miner
+) -> list[str]:  # one sentence for each, with the remedy
+    "Find the settings that differ from their defaults and have no effect."
+    cache = settings.miner.blacklist.use_prompt_cache
+    remember = "without --miner.blacklist.use_prompt_cache"
+    depends = (  # section, its fields, whether they count, and why not
+        ("miner.blacklist", ("prompt_cache_block_span",), cache, remember),
+        ("miner.blacklist", ("prompt_cache_per_caller",), cache, remember),
+        (
+            "miner.blacklist",
+            ("window",),
+            settings.miner.blacklist.quota,
+            "without --miner.blacklist.quota",
+        ),
+        (
+            "miner.priority",
+            ("rest", "history"),
+            settings.miner.priority.idle_factor,
+            "with --miner.priority.idle_factor 0",
+        ),
+        ("axon", ("nonces",), not settings.axon.store, "with --axon.store"),
+    )
+    found = []
+    for section, names, counts, why in depends:
+        part: Any = settings
+        for name in section.split("."):
+            part = getattr(part, name)
+        usual = type(part)()
+        found += [
+            f"--{section}.{name} {getattr(part, name)} has no effect {why}"
+            for name in names
+            if not counts and getattr(part, name) != getattr(usual, name)
+        ]
+    return found

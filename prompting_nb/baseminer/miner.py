@@ -9,6 +9,7 @@ __all__ = ['Miner', 'stop_all']
 import abc
 import argparse
 import inspect
+import logging
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, ClassVar
@@ -21,6 +22,7 @@ from .blacklist import Caller, Verdict, as_verdict
 from .blacklist import judge, standard_rules
 from .cache import PromptCache
 from .flags import AxonSettings, BlacklistSettings, MinerSettings
+from .flags import without_effect
 from .priority import StakePriority
 from .running import Runner
 from .subnet import NotRegisteredError, Subnet
@@ -33,8 +35,12 @@ from ..network.store import Store, StoredMetrics, StoredNonces
 from ..network.store import StoredPrompts, StoredQuota
 from ..protocol import Prompting, Synapse
 from ..show import Bar, html_table, arguments_in_help
+from ..help.usage import count_of
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
+_log = logging.getLogger(__name__)
+
+
 @arguments_in_help
 class Miner(abc.ABC):
     """The base class of all miners: implement `prompt`, and say what can be set.
@@ -61,6 +67,8 @@ class Miner(abc.ABC):
         self.check_config(full)
         vars(self)["config"] = full  # hides the method; calling it returns itself
         self.settings = settings = settings_of(MinerSettings, full, ignore_unknown=True)
+        for sentence in without_effect(settings):
+            _log.warning(sentence)
         self.own_settings: Any = self._own_settings(full)
         loop, on_disk = settings.miner, wallet is None
         if wallet is None:
@@ -144,7 +152,10 @@ class Miner(abc.ABC):
         add_settings(parser, MinerSettings)
 
     @classmethod
-    def check_config(cls, config: Config) -> None:
+    def check_config(
+        cls,
+        config: Config,  # nested, as `config()` returns it
+    ) -> None:
         "Raise `InputError`, a ValueError that names the flag, for a wrong setting."
         settings_of(MinerSettings, config, ignore_unknown=True)
         cls._own_settings(config)
@@ -223,11 +234,17 @@ class Miner(abc.ABC):
 
     # Choosing
 
-    def caller(self, synapse: Synapse) -> Optional[Caller]:
+    def caller(
+        self,
+        synapse: Synapse,  # its headers are enough
+    ) -> Optional[Caller]:
         "Look up the sender of a request in the metagraph; None when it names nobody."
         return self.subnet.caller(synapse)
 
-    def blacklist(self, synapse: Synapse) -> Verdict:
+    def blacklist(
+        self,
+        synapse: Synapse,  # headers only: `messages` is not there yet
+    ) -> Verdict:
         """Decide whether to refuse a request; the result's truth value is the decision.
 
         Runs before the request's body is parsed: `synapse` has the verified hotkey of
@@ -236,7 +253,10 @@ class Miner(abc.ABC):
         """
         return judge(self.rules, self.caller(synapse))
 
-    def priority(self, synapse: Synapse) -> float:
+    def priority(
+        self,
+        synapse: Synapse,  # headers only
+    ) -> float:
         """Rank a request in the queue, higher first.
 
         By default the caller's stake, with a bonus for asking seldom.
@@ -261,7 +281,10 @@ class Miner(abc.ABC):
         return self.subnet.block
 
     @block.setter
-    def block(self, block: int) -> None:
+    def block(
+        self,
+        block: int,  # number of the newest block
+    ) -> None:
         self.subnet.block = block
 
     @property
@@ -275,7 +298,10 @@ class Miner(abc.ABC):
         return self.subnet.metagraph
 
     @metagraph.setter
-    def metagraph(self, metagraph: Any) -> None:
+    def metagraph(
+        self,
+        metagraph: Any,  # with `neurons`, or with columns as of bittensor 10
+    ) -> None:
         self.subnet.metagraph = metagraph
 
     def sync(self) -> None:
@@ -302,7 +328,7 @@ class Miner(abc.ABC):
         if (failures := self.runner.failures) < 3:
             return ""
         old = f"the metagraph is of block {self.synced_at}"
-        return f"the chain has failed {failures} times in a row, {old}"
+        return f"the chain has failed {count_of(failures, 'time')} in a row, {old}"
 
     def _each_block(self) -> int:
         "Look at the chain and do what is due; send nothing once a stop is asked for."

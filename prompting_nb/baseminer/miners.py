@@ -26,11 +26,12 @@ import numpy as np
 from .batching import Batcher
 from .miner import Miner
 from .programs import ProcessMiner
-from ..config import InputError, NonNegativeFloat, PositiveInt
+from ..config import InputError, NonNegativeFloat, PositiveInt, RunError
 from ..config import check_settings
 from ..files import read_texts
-from ..pretrained import MINILM, load
+from ..pretrained import MINILM, known_device, load
 from ..protocol import Prompting
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,10 @@ class TemplateMiner(Miner):
 
     Settings = TemplateSettings
 
-    def prompt(self, synapse: Prompting) -> Prompting:
+    def prompt(
+        self,
+        synapse: Prompting,  # gets the completion
+    ) -> Prompting:
         "Return the same text for everybody."
         synapse.completion = self.own_settings.completion
         return synapse
@@ -72,6 +76,7 @@ class ReplaySettings:
     __post_init__ = check_settings
 
 
+@arguments_in_help
 class ReplayMiner(Miner):
     "Answers with the recorded completion of a prompt."
 
@@ -79,10 +84,10 @@ class ReplayMiner(Miner):
 
     def __init__(
         self,
-        config: Any = None,  # these four as for `Miner`
-        axon: Any = None,
-        wallet: Any = None,
-        subtensor: Any = None,
+        config: Any = None,  # as for `Miner`
+        axon: Any = None,  # as for `Miner`
+        wallet: Any = None,  # as for `Miner`
+        subtensor: Any = None,  # as for `Miner`
         recordings: Optional[Mapping[str, str]] = None,  # None: from `--replay.file`
     ):
         super().__init__(config, axon, wallet, subtensor)
@@ -92,7 +97,10 @@ class ReplayMiner(Miner):
             raise InputError(f"there is nothing to replay: {missing}")
         self.recordings = dict(_recorded(file) if recordings is None else recordings)
 
-    def prompt(self, synapse: Prompting) -> Prompting:
+    def prompt(
+        self,
+        synapse: Prompting,  # whose newest message of the user is looked up
+    ) -> Prompting:
         "Look up the newest message of the user; LookupError when it was not recorded."
         if synapse.prompt not in self.recordings:
             raise LookupError("nothing is recorded for this prompt")
@@ -125,6 +133,7 @@ class RetrievalSettings:
     __post_init__ = check_settings
 
 
+@arguments_in_help
 class RetrievalMiner(Miner):
     "Answers with the nearest entry of a collection."
 
@@ -132,10 +141,10 @@ class RetrievalMiner(Miner):
 
     def __init__(
         self,
-        config: Any = None,  # these four as for `Miner`
-        axon: Any = None,
-        wallet: Any = None,
-        subtensor: Any = None,
+        config: Any = None,  # as for `Miner`
+        axon: Any = None,  # as for `Miner`
+        wallet: Any = None,  # as for `Miner`
+        subtensor: Any = None,  # as for `Miner`
         corpus: Optional[Iterable[tuple[str, str]]] = None,  # (text, answer) pairs
         encode: Optional[Callable] = None,  # texts -> (n, width); None: by the settings
     ):
@@ -148,12 +157,16 @@ class RetrievalMiner(Miner):
             corpus = ((t, a) for t, a in read_texts(settings.corpus, "text", "answer"))
         self.index = Index(corpus, encode or sentence_encoder(settings.encoder))
 
-    def prompt(self, synapse: Prompting) -> Prompting:
+    def prompt(
+        self,
+        synapse: Prompting,  # whose newest message of the user is the query
+    ) -> Prompting:
         "Return the answer of the nearest text."
         synapse.completion = self.index.nearest(synapse.prompt)
         return synapse
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01013
+@arguments_in_help
 class Index:
     "Texts with an answer each, to be found by meaning."
 
@@ -169,7 +182,10 @@ class Index:
         self.encode = encode
         self.vectors = _unit(encode(list(texts)))  # (entries, width)
 
-    def nearest(self, text: str) -> str:
+    def nearest(
+        self,
+        text: str,  # the query
+    ) -> str:
         "Return the answer of the entry whose text is nearest."
         (query,) = _unit(self.encode([text]))
         return self.answers[int(np.argmax(self.vectors @ query))]
@@ -222,6 +238,7 @@ class TransformersSettings:
     __post_init__ = check_settings
 
 
+@arguments_in_help
 class TransformersMiner(Miner):
     "Answers with a causal language model, several requests in a batch."
 
@@ -229,32 +246,40 @@ class TransformersMiner(Miner):
 
     def __init__(
         self,
-        config: Any = None,  # these four as for `Miner`
-        axon: Any = None,
-        wallet: Any = None,
-        subtensor: Any = None,
+        config: Any = None,  # as for `Miner`
+        axon: Any = None,  # as for `Miner`
+        wallet: Any = None,  # as for `Miner`
+        subtensor: Any = None,  # as for `Miner`
     ):
         super().__init__(config, axon, wallet, subtensor)
         self.language_model = LanguageModel(self.own_settings)
 
-    async def prompt(self, synapse: Prompting) -> AsyncIterator[str]:
+    async def prompt(
+        self,
+        synapse: Prompting,  # the conversation
+    ) -> AsyncIterator[str]:
         "Yield what the model writes after the conversation, as it is written."
         async with aclosing(self.language_model.stream(synapse)) as pieces:
             async for piece in pieces:
                 yield piece
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01031
+@arguments_in_help
 class LanguageModel:
     "A causal language model that answers conversations in batches."
 
-    def __init__(self, settings: TransformersSettings):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def __init__(
+        self,
+        settings: TransformersSettings,  # model, device, lengths, sampling
+    ):
+        from transformers import AutoTokenizer
 
         name, self.settings = settings.model_name, settings
+        device = known_device(settings.device, "--transformers.device")
         self.tokenizer = load(AutoTokenizer.from_pretrained, name)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        model = load(AutoModelForCausalLM.from_pretrained, name)
-        self.model = model.eval().to(settings.device)
+        model = _causal_model(name)
+        self.model = model.eval().to(device)
         self.batcher = Batcher(self.generate, settings.batch)
 
     def generate(
@@ -290,7 +315,10 @@ class LanguageModel:
             )
         return pieces.texts
 
-    async def stream(self, synapse: Prompting) -> AsyncGenerator[str, None]:
+    async def stream(
+        self,
+        synapse: Prompting,  # the conversation
+    ) -> AsyncGenerator[str, None]:
         "Yield the pieces of an answer while the model's thread makes them."
         loop, told = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -317,6 +345,26 @@ class _Request:
         self, synapse: Prompting, tell: Callable[[str], None] = lambda piece: None
     ):
         self.synapse, self.tell, self.left = synapse, tell, False
+
+
+def _causal_model(name: str) -> Any:
+    "Load a causal language model; `InputError` for one that lacks weights."
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as reports
+
+    before = reports.get_verbosity()
+    reports.set_verbosity_error()  # it would print tables of names
+    try:
+        load_it = AutoModelForCausalLM.from_pretrained
+        model, found = load(load_it, name, output_loading_info=True)
+    finally:
+        reports.set_verbosity(before)
+    if lost := sorted(found["missing_keys"]):
+        raise InputError(
+            f"{name} is no causal language model: its weights lack {lost[0]}, for "
+            "which chance would stand in; give one to --transformers.model_name"
+        )
+    return model
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01021
 def conversation(
@@ -421,6 +469,7 @@ class OpenAISettings:
             raise InputError(f"say with --openai.model {which}")
 
 
+@arguments_in_help
 class OpenAICompatibleMiner(Miner):
     "Answers with a model behind a server with OpenAI's API: vLLM, Ollama, OpenAI ..."
 
@@ -428,53 +477,61 @@ class OpenAICompatibleMiner(Miner):
 
     def __init__(
         self,
-        config: Any = None,  # these four as for `Miner`
-        axon: Any = None,
-        wallet: Any = None,
-        subtensor: Any = None,
+        config: Any = None,  # as for `Miner`
+        axon: Any = None,  # as for `Miner`
+        wallet: Any = None,  # as for `Miner`
+        subtensor: Any = None,  # as for `Miner`
     ):
         super().__init__(config, axon, wallet, subtensor)
         self.chat = ChatClient(self.own_settings)
 
-    async def prompt(self, synapse: Prompting) -> AsyncIterator[str]:
+    async def prompt(
+        self,
+        synapse: Prompting,  # the conversation
+    ) -> AsyncIterator[str]:
         "Yield what the model says, as it says it. Raises `UpstreamError`."
         async with aclosing(self.chat.stream(synapse)) as pieces:
             async for piece in pieces:
                 yield piece
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01044
-class UpstreamError(RuntimeError):
+class UpstreamError(RunError):
     "The model server gave no answer. The message is safe to pass on to a caller."
 
 
+@arguments_in_help
 class ChatClient:
     "A client of OpenAI's chat completions, with connections for each event loop."
 
-    def __init__(self, settings: OpenAISettings):
+    def __init__(
+        self,
+        settings: OpenAISettings,  # address, key, model, time limits
+    ):
         key = settings.api_key or os.environ.get("OPENAI_API_KEY")
         self.settings = settings
         self.url = settings.base_url.rstrip("/") + "/chat/completions"
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._clients = WeakKeyDictionary()  # event loop -> its connections
 
-    async def stream(self, synapse: Prompting) -> AsyncGenerator[str, None]:
+    async def stream(
+        self,
+        synapse: Prompting,  # the conversation
+    ) -> AsyncGenerator[str, None]:
         "Yield the pieces of an answer to a conversation. Raises `UpstreamError`."
-        try:
-            async with self._request(synapse) as answer:
-                kind = answer.headers.get("content-type", "")
-                if not kind.startswith("text/event-stream"):
-                    whole = (await answer.aread()).decode()
-                    yield _said(_answer(answer.status_code, whole), "message")
+        for again in (False, True):
+            begun = False
+            try:
+                async with self._request(synapse) as answer:
+                    begun = True
+                    async with aclosing(_read(answer)) as pieces:
+                        async for piece in pieces:
+                            yield piece
                     return
-                async for line in answer.aiter_lines():
-                    data = line[5:].strip() if line.startswith("data:") else "[DONE]"
-                    if data == "[DONE]":
-                        continue
-                    if piece := _said(_answer(answer.status_code, data), "delta"):
-                        yield piece
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeDecodeError) as error:
-            what = f"the model server cannot be reached: {type(error).__name__}"
-            raise UpstreamError(what) from error
+            except (httpx.HTTPError, httpx.InvalidURL, UnicodeDecodeError) as error:
+                # a server closes idle connections, perhaps just as a request comes
+                if again or begun or not isinstance(error, _BROKEN):
+                    what = f"the model server cannot be reached: {type(error).__name__}"
+                    raise UpstreamError(what) from error
 
     def _request(self, synapse: Prompting) -> Any:
         "Make the request to the server; entering its context sends it."
@@ -542,6 +599,22 @@ class ChatClient:
 
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another attempt
+_BROKEN = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # connections
+
+
+async def _read(answer: httpx.Response) -> AsyncGenerator[str, None]:
+    "Yield the pieces of an answer, streamed or whole."
+    kind = answer.headers.get("content-type", "")
+    if not kind.startswith("text/event-stream"):
+        whole = (await answer.aread()).decode()
+        yield _said(_answer(answer.status_code, whole), "message")
+        return
+    async for line in answer.aiter_lines():
+        data = line[5:].strip() if line.startswith("data:") else "[DONE]"
+        if data == "[DONE]":
+            continue
+        if piece := _said(_answer(answer.status_code, data), "delta"):
+            yield piece
 
 
 def _answer(status: int, text: str) -> dict:

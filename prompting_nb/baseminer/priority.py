@@ -12,8 +12,10 @@ import time
 from typing import Callable, Optional, Sequence
 
 from .blacklist import Caller, RequestLog
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/08_priority.ipynb #m08007
+@arguments_in_help
 class StakePriority:
     "Stake times a bounded bonus for rest. Safe to use from several threads."
 

@@ -17,11 +17,14 @@ from typing import Callable
 
 from typing_extensions import Self
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/baseminer/11_processes.ipynb #m11008
 _log = logging.getLogger(__name__)
 _LEADER = "PROMPTING_NB_LEADER"  # process id, in the environment of followers
 
 
+@arguments_in_help
 class Followers:
     "Processes that are restarted when they fail, and end with this one."
 

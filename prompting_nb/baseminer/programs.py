@@ -22,8 +22,10 @@ from queue import Empty, Queue
 from typing import Any, Optional
 
 from .miner import Miner
-from ..config import InputError, check_settings
+from ..config import InputError, RunError, check_settings
 from ..protocol import Prompting
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class ProcessSettings:
             raise InputError(f"--process.folder {self.folder} is no folder")
 
 
+@arguments_in_help
 class ProcessMiner(Miner):
     "Answers with what a program writes."
 
@@ -62,16 +65,19 @@ class ProcessMiner(Miner):
 
     def __init__(
         self,
-        config: Any = None,  # these four as for `Miner`
-        axon: Any = None,
-        wallet: Any = None,
-        subtensor: Any = None,
+        config: Any = None,  # as for `Miner`
+        axon: Any = None,  # as for `Miner`
+        wallet: Any = None,  # as for `Miner`
+        subtensor: Any = None,  # as for `Miner`
     ):
         super().__init__(config, axon, wallet, subtensor)
         self.program = Program(self.own_settings)
         weakref.finalize(self, self.program.close)  # at the end of Python, too
 
-    def prompt(self, synapse: Prompting) -> Prompting:
+    def prompt(
+        self,
+        synapse: Prompting,  # gets what the program writes
+    ) -> Prompting:
         "Ask the program. Raises `ProgramFailed` where it gives no answer."
         synapse.completion = self.program.answer(synapse)
         return synapse
@@ -86,14 +92,18 @@ class ProcessMiner(Miner):
         return stopped
 
 # %% ../../nbs/baseminer/12_programs.ipynb #p12013
-class ProgramFailed(RuntimeError):
+class ProgramFailed(RunError):
     "A program gave no answer; the message says why."
 
 
+@arguments_in_help
 class Program:
     "A program that answers prompts; several threads may ask."
 
-    def __init__(self, settings: ProcessSettings):
+    def __init__(
+        self,
+        settings: ProcessSettings,  # command, time limit, whether it stays
+    ):
         self.settings = settings
         self._kept: Optional[_Kept] = None
         self._lock = threading.Lock()  # a kept program answers one at a time
@@ -206,8 +216,8 @@ class _Kept:
             self.lines.get()
             stray += 1
         if stray:
-            told = "the program wrote %d lines more than it was asked for; dropped"
-            _log.warning(told, stray)
+            told = "the program wrote %s more than it was asked for; dropped"
+            _log.warning(told, count_of(stray, "line"))
 
 
 def _start(settings: ProcessSettings, log: bool = False) -> subprocess.Popen:

@@ -11,6 +11,7 @@ import threading
 from typing import Any, Callable, Optional
 
 from ..files import on_sigterm
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/06_running.ipynb #m06008
 _log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ def _nothing() -> None:
     "Do nothing."
 
 
+@arguments_in_help
 class Runner:
     "Call `each_block` until told to stop; retry failures with growing pauses."
 

@@ -18,6 +18,7 @@ from prompting_nb.network.addresses import (
     written_alike,
 )
 from ..network.limited import limited
+from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/04_subnet.ipynb #m04009
 _log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class NotRegisteredError(RuntimeError):
     "The hotkey has no uid on its subnet."
 
 
+@arguments_in_help
 class Subnet:
     "The state of a subnet as last read by one of its hotkeys."
 
@@ -56,7 +58,10 @@ class Subnet:
         return self._metagraph
 
     @metagraph.setter
-    def metagraph(self, metagraph: Any) -> None:
+    def metagraph(
+        self,
+        metagraph: Any,  # with `neurons`, or with columns as of bittensor 10
+    ) -> None:
         self._metagraph, self.callers = metagraph, index_callers(metagraph)
 
     def look(self) -> int:

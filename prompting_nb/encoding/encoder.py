@@ -21,10 +21,13 @@ from .weights import frozen_model, own_weights
 from .windows import context_size, windows
 from ..pretrained import count_cut, encode_sentences
 from ..pretrained import is_sentence_model, load, load_sentences, resolve
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/encoding/00_encoder.ipynb #c051
+@arguments_in_help
 class Encoder(torch.nn.Module):
     """Turn texts into embeddings with a frozen pretrained model.
 
@@ -94,7 +97,10 @@ class Encoder(torch.nn.Module):
         self.window = getattr(self.model, "max_seq_length", None) or 0  # 0: any length
         self._size = encode_sentences(self.model, ["a"], self.prompt_name).shape[1]
 
-    def train(self, mode: bool = True) -> "Encoder":
+    def train(
+        self,
+        mode: bool = True,  # ignored
+    ) -> "Encoder":
         "Keep evaluation mode, whatever `mode` is."
         return super().train(False)
 
@@ -150,8 +156,9 @@ class Encoder(torch.nn.Module):
         found = {text: vector.clone() for text, vector in zip(texts, vectors)}
         if cut := count_cut(self.model, texts, self.prompt_name):
             self.cut += cut
-            text = "%s reads only %d tokens of a text: %d texts were cut so far"
-            _log.warning(text, self.model_name, self.window, self.cut)
+            text = "%s reads only %d tokens of a text: %s cut so far"
+            so_far = count_of(self.cut, "text")
+            _log.warning(text, self.model_name, self.window, so_far)
         for text, vector in found.items():
             self.cache.put(text, vector)
         return found
@@ -164,10 +171,14 @@ class Encoder(torch.nn.Module):
         return self.pool(output, mask)
 
 # %% ../../nbs/encoding/00_encoder.ipynb #c034
+@arguments_in_help
 class EmbeddingCache:
     "Keep the embeddings of the texts that were used last."
 
-    def __init__(self, size: int):  # how many; 0 keeps none
+    def __init__(
+        self,
+        size: int,  # how many; 0 keeps none
+    ):
         self.size, self._kept = size, {}
 
     @staticmethod
@@ -176,14 +187,21 @@ class EmbeddingCache:
             text.encode("utf-8", "surrogatepass"), digest_size=16
         ).digest()
 
-    def get(self, text: str) -> torch.Tensor | None:
+    def get(
+        self,
+        text: str,  # as it was given to `put`
+    ) -> torch.Tensor | None:
         "Look up the embedding of a text; None where it is not known."
         found = self._kept.pop(key := self._key(text), None)
         if found is not None:
             self._kept[key] = found
         return found
 
-    def put(self, text: str, embedding: torch.Tensor) -> None:
+    def put(
+        self,
+        text: str,  # the key
+        embedding: torch.Tensor,  # (hidden_size,)
+    ) -> None:
         "Keep an embedding; the one that was used longest ago makes room."
         self._kept[self._key(text)] = embedding
         while len(self._kept) > self.size:
@@ -199,10 +217,11 @@ class EmbeddingCache:
 # %% ../../nbs/encoding/00_encoder.ipynb #v010
 def check_encoder(
     model_name: str,  # a folder, a name on the hub, or "minilm"
+    prompt_name: str = "",  # of a sentence model; empty: its default
 ) -> None:  # raises `InputError` when there is no such encoder
     "Make sure that an encoder can be loaded; weights of a transformer are not read."
-    if is_sentence_model(model_name):
-        load_sentences(model_name)
+    if prompt_name or is_sentence_model(model_name):
+        load_sentences(resolve(model_name), prompt_name=prompt_name)
         return
     load(AutoTokenizer.from_pretrained, model_name)
     load(AutoModel.from_pretrained, model_name, device_map="meta")

@@ -12,7 +12,10 @@ import torch
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/encoding/05_products.ipynb #prd008
+@arguments_in_help
 class HalfLinear(torch.nn.Module):
     "A linear layer in bfloat16 without gradient, perhaps with the GELU after it."
 
@@ -30,7 +33,10 @@ class HalfLinear(torch.nn.Module):
         self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
         self.activation = ("none", "") if gelu is None else ("gelu", gelu)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input: torch.Tensor,  # (..., in_features)
+    ) -> torch.Tensor:
         "Map (..., in_features) to (..., out_features), bfloat16."
         name, formula = self.activation
         return torch.ops.mkldnn._linear_pointwise(
@@ -63,7 +69,7 @@ def half_layers(
 
 
 def runs_half(
-    model: torch.nn.Module,
+    model: torch.nn.Module,  # of transformers, or any part of one
 ) -> bool:
     "Check whether layers in bfloat16 can take the place of a model's linear layers."
     names = "_linear_pointwise _reorder_linear_weight _is_mkldnn_bf16_supported"

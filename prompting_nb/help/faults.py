@@ -54,7 +54,7 @@ def _file(path: Path) -> Optional[str]:
 
 
 def json_fault(
-    folder: Path,
+    folder: Path,  # where the files are
     *names: str,  # of files in it that hold an object of JSON, where they are there
 ) -> Optional[str]:
     "Say what is wrong with files of settings."

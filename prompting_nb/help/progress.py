@@ -13,15 +13,26 @@ from typing import Any, Iterable, Optional
 from tqdm.auto import tqdm as notebook_or_terminal
 from tqdm.std import tqdm as terminal
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/help/01_progress.ipynb #c008
+@arguments_in_help
 class TenthLines(terminal):
     "Writes a line for each tenth of the work, and one at its end."
 
-    def __init__(self, *args: Any, **kwargs: Any):  # as for tqdm
+    def __init__(
+        self,
+        *args: Any,  # as for tqdm
+        **kwargs: Any,  # as for tqdm
+    ):
         self._shown = -1  # the last tenth, or number of doublings, with a line
         super().__init__(*args, **kwargs | dict(mininterval=0, miniters=1))
 
-    def display(self, msg: Optional[str] = None, pos: Optional[int] = None) -> Any:
+    def display(
+        self,
+        msg: Optional[str] = None,  # ignored: the line is made from the counts
+        pos: Optional[int] = None,  # ignored: a log has no positions
+    ) -> Any:
         "Write a line where it is time."
         tenth = 10 * self.n // self.total if self.total else self.n.bit_length()
         if self.n and tenth > self._shown:

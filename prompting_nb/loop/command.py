@@ -15,14 +15,17 @@ from typing import Any, Callable, Literal, Optional, Union
 import jsonargparse
 
 from prompting_nb.config import (
+    Config,
+    Epochs,
     IntFrom2,
     NonNegativeInt,
-    Config,
     InputError,
-    PositiveFloat,
     PositiveInt,
+    PositiveSeconds,
+    Seed,
     add_argument,
     add_settings,
+    check_most,
     check_settings,
     command_line,
     command_parser,
@@ -30,7 +33,7 @@ from prompting_nb.config import (
     read_config,
     settings_of,
 )
-from ..help.usage import next_step
+from ..help.usage import count_of, next_step
 
 # %% ../../nbs/loop/06_command.ipynb #m009
 _MOST_STEPS = 5000  # there are not many more different built-in prompts
@@ -115,28 +118,31 @@ class LoopSettings:
     quick: bool = False
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
-    seed: int = 0
+    seed: Seed = 0
     out: Optional[str] = None
     force: bool = False
-    timeout: Optional[PositiveFloat] = None
+    timeout: Optional[PositiveSeconds] = None
     reward: Optional[str] = None
-    epochs: PositiveInt = 2
+    epochs: Epochs = 2
     quiet: bool = False
     debug: bool = False
 
     def __post_init__(self):
         check_settings(self)
+        if isinstance(self.miners, int):
+            check_most(self, miners=250)  # a subnet has 256 uids
         if self.churn is True or isinstance(self.churn, str) and self.churn != "off":
             raise InputError(f"--churn must be a whole number or off, not {self.churn}")
-        if self.prompts is None and (self.steps or 0) > _MOST_STEPS:
+        built_in = " for the built-in tasks" if self.prompts is None else ""
+        most = _MOST_STEPS if built_in else 10**6  # their prompts are kept in memory
+        if (self.steps or 0) > most:
             raise InputError(
-                f"--steps must be at most {_MOST_STEPS} for the built-in tasks, "
-                f"not {self.steps}"
+                f"--steps must be at most {most}{built_in}, not {self.steps}"
             )
 
 # %% ../../nbs/loop/06_command.ipynb #m0095
 def add_gate(
-    parser: jsonargparse.ArgumentParser,
+    parser: jsonargparse.ArgumentParser,  # gets the flags
     without: str,  # says how many uids there are without `--gating.num_uids`
 ) -> None:
     "Add the flags of a validator's gate, with the defaults of `GATE`."
@@ -225,7 +231,8 @@ def run_loop(
     own = isinstance(miners, list)
     policy = Policy(timeout=run.timeout or (20.0 if own else 1.0), rule=run.rule)
     policy.rule_of(hasattr(GATES[run.gate], "posterior"))
-    check_encoder(settings.gating.model_name)  # to find out now whether it can be had
+    wanted = settings.gating.model_name, settings.gating.prompt_name
+    check_encoder(*wanted)  # to find out now whether it can be had
     encoder = Encoder(MINILM)  # kept to the end: others share its weights
     teaches = judging.kind == "reward" and run.reward is None
     arena = _arena(run, encoder, miners, teaches)
@@ -264,12 +271,15 @@ def run_loop(
         prices=prices,
     )
     try:
-        what = f"starting {count} miners, asking {policy.k} of them"
-        say(f"{what} at each of {len(arena.prompts)} steps")
+        what = (
+            f"starting {count_of(count, 'miner')}, asking {policy.k} of them at each of"
+        )
+        say(f"{what} {count_of(len(arena.prompts), 'step')}")
         loop.run(progress=not run.quiet)
         status = "finished"
         if len(loop.trace.events) < len(arena.prompts):
-            say(f"--quick: the time was over after {len(loop.trace.events)} steps")
+            done = count_of(len(loop.trace.events), "step")
+            say(f"--quick: the time was over after {done}")
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -373,7 +383,7 @@ def _reward_model(arena: Any, run: LoopSettings, say: Callable):
 
     if run.reward:
         return RewardModel.from_pretrained(run.reward, device=None)
-    say(f"teaching the reward model on {len(arena.train)} rankings")
+    say(f"teaching the reward model on {count_of(len(arena.train), 'ranking')}")
     more: dict[str, Any] = {"epochs": run.epochs}
     if run.quick:
         more["max_seconds"] = _QUICK["max_seconds"]

@@ -28,14 +28,17 @@ from prompting_nb.config import (
 from ..files import read_lines, reason_of, write_file
 from .record import MADE_WITH, flatten
 from .report import page_of, picture
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp008
+@arguments_in_help
 class Figure(NamedTuple):
     "A mean with its 95 % interval; `None` for what is not known."
 
-    value: Optional[float]
-    low: Optional[float] = None
-    high: Optional[float] = None
+    value: Optional[float]  # the mean
+    low: Optional[float] = None  # lower bound of the interval
+    high: Optional[float] = None  # upper bound of the interval
 
     def __str__(self) -> str:
         if self.value is None:
@@ -45,6 +48,7 @@ class Figure(NamedTuple):
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
+@arguments_in_help
 class Row(NamedTuple):
     "A setting of all runs."
 
@@ -54,6 +58,7 @@ class Row(NamedTuple):
     differs: bool  # among the runs that have it
 
 
+@arguments_in_help
 class Group(NamedTuple):
     "Runs that differ by their seed alone."
 
@@ -61,12 +66,13 @@ class Group(NamedTuple):
     figures: dict[str, Figure]  # means over the runs, with Student's t
 
 
+@arguments_in_help
 class Difference(NamedTuple):
     "The gate of a run minus that of the first."
 
-    run: str
+    run: str  # name of its folder
     paired: bool  # whether both had the same prompts, step by step
-    figure: Figure
+    figure: Figure  # difference of mean grades
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp009
 FIGURES = {  # by key: what the tables call it
@@ -79,14 +85,15 @@ FIGURES = {  # by key: what the tables call it
 }
 
 
+@arguments_in_help
 @dataclass
 class Comparison:
     "Runs side by side."
 
-    runs: list["RunFolder"]
-    settings: list[Row]
-    groups: list[Group]
-    differences: list[Difference]
+    runs: list["RunFolder"]  # in the order given; the first is the baseline
+    settings: list[Row]  # of all runs
+    groups: list[Group]  # where at least two runs differ in the seed alone
+    differences: list[Difference]  # one for each run but the first
     notes: list[str]  # what makes figures hard to compare
 
     def as_dict(self) -> dict:  # plain values, as for JSON
@@ -169,7 +176,7 @@ class Comparison:
         "List the columns of the table of figures: runs, and runs that are alike."
         columns = [(run.name, run.figures) for run in self.runs]
         for group in self.groups:
-            title = f"{len(group.runs)} seeds: {', '.join(group.runs)}"
+            title = f"{count_of(len(group.runs), 'seed')}: {', '.join(group.runs)}"
             columns.append((title, group.figures))
         return columns
 
@@ -205,12 +212,13 @@ def compare_runs(
     )
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp011
+@arguments_in_help
 @dataclass
 class RunFolder:
     "A run that was read from its folder."
 
-    folder: Path
-    summary: dict
+    folder: Path  # where it was read
+    summary: dict  # what `summary.json` holds
     curves: dict[str, np.ndarray]  # "gate", "random" ...: mean grades, (steps,) each
     figures: dict[str, Figure]  # by the keys of `FIGURES`
     name: str = ""  # what tables call it
@@ -394,7 +402,7 @@ def _side_by_side(runs: list[RunFolder]) -> list[Row]:
 
 
 def _alike(run: RunFolder) -> Optional[str]:  # `None`: not known
-    "Return what runs have in common that differ by the seed alone."
+    "Return a key that is equal for runs that differ by their seed alone."
     summary = run.summary
     flags = summary.get("settings")
     if not isinstance(flags, dict):
@@ -468,7 +476,7 @@ def _notes(runs: list[RunFolder]) -> list[str]:
     for run in runs:
         if run.summary.get("status") != "finished":
             status = run.summary.get("status")
-            notes.append(f"{run.name} {status} after {run.steps} steps")
+            notes.append(f"{run.name} {status} after {count_of(run.steps, 'step')}")
         if not run.steps:
             notes.append(f"{run.name} took no step: it has no figures")
         if run.summary.get("settings") is None:
@@ -533,7 +541,7 @@ _STROKES = ("-", "--", "-.", ":")
 
 
 def plot_runs(
-    runs: Sequence[RunFolder],
+    runs: Sequence[RunFolder],  # as `read_run` returns them
     ax: Any = None,  # to draw on
 ) -> Any:  # the axes
     "Plot the mean grade of the asked uids of each run over time."

@@ -28,10 +28,12 @@ from prompting_nb.loop.follow import (
 )
 from .plots import moving_mean, new_axes, plot_shares, styled
 from .run import Loop
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from ..validators.event import Event
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/05_dashboard.ipynb #c013
+@arguments_in_help
 class Dashboard:
     """Follows a loop: show it in a notebook, then run the loop.
 
@@ -49,7 +51,10 @@ class Dashboard:
         self.loop, self.every, self._before = loop, every, loop.on_event
         loop.on_event = self.event
 
-    def event(self, event: Event) -> None:
+    def event(
+        self,
+        event: Event,  # the newest step
+    ) -> None:
         "Take note of an event, and draw when it is time."
         self._before(event)
         done, total = len(self.loop.trace.events), len(self.loop.arena.prompts)
@@ -63,7 +68,8 @@ class Dashboard:
         names = {holder.uid: holder.name for holder in trace.holders}
         waiting = {uid: miner.axon.health()["waiting"] for uid, miner in miners.items()}
         done, total = len(trace.events), len(self.loop.arena.prompts)
-        text = f"{done} of {total} prompts, {sum(waiting.values())} requests waiting"
+        text = f"{done} of {count_of(total, 'prompt')}, "
+        text += f"{count_of(sum(waiting.values()), 'request')} waiting"
         self.view.show(text, trace.events, names, waiting, trace.moved_at)
 
     def _ipython_display_(self) -> None:
@@ -107,8 +113,8 @@ class View:
 
 
 def _known(event: Event | Seen) -> list[float]:
-    "Return the rewards that have come; of a step without any, zero."
-    return [reward for reward in event.rewards if reward is not None] or [0.0]
+    "Return the rewards that have come; of a step without any, not a number."
+    return [r for r in event.rewards if r is not None] or [float("nan")]
 
 
 def _widgets() -> ModuleType:
@@ -130,7 +136,7 @@ def _png(ax: Any) -> bytes:
 # %% ../../nbs/loop/05_dashboard.ipynb #c005
 @styled
 def plot_rewards(
-    rewards: Sequence[Sequence[float]],  # of the asked uids, for each step
+    rewards: Sequence[Sequence[float]],  # of the asked uids, nan where not known
     window: int = 20,  # steps of the moving average
     first: int = 0,  # number of the first step
     ax: Optional[Axes] = None,  # to draw on
@@ -153,7 +159,7 @@ def plot_rewards(
 
 # %% ../../nbs/loop/05_dashboard.ipynb #c009
 def uid_table(
-    events: Sequence[Event | Seen],
+    events: Sequence[Event | Seen],  # of the steps so far, oldest first
     names: dict[int, str],  # uid -> label; these are the rows
     waiting: Optional[dict[int, int]] = None,  # uid -> requests in its queue
 ) -> str:  # HTML

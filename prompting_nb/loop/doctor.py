@@ -27,27 +27,33 @@ import jsonargparse
 from ..baseminer.flags import WalletSettings
 from prompting_nb.config import (
     Config,
+    NotEmptyStr,
+    RunError,
     InputError,
-    NonNegativeInt,
-    PositiveFloat,
+    Netuid,
+    Port,
+    PositiveSeconds,
     add_argument,
     add_settings,
     check_settings,
     command_parser,
     settings_of,
 )
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/26_doctor.ipynb #doc008
 State = Literal["ok", "warning", "problem", "skipped"]
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Check:
-    "What was looked at, what was found, and what to do about it."
+    "The result of one check: subject, state, finding, remedy."
 
-    name: str
-    state: State
-    found: str
+    name: str  # what was looked at
+    state: State  # `ok`, or how bad it is
+    found: str  # a sentence
     remedy: str = ""  # empty where nothing needs to be done
 
 
@@ -71,7 +77,9 @@ def check_python() -> Check:
     wrong = _unmet(_requirements())
     if wrong:
         remedy = f"pip install {' '.join(repr(str(one)) for one in wrong)}"
-        text = f"{found}; {len(wrong)} packages are missing or of a wrong version"
+        text = (
+            f"{found}; missing or of a wrong version: {count_of(len(wrong), 'package')}"
+        )
         return Check(name, "problem", text, remedy)
     return Check(name, "ok", found)
 
@@ -112,7 +120,8 @@ def check_torch() -> Check:
         found = f"{type(error).__name__}: {error}"
         return Check(name, "problem", found, "reinstall torch: https://pytorch.org")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    found = f"{torch.__version__}, {device}, {torch.get_num_threads()} threads"
+    found = f"{torch.__version__}, {device}, "
+    found += count_of(torch.get_num_threads(), "thread")
     if total != 8.0:
         return Check(name, "problem", found, "torch computes wrongly: reinstall it")
     return Check(name, "ok", found)
@@ -340,12 +349,12 @@ class DoctorSettings:
         debug: Show the traceback of an error.
     """
 
-    netuid: NonNegativeInt = 1
-    dir: str = "runs"
-    timeout: PositiveFloat = 20.0
+    netuid: Netuid = 1
+    dir: NotEmptyStr = "runs"
+    timeout: PositiveSeconds = 20.0
     json: bool = False
     debug: bool = False
-    wallet: WalletSettings = field(default_factory=WalletSettings)
+    wallet: WalletSettings = field(default_factory=WalletSettings)  # to look for
 
     __post_init__ = check_settings
 
@@ -371,7 +380,7 @@ def doctor_parser() -> jsonargparse.ArgumentParser:
         add_argument(
             parser,
             "--axon.port",
-            type=NonNegativeInt,
+            type=Port,
             default=0,
             help="Port that it would listen on; 0 takes one that is free.",
         )
@@ -424,7 +433,8 @@ def run_doctor(
             if check.remedy:
                 say(f"{'':8} -> {check.remedy}")
     if bad:
-        raise RuntimeError(
-            f"{len(bad)} of {len(checks)} checks found a problem: {', '.join(bad)}"
+        raise RunError(
+            f"a problem with {len(bad)} of {count_of(len(checks), 'check')}: "
+            f"{', '.join(bad)}"
         )
     return checks

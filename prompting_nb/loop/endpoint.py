@@ -20,14 +20,17 @@ from prometheus_client import generate_latest
 
 from ..config import InputError
 from .service import NotReady, Service, is_text
+from ..show import arguments_in_help
 from ..validators.event import Event
 from ..validators.validator import Round, Validator
 
 # %% ../../nbs/loop/11_endpoint.ipynb #c010
 _log = logging.getLogger(__name__)
 _LARGEST = 1_000_000  # bytes of a request
+_BODY = 10.0  # seconds for a body to arrive
 
 
+@arguments_in_help
 class Endpoint:
     """The HTTP server of a service, on loopback.
 
@@ -37,7 +40,7 @@ class Endpoint:
 
     def __init__(
         self,
-        service: Service,
+        service: Service,  # answers the questions
         port: int = 0,  # 0 takes one that is free
         host: str = "127.0.0.1",  # a loopback address; InputError for any other
     ):
@@ -59,7 +62,8 @@ class Endpoint:
     def start(self) -> None:  # raises `InputError` when the port is taken
         "Listen, in a thread."
         self._loop = asyncio.new_event_loop()
-        self._runner = web.AppRunner(self._app(), access_log=None)
+        # what still runs after eight seconds of a stop is given up
+        self._runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=8.0)
         work = self._loop.run_forever
         self._thread = threading.Thread(target=work, name="endpoint", daemon=True)
         self._thread.start()
@@ -181,7 +185,7 @@ class Endpoint:
 # %% ../../nbs/loop/11_endpoint.ipynb #c011
 def as_answer(
     validator: Validator,  # whose gate chose
-    round: Round,
+    round: Round,  # as the validator returned it
     event: Optional[Event] = None,  # `None`: nobody was asked
 ) -> dict:  # plain values, as for JSON
     "Describe who was chosen and why, and what they answered."
@@ -225,7 +229,7 @@ def as_answer(
 
 
 def status_of(
-    service: Service,
+    service: Service,  # running or not
 ) -> dict:  # plain values, as for JSON
     "Describe what a service is doing."
     validator, event = service.validator, service.latest
@@ -282,7 +286,11 @@ async def _read_json(request: web.Request) -> tuple[Any, Optional[web.Response]]
     if request.content_type != "application/json":
         return None, _refuse(415, "send application/json")
     try:
-        return await request.json(), None
+        return await asyncio.wait_for(request.json(), _BODY), None
+    except asyncio.TimeoutError:
+        late = _refuse(408, f"the body did not arrive within {_BODY:g} s")
+        late.force_close()
+        return None, late
     except web.HTTPRequestEntityTooLarge:
         return None, _refuse(413, f"a request has at most {_LARGEST} bytes")
     except (web.RequestPayloadError, ConnectionError):  # no chunks, or half a body

@@ -20,21 +20,25 @@ from typing import IO, Any, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 from ..config import InputError
 from ..files import event_files, read_json
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/28_follow.ipynb #flw009
+@arguments_in_help
 @dataclass(frozen=True)
 class Seen:
     "What a view shows of an event; the lists have an entry for each uid asked."
 
-    step: int
+    step: int  # from 0
     block: int  # of the chain; 0 where there is none
-    prompt: str
-    uids: list[int]
-    hotkeys: list[str]
+    prompt: str  # of the user
+    uids: list[int]  # that were asked
+    hotkeys: list[str]  # that held the uids
     rewards: list[Optional[float]]  # `None`: not yet
     statuses: list[int]  # HTTP status codes
 
 
+@arguments_in_help
 class Follower:
     """Reads what is appended to the log of events in a folder; never writes.
 
@@ -60,7 +64,7 @@ class Follower:
 
     @property
     def place(self) -> Path:
-        "The folder with the log: of a subnet, that of its validator."
+        "Return the folder with the log: of a subnet, that of its validator."
         inner = self.folder / "validator"
         return inner if inner.is_dir() else self.folder
 
@@ -78,7 +82,7 @@ class Follower:
         return min(new, len(self.events))
 
     def tally(self) -> dict[int, "Tally"]:
-        "Count what became of the requests to each uid, by uid."
+        "Count the outcomes of the requests to each uid."
         return tally(self.events)
 
     def names(
@@ -114,11 +118,13 @@ class Follower:
             newest, kept = self.events[-1], len(self.events)
             parts.append(f"step {newest.step}, block {newest.block}")
             if newest.step + 1 > kept:
-                parts.append(f"shown are the last {kept} steps")
+                parts.append(f"shown: the last {count_of(kept, 'step')}")
         if self.begun_anew:
             parts.append("the log was begun anew")
         if self.unreadable:
-            parts.append(f"{self.unreadable} lines of the log are no events")
+            parts.append(
+                f"{count_of(self.unreadable, 'line')} of the log without an event"
+            )
         return "; ".join(parts)
 
     def _lines(self) -> Iterator[bytes]:
@@ -176,10 +182,11 @@ class Follower:
                 self.events[place] = replace(event, rewards=now)
 
 # %% ../../nbs/loop/28_follow.ipynb #flw011
+@arguments_in_help
 class Tally(NamedTuple):
-    "What became of the requests to a uid."
+    "Outcomes of the requests to a uid."
 
-    asked: int
+    asked: int  # requests that were sent
     reward: Optional[float]  # mean of those that are known; `None`: none is
     failed: int  # without an answer in time
     unrewarded: int  # whose reward has not come yet
@@ -188,7 +195,7 @@ class Tally(NamedTuple):
 def tally(
     events: Iterable[Any],  # with uids, rewards and statuses, as `Seen` and `Event`
 ) -> dict[int, Tally]:
-    "Count what became of the requests to each uid, by uid."
+    "Count the outcomes of the requests to each uid."
     found: dict[int, list] = {}
     for event in events:
         for uid, *answer in zip(event.uids, event.rewards, event.statuses):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Optional
 
 from ..config import InputError
 from ..files import event_files, rotation_of
+from ..show import arguments_in_help
 
 if TYPE_CHECKING:  # it would import torch, which who follows a log does not need
     from prompting_nb.validators.event import Event
@@ -23,6 +24,7 @@ _log = logging.getLogger(__name__)
 _NAME, _LATE = "events.jsonl", "rewards.jsonl"
 
 
+@arguments_in_help
 class Journal:
     "The events of a validator on disk, one JSON object a line, in rotated files."
 

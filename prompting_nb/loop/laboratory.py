@@ -18,12 +18,13 @@ from ..show import arguments_in_help
 from ..validators.validator import MovingAverage, Policy, default_gate
 
 # %% ../../nbs/loop/16_laboratory.ipynb #f46012
+@arguments_in_help
 class Working:
     "A miner of the laboratory that is as good as a worker's answers."
 
     def __init__(
         self,
-        worker: Worker,
+        worker: Worker,  # who answers the prompts
         arena: Arena,  # its prompts, and what grades the answers
         per_epoch: int = 4,  # prompts in an epoch
     ):  # raises ValueError for an arena without grades
@@ -31,7 +32,11 @@ class Working:
             raise ValueError(f"the answers of {arena.name} have no grades")
         self._worker, self._arena, self._per_epoch = worker, arena, per_epoch
 
-    def path(self, epochs: int, rng: np.random.Generator) -> np.ndarray:  # (epochs,)
+    def path(
+        self,
+        epochs: int,  # how many
+        rng: np.random.Generator,  # unused: answers are not drawn
+    ) -> np.ndarray:  # (epochs,)
         "Return the mean grade of each epoch."
         grade = lambda prompt: self._arena.truth(prompt, self._worker) or 0.0
         asked = (epoch_prompts(self._arena, e, self._per_epoch) for e in range(epochs))
@@ -39,9 +44,9 @@ class Working:
 
 
 def epoch_prompts(
-    arena: Arena,
+    arena: Arena,  # whose prompts they are, in their order
     epoch: int,  # from 0
-    per_epoch: int,
+    per_epoch: int,  # prompts in an epoch
 ) -> list[str]:
     "Return the prompts of an epoch."
     first, size = epoch * per_epoch, len(arena.prompts)
@@ -78,7 +83,10 @@ class Asking:
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0  # prompts so far
 
-    def __call__(self, view: View) -> np.ndarray:  # weights (uids,)
+    def __call__(
+        self,
+        view: View,  # what is known in this epoch
+    ) -> np.ndarray:  # weights (uids,)
         "Ask the prompts of an epoch; return the averages of the rewards."
         for prompt in epoch_prompts(self.arena, view.epoch, self.per_epoch):
             self._ask(prompt)

@@ -34,6 +34,7 @@ from ..files import read_lines
 from .network import WorkerMiner
 from .tasks import Worker
 from .worker import NAMES, serve, worker_named
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/21_miners.ipynb #l21014
 _MOST = 250  # a subnet has 256 uids
@@ -61,11 +62,12 @@ class BuiltinSettings:
     __post_init__ = check_settings
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class OwnMiner:
     "A miner that takes part, and where it was named."
 
-    name: str
+    name: str  # in reports
     kind: str  # a name in `MINERS`, "builtin" or "python"
     settings: dict[str, Any] = field(default_factory=dict, repr=False)  # may hold keys
     python: str = ""  # FILE.py:NAME or MODULE:NAME, of kind "python"
@@ -94,7 +96,7 @@ class OwnMiner:
             raise InputError(f"{self.where}: {text}") from error
 
     def _made(self) -> Callable:  # (config, parts) -> miner
-        "Check the settings; return what makes the miner of them."
+        "Check the settings; return a factory of miners with them."
         if self.kind == "builtin":
             worker = settings_of(BuiltinSettings, self.settings, "").worker
             return self._works(lambda: worker_named(worker).answer)
@@ -116,7 +118,7 @@ class OwnMiner:
         return lambda config, parts: kind(merge(config, given), **parts)
 
     def _works(self, answer: Callable) -> Callable:
-        "Make a worker's miner of what makes the function that answers."
+        "Make a factory of miners from a factory of answering functions."
         worker = lambda: Worker(self.name, answer())
         return lambda config, parts: WorkerMiner(worker(), config=config, **parts)
 
@@ -131,7 +133,7 @@ class OwnMiner:
 def read_miners(
     source: str | Path | int,  # a YAML file, or a number of built-in workers
 ) -> list[OwnMiner]:  # raises `InputError` that names file, line and entry
-    "Read which miners take part."
+    "Read the list of miners from a file."
     if isinstance(source, int) or str(source).isdecimal():
         return built_in_miners(int(str(source)))
     path = Path(source).expanduser()
@@ -350,8 +352,10 @@ def load_object(
     name: str,  # FILE.py:NAME or MODULE:NAME
     folder: str = "",  # where files and modules are looked for first
 ) -> Any:  # raises `InputError` for what is not there or cannot be imported
-    "Import what a name says."
+    "Import the object that a name stands for."
     place, _, inner = name.rpartition(":")
+    if not (place and inner):
+        raise InputError(f"{name!r} must be FILE.py:NAME or MODULE:NAME")
     module = _module(place.strip(), Path(folder or "."))
     inner, found = inner.strip(), module
     for part in inner.split("."):
@@ -433,7 +437,7 @@ def _dotted(values: Any, prefix: str = "") -> list[str]:
 
 
 def _answering(name: str, made: Any, given: dict) -> Callable:
-    "Check the settings of a function or class; return what makes the function."
+    "Check the settings of a function or class; return a factory of the function."
     if not callable(made):
         what = "a subclass of Miner, or a function from prompt to answer"
         raise InputError(f"{name} is no miner: give {what}")
@@ -475,7 +479,7 @@ async def _awaited(answer: Any) -> Any:
 
 # %% ../../nbs/loop/21_miners.ipynb #l21020
 def save_miner(
-    miner: OwnMiner,
+    miner: OwnMiner,  # class or address, with its settings
     path: Path,  # its folder exists
 ) -> None:
     "Write down a miner for a process that serves it."

@@ -14,6 +14,7 @@ from ..config import Config, InputError
 from .tasks import Worker
 from ..network.chain import EmbeddedChain, make_wallet
 from ..protocol import Prompting
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/02_network.ipynb #c009
 class OpensMiner(Protocol):
@@ -22,9 +23,14 @@ class OpensMiner(Protocol):
     @property
     def name(self) -> str: ...
 
-    def open(self, config: Any, **parts: Any) -> Miner: ...
+    def open(
+        self,
+        config: Any,  # nested settings for the miner
+        **parts: Any,  # axon, wallet and subtensor, as for `Miner`
+    ) -> Miner: ...
 
 
+@arguments_in_help
 class Network:
     """An embedded chain, a validator's wallet, and a running miner for each worker.
 
@@ -136,12 +142,13 @@ def allow_files(
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 # %% ../../nbs/loop/02_network.ipynb #c007
+@arguments_in_help
 class WorkerMiner(Miner):
     "A miner that answers as a `Worker` does, late where the worker is late."
 
     def __init__(
         self,
-        worker: Worker,
+        worker: Worker,  # who answers
         config: Any = None,  # as for `Miner`, but None reads no command line
         **kwargs,  # axon, wallet and subtensor, as for `Miner`
     ):
@@ -149,14 +156,20 @@ class WorkerMiner(Miner):
         super().__init__({} if config is None else config, **kwargs)
 
     @classmethod
-    def add_args(cls, parser) -> None:
+    def add_args(
+        cls,
+        parser,  # stays as it is
+    ) -> None:
         "Add nothing: a worker has no settings."
 
     def config(self) -> Config:
         "Name the miner in the log after its worker."
         return Config(miner=Config(name=self.worker.name))
 
-    def prompt(self, synapse: Prompting) -> Prompting:
+    def prompt(
+        self,
+        synapse: Prompting,  # gets the completion
+    ) -> Prompting:
         "Answer as the worker does; when it is late, after the caller's timeout."
         if self.worker.is_late(synapse.prompt):
             self._hurry.wait(2 * synapse.timeout)

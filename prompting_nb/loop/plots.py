@@ -139,14 +139,19 @@ def plot_loop(
 
 # %% ../../nbs/loop/04_plots.ipynb #c007
 def moving_mean(
-    values: ArrayLike,  # (steps,)
+    values: ArrayLike,  # (steps,); nan where a value is not known
     window: int = 30,  # steps
-) -> np.ndarray:  # (steps,); the first entries are means over fewer steps
-    "Return the mean of the latest `window` values, at every step."
-    sums = np.cumsum(np.insert(np.asarray(values, dtype=float), 0, 0.0))
+) -> np.ndarray:  # (steps,); means over fewer values at first, and where some lack
+    "Return the mean of the known values among the latest `window`, at every step."
+    values = np.asarray(values, dtype=float)
+    known = ~np.isnan(values)
+    sums = np.cumsum(np.insert(np.where(known, values, 0.0), 0, 0.0))
+    counts = np.cumsum(np.insert(known.astype(int), 0, 0))
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    number = counts[ends] - counts[starts]
+    mean = (sums[ends] - sums[starts]) / np.maximum(number, 1)
+    return np.where(number > 0, mean, np.nan)
 
 # %% ../../nbs/loop/04_plots.ipynb #c009
 @styled

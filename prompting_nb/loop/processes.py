@@ -21,6 +21,7 @@ from typing import Optional
 
 from ..config import InputError
 from ..files import write_file
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/13_processes.ipynb #c008
 _log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class _Process:
     due: Optional[float] = None  # when it is started again; `None` while it runs
 
 
+@arguments_in_help
 class Supervisor:
     """Keep processes alive; use it in a `with` block.
 

@@ -20,15 +20,18 @@ from typing import Any, Optional
 import numpy as np
 
 from ..config import InputError
-from ..files import write_file
+from ..files import check_can_make, write_file
 from .record import MADE_WITH, describe, flatten
 from .run import Answer, Bought, Loop, Trace
 from .teach import Assessment
 from ..reward.tokens import cuts_text
+from ..show import arguments_in_help
 from ..validators.event import Event
 from ..validators.judge import Judge
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/03_report.ipynb #c024
+@arguments_in_help
 class Recorder:
     "Writes the results of a run to a folder."
 
@@ -43,11 +46,17 @@ class Recorder:
         self._events = open(self.folder / "events.jsonl", "wb", buffering=0)
         self._answers: Any = None  # opened when there are some
 
-    def event(self, event: Event) -> None:
+    def event(
+        self,
+        event: Event,  # a step of the validator
+    ) -> None:
         "Append an event to the log."
         self._append(self._events, event.to_json(), "events.jsonl")
 
-    def answers(self, answers: list[Answer]) -> None:
+    def answers(
+        self,
+        answers: list[Answer],  # to one prompt
+    ) -> None:
         "Append what miners answered to a prompt to `answers.jsonl`."
         if self._answers is None:
             self._answers = open(self.folder / "answers.jsonl", "wb", buffering=0)
@@ -68,7 +77,7 @@ class Recorder:
 
     def close(
         self,
-        loop: Loop,
+        loop: Loop,  # that has ended
         assessment: Optional[Assessment] = None,  # `None`: no reward model was tested
         status: str = "finished",  # or "interrupted", "failed"
         judge: str = "",  # what judged, in words
@@ -117,6 +126,7 @@ def check_folder(
             f"{path} exists already: give another folder to --out, or --force to "
             "overwrite it"
         )
+    check_can_make(path, "--out")
 
 
 def make_folder(
@@ -150,7 +160,7 @@ def _next_folder(parent: Path) -> Path:
 
 # %% ../../nbs/loop/03_report.ipynb #c010
 def summarise(
-    loop: Loop,
+    loop: Loop,  # that has ended
     assessment: Optional[Assessment] = None,  # `None`: no reward model was tested
     status: str = "finished",  # or "interrupted", "failed"
     about: Optional[dict] = None,  # for `describe`, by name
@@ -188,7 +198,9 @@ def summarise(
     return result
 
 
-def curves_as_json(trace: Trace) -> str:
+def curves_as_json(
+    trace: Trace,  # of the steps so far
+) -> str:
     "Write the mean grades at each step as JSON, for the gate and for other choices."
     curves = trace.curves() if trace.events else {}
     rows = {name: [round(float(x), 4) for x in row] for name, row in curves.items()}
@@ -350,14 +362,15 @@ def _bought(loop: Loop) -> dict:
 
 # %% ../../nbs/loop/03_report.ipynb #c020
 def render(
-    loop: Loop,
+    loop: Loop,  # that has ended
     summary: dict,  # as `summarise` makes it
     assessment: Optional[Assessment] = None,  # as for `Recorder.close`
 ) -> str:  # a complete HTML page without references to anything outside
     "Write the report of a run as HTML."
     title = f"Loop over {html.escape(summary['arena'])}"
     parts = [
-        f"<h1>{title}</h1><p>{summary['steps']} steps, {summary['top_k']} uids asked "
+        f"<h1>{title}</h1><p>{count_of(summary['steps'], 'step')}, "
+        f"{count_of(summary['top_k'], 'uid')} asked "
         f"at each, seed {summary['seed']}; {summary['status']}. Grades come from "
         f"{html.escape(summary['graded_by'])}: 1 is a perfect answer, 0 a useless one "
         "or none. A reward is the judge's estimate of the grade, which is all that the "
@@ -407,9 +420,9 @@ def render(
         parts += ["<h2>What it was made with</h2>", _table(rows, titles)]
     if summary.get("overdue"):
         parts.append(
-            f"<p>{summary['overdue']} answers came too late because this machine was "
-            "busy; the gate got nothing for them, the other choices are given their "
-            "full grade.</p>"
+            f"<p>{count_of(summary['overdue'], 'answer')} came too late because this "
+            "machine was busy; the gate got nothing for them, the other choices are "
+            "given their full grade.</p>"
         )
     if loop.trace.events:
         files = ["events.jsonl", "summary.json", "curves.json"]
@@ -500,10 +513,12 @@ def knowledge(
     if not summary["judge_corrected"]:
         return f"{text} The judge's rewards are not corrected for who answered."
     values = [row["value"] for row in offsets]
+    taught = sum(row["answers"] for row in offsets)
     return (
-        f"{text} The judge corrects the rewards of {len(values)} miners, by "
+        f"{text} The judge corrects the rewards of "
+        f"{count_of(len(values), 'miner')}, by "
         f"{min(values):+.3f} to {max(values):+.3f}, which "
-        f"{sum(row['answers'] for row in offsets)} graded answers taught it."
+        f"{count_of(taught, 'graded answer')} taught it."
     )
 
 
@@ -524,8 +539,8 @@ def cost(
         return text
     few = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
     return (
-        f"{text} {len(missing)} miners have no price and count as the most expensive "
-        f"one: {few}."
+        f"{text} Without a price, and counted as the most expensive one: {few} "
+        f"({count_of(len(missing), 'miner')})."
     )
 
 
@@ -533,7 +548,8 @@ def _reward_text(summary: dict) -> str:
     "Tell how good the reward model is, as a paragraph."
     low, high = summary["reward_accuracy_interval"]
     return (
-        f"<p>On {summary['reward_pairs']} pairs of prompts that it never saw it "
+        f"<p>On {count_of(summary['reward_pairs'], 'pair')} of prompts that it never "
+        "saw it "
         f"prefers the better answer in <b>{summary['reward_accuracy']:.1%}</b> "
         f"(95 % interval {low:.1%} to {high:.1%}). Without training, the cosine "
         f"between prompt and answer reaches {summary['reward_accuracy_cosine']:.1%}, "
@@ -610,7 +626,7 @@ def _sample(loop: Loop) -> list[str]:
                     "grade": answer.grade,
                 }
             )
-    title = f"<h2>Three of the last {len(events)} steps</h2>"
+    title = f"<h2>Three of the last {count_of(len(events), 'step')}</h2>"
     return [title, _table(rows, _SAMPLE_TITLES)]
 
 
@@ -652,7 +668,9 @@ def _who_answered(loop: Loop) -> list[str]:
             )
     more = len(latest) - _MOST_PROMPTS
     where = "answers.jsonl has all answers"
-    note = f"<p>{where}{f', also to {more} more prompts' if more > 0 else ''}.</p>"
+    if more > 0:
+        where += f", also to {count_of(more, 'more prompt')}"
+    note = f"<p>{where}.</p>"
     return ["<h2>Who answered what</h2>", _table(rows, _ANSWER_TITLES), note]
 
 
@@ -842,7 +860,9 @@ def print_tables(
     for text in unanswered(summary):
         console.print(f"note: {text}", markup=False)
     console.print(payment(summary))
-    title = f"mean grade of those asked, last third of {summary['steps']} steps"
+    title = (
+        f"mean grade of those asked, last third of {count_of(summary['steps'], 'step')}"
+    )
     table = Table("asked by", title=title)
     table.add_column("grade", justify="right")
     for text, grade in _choices(summary):

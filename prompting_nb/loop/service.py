@@ -22,10 +22,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ..baseminer.running import Runner
 from prompting_nb.config import (
     InputError,
-    NonNegativeFloat,
     NonNegativeInt,
+    NonNegativeSeconds,
     PositiveFloat,
     PositiveInt,
+    PositiveSeconds,
+    check_most,
     check_settings,
 )
 from .journal import Journal
@@ -34,6 +36,7 @@ from ..validators.event import Event
 from ..validators.pending import finite
 from ..validators.validator import Round, Validator
 from ..show import arguments_in_help
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/10_service.ipynb #c008
 _log = logging.getLogger(__name__)
@@ -58,18 +61,20 @@ class ServiceSettings:
     """
 
     concurrent: PositiveInt = 1
-    interval: NonNegativeFloat = 0.5
+    interval: NonNegativeSeconds = 0.5
     steps: NonNegativeInt = 0
     save_every: PositiveInt = 100
     sync_every: PositiveInt = 20
     weights_every: NonNegativeInt = 0
     version_key: NonNegativeInt = 0
     no_set_weights: bool = False
-    poll_interval: PositiveFloat = 2.0
-    patience: PositiveFloat = 60.0
+    poll_interval: PositiveSeconds = 2.0
+    patience: PositiveSeconds = 60.0
     log_size: PositiveFloat = 100.0
 
-    __post_init__ = check_settings
+    def __post_init__(self):
+        check_settings(self)
+        check_most(self, "validator", concurrent=1000, log_size=10**6)
 
 
 class NotReady(RuntimeError):
@@ -145,7 +150,8 @@ class Service:
             for ended in self._asking
         )
         if late:
-            _log.error("%d prompts did not end within %g s", late, timeout)
+            late = count_of(late, "prompt")
+            _log.error("%s did not end within %g s", late, timeout)
         self.runner.stop()
         with self._lock:
             try:
@@ -173,14 +179,14 @@ class Service:
 
     def step(
         self,
-        prompt: str,
+        prompt: str,  # of the user
     ) -> tuple[Round, Event]:  # raises `NotReady`, or ValueError for a failing judge
         "Ask one prompt now; several threads may."
         return self._step(prompt, listed=False)
 
     def route(
         self,
-        prompt: str,
+        prompt: str,  # of the user
     ) -> Round:  # raises `NotReady`
         "Say whom a prompt would go to, and ask nobody."
         with self._lock:
@@ -221,7 +227,9 @@ class Service:
         if not self.validator.serving():
             found.append("no miner of the subnet serves")
         if self._unwritten:
-            found.append(f"{len(self._unwritten)} events could not be written")
+            found.append(
+                f"{count_of(len(self._unwritten), 'event')} could not be written"
+            )
         return [problem for problem in found if problem]
 
     def __enter__(self) -> "Service":
@@ -309,7 +317,9 @@ class Service:
         if not serving:
             raise NotReady("no miner of the subnet serves")
         if serving < k:
-            self._say("few", f"{serving} miners serve: asking these instead of {k}")
+            self._say(
+                "few", f"only {count_of(serving, 'miner')} to ask, instead of {k}"
+            )
         else:
             self._say("few", "")
         ticket = self.validator.steps + self._under_way
@@ -399,7 +409,8 @@ class Service:
                 self.weights, self._tried_at = weights, block
                 self.metrics.weights.labels("set").inc()
                 self._say("weights", "")
-                _log.info("block %d: weights of %d uids were set", block, len(weights))
+                uids = count_of(len(weights), "uid")
+                _log.info("block %d: weights of %s were set", block, uids)
         except RuntimeError as error:
             self.metrics.weights.labels("refused").inc()
             self._say("weights", f"{error}; another attempt at the next block")
@@ -414,8 +425,9 @@ class Service:
             self._said[subject] = text
 
 # %% ../../nbs/loop/10_service.ipynb #c010
+@arguments_in_help
 class Prompts:
-    "Where the prompts come from, and how many of them were taken."
+    "The source of prompts, and how many of them were taken."
 
     def __init__(
         self,
@@ -446,7 +458,7 @@ class Prompts:
     def go_on(
         self,
         saved: Optional[Saved],  # the state that was resumed
-        journal: Journal,
+        journal: Journal,  # of the steps that are done
     ) -> None:
         "Go on in the list where an earlier service stopped."
         if saved is None or self._list is None:
@@ -458,7 +470,7 @@ class Prompts:
 
 # %% ../../nbs/loop/10_service.ipynb #c011
 def is_text(
-    prompt: Any,
+    prompt: Any,  # as it was read or posted
 ) -> TypeGuard[str]:
     "Tell whether there is something to ask; half a character cannot be sent."
     if not isinstance(prompt, str) or not prompt.strip():
@@ -469,6 +481,7 @@ def is_text(
         return False
 
 # %% ../../nbs/loop/10_service.ipynb #c014
+@arguments_in_help
 class ChainWatch:
     "The block of the chain, and how long ago it was read."
 
@@ -476,7 +489,7 @@ class ChainWatch:
         self,
         client: Any,  # a `bittensor.SyncClient`
         patience: float = 60.0,  # seconds without news
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,  # in seconds
     ):
         self.client, self.patience, self.clock = client, patience, clock
         self.block = 0
@@ -519,7 +532,10 @@ class ServiceMetrics:
         )
         self.block = Gauge("validator_block", "Block of the chain.", registry=here)
 
-    def count(self, event: Event) -> None:
+    def count(
+        self,
+        event: Event,  # the step that ended
+    ) -> None:
         "Count a step."
         self.steps.inc()
         self.block.set(event.block)

@@ -23,11 +23,16 @@ import jsonargparse
 
 from prompting_nb.config import (
     Config,
+    NotEmptyStr,
+    RunError,
     InputError,
     NonNegativeFloat,
-    PositiveFloat,
+    NonNegativeSeconds,
     PositiveInt,
+    PositiveSeconds,
+    Seed,
     add_settings,
+    check_most,
     check_settings,
     command_parser,
     settings_of,
@@ -36,6 +41,8 @@ from ..files import log_to_stderr, read_json, write_file
 from .miners import OwnMiner, read_miners, save_miner
 from .processes import Supervisor, free_port
 from .worker import NAMES
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/loop/14_subnet.ipynb #c007
 @dataclass(frozen=True)
@@ -60,22 +67,23 @@ class SubnetSettings:
         debug: Show the traceback of an error.
     """
 
-    dir: str = "runs/subnet"
+    dir: NotEmptyStr = "runs/subnet"
     miners: Union[PositiveInt, str] = 8
     duration: NonNegativeFloat = 0.0
     prompts: Optional[str] = None
     reward: Optional[str] = None
     top_k: Optional[PositiveInt] = None
-    timeout: PositiveFloat = 5.0
-    interval: NonNegativeFloat = 0.5
-    block_time: PositiveFloat = 2.0
+    timeout: PositiveSeconds = 5.0
+    interval: NonNegativeSeconds = 0.5
+    block_time: PositiveSeconds = 2.0
     tempo: PositiveInt = 20
-    seed: int = 0
+    seed: Seed = 0
     quiet: bool = False
     debug: bool = False
 
     def __post_init__(self):
         check_settings(self)
+        check_most(self, tempo=65535)
         if isinstance(self.miners, int):
             if self.miners > 250:
                 raise InputError(
@@ -119,12 +127,13 @@ VALIDATOR = "validator"  # name of its wallet and process
 _CLI = "prompting_nb.cli:main"
 
 
+@arguments_in_help
 class SubnetProcesses:
     "The processes of a subnet; use it in a `with` block."
 
     def __init__(
         self,
-        settings: SubnetSettings,
+        settings: SubnetSettings,  # folder, ports, miners, validators
         say: Callable[[str], None] = print,  # told what happens
     ):  # raises `InputError` when another subnet runs in this folder
         self.settings, self.say = settings, say
@@ -185,7 +194,10 @@ class SubnetProcesses:
             return [miner.name for miner in self.own]
         return [f"miner-{number + 1}" for number in range(self.settings.miners)]
 
-    def port(self, name: str) -> int:
+    def port(
+        self,
+        name: str,  # of the process
+    ) -> int:
         "Return the port of a process, which stays the same over restarts."
         if name not in self._ports:
             self._ports[name] = free_port()
@@ -227,7 +239,7 @@ class SubnetProcesses:
             time.sleep(0.2)
         log = self.folder / "logs" / "chain.log"
         last = "".join(log.read_text(errors="replace").splitlines(True)[-3:])
-        raise RuntimeError(f"the chain did not start within {timeout:g} s: {last}")
+        raise RunError(f"the chain did not start within {timeout:g} s: {last}")
 
     def _register(self, names: list[str]) -> None:
         "Register the wallets that are not registered yet."
@@ -261,12 +273,12 @@ def as_table(
     again = sum(restarts.values())
     if status is None:
         return Table(title=f"the validator does not answer yet; restarts {again}")
-    latest = status["latest"] or {"rewards": [0.0], "prompt": "", "uids": []}
+    latest = status["latest"] or {"rewards": [], "prompt": "", "uids": []}
     rewards = [reward for reward in latest["rewards"] if reward is not None]
-    mean = sum(rewards) / max(len(rewards), 1)
+    mean = f"reward {sum(rewards) / len(rewards):.2f}" if rewards else "no reward yet"
     title = f"block {status['block']}, step {status['step']}, restarts {again}"
     words = " ".join(printable(latest["prompt"]).split())[:60]
-    caption = Text(f"{words}  reward {mean:.2f}")  # brackets are no markup
+    caption = Text(f"{words}  {mean}")  # brackets are no markup
     table = Table(title=title, caption=caption)
     for column in (
         "uid",
@@ -296,7 +308,8 @@ def as_line(
     if status is None:
         return f"the validator does not answer yet; restarts {again}"
     asked = sum(row["asked"] for row in status["uids"])
-    text = f"block {status['block']}, step {status['step']}, {asked} requests"
+    text = f"block {status['block']}, step {status['step']}, "
+    text += count_of(asked, "request")
     if status["problems"]:
         text += f"; {'; '.join(status['problems'])}"
     return f"{text}, restarts {again}"
@@ -316,12 +329,18 @@ def run_subnet(
         raise InputError(
             f"{run.reward} is no folder: give a reward model's to --reward"
         )
+    names = ("reward.json", "config.json")
+    place = Path(run.reward or ".").expanduser()
+    if run.reward and not any((place / name).is_file() for name in names):
+        raise InputError(
+            f"{run.reward} holds no reward model: give the folder of one to --reward"
+        )
     log_to_stderr(logging.WARNING)
     started = time.monotonic()
     try:
         subnet = SubnetProcesses(run, say)
-        count = len(subnet.miners())
-        say(f"starting a chain, {count} miners and a validator in {subnet.folder}")
+        count = count_of(len(subnet.miners()), "miner")
+        say(f"starting a chain, {count} and a validator in {subnet.folder}")
         for miner in subnet.own:
             say(f"  {miner.name} ({miner.kind})")
         with subnet:

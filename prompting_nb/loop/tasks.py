@@ -30,36 +30,40 @@ import numpy as np
 from ..config import InputError
 from ..reward.preferences import Ranking, clean, read_rankings
 from ..files import read_lines, read_prompts
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
+from ..help.usage import count_of
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c041
+@arguments_in_help
 @dataclass
 class Arena:
     "Prompts, the workers that answer them, and how the answers are graded."
 
-    name: str
+    name: str  # in reports
     prompts: list[str]  # what the loop will ask, in order
     workers: list["Worker"]  # a miner each
     newcomer: "Worker"  # takes over a uid half-way
     train: list[Ranking]  # for training the reward model; scores in [0, 1]
     test: list[Ranking]  # for testing it; shares no prompt with `train`
-    # (prompt, completion) -> grade in [0, 1]; `None` where nothing can grade
-    grade: Optional[Callable[[str, str], float]] = field(repr=False, default=None)
+    grade: Optional[Callable[[str, str], float]] = field(
+        repr=False, default=None
+    )  # (prompt, completion) -> grade in [0, 1]; `None`: nothing can grade
     graded_by: str = "a program"  # for captions
     kinds: dict[str, str] = field(repr=False, default_factory=dict)  # by prompt
-    # judged before the loop: what every worker gave, 0 for no answer; names are theirs
-    known: list[Ranking] = field(repr=False, default_factory=list)
+    known: list[Ranking] = field(
+        repr=False, default_factory=list
+    )  # judged before the loop: what every worker gave, 0 for no answer
 
     def __str__(self) -> str:
         text = (
-            f"{self.name}: {len(self.prompts)} prompts for "
-            f"{len(self.workers)} workers, graded by {self.graded_by}"
+            f"{self.name}: {count_of(len(self.prompts), 'prompt')} for "
+            f"{count_of(len(self.workers), 'worker')}, graded by {self.graded_by}"
         )
         if not self.test:
             return text
-        rankings = f"{len(self.train)} rankings to learn from"
+        rankings = f"{count_of(len(self.train), 'ranking')} to learn from"
         return f"{text}; {rankings}, {len(self.test)} to test on"
 
     def __repr__(self) -> str:
@@ -72,8 +76,8 @@ class Arena:
 
     def truth(
         self,
-        prompt: str,
-        worker: "Worker",
+        prompt: str,  # one of the arena's
+        worker: "Worker",  # one of the arena's
     ) -> Optional[float]:  # in [0, 1]; 0 for no answer in time; `None`: no grades
         "Return the grade that a worker gets, or would have got, for a prompt."
         if self.grade is None:
@@ -146,18 +150,19 @@ def _everybody(task: "Task", workers: list["Worker"]) -> Ranking:
     return Ranking(task.prompt, [text or "" for text in given], grades, names)
 
 # %% ../../nbs/loop/01_tasks.ipynb #c005
+@arguments_in_help
 @dataclass(frozen=True)
 class Task:
     "A prompt and the program that grades an answer to it."
 
-    prompt: str
+    prompt: str  # of the user
     kind: str  # "arithmetic", "dates", "units", "text", "json" or "library"
     # completion -> grade in [0, 1]
-    check: Callable[[str], float] = field(repr=False, compare=False)
+    check: Callable[[str], float] = field(repr=False, compare=False)  # -> [0, 1]
 
 
 def grade(
-    task: Task,
+    task: Task,  # whose program grades
     completion: Optional[str],  # `None` for a miner that failed or was late
 ) -> float:  # in [0, 1]
     "Grade a completion with the task's own program."
@@ -392,13 +397,17 @@ def make_tasks(
     return tasks
 
 # %% ../../nbs/loop/01_tasks.ipynb #c023
-def calculate(prompt: str) -> str | None:
+def calculate(
+    prompt: str,  # of the user
+) -> str | None:
     "Answer sums, differences and products of two numbers."
     match = re.search(r"(\d+) (plus|minus|times) (\d+)", prompt)
     return match and str(_OPERATIONS[match[2]](int(match[1]), int(match[3])))
 
 
-def look_up_date(prompt: str) -> str | None:
+def look_up_date(
+    prompt: str,  # of the user
+) -> str | None:
     "Answer weekdays, and days after a date."
     if not (match := re.search(r"\d{4}-\d\d-\d\d", prompt)):
         return None
@@ -408,7 +417,9 @@ def look_up_date(prompt: str) -> str | None:
     return f"It is a {_weekday(day)}."
 
 
-def convert_units(prompt: str) -> str | None:
+def convert_units(
+    prompt: str,  # of the user
+) -> str | None:
     "Convert lengths, weights and times."
     for table in (_METRES, _GRAMS, _SECONDS):
         unit = "|".join(table)
@@ -421,7 +432,9 @@ def convert_units(prompt: str) -> str | None:
     return None
 
 # %% ../../nbs/loop/01_tasks.ipynb #c024
-def handle_text(prompt: str) -> str | None:
+def handle_text(
+    prompt: str,  # of the user
+) -> str | None:
     "Reverse, sort or count the words in quotes."
     if not (match := re.search(r"'([^']*)'", prompt)):
         return None
@@ -431,14 +444,18 @@ def handle_text(prompt: str) -> str | None:
     return " ".join(words[::-1] if "reverse" in prompt.lower() else sorted(words))
 
 
-def write_json(prompt: str) -> str | None:
+def write_json(
+    prompt: str,  # of the user
+) -> str | None:
     "Write facts of the form `name Ada, age 36` as JSON."
     pairs = re.findall(r"\b(name|age|city) (\w+)", prompt) if "JSON" in prompt else []
     facts = {key: int(text) if text.isdigit() else text for key, text in pairs}
     return json.dumps(facts) if facts else None
 
 
-def recall_library(prompt: str) -> str | None:
+def recall_library(
+    prompt: str,  # of the user
+) -> str | None:
     "Return the docstring of a function that is named in the prompt."
     names = re.findall(r"[a-z0-9]+(?:\.[a-z0-9_]+)+", prompt)
     return next((library()[name] for name in names if name in library()), None)
@@ -460,19 +477,26 @@ class WorkerFailed(RuntimeError):
     "A worker did not manage to answer."
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Worker:
     "A name and a function that answers prompts."
 
-    name: str
+    name: str  # in reports
     answer: Callable[[str], str] = field(repr=False)  # raises when it fails
     late: float = 0.0  # fraction of the prompts that it takes too long for
 
-    def is_late(self, prompt: str) -> bool:
+    def is_late(
+        self,
+        prompt: str,  # of the user
+    ) -> bool:
         "Tell whether this prompt takes the worker longer than a validator waits."
         return chance(self.name, "late", prompt) < self.late
 
-    def outcome(self, prompt: str) -> Optional[str]:
+    def outcome(
+        self,
+        prompt: str,  # of the user
+    ) -> Optional[str]:
         "Return the completion that a validator would receive in time, or `None`."
         if self.is_late(prompt):
             return None
@@ -483,7 +507,7 @@ class Worker:
 
 # %% ../../nbs/loop/01_tasks.ipynb #c030
 def specialist(
-    name: str,
+    name: str,  # of the worker, in reports
     *skills: Callable,  # tried in this order
     refusal: str,  # the answer to everything else
 ) -> Worker:
@@ -621,7 +645,8 @@ def recorded(
     "Make an arena of recorded completions."
     rows, rankings = len(rankings), list({r.prompt: r for r in rankings}.values())
     if more := rows - len(rankings):
-        _log.warning("%s: %d rows left out: their prompt comes again", name, more)
+        left = count_of(more, "row")
+        _log.warning("%s: %s left out, whose prompt comes again", name, left)
     rankings = _scaled(rankings)
     if not all(r.names for r in rankings):
         why = "because each model becomes a miner"

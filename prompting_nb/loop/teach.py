@@ -24,6 +24,7 @@ from ..reward.model import RewardModel, TextEncoder
 from ..reward.preferences import score_rankings
 from ..reward.tokens import Cuts, cuts_of
 from ..reward.training import TrainConfig, train
+from ..show import arguments_in_help
 from ..validators.judge import Judge
 
 # %% ../../nbs/loop/07_teach.ipynb #c018
@@ -80,6 +81,7 @@ def calibrate(
     return judge
 
 
+@arguments_in_help
 @dataclass
 class Assessment:
     "How a reward model, and two rules that need no training, do on unseen rankings."

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,13 @@ import jsonargparse
 from ..baseminer.flags import SubtensorSettings, WalletSettings
 from prompting_nb.config import (
     Config,
+    NotEmptyStr,
     InputError,
-    NonNegativeInt,
+    Netuid,
     Port,
-    PositiveFloat,
     PositiveInt,
+    PositiveSeconds,
+    Seed,
     add_settings,
     check_settings,
     command_parser,
@@ -36,6 +39,7 @@ from prompting_nb.config import (
 from ..files import log_to_stderr, read_json, read_prompts, write_file
 from .processes import lock_folder
 from .service import ServiceSettings
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/12_validator.ipynb #c007
 @dataclass(frozen=True)
@@ -62,14 +66,14 @@ class ValidatorSettings:
         debug: Show the traceback of an error, and more in the log.
     """
 
-    dir: str = "runs/validator"
+    dir: NotEmptyStr = "runs/validator"
     prompts: Optional[str] = None
     reward: Optional[str] = None
     top_k: PositiveInt = 3
-    timeout: PositiveFloat = 12.0
+    timeout: PositiveSeconds = 12.0
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
-    seed: int = 0
+    seed: Seed = 0
     port: Port = 0
     allow_private: bool = False
     debug: bool = False
@@ -88,7 +92,7 @@ class PlaceSettings:
         validator: How it works.
     """
 
-    netuid: NonNegativeInt = 1
+    netuid: Netuid = 1
     subtensor: SubtensorSettings = field(default_factory=SubtensorSettings)
     wallet: WalletSettings = field(default_factory=WalletSettings)
     validator: ServiceSettings = field(default_factory=ServiceSettings)
@@ -132,30 +136,12 @@ def make_service(
 ) -> Any:  # a `Service`, not started; raises `InputError` for what does not fit
     "Make the service that the flags describe."
     from prompting_nb.baseminer.subnet import open_client, open_wallet
-    from prompting_nb.loop.command import gate_settings
     from prompting_nb.loop.service import Service
-    from prompting_nb.validators.cost import PriceSettings, read_prices
     from prompting_nb.loop.state import saved_width
-    from prompting_nb.validators.validator import (
-        GATES,
-        FirstUids,
-        Policy,
-        Validator,
-        default_gate,
-    )
+    from prompting_nb.validators.validator import FirstUids, Validator, default_gate
 
-    prices = read_prices(settings_of(PriceSettings, settings, "prices"))
-    run = settings_of(ValidatorSettings, settings, ignore_unknown=True)
-    place = settings_of(PlaceSettings, settings, ignore_unknown=True)
+    run, place, prices, gating, policy, rule = _parts(settings)
     network, folder = place.subtensor.network, Path(run.dir).expanduser()
-    if network == "embedded":
-        raise InputError(
-            "a validator needs a chain that its miners can reach: start prompting-nb "
-            "chain, and give its embedded://HOST:PORT to --subtensor.network"
-        )
-    gating = gate_settings(run.gate, settings.gating)
-    policy = Policy(run.top_k, run.timeout, run.rule)
-    rule = policy.rule_of(hasattr(GATES[run.gate], "posterior"))
     prompts = open_prompts(run.prompts, run.seed)
     local = network.startswith("embedded://")
     wallet = open_wallet(**vars(place.wallet))
@@ -192,6 +178,26 @@ def make_service(
     }
     work = (folder, prompts, place.validator, run.seed, about)
     return Service(validator, *work)
+
+
+def _parts(settings: Config) -> tuple:
+    "Read all settings; raise `InputError` for those that are wrong, before any work."
+    from prompting_nb.loop.command import gate_settings
+    from prompting_nb.validators.cost import PriceSettings, read_prices
+    from prompting_nb.validators.validator import GATES, Policy
+
+    run = settings_of(ValidatorSettings, settings, ignore_unknown=True)
+    place = settings_of(PlaceSettings, settings, ignore_unknown=True)
+    prices = read_prices(settings_of(PriceSettings, settings, "prices"))
+    if place.subtensor.network == "embedded":
+        raise InputError(
+            "a validator needs a chain that its miners can reach: start prompting-nb "
+            "chain, and give its embedded://HOST:PORT to --subtensor.network"
+        )
+    gating = gate_settings(run.gate, settings.gating)
+    policy = Policy(run.top_k, run.timeout, run.rule)
+    rule = policy.rule_of(hasattr(GATES[run.gate], "posterior"))
+    return run, place, prices, gating, policy, rule
 
 
 def open_prompts(
@@ -256,7 +262,8 @@ def open_judge(
         arena = built_in(Encoder(MINILM), steps=1, seed=seed, train=80, test=60)
     assessment, judge = assess(model, arena, progress=False)
     accuracy, pairs = assessment.learned.accuracy, assessment.learned.n_pairs
-    say(f"the reward model is right on {accuracy:.2f} of {pairs} pairs of the tasks")
+    said = f"{accuracy:.2f} of {count_of(pairs, 'pair')} of the tasks"
+    say(f"the reward model is right on {said}")
     judge.save(known)
     about = {"reward": str(place), "sha256": digest, "accuracy": accuracy}
     write_file(folder / "judged.json", json.dumps(about) + "\n")
@@ -269,13 +276,24 @@ def run_validator(
 ) -> None:
     "Run the command `prompting-nb validator`."
     log_to_stderr(debug=settings.debug)
+    _parts(settings)  # so that nothing is made for settings that are wrong
     folder = Path(settings.dir).expanduser()
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {folder}: {error.strerror}") from None
-    with lock_folder(folder / "validator.lock"):  # two would spoil each other's log
-        _run_alone(settings, say)
+    lock = folder / "validator.lock"
+    with lock_folder(lock):  # two would spoil each other's log
+        try:
+            _run_alone(settings, say)
+        except InputError:
+            if missing and not any(path != lock for path in folder.iterdir()):
+                lock.unlink(missing_ok=True)  # nothing has begun: leave nothing
+            for place in missing:
+                with suppress(OSError):
+                    place.rmdir()
+            raise
 
 
 def _run_alone(settings: Config, say: Callable[[str], None]) -> None:
@@ -298,7 +316,7 @@ def _run_alone(settings: Config, say: Callable[[str], None]) -> None:
                 pass
             while not service.prompts:  # those that come over HTTP, until a signal
                 threading.Event().wait(3600.0)
-            say(f"{validator.steps} steps were taken")
+            say(f"ended after {count_of(validator.steps, 'step')}")
     except KeyboardInterrupt:
         say(f"stopped after step {validator.steps}")
     finally:

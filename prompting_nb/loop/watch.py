@@ -10,21 +10,25 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Callable
 
 import jsonargparse
 
 from prompting_nb.config import (
     Config,
+    InputError,
+    NotEmptyStr,
     NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
+    PositiveSeconds,
     add_settings,
     check_settings,
     command_parser,
     settings_of,
 )
 from .follow import Follower
+from ..help.usage import count_of
 
 # %% ../../nbs/loop/29_watch.ipynb #wch008
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class WatchSettings:
         debug: Show the traceback of an error.
     """
 
-    dir: str
-    every: PositiveFloat = 2.0
+    dir: NotEmptyStr
+    every: PositiveSeconds = 2.0
     last: PositiveInt = 1000
     duration: NonNegativeFloat = 0.0
     quiet: bool = False
@@ -93,18 +97,19 @@ def as_line(
     said: str,  # what it says of the validator
 ) -> str:
     "Say in one line what a validator has done."
-    counted = reader.tally().values()
+    counts = reader.tally().values()
     known = [
         reward for e in reader.events for reward in e.rewards if reward is not None
     ]
-    if not counted:
+    if not counts:
         return said
     asked, failed = (
-        sum(one.asked for one in counted),
-        sum(one.failed for one in counted),
+        sum(one.asked for one in counts),
+        sum(one.failed for one in counts),
     )
     mean = f"mean reward {sum(known) / len(known):.3f}, " if known else ""
-    return f"{said}; {mean}{asked} requests to {len(counted)} uids, {failed} failed"
+    requests, uids = count_of(asked, "request"), count_of(len(counts), "uid")
+    return f"{said}; {mean}{requests} to {uids}, {failed} failed"
 
 # %% ../../nbs/loop/29_watch.ipynb #wch012
 def run_watch(
@@ -113,6 +118,8 @@ def run_watch(
 ) -> None:
     "Run the command `prompting-nb watch`."
     run = settings_of(WatchSettings, settings, ignore_unknown=True)
+    if Path(run.dir).expanduser().is_file():
+        raise InputError(f"{run.dir} is a file: give a validator's folder to --dir")
     terminal = sys.stdout.isatty() and not run.quiet
     with Follower(run.dir, run.last) as reader:
         try:
@@ -144,7 +151,7 @@ def _in_terminal(reader: Follower, run: WatchSettings) -> None:
 
 
 def _looks(reader: Follower, run: WatchSettings) -> Any:
-    "Read again and again until the time or the run is over; give what is said."
+    "Read the log repeatedly until the time or the run is over; yield what changed."
     started = time.monotonic()
     while True:
         ended = reader.over()  # then nothing is written any more

@@ -27,8 +27,10 @@ from bittensor.wallets import CRYPTO_TYPE_NAMES, parse_crypto_type
 
 from .addresses import LONGEST_HOTKEY, hotkey_address, same_hotkey
 from ..protocol import Terminal
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/03_auth.ipynb #c023
+@arguments_in_help
 class Gatekeeper:
     "Verify the sender of a request from its headers and its raw body, by `btauth/1`."
 
@@ -118,7 +120,11 @@ class Gatekeeper:
 class _Later:
     "A store for `http_auth.verify` that leaves the nonce to `accept` and `store`."
 
-    def check_and_store(self, hotkey_ss58: str, nonce_ns: int) -> bool:
+    def check_and_store(
+        self,
+        hotkey_ss58: str,  # of the caller
+        nonce_ns: int,  # nanoseconds since 1970
+    ) -> bool:
         return True
 
 
@@ -137,6 +143,7 @@ def _unauthorized(kind: str, reason: Any) -> "Refusal":
     return Refusal(401, f"{kind}: {reason}", kind)
 
 # %% ../../nbs/network/03_auth.ipynb #c010
+@arguments_in_help
 class Refusal(Exception):
     "A request that is answered with an error."
 
@@ -249,11 +256,19 @@ class Nonces(Protocol):
     `Refusal` when it cannot be known, or when it cannot be stored: 401 and 503.
     """
 
-    def check_and_store(self, hotkey_ss58: str, nonce_ns: int) -> bool:
+    def check_and_store(
+        self,
+        hotkey_ss58: str,  # of the caller
+        nonce_ns: int,  # nanoseconds since 1970
+    ) -> bool:
         "Store a nonce unless it is known; may wait for a disk or a network."
         ...
 
-    async def accept(self, hotkey: str, nonce: int) -> bool:
+    async def accept(
+        self,
+        hotkey: str,  # of the caller, SS58
+        nonce: int,  # nanoseconds since 1970
+    ) -> bool:
         "Store a nonce unless it is known, without blocking the event loop."
         ...
 
@@ -262,6 +277,7 @@ class Nonces(Protocol):
         ...
 
 # %% ../../nbs/network/03_auth.ipynb #c012
+@arguments_in_help
 class MemoryNonces:
     "Store the accepted nonces of one process in memory. They are lost when it ends."
 
@@ -293,7 +309,11 @@ class MemoryNonces:
             seen.add((hotkey_ss58, nonce_ns))
             return not known
 
-    async def accept(self, hotkey: str, nonce: int) -> bool:
+    async def accept(
+        self,
+        hotkey: str,  # of the caller, SS58
+        nonce: int,  # nanoseconds since 1970
+    ) -> bool:
         "Store a nonce unless it is known; it never waits."
         return self.check_and_store(hotkey, nonce)
 
@@ -329,7 +349,9 @@ FORGOTTEN = (
 )
 
 
-def stale(reason: str) -> Refusal:
+def stale(
+    reason: str,  # for the caller
+) -> Refusal:
     "Make the refusal of a request from another time."
     return _unauthorized("StaleRequest", reason)
 
@@ -346,19 +368,27 @@ def check_time(
         raise stale(f"nonce is older than the {MAX_AGE:g}s freshness window")
 
 
-def repeats(headers: list, prefix: bytes) -> bool:
+def repeats(
+    headers: list,  # (name, value) pairs of bytes, names in lower case
+    prefix: bytes,  # of the names
+) -> bool:
     "Tell whether a header that begins with `prefix` appears twice."
     names = [key for key, _ in headers if key.startswith(prefix)]
     return len(set(names)) < len(names)
 
 
-def claimed_hotkey(headers: list) -> str:
+def claimed_hotkey(
+    headers: list,  # (name, value) pairs of bytes, names in lower case
+) -> str:
     "Return the hotkey of the caller as its request writes it, for the answer."
     named = (value for key, value in headers if key == b"x-bittensor-hotkey")
     return next(named, b"").decode("latin-1")
 
 
-def decode_headers(headers: list, prefix: bytes = b"") -> dict[str, str]:
+def decode_headers(
+    headers: list,  # (name, value) pairs of bytes, names in lower case
+    prefix: bytes = b"",  # of the names; empty: all headers
+) -> dict[str, str]:
     "Return the raw headers whose names begin with `prefix`, by name."
     return {
         key.decode("latin-1"): value.decode("latin-1")
@@ -367,6 +397,7 @@ def decode_headers(headers: list, prefix: bytes = b"") -> dict[str, str]:
     }
 
 # %% ../../nbs/network/03_auth.ipynb #d021
+@arguments_in_help
 class Spans:
     "Closed intervals of nanoseconds, at most `limit`; more are merged."
 
@@ -375,7 +406,7 @@ class Spans:
     def __init__(
         self,
         spans: Iterable[tuple[int, int]] = (),  # pairs of first and last
-        limit: int = 1024,
+        limit: int = 1024,  # intervals; above it the nearest two are merged
     ):
         self._limit = limit
         self._firsts: list[int] = []
@@ -395,7 +426,11 @@ class Spans:
         "Return the end of the latest interval, or 0."
         return self._lasts[-1] if self._lasts else 0
 
-    def add(self, first: int, last: int) -> None:
+    def add(
+        self,
+        first: int,  # nanoseconds
+        last: int,  # nanoseconds, not before `first`
+    ) -> None:
         "Add an interval, and merge what is close together."
         begin = bisect_right(self._lasts, first - self.gap - 1)
         end = bisect_right(self._firsts, last + self.gap)
@@ -432,6 +467,7 @@ class ClockWatch:
         self._told = back
 
 # %% ../../nbs/network/03_auth.ipynb #c017
+@arguments_in_help
 class FileNonces:
     """Store accepted nonces in a file, for all processes that use it.
 
@@ -476,7 +512,11 @@ class FileNonces:
             raise outcome from None
         return outcome
 
-    async def accept(self, hotkey: str, nonce: int) -> bool:
+    async def accept(
+        self,
+        hotkey: str,  # of the caller, SS58
+        nonce: int,  # nanoseconds since 1970
+    ) -> bool:
         "Store a nonce unless it is known, in a thread."
         future: Future = Future()
         with self._lock:
@@ -498,9 +538,12 @@ class FileNonces:
             if not waiting:
                 return
             asked = [one for one in waiting if one[2].set_running_or_notify_cancel()]
-            outcomes = self._store([(hotkey, nonce) for hotkey, nonce, _ in asked])
+            try:
+                outcomes = self._store([(hotkey, nonce) for hotkey, nonce, _ in asked])
+            except Exception as error:  # whatever it is, nobody waits for ever
+                outcomes = [error] * len(asked)
             for (_, _, future), outcome in zip(asked, outcomes):
-                if isinstance(outcome, Refusal):
+                if isinstance(outcome, Exception):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
@@ -557,6 +600,7 @@ _TABLES = """
         (one INTEGER PRIMARY KEY CHECK (one = 1), nonce INTEGER);
     CREATE TABLE IF NOT EXISTS dropped (first INTEGER PRIMARY KEY, last INTEGER);
 """
+_PATIENCE = 5.0  # seconds in which other processes may hold a file that is opened
 _COLUMNS = {  # of the tables, each with its type
     "nonces": {"nonce": "integer", "hotkey": "text"},
     "floor": {"one": "integer", "nonce": "integer"},
@@ -564,7 +608,9 @@ _COLUMNS = {  # of the tables, each with its type
 }
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(
+    error: sqlite3.Error,  # as SQLite raised it
+) -> bool:
     "Tell whether an error means that a file is damaged, and not that it is busy."
     if isinstance(error, sqlite3.OperationalError):  # 1: other tables than ours
         return getattr(error, "sqlite_errorcode", None) == 1
@@ -572,6 +618,7 @@ def is_damage(error: sqlite3.Error) -> bool:
     return isinstance(error, sqlite3.DatabaseError) and not other
 
 
+@arguments_in_help
 class NonceFile:
     "An open SQLite file of nonces. Its methods raise `sqlite3.Error`."
 
@@ -600,15 +647,24 @@ class NonceFile:
         self._identity = self._found()
 
     @classmethod
-    def open(cls, path: Path, now: int) -> "NonceFile":
+    def open(
+        cls,
+        path: Path,  # made if it is missing
+        now: int,  # nanoseconds since 1970
+    ) -> "NonceFile":
         "Open the file at `path`; set one that is damaged aside and make another."
-        try:
-            return cls(path, now)
-        except sqlite3.DatabaseError as error:
-            if not is_damage(error):  # busy, no room: a new file would not help
-                raise
-            set_aside(path, error)
-            return cls(path, now + _SKEW)  # no longer knows what it accepted
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return cls(path, now)
+            except sqlite3.DatabaseError as error:
+                if "is locked" in str(error) and time.monotonic() < end:
+                    time.sleep(0.02)  # SQLite does not wait for all of its locks
+                    continue
+                if not is_damage(error):  # busy, no room: a new file would not help
+                    raise
+                set_aside(path, error)
+                return cls(path, now + _SKEW)  # no longer knows what it accepted
 
     def again(
         self,
@@ -707,7 +763,10 @@ class NonceFile:
         insert = "INSERT OR IGNORE INTO nonces VALUES (?, ?)"
         return self.db.execute(insert, (nonce, hotkey)).rowcount == 1
 
-    def drop(self, now: int) -> int:
+    def drop(
+        self,
+        now: int,  # nanoseconds since 1970
+    ) -> int:
         "Drop what is no longer fresh, and return the latest moment that is known."
         self.db.execute("BEGIN IMMEDIATE")
         with self.db:
@@ -736,7 +795,10 @@ class NonceFile:
         self.db.close()
 
 
-def set_aside(path: Path, reason: object) -> None:
+def set_aside(
+    path: Path,  # of the file, without the ending of its log
+    reason: object,  # for the log message
+) -> None:
     "Rename a file of nonces and its log; an earlier one of that name is overwritten."
     _log.error("%s is damaged (%s) and set aside as %s.damaged", path, reason, path)
     for end in ("", "-wal"):

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import secrets
+import sqlite3
 import threading
 import time
 from contextlib import aclosing
@@ -38,6 +39,7 @@ from prompting_nb.network.auth import (
     claimed_hotkey,
     sign_answer,
 )
+from ..config import InputError, RunError
 from prompting_nb.network.legacy import (
     check_legacy,
     is_legacy,
@@ -212,7 +214,14 @@ class Axon:
                 self.nonces.begin()
             return self.nonces
         if self.nonces is not None:
-            return FileNonces(self.nonces, self._gate.clock)
+            try:
+                return FileNonces(self.nonces, self._gate.clock)
+            except (OSError, sqlite3.Error) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise InputError(
+                    f"{self.nonces} cannot keep nonces ({reason}): give another file "
+                    "to --axon.nonces, or memory"
+                ) from error
         _log.info(
             "nonces are kept in memory: a restart forgets them, "
             "and no other process knows them"
@@ -291,7 +300,12 @@ class Axon:
         client.execute(intent, self._wallet).raise_for_failure()
         return self
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(
+        self,
+        scope: dict,  # of ASGI: `http` or `lifespan`
+        receive: Callable,  # of ASGI
+        send: Callable,  # of ASGI
+    ) -> None:
         "Serve as an ASGI application, for a server of your own."
         if self._application is None:
             raise RuntimeError("attach a forward function before the axon serves")
@@ -668,7 +682,11 @@ class _Held:
 def _failure(error: Exception) -> Refusal:
     "Log an error of the handler, and tell the caller where to find it in the log."
     word = secrets.token_hex(4)
-    _log.error("error %s: the forward function failed", word, exc_info=error)
+    what = "the forward function failed"
+    if isinstance(error, RunError):  # it says what happened; no trace is needed
+        _log.error("error %s: %s", word, error, extra={"cause": error})
+    else:
+        _log.error("error %s: %s", word, what, exc_info=error, extra={"cause": error})
     return Refusal(500, f"the miner failed (error {word} in its log)", "handler")
 
 

@@ -17,6 +17,90 @@ from .neurons import Commit, UnknownCall, require, uid_of
 from .registration import register
 from .signing import STALE, Extrinsic
 from .state import Receipt, SubnetState
+from ..help.usage import count_of
+from ..show import arguments_in_help
+
+# %% ../../nbs/network/24_calls.ipynb #c2b020
+def check_call(
+    call: Any,  # module, function and parameters
+) -> None:
+    "Raise `UnknownCall` for a call that this chain does not have."
+    module, function, _ = call
+    if (module, function) not in _CALLS:
+        raise UnknownCall(
+            f"the embedded chain does not know {module}.{function}; "
+            f"it knows {', '.join(name for _, name in _CALLS)}"
+        )
+
+
+@arguments_in_help
+class Extrinsics:
+    "Signed calls that change a subnet."
+
+    def __init__(
+        self,
+        state: SubnetState,  # that the calls change
+    ):
+        self._state = state
+
+    def carry_out(
+        self,
+        extrinsic: Extrinsic,  # signed
+        inner: Extrinsic | None = None,  # what it holds, if it is encrypted
+    ) -> Receipt:  # of a call that counts, whether it succeeded or was refused
+        """Verify an extrinsic and carry it out, once.
+
+        Raises `ChainError` for one that does not count: unsigned, or with a nonce that
+        is not the next one.
+        """
+        held = extrinsic.function != "submit_encrypted" or inner is not None
+        words = "the embedded chain needs the inner extrinsic beside its carrier"
+        require(held, "FailedShieldedTxDecryption", words)
+        with self._state.change():
+            receipt = self._carry_out(extrinsic)
+            if inner is not None and receipt.success:
+                self._carry_out(inner)
+            return receipt
+
+    def _carry_out(self, extrinsic: Extrinsic) -> Receipt:
+        "Carry out one extrinsic."
+        check_call((extrinsic.module, extrinsic.function, extrinsic.params))
+        state, address = self._state, extrinsic.address
+        signed = extrinsic.is_signed and extrinsic.chain == state.chain_id
+        require(signed, "BadProof", f"the signature does not belong to {address}")
+        with state.change():
+            if done := state.receipts.get(extrinsic.hash):
+                return done
+            wrong = f"transaction is outdated: its nonce is {extrinsic.nonce}, "
+            expected = f"the next one is {state.nonces[address]}"
+            require(
+                extrinsic.nonce == state.nonces[address], STALE, f"{wrong}{expected}"
+            )
+            refusal = self._try(extrinsic)
+            state.nonces[address] += 1
+            state.count += 1
+            receipt = Receipt(extrinsic.hash, state.block, state.count)
+            if refusal is not None:
+                why = {"name": refusal.name, "message": refusal.message}
+                receipt = replace(receipt, **why, success=False)
+            state.file(receipt)
+            return receipt
+
+    def _try(self, extrinsic: Extrinsic) -> ChainError | None:
+        "Carry out a call; return why it was refused, if it was."
+        state = self._state
+        run, checks = _CALLS[extrinsic.module, extrinsic.function]
+        try:
+            with state.change():
+                _check_params(extrinsic.params, checks)
+                netuid = extrinsic.params.get("netuid", state.netuid)
+                wrong = f"there is no subnet {netuid} here, only {state.netuid}"
+                require(netuid == state.netuid, "SubnetNotExists", wrong)
+                given = {**extrinsic.params, "opened": extrinsic.opened}
+                run(state, extrinsic.address, **given)
+        except ChainError as error:
+            return error
+        return None
 
 # %% ../../nbs/network/24_calls.ipynb #c2b008
 def _uid(state: SubnetState, hotkey: str) -> int:
@@ -77,7 +161,7 @@ _ONE_MECHANISM = "the subnet has one mechanism, number 0"
 def _check_rate(state: SubnetState, uid: int, name: str) -> None:
     "Refuse weights that come too soon after the last ones."
     since = state.block - state.neurons[uid].last_update
-    message = f"weights were set {since} blocks ago"
+    message = f"weights were set {count_of(since, 'block')} ago"
     require(since >= state.weights_rate_limit, name, message)
 
 # %% ../../nbs/network/24_calls.ipynb #c2b010
@@ -283,81 +367,3 @@ def _check_params(params: dict, checks: dict[str, Callable]) -> None:
             raise ChainError(
                 f"{name} must be {wanted}, not {params[name]!r:.60}", "BadParameters"
             )
-
-# %% ../../nbs/network/24_calls.ipynb #c2b020
-def check_call(
-    call: Any,  # module, function and parameters
-) -> None:
-    "Raise `UnknownCall` for a call that this chain does not have."
-    module, function, _ = call
-    if (module, function) not in _CALLS:
-        raise UnknownCall(
-            f"the embedded chain does not know {module}.{function}; "
-            f"it knows {', '.join(name for _, name in _CALLS)}"
-        )
-
-
-class Extrinsics:
-    "Signed calls that change a subnet."
-
-    def __init__(self, state: SubnetState):
-        self._state = state
-
-    def carry_out(
-        self,
-        extrinsic: Extrinsic,
-        inner: Extrinsic | None = None,  # what it holds, if it is encrypted
-    ) -> Receipt:  # of a call that counts, whether it succeeded or was refused
-        """Verify an extrinsic and carry it out, once.
-
-        Raises `ChainError` for one that does not count: unsigned, or with a nonce that
-        is not the next one.
-        """
-        held = extrinsic.function != "submit_encrypted" or inner is not None
-        words = "the embedded chain needs the inner extrinsic beside its carrier"
-        require(held, "FailedShieldedTxDecryption", words)
-        with self._state.change():
-            receipt = self._carry_out(extrinsic)
-            if inner is not None and receipt.success:
-                self._carry_out(inner)
-            return receipt
-
-    def _carry_out(self, extrinsic: Extrinsic) -> Receipt:
-        "Carry out one extrinsic."
-        check_call((extrinsic.module, extrinsic.function, extrinsic.params))
-        state, address = self._state, extrinsic.address
-        signed = extrinsic.is_signed and extrinsic.chain == state.chain_id
-        require(signed, "BadProof", f"the signature does not belong to {address}")
-        with state.change():
-            if done := state.receipts.get(extrinsic.hash):
-                return done
-            wrong = f"transaction is outdated: its nonce is {extrinsic.nonce}, "
-            expected = f"the next one is {state.nonces[address]}"
-            require(
-                extrinsic.nonce == state.nonces[address], STALE, f"{wrong}{expected}"
-            )
-            refusal = self._try(extrinsic)
-            state.nonces[address] += 1
-            state.count += 1
-            receipt = Receipt(extrinsic.hash, state.block, state.count)
-            if refusal is not None:
-                why = {"name": refusal.name, "message": refusal.message}
-                receipt = replace(receipt, **why, success=False)
-            state.file(receipt)
-            return receipt
-
-    def _try(self, extrinsic: Extrinsic) -> ChainError | None:
-        "Carry out a call; return why it was refused, if it was."
-        state = self._state
-        run, checks = _CALLS[extrinsic.module, extrinsic.function]
-        try:
-            with state.change():
-                _check_params(extrinsic.params, checks)
-                netuid = extrinsic.params.get("netuid", state.netuid)
-                wrong = f"there is no subnet {netuid} here, only {state.netuid}"
-                require(netuid == state.netuid, "SubnetNotExists", wrong)
-                given = {**extrinsic.params, "opened": extrinsic.opened}
-                run(state, extrinsic.address, **given)
-        except ChainError as error:
-            return error
-        return None

@@ -23,6 +23,7 @@ from .substrate import MemorySubstrate
 from .wallets import EmbeddedWallet as EmbeddedWallet
 from .wallets import make_wallet as make_wallet
 from ..show import Bar, arguments_in_help, html_table
+from ..help.usage import count_of
 
 _all_ = [
     "EmbeddedWallet",
@@ -85,8 +86,8 @@ class EmbeddedChain:
         self.substrate = MemorySubstrate(self.subnet)
 
     def __repr__(self) -> str:
-        count = len(self.subnet.neurons)
-        return f"EmbeddedChain(netuid {self.netuid}, block {self.block}, {count} uids)"
+        uids = count_of(len(self.subnet.neurons), "uid")
+        return f"EmbeddedChain(netuid {self.netuid}, block {self.block}, {uids})"
 
     def _repr_html_(self) -> str:
         neurons = list(enumerate(self.subnet.neurons))
@@ -222,6 +223,7 @@ def is_embedded(
     return network == EMBEDDED or network.startswith("embedded://")
 
 # %% ../../nbs/network/02_chain.ipynb #c037bs
+@arguments_in_help
 @dataclass(frozen=True)
 class MetagraphTable:
     "A metagraph, of the embedded chain or a real one, as a notebook shows it."
@@ -246,6 +248,7 @@ class MetagraphTable:
         ]
         some = f"{len(rows)} of " if len(rows) < len(stakes) else ""
         title = (
-            f"Subnet {graph.netuid} at block {graph.block}: {some}{len(stakes)} uids"
+            f"Subnet {graph.netuid} at block {graph.block}: {some}"
+            f"{count_of(len(stakes), 'uid')}"
         )
         return html_table(title, ("uid", "hotkey", "stake", "permit", "axon"), rows)

@@ -29,10 +29,12 @@ from .chain import EmbeddedChain
 from .neurons import UnknownCall
 from .server import Server, listen
 from .signing import Extrinsic, pack, unpack
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/27_chain_server.ipynb #a05009
+@arguments_in_help
 class Methods:
-    "What a served chain answers, by name."
+    "The methods of a served chain, by name."
 
     reads = (
         "account_next_index",
@@ -46,7 +48,10 @@ class Methods:
     )  # of the substrate
     longest_wait = 25.0  # seconds
 
-    def __init__(self, chain: EmbeddedChain):
+    def __init__(
+        self,
+        chain: EmbeddedChain,  # that is served
+    ):
         self._chain, self._substrate = chain, chain.substrate
         ours = (self.info, self.receipt, self.send, self.wait_block)
         self.open: dict[str, Callable] = {method.__name__: method for method in ours}
@@ -60,18 +65,30 @@ class Methods:
         settings = {"netuid": state.netuid, "block_time": state.block_time}
         return {"chain_id": state.chain_id, **settings}
 
-    async def send(self, extrinsic: dict, inner: dict | None = None) -> dict:
+    async def send(
+        self,
+        extrinsic: dict,  # fields of a signed `Extrinsic`
+        inner: dict | None = None,  # what it holds, if it is encrypted
+    ) -> dict:
         "Carry out a signed call, with what it holds encrypted; return its receipt."
         signed = [Extrinsic.read(extrinsic), inner and Extrinsic.read(inner)]
         carry_out = self._substrate.extrinsics.carry_out
         return vars(await run_in_threadpool(carry_out, *signed))
 
-    async def receipt(self, extrinsic_hash: str, block: int) -> dict | None:
+    async def receipt(
+        self,
+        extrinsic_hash: str,  # 0x and 64 digits
+        block: int,  # its number
+    ) -> dict | None:
         "Return the receipt of an extrinsic of a block."
         found = self._chain.subnet.receipts.get(extrinsic_hash)
         return vars(found) if found is not None and found.block == block else None
 
-    async def wait_block(self, after: int, timeout: float) -> int:
+    async def wait_block(
+        self,
+        after: int,  # number of the last block seen
+        timeout: float,  # seconds
+    ) -> int:
         "Return the newest block as soon as it is above `after`, or at the timeout."
         listener = (asyncio.get_running_loop(), asyncio.Queue())
         self._substrate.listeners.append(listener)
@@ -87,7 +104,7 @@ class Methods:
     async def call(
         self,
         name: str,  # of the method
-        params: dict,
+        params: dict,  # its arguments by name
         allowed: bool,  # whether the caller has the token
     ) -> Any:
         "Call a method; `PermissionError` or `LookupError` if it is not for the caller."
@@ -100,8 +117,11 @@ class Methods:
         return await run_in_threadpool(lambda: self.admin[name](**params))
 
 # %% ../../nbs/network/27_chain_server.ipynb #a05011
+_BODY = 10.0  # seconds for the parameters to arrive
+
+
 def make_app(
-    chain: EmbeddedChain,
+    chain: EmbeddedChain,  # that is served
     token: str,  # for what changes the chain without a signature; empty: nobody has it
 ) -> Starlette:
     "Make the ASGI application that serves a chain."
@@ -112,13 +132,16 @@ def make_app(
             _check_origin(request)
             given = request.headers.get("authorization", "")
             right = hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
-            params = unpack(await request.body())
+            params = unpack(await asyncio.wait_for(request.body(), _BODY))
             if not isinstance(params, dict):
                 raise ValueError("the parameters must be a JSON object")
             allowed = bool(token) and right
             name = request.path_params["method"]
             result = await methods.call(name, params, allowed)
             return _json(200, {"result": result})
+        except asyncio.TimeoutError:
+            words = f"the parameters did not arrive within {_BODY:g} s"
+            return _json(408, {"error": {"kind": "TimeoutError", "message": words}})
         except Exception as error:
             return _json(*_error(error))
 
@@ -167,6 +190,7 @@ def _json(status: int, value: dict) -> Response:
     return Response(pack(value), status, media_type="application/json")
 
 # %% ../../nbs/network/27_chain_server.ipynb #a05013
+@arguments_in_help
 class BlockClock:
     "A thread that makes blocks."
 
@@ -203,12 +227,13 @@ class BlockClock:
                 failing = True
 
 # %% ../../nbs/network/27_chain_server.ipynb #a05016
+@arguments_in_help
 class ChainServer:
     "A chain that listens on loopback. Use it in a `with` block."
 
     def __init__(
         self,
-        chain: EmbeddedChain,
+        chain: EmbeddedChain,  # that is served
         *,
         host: str = "127.0.0.1",  # a name or address of loopback
         port: int = 0,  # 0: a free one

@@ -18,6 +18,7 @@ from ..config import InputError
 from .chain import EmbeddedChain
 from .neurons import Commit, Neuron
 from .state import Receipt, SubnetState
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/26_chain_store.ipynb #cc7008
 _TABLES = """
@@ -36,6 +37,7 @@ create table receipts (number integer primary key, record text not null);
 _OURS = 0x70626E31  # tells our files from other SQLite files
 
 
+@arguments_in_help
 class ChainStore:
     "A subnet in a SQLite file, for one process at a time."
 
@@ -76,7 +78,10 @@ class ChainStore:
 
     # saving
 
-    def save(self, state: SubnetState) -> None:
+    def save(
+        self,
+        state: SubnetState,  # rules, clock, neurons, balances
+    ) -> None:
         "Store the state as it is now, or nothing: `OSError` when that fails."
         with self._written():
             values = (state.block, state.clock, state.count)
@@ -161,7 +166,10 @@ class ChainStore:
 
     # loading
 
-    def restore(self, state: SubnetState) -> bool:  # False: nothing was stored
+    def restore(
+        self,
+        state: SubnetState,  # filled in place
+    ) -> bool:  # False: nothing was stored
         "Put what is stored into a state. `InputError` for a damaged file."
         try:
             clock = self._db.execute("select block, epoch, extrinsics from clock")

@@ -18,12 +18,16 @@ import jsonargparse
 
 from prompting_nb.config import (
     Config,
+    NotEmptyStr,
     InputError,
+    Netuid,
     NonNegativeFloat,
     NonNegativeInt,
+    NonNegativeSeconds,
     Port,
     PositiveInt,
     add_settings,
+    check_most,
     check_settings,
     command_parser,
     settings_of,
@@ -31,6 +35,9 @@ from prompting_nb.config import (
 from ..files import log_to_stderr, read_json, write_file
 
 # %% ../../nbs/network/29_command.ipynb #dac008
+_TAO = 21_000_000  # all that there will be; blocks have 16 bits, as on a real chain
+
+
 @dataclass(frozen=True)
 class ChainSettings:
     """A chain on this machine.
@@ -61,14 +68,14 @@ class ChainSettings:
         debug: Show the traceback of an error, and more in the log.
     """
 
-    dir: str
+    dir: NotEmptyStr
     port: Optional[Port] = None
-    block_time: Optional[NonNegativeFloat] = None
+    block_time: Optional[NonNegativeSeconds] = None
     register: list[str] = field(default_factory=list)
     stake: NonNegativeFloat = 0.0
     permit: bool = False
     step: NonNegativeInt = 0
-    netuid: Optional[NonNegativeInt] = None
+    netuid: Optional[Netuid] = None
     tempo: Optional[PositiveInt] = None
     max_uids: Optional[PositiveInt] = None
     immunity_period: Optional[NonNegativeInt] = None
@@ -81,6 +88,9 @@ class ChainSettings:
 
     def __post_init__(self):
         check_settings(self)
+        check_most(self, stake=_TAO, burn=_TAO, step=10**6)
+        check_most(self, tempo=65535, max_uids=65535)
+        check_most(self, immunity_period=65535, reveal_period=65535)
         if (self.stake or self.permit) and not self.register:
             raise InputError(
                 "--stake and --permit need --register, which names wallets"
@@ -146,10 +156,12 @@ def run_chain(
 ) -> None:
     "Run the command `prompting-nb chain`."
     from prompting_nb.network.chain_store import open_chain
+    from prompting_nb.network.wallets import check_names
 
     run = settings_of(ChainSettings, settings, ignore_unknown=True)
     log_to_stderr(debug=run.debug)
     if run.register or run.step:
+        check_names(*run.register)
         if run.port is not None:
             raise InputError("--port is for serving: leave out --register and --step")
         if served := find_chain(run.dir):

@@ -19,7 +19,7 @@ from .neurons import Rules, require
 # %% ../../nbs/network/30_commits.ipynb #b78009
 def weights_row(
     neurons: tuple,  # of the subnet
-    rules: Rules,
+    rules: Rules,  # hyperparameters of the subnet
     uid: int,  # whose weights they are
     dests: Sequence[int],  # uids
     weights: Sequence[int],  # one for each, of any scale
@@ -122,7 +122,7 @@ _log = logging.getLogger(__name__)
 
 def reveal(
     neurons: tuple,  # before the epoch
-    rules: Rules,
+    rules: Rules,  # hyperparameters of the subnet
     epoch: int,  # number of the epoch that begins, from 1
 ) -> tuple:  # with the weights whose time has come
     "Reveal the weights that were committed for this epoch."

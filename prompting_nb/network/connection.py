@@ -17,6 +17,8 @@ from urllib.parse import unquote
 import httptools
 
 from .limits import Crowd, Limits, share_of
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/13_connection.ipynb #h008
 _log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ _HIGH = 262_144  # bytes of an answer that wait to be taken before its maker wai
 _BODY = 65_536  # bytes of a body that wait to be read before no more are received
 
 
+@arguments_in_help
 class Connection(asyncio.Protocol):
     "One connection of a server."
 
@@ -57,7 +60,10 @@ class Connection(asyncio.Protocol):
         sock = self._transport and self._transport.get_extra_info("socket")
         return sock.fileno() if sock else -1
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(
+        self,
+        transport: Any,  # of asyncio
+    ) -> None:
         "Begin to wait for a request."
         self._transport = transport
         transport.set_write_buffer_limits(high=_HIGH)
@@ -69,7 +75,10 @@ class Connection(asyncio.Protocol):
         self._clock.wait("head")
         self._crowd.enter(self)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(
+        self,
+        data: bytes,  # as they came, any number
+    ) -> None:
         "Read bytes, and check the limits."
         if self._ending:
             self._dropped += len(data)
@@ -95,7 +104,10 @@ class Connection(asyncio.Protocol):
         "Close the connection: the caller hangs up or sends no more."
         self._hung_up()
 
-    def connection_lost(self, exc: Optional[Exception]) -> None:
+    def connection_lost(
+        self,
+        exc: Optional[Exception],  # `None`: it was closed in order
+    ) -> None:
         "Forget the connection."
         self._crowd.leave(self)
         self._hung_up()
@@ -124,7 +136,10 @@ class Connection(asyncio.Protocol):
 
     # Called by the reader
 
-    def request(self, exchange: "_Exchange") -> None:
+    def request(
+        self,
+        exchange: "_Exchange",  # with method, path and headers
+    ) -> None:
         "Start a request, whose headers are complete."
         if self._serving is None and self._full is None:
             self._serve(exchange)
@@ -133,10 +148,13 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             most = self._limits.max_pipelined
-            reason = f"more than {most} requests were sent ahead of their answers"
+            reason = f"more than {count_of(most, 'request')} sent ahead of the answers"
             self.refuse(400, reason, "pipelined")
 
-    def received(self, exchange: "_Exchange") -> None:
+    def received(
+        self,
+        exchange: "_Exchange",  # with its body
+    ) -> None:
         "Take a request that is complete."
         self._crowd.forget(self)
         if exchange.answered and self._serving is exchange:
@@ -174,7 +192,10 @@ class Connection(asyncio.Protocol):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def answered(self, exchange: "_Exchange") -> None:
+    def answered(
+        self,
+        exchange: "_Exchange",  # that is over
+    ) -> None:
         "End a request: the application has sent the whole answer."
         self._clock.write()
         if not exchange.keep_alive:
@@ -220,7 +241,10 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.close()
 
-    async def write(self, data: bytes) -> None:
+    async def write(
+        self,
+        data: bytes,  # of the answer
+    ) -> None:
         "Write when the caller has taken most of what was written before."
         while self._full is not None:
             await asyncio.shield(self._full)
@@ -245,7 +269,10 @@ class Connection(asyncio.Protocol):
 
     # Called by the server and the crowd
 
-    def evict(self, reason: str) -> None:
+    def evict(
+        self,
+        reason: str,  # ignored here: the crowd counts it
+    ) -> None:
         "Close at once."
         self._transport.abort()
 

@@ -10,6 +10,8 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/09_consensus.ipynb #c022
 def _shares(
     values: np.ndarray,  # any shape, none negative
@@ -34,6 +36,7 @@ def _supported(
     return weights[place, np.arange(weights.shape[1])]
 
 # %% ../../nbs/network/09_consensus.ipynb #c025
+@arguments_in_help
 class Epoch(NamedTuple):
     "What one epoch decides. Shares sum to 1, or to 0 when nobody set weights."
 

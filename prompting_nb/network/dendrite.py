@@ -29,7 +29,7 @@ from yarl import URL
 from .addresses import find_addresses, hotkey_address, split_address
 from .auth import SIGNATURE, answer_fits, sign_request
 from .axon import Axon
-from .floods import Flood, PacedConnector
+from .floods import Flood, PacedConnector, was_stale
 from .server import new_loop, open_files
 from prompting_nb.protocol import (
     Prompting,
@@ -202,6 +202,7 @@ async def _discard(piece: str) -> None:
     "Drop a piece: the whole completion is in the answer."
 
 # %% ../../nbs/network/01_dendrite.ipynb #c024
+@arguments_in_help
 class Stream:
     """The pieces of one miner's completion, for `async for` or `for`.
 
@@ -265,15 +266,16 @@ class Stream:
         self.close()
 
 # %% ../../nbs/network/01_dendrite.ipynb #c018
+@arguments_in_help
 @dataclass(frozen=True)
 class Question:
     "A prompt for any number of miners, and what an answer must fulfil to count."
 
     synapse: Prompting  # with the time limit
     body: bytes  # the synapse as JSON
-    signer: "RequestSigner"
+    signer: "RequestSigner"  # signs the requests
     max_answer: int  # bytes
-    require_signed: bool
+    require_signed: bool  # an unsigned answer counts as none
     allow_private: bool  # ask at any address
 
     async def ask(
@@ -328,7 +330,7 @@ class Question:
         left: float,  # seconds that the miner has
         emit: Callable,
     ) -> tuple[str, str]:
-        "Send the request; the completion and a status message, or an exception."
+        "Send the request; return completion and status message, or raise."
         host, port = split_address(where.address or "")
         allowed = self.allow_private or where.ours
         addresses = await find_addresses(host, port, allowed, left)
@@ -338,11 +340,33 @@ class Question:
         for address in addresses:
             url = _url(address, port, self.synapse.path)
             try:
-                return await self._exchange(session, url, headers, sent, emit)
+                return await self._send(session, url, headers, sent, emit)
             except aiohttp.ClientConnectorError:
                 if address == addresses[-1]:
                     raise
         raise OSError("the name has no address")
+
+    async def _send(
+        self,
+        session: aiohttp.ClientSession,
+        url: URL,
+        headers: dict,
+        sent: "Sent",
+        emit: Callable,
+    ) -> tuple[str, str]:
+        "Send a request; again on another connection if that one had been closed."
+        closed = None
+        while True:
+            try:
+                return await self._exchange(session, url, headers, sent, emit)
+            except _Failure as failure:
+                if closed is not None and failure.args[0] == 401:
+                    raise closed from None  # the miner had it, but did not answer
+                raise
+            except aiohttp.ClientConnectionError as error:
+                if not was_stale():
+                    raise
+                closed = error
 
     async def _exchange(
         self,
@@ -374,6 +398,7 @@ def _cause(error: Exception) -> str:
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
 
 # %% ../../nbs/network/01_dendrite.ipynb #c006
+@arguments_in_help
 class Target(NamedTuple):
     "What is known about a target, before it is judged."
 
@@ -407,7 +432,9 @@ class Target(NamedTuple):
         return Terminal(hotkey=hotkey, ip=host, port=port)
 
 
-def read_target(target: Any) -> Target:
+def read_target(
+    target: Any,  # one that cannot be read gives a target that says so
+) -> Target:
     "Read hotkey and address of a neuron, an `Axon`, or whatever has them."
     try:
         where = getattr(target, "address", None) or getattr(target, "axon", None)
@@ -517,12 +544,13 @@ async def _read_stream(
     raise _Failure(422, "the answer was cut off")
 
 # %% ../../nbs/network/01_dendrite.ipynb #c014
+@arguments_in_help
 class Sent(NamedTuple):
     "The part of a request that the answer's signature refers to."
 
     miner: str  # hotkey that was asked
     caller: str  # hotkey that asks
-    path: str
+    path: str  # of the URL
     nonce: int  # nanoseconds since 1970
 
     def check(
@@ -541,6 +569,7 @@ class Sent(NamedTuple):
         return "Success"
 
 
+@arguments_in_help
 class RequestSigner:
     """Sign requests with one hotkey, each with a nonce greater than the last.
 
@@ -578,6 +607,7 @@ class RequestSigner:
 _SET_BACK = 1_000_000_000  # nanoseconds
 
 # %% ../../nbs/network/01_dendrite.ipynb #c022
+@arguments_in_help
 class Sessions:
     "HTTP sessions, one for each event loop, and a loop for callers without one."
 
@@ -601,13 +631,15 @@ class Sessions:
         with self._lock:
             for ended in [other for other in self._sessions if other.is_closed()]:
                 _close(ended, self._sessions.pop(ended).http)
-            session = Session(_new_session(self._on_wire), Places(*self._bounds))
+            http = _new_session(self._on_wire, self._bounds[0])
+            session = Session(http, Places(*self._bounds))
             return self._sessions.setdefault(loop, session)
 
     def background(self) -> asyncio.AbstractEventLoop:
         "Return the background loop, started at the first call."
         with self._lock:
-            self._background = self._background or BackgroundLoop()
+            if self._background is None or not self._background.alive:
+                self._background = BackgroundLoop()  # also in a forked child
             return self._background.loop
 
     def close(self) -> None:
@@ -618,11 +650,12 @@ class Sessions:
             self._background.stop()
 
 
+@arguments_in_help
 class Session(NamedTuple):
     "What requests of one event loop share."
 
-    http: aiohttp.ClientSession
-    places: "Places"
+    http: aiohttp.ClientSession  # with its connections
+    places: "Places"  # bounds the requests under way
 
 
 class _NoNames(AbstractResolver):
@@ -640,11 +673,12 @@ class _NoNames(AbstractResolver):
 _NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 
 
-def _new_session(on_wire: int) -> aiohttp.ClientSession:
+def _new_session(on_wire: int, kept: int) -> aiohttp.ClientSession:
     "Make a session that keeps connections and nothing else: no cookies, no proxies."
     return aiohttp.ClientSession(
         connector=PacedConnector(
             on_wire,
+            kept,
             limit=0,  # `Places` counts
             keepalive_timeout=15,
             resolver=_NoNames(),
@@ -666,10 +700,15 @@ def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> N
         loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
 
 # %% ../../nbs/network/01_dendrite.ipynb #d018
+@arguments_in_help
 class Places:
     "Bounds the requests of one event loop that are under way, in all and per target."
 
-    def __init__(self, total: int, per_target: int):
+    def __init__(
+        self,
+        total: int,  # requests under way at most
+        per_target: int,  # requests under way to one hotkey
+    ):
         self._total, self._per_target = asyncio.Semaphore(total), per_target
         self._own: dict[str, asyncio.Semaphore] = {}  # of targets that are being asked
         self._users: dict[str, int] = {}  # requests that have or want a place
@@ -740,9 +779,14 @@ class BackgroundLoop:
         )
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        "Tell whether the thread runs; that of a parent does not run in its child."
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         "Cancel what still runs and end the thread."
-        if not self._thread.is_alive():
+        if not self.alive:
             return
         self.loop.call_soon_threadsafe(self.loop.stop)
         # the garbage collector may call this from any thread, also from this one

@@ -63,7 +63,7 @@ def run_epoch(
     neurons: tuple,  # the row before the epoch
     block: int,  # of the epoch
     last: int,  # block of the epoch before; 0: this is the first one
-    rules: Rules,
+    rules: Rules,  # hyperparameters of the subnet
     rao: int,  # emission to share out
 ) -> tuple:  # the row after it
     "Run one epoch: consensus, payment, and permits for the next one."

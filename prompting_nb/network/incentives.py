@@ -13,27 +13,38 @@ from typing import Callable, Mapping, Optional, Protocol
 import numpy as np
 
 from .consensus import yuma
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/10_incentives.ipynb #c009
 class Answers(Protocol):
     "Anything with the quality of a miner's answers over time."
 
-    def path(self, epochs: int, rng: np.random.Generator) -> np.ndarray:  # (epochs,)
+    def path(
+        self,
+        epochs: int,  # how many
+        rng: np.random.Generator,  # source of chance
+    ) -> np.ndarray:  # (epochs,)
         "Return the quality of each epoch, in [0, 1]."
         ...
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Steady:
     "A miner whose answers are always equally good."
 
     quality: float  # in [0, 1]
 
-    def path(self, epochs: int, rng: np.random.Generator) -> np.ndarray:  # (epochs,)
+    def path(
+        self,
+        epochs: int,  # how many
+        rng: np.random.Generator,  # source of chance
+    ) -> np.ndarray:  # (epochs,)
         "Return the quality of each epoch."
         return np.full(epochs, self.quality)
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class PartTime:
     "A miner that is good at some of the tasks, and useless at the others."
@@ -41,11 +52,16 @@ class PartTime:
     quality: float  # in the epochs in which it is good, in [0, 1]
     share: float = 0.5  # probability of an epoch being one of them
 
-    def path(self, epochs: int, rng: np.random.Generator) -> np.ndarray:  # (epochs,)
+    def path(
+        self,
+        epochs: int,  # how many
+        rng: np.random.Generator,  # source of chance
+    ) -> np.ndarray:  # (epochs,)
         "Return the quality of each epoch."
         return self.quality * (rng.random(epochs) < self.share)
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Drifting:
     "A miner whose quality wanders around a mean: a first-order autoregression."
@@ -54,7 +70,11 @@ class Drifting:
     rho: float = 0.9  # correlation of one epoch with the next, in [0, 1)
     sd: float = 0.3  # standard deviation over a long time
 
-    def path(self, epochs: int, rng: np.random.Generator) -> np.ndarray:  # (epochs,)
+    def path(
+        self,
+        epochs: int,  # how many
+        rng: np.random.Generator,  # source of chance
+    ) -> np.ndarray:  # (epochs,)
         "Return the quality of each epoch, cut off at 0 and 1."
         steps = rng.normal(size=epochs) * np.sqrt(1 - self.rho**2)
         value = rng.normal()
@@ -64,6 +84,7 @@ class Drifting:
         return np.clip(self.mean + self.sd * values, 0, 1)
 
 # %% ../../nbs/network/10_incentives.ipynb #c012
+@arguments_in_help
 @dataclass
 class View:
     "What a validator sees when it sets its weights."
@@ -71,26 +92,30 @@ class View:
     epoch: int  # from 0
     row: int  # its own row among the validators
     quality: np.ndarray  # (uids,) of this epoch's answers, for those who ask
-    # (validators, uids) newest weights that are not secret; None: none yet
-    revealed: Optional[np.ndarray]
+    revealed: Optional[np.ndarray]  # (validators, uids) open weights; None: none yet
     stake: np.ndarray  # (validators,), shares
-    rng: np.random.Generator
+    rng: np.random.Generator  # source of chance
 
 
 Strategy = Callable[[View], np.ndarray]  # weights (uids,), none negative
 
 
+@arguments_in_help
 @dataclass
 class Honest:
     "Ask the miners, and set weights to the quality that was measured."
 
     noise: float = 0.05  # standard deviation of a measurement
 
-    def __call__(self, view: View) -> np.ndarray:
+    def __call__(
+        self,
+        view: View,  # what is known in this epoch
+    ) -> np.ndarray:
         measured = view.quality + self.noise * view.rng.normal(size=len(view.quality))
         return np.clip(measured, 0, None)
 
 
+@arguments_in_help
 @dataclass
 class Lazy:
     "Measure honestly, but only now and then; set the same weights in between."
@@ -99,7 +124,10 @@ class Lazy:
     noise: float = 0.05  # standard deviation of a measurement
     _kept: Optional[np.ndarray] = field(default=None, init=False, repr=False)
 
-    def __call__(self, view: View) -> np.ndarray:
+    def __call__(
+        self,
+        view: View,  # what is known in this epoch
+    ) -> np.ndarray:
         if self._kept is None or view.epoch % self.every == 0:
             self._kept = Honest(self.noise)(view)
         return self._kept
@@ -109,61 +137,76 @@ class Lazy:
 class Copier:
     "Ask nobody: set the stake-weighted mean of the others' open weights."
 
-    def __call__(self, view: View) -> np.ndarray:
+    def __call__(
+        self,
+        view: View,  # what is known in this epoch
+    ) -> np.ndarray:
         if view.revealed is None:
             return np.zeros(len(view.quality))
         others = view.stake * (np.arange(len(view.stake)) != view.row)
         return others @ view.revealed
 
 
+@arguments_in_help
 @dataclass
 class SelfVoter:
     "Put all weight on uids of one's own."
 
     own: tuple[int, ...]  # those uids
 
-    def __call__(self, view: View) -> np.ndarray:
+    def __call__(
+        self,
+        view: View,  # what is known in this epoch
+    ) -> np.ndarray:
         weights = np.zeros(len(view.quality))
         weights[list(self.own)] = 1
         return weights
 
 # %% ../../nbs/network/10_incentives.ipynb #c015
+@arguments_in_help
 @dataclass
 class Run:
-    "What happened, epoch by epoch."
+    "The course of a simulation, epoch by epoch."
 
-    validators: list[str]
-    miners: list[str]
+    validators: list[str]  # names, in the order of the rows
+    miners: list[str]  # names, in the order of the columns
     quality: np.ndarray  # (epochs, uids)
     incentive: np.ndarray  # (epochs, uids), shares
     dividends: np.ndarray  # (epochs, validators), shares
     bonds: np.ndarray  # (epochs, validators, uids)
     stake: np.ndarray  # (epochs, validators), shares, as each epoch began
 
-    def yields(self, last: float = 0.5) -> dict[str, float]:
+    def yields(
+        self,
+        last: float = 0.5,  # share of the epochs, from the end
+    ) -> dict[str, float]:
         "Return dividends per unit of stake over the last share of the run; 1 is fair."
         start = int(len(self.stake) * (1 - last))
         ratio = self.dividends[start:].sum(0) / self.stake[start:].sum(0)
         return {n: round(float(r), 4) for n, r in zip(self.validators, ratio)}
 
-    def earned(self, last: float = 0.5) -> dict[str, float]:
+    def earned(
+        self,
+        last: float = 0.5,  # share of the epochs, from the end
+    ) -> dict[str, float]:
         "Return each miner's mean incentive over the last share of the run."
         mean = self.incentive[int(len(self.incentive) * (1 - last)) :].mean(0)
         return {name: round(float(x), 4) for name, x in zip(self.miners, mean)}
 
 
+@arguments_in_help
 @dataclass
 class Laboratory:
     "A subnet of validators and miners whose strategies are known."
 
-    validators: Mapping[str, Strategy]
+    validators: Mapping[str, Strategy]  # by name
     stake: list[float]  # (validators,), in any unit
     miners: Mapping[str, Answers]  # one name per uid
     reveal_after: int = 0  # epochs that weights stay secret; 0: read in the next one
     follow: float = 0.0  # share of all stake that follows dividends each epoch
     kappa: float = 0.5  # as for `yuma`
     alpha: float = 0.1  # likewise
-    seed: int = 0
+    seed: int = 0  # of measurements and paths
 
     def __post_init__(self):
         if len(self.stake) != len(self.validators):
@@ -174,7 +217,10 @@ class Laboratory:
         if self.reveal_after < 0 or not 0 <= self.follow < 1:
             raise ValueError("reveal_after should be at least 0 and follow in [0, 1)")
 
-    def run(self, epochs: int) -> Run:
+    def run(
+        self,
+        epochs: int,  # how many
+    ) -> Run:
         "Simulate a number of epochs."
         rng = np.random.default_rng(self.seed)
         paths = {id(one): one.path(epochs, rng) for one in self.miners.values()}

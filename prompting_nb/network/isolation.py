@@ -19,8 +19,10 @@ from typing import Any, Callable
 from typing_extensions import Self
 
 from ..config import InputError
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/16_isolation.ipynb #i008
+@arguments_in_help
 class Isolated:
     "A plain function, called in processes that are killed when it is late."
 

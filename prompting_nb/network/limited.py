@@ -14,11 +14,14 @@ from typing import Any, Callable
 
 from typing_extensions import Self
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/31_limited.ipynb #w3108
 CALL_TIMEOUT = 90.0  # seconds that a call may take where no limit is set
 _WAIT = {"blocks", "wait_for_block", "wait_for_epoch", "wait_for_timestamp"}
 
 
+@arguments_in_help
 class LimitedClient:
     "A `bittensor.SyncClient`, or a part of one, whose calls end within a limit."
 

@@ -7,12 +7,16 @@ __all__ = ['Limits', 'Guest', 'Crowd', 'share_of']
 
 # %% ../../nbs/network/12_limits.ipynb #l003
 import ipaddress
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Callable, Iterator, Optional, Protocol
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/12_limits.ipynb #l009
+@arguments_in_help
 @dataclass(frozen=True)
 class Limits:
     "What connections may use. Several servers may share one object."
@@ -61,11 +65,17 @@ class Guest(Protocol):
 
     address: str  # of the peer, from `share_of`
 
-    def evict(self, reason: str) -> None:
+    def evict(
+        self,
+        reason: str,  # a word; the crowd has counted it already
+    ) -> None:
         "Close at once."
         ...
 
-    def tick(self, now: float) -> None:
+    def tick(
+        self,
+        now: float,  # of a monotonic clock, in seconds
+    ) -> None:
         "Close if the caller takes too long."
         ...
 
@@ -82,24 +92,32 @@ class _Group:
     known: OrderedDict = field(default_factory=OrderedDict)  # permitted before, idle
     size: int = 0  # open connections, with those that may not be closed
 
-    def oldest(self, but: Guest) -> Optional[Guest]:
-        "Return the first that has to go; None if there is nobody else."
+    def oldest(self, but: Guest, until: float) -> Optional[Guest]:
+        "Return the first that has to go, of those idle since `until` or longer."
         for line in (self.strangers, self.known):
-            for connection in line:
+            for connection, since in line.items():
+                if since > until:
+                    break
                 if connection is not but:
                     return connection
         return None
 
 # %% ../../nbs/network/12_limits.ipynb #l013
+_FRESH = 1.0  # seconds in which a request may be on its way
+
+
+@arguments_in_help
 class Crowd:
     "The open connections of one server, and the bytes of their unfinished requests."
 
     def __init__(
         self,
-        limits: Limits,
+        limits: Limits,  # of connections, bytes and seconds
         refused: Optional[Callable[[str], None]] = None,  # is told why, as in `limits`
+        clock: Callable[[], float] = time.monotonic,  # seconds
     ):
         self.limits, self._told = limits, (limits.refused, refused)
+        self._clock = clock
         self._group_of: dict[Guest, _Group] = {}  # of its address
         self._all, self._addresses = _Group(), {}
         self.begun: OrderedDict[Guest, int] = OrderedDict()  # bytes, oldest first
@@ -128,30 +146,45 @@ class Crowd:
             if tell is not None:
                 tell(reason)
 
-    def enter(self, connection: Guest) -> None:
-        "Add a connection, and close another one when there are too many."
-        address = connection.address
+    def enter(
+        self,
+        connection: Guest,  # just opened
+    ) -> None:
+        "Add a connection, and close others when there are too many."
+        address, now = connection.address, self._clock()
         group = self._addresses.setdefault(address, _Group())
         self._group_of[connection] = group
         for each in (group, self._all):
             each.size += 1
-            each.strangers[connection] = None
-        share = self.limits.share
-        if share < self.limits.max_connections and group.size > share:
-            self._make_room(group, connection, "address")
-        if self._all.size > self.limits.max_connections:
-            self._make_room(self._all, connection, "connections")
+            each.strangers[connection] = now
+        most, share = self.limits.max_connections, self.limits.share
+        if share < most:
+            while group.size > share:
+                full = self._all.size > most
+                until = now if full else now - _FRESH
+                if not self._make_room(group, connection, "address", until):
+                    break
+        if self._all.size > most:
+            self._make_room(self._all, connection, "connections", now)
 
-    def _make_room(self, group: _Group, newcomer: Guest, reason: str) -> None:
-        if (oldest := group.oldest(newcomer)) is not None:
+    def _make_room(
+        self, group: _Group, newcomer: Guest, reason: str, until: float
+    ) -> bool:
+        "Close a connection that is idle since `until`, if there is one."
+        oldest = group.oldest(newcomer, until)
+        if oldest is not None:
             self.refused(reason)
             self._close(oldest, reason)
+        return oldest is not None
 
     def _close(self, connection: Guest, reason: str) -> None:
         self.leave(connection)
         connection.evict(reason)
 
-    def leave(self, connection: Guest) -> None:
+    def leave(
+        self,
+        connection: Guest,  # that is closed
+    ) -> None:
         "Forget a connection that was closed; does nothing for one that is not known."
         self.forget(connection)
         group = self._group_of.pop(connection, None)
@@ -164,7 +197,10 @@ class Crowd:
         if not group.size:
             del self._addresses[connection.address]
 
-    def permit(self, connection: Guest) -> None:
+    def permit(
+        self,
+        connection: Guest,  # whose request was admitted
+    ) -> None:
         "Keep a connection while its request is worked on; it is known from now on."
         group = self._group_of.get(connection)
         if group is not None:
@@ -172,18 +208,24 @@ class Crowd:
                 each.strangers.pop(connection, None)
                 each.known.pop(connection, None)
 
-    def rest(self, connection: Guest) -> None:
+    def rest(
+        self,
+        connection: Guest,  # whose answer is complete
+    ) -> None:
         "Note that a connection is idle from now on."
-        group = self._group_of.get(connection)
+        group, now = self._group_of.get(connection), self._clock()
         if group is not None:
             for each in (group, self._all):
                 line = each.known
                 if connection in each.strangers:
                     line = each.strangers
-                line[connection] = None
+                line[connection] = now
                 line.move_to_end(connection)
 
-    def is_stranger(self, connection: Guest) -> bool:
+    def is_stranger(
+        self,
+        connection: Guest,  # that is open
+    ) -> bool:
         "Tell whether no request on this connection was permitted yet."
         return connection in self._all.strangers
 

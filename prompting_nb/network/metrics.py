@@ -17,7 +17,10 @@ from prometheus_client import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/07_metrics.ipynb #c005
+@arguments_in_help
 class Metrics:
     "Counters, gauges and a histogram of one axon."
 
@@ -92,7 +95,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     async def page(self) -> bytes:
-        "Return the same, with those of the other processes where a store shares them."
+        "Return the metrics; with a store, those of the other processes as well."
         if self.shared is None:
             return self.text()
         return merge_texts(await self.shared.exchange(self.text().decode()))

@@ -10,27 +10,31 @@ from dataclasses import dataclass, field
 
 from bittensor.result import ChainError
 
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/18_neurons.ipynb #826007
+@arguments_in_help
 @dataclass(frozen=True)
 class Commit:
     "Weights that were committed and are not revealed yet."
 
     epoch: int  # epochs that had run
-    block: int
+    block: int  # in which they were committed
     reveal_round: int  # of the beacon that would open it on a real chain
     ciphertext: str  # hexadecimal, with 0x
     weights: tuple  # pairs of uid and weight
-    version_key: int
+    version_key: int  # of the program that set them
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Neuron:
     "One place of the subnet as the chain stores it."
 
-    hotkey: str
-    coldkey: str
+    hotkey: str  # SS58 address
+    coldkey: str  # SS58 address of the owner
     stake: int = 0  # rao, 1e-9 of the subnet's token
-    validator_permit: bool = False
+    validator_permit: bool = False  # whether its weights count
     registered: int = 0  # block of the registration
     last_update: int = 0  # block at which weights were last set
     axon: dict | None = None  # ip (an integer), port, ip_type, protocol, version
@@ -40,11 +44,11 @@ class Neuron:
     # what the last epoch decided; shares as 0 .. 65535
     bonds: dict = field(default_factory=dict)  # uid -> 1 .. 65535, of the largest
     active: bool = True  # weights or registration within the activity cutoff
-    consensus: int = 0
-    incentive: int = 0
-    dividends: int = 0
-    trust: int = 0
-    validator_trust: int = 0
+    consensus: int = 0  # of 65535
+    incentive: int = 0  # of 65535
+    dividends: int = 0  # of 65535
+    trust: int = 0  # of 65535
+    validator_trust: int = 0  # of 65535
     pruning_score: int = 0  # of the largest
     emission: int = 0  # rao of the last epoch
 
@@ -57,19 +61,20 @@ def uid_of(
     return next((uid for uid, n in enumerate(neurons) if n.hotkey == hotkey), None)
 
 # %% ../../nbs/network/18_neurons.ipynb #826010
+@arguments_in_help
 @dataclass(frozen=True)
 class Rules:
     "Hyperparameters of a subnet; `EmbeddedChain` says what each of them means."
 
-    max_validators: int = 64
+    max_validators: int = 64  # neurons with a permit at most
     activity_cutoff: int = 5000  # blocks
     immunity_period: int = 4096  # blocks
-    min_allowed_weights: int = 1
+    min_allowed_weights: int = 1  # uids that a validator must weigh
     max_weight: float = 1.0  # share of a row
-    weights_version: int = 0
+    weights_version: int = 0  # older programs may not set weights
     emission: float = 1.0  # tokens of a block
     burn: float = 0.1  # TAO, price of a registration
-    commit_reveal: bool = False
+    commit_reveal: bool = False  # weights are hidden until they are revealed
     reveal_period: int = 1  # epochs
 
     @property
@@ -83,7 +88,7 @@ class UnknownCall(ChainError):
 
 
 def require(
-    holds: bool,
+    holds: bool,  # the condition
     name: str,  # of the pallet's error
     message: str,  # for the caller
 ) -> None:

@@ -12,11 +12,13 @@ from functools import lru_cache
 from typing import Iterable, Optional, Union
 
 from ..config import InputError
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/14_proxies.ipynb #p008
 _Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
+@arguments_in_help
 class Proxies:
     "The proxies whose `X-Forwarded-For` a server believes."
 

@@ -19,10 +19,14 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, AsyncGenerator, Awaitable, Callable
 
+from ..help.usage import count_of
+from ..show import arguments_in_help
+
 # %% ../../nbs/network/05_queue.ipynb #c010
 _log = logging.getLogger(__name__)
 
 
+@arguments_in_help
 class WorkQueue:
     """A bounded priority queue for the right to work, for use in one event loop.
 
@@ -68,7 +72,7 @@ class WorkQueue:
         if not self.full:
             return
         if not self.waiting or priority <= self._line.last().priority:
-            raise QueueFull(f"{self.waiting} requests wait already")
+            raise QueueFull(f"{count_of(self.waiting, 'request')} waiting already")
 
     async def slot(
         self,
@@ -158,6 +162,7 @@ class QueueFull(Exception):
     "There is no place in the queue, or a higher priority took it."
 
 # %% ../../nbs/network/05_queue.ipynb #c009
+@arguments_in_help
 class Slot:
     "The right to work. Passed on when every holder has released it."
 
@@ -292,6 +297,7 @@ def _not_an_exit(error: BaseException) -> RuntimeError:
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 # %% ../../nbs/network/05_queue.ipynb #c021
+@arguments_in_help
 class Threads:
     "A pool of daemon threads, started when they are needed."
 

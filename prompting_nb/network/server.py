@@ -19,6 +19,7 @@ from typing import Any, Callable, Coroutine, Optional
 
 from .connection import Connection
 from .limits import Crowd, Limits
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/06_server.ipynb #c015
 _log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ _BACKLOG = 4096  # connections that wait to be accepted, if the system allows as
 _servers: "weakref.WeakSet[Server]" = weakref.WeakSet()  # of this process
 
 
+@arguments_in_help
 class Server:
     "Serves an ASGI application from a daemon thread."
 
@@ -80,6 +82,7 @@ class Server:
         while not self._leaving.is_set():
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._leaving.wait(), self.crowd.limits.tick)
+            await asyncio.sleep(0)  # what came while the loop was busy is read first
             self._tick()
         server.close()
         await self._close_connections()

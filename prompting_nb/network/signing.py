@@ -20,6 +20,7 @@ from bittensor.sp_core import verify
 from .commits import weights_of
 from .neurons import UnknownCall
 from .state import Receipt
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/23_signing.ipynb #803008
 def pack(
@@ -55,19 +56,20 @@ def _refused(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 # %% ../../nbs/network/23_signing.ipynb #803011
+@arguments_in_help
 @dataclass(frozen=True)
 class Extrinsic:
     "A call with the signature of the account that makes it."
 
-    module: str
-    function: str
-    params: dict
+    module: str  # of the pallet
+    function: str  # of the pallet
+    params: dict  # its arguments by name
     address: str  # ss58, of the account
     nonce: int  # calls that the account has made before
     chain: str  # name of the chain for which it is signed
     crypto_type: int = 1  # sr25519
     opened: dict = field(default_factory=dict)  # what a ciphertext in it holds
-    signature: bytes = field(default=b"", repr=False)
+    signature: bytes = field(default=b"", repr=False)  # by the hotkey or coldkey
 
     @property
     def payload(self) -> bytes:
@@ -141,11 +143,17 @@ class Node(Protocol):
         "Return the name of the chain, for which calls are signed."
         ...
 
-    def account_next_index(self, address: str) -> Awaitable[int]:
+    def account_next_index(
+        self,
+        address: str,  # SS58
+    ) -> Awaitable[int]:
         "Return the nonce of the next call of an account."
         ...
 
-    def send(self, extrinsic: Extrinsic) -> Awaitable[Receipt]:
+    def send(
+        self,
+        extrinsic: Extrinsic,  # signed
+    ) -> Awaitable[Receipt]:
         "Carry out an extrinsic; `ChainError` when it is refused before it counts."
         ...
 
@@ -160,7 +168,7 @@ class Shielded:
 
     async def sign(
         self,
-        node: Node,
+        node: Node,  # tells the account's nonce
         call: Any,  # module, function and parameters
         signer: Any,  # as for `sign_call`
         nonce: int,  # one more than the carrier's
@@ -174,7 +182,7 @@ class Shielded:
 
     def take(
         self,
-        carrier: Extrinsic,
+        carrier: Extrinsic,  # `submit_encrypted`, or another call
     ) -> Extrinsic | None:  # None: it carries nothing that was signed here
         "Return the extrinsic that a carrier holds encrypted."
         if carrier.function != "submit_encrypted":
@@ -183,7 +191,7 @@ class Shielded:
 
 
 async def submit_call(
-    node: Node,
+    node: Node,  # carries it out
     call: Any,  # module, function and parameters
     signer: Any,  # as for `sign_call`
     nonce: int | None = None,  # None: that of the account's next call

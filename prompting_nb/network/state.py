@@ -20,18 +20,20 @@ from bittensor.settings import RAO_PER_TAO
 from .commits import reveal
 from .epochs import run_epoch
 from .neurons import Neuron, Rules
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/20_state.ipynb #9c6008
+@arguments_in_help
 @dataclass(frozen=True)
 class Receipt:
-    "What became of an extrinsic."
+    "The outcome of an extrinsic."
 
     hash: str  # of the signed extrinsic
     block: int  # in which it was carried out or refused
     number: int  # of all extrinsics so far
     name: str | None = None  # of the error, as the pallet names it
-    message: str = "Success"
-    success: bool = True
+    message: str = "Success"  # for the caller
+    success: bool = True  # whether the call had its effect
 
     @property
     def extrinsic_id(self) -> str:
@@ -40,13 +42,17 @@ class Receipt:
 
 
 class Store(Protocol):
-    "Where a state is kept beyond the life of the process."
+    "A store that keeps a state beyond the life of the process."
 
-    def save(self, state: "SubnetState") -> None:  # raises when it could not be kept
+    def save(
+        self,
+        state: "SubnetState",  # whole
+    ) -> None:  # raises when it could not be kept
         "Keep the state as it is now."
         ...
 
 
+@arguments_in_help
 class SubnetState:
     "Rules, clock, neurons and balances of one subnet, also as they were before."
 
@@ -113,14 +119,20 @@ class SubnetState:
         "Return the newest row: a `Neuron` for each uid."
         return self.rows[-1][1]
 
-    def put(self, neurons: Iterable[Neuron]) -> None:
+    def put(
+        self,
+        neurons: Iterable[Neuron],  # one for each uid, in order
+    ) -> None:
         "Replace the newest row."
         with self.change():
             now = self.block
             older = [row for row in self.rows if row[0] < now]
             self.rows = [*older, (now, tuple(neurons))][-self.keep :]
 
-    def at(self, block: int) -> tuple:
+    def at(
+        self,
+        block: int,  # its number
+    ) -> tuple:
         "Return the row as of `block`; `ChainError` when it is discarded."
         rows = self.rows
         place = bisect_right(rows, block, key=lambda row: row[0]) - 1
@@ -131,7 +143,10 @@ class SubnetState:
             )
         return rows[place][1]
 
-    def file(self, receipt: Receipt) -> None:
+    def file(
+        self,
+        receipt: Receipt,  # of a call that was carried out
+    ) -> None:
         "Keep a receipt, and forget the oldest of too many."
         with self.change():
             self.receipts[receipt.hash] = receipt
@@ -140,7 +155,10 @@ class SubnetState:
 
     # the clock
 
-    def advance(self, blocks: int = 1) -> int:
+    def advance(
+        self,
+        blocks: int = 1,  # how many, at least 0
+    ) -> int:
         "Let blocks pass, with the epochs on the way; return the newest block."
         with self.change():
             for _ in range(blocks):
@@ -160,16 +178,25 @@ class SubnetState:
         self.epochs.append(self.block)
         self.clock = self.block
 
-    def epochs_until(self, block: int) -> int:
+    def epochs_until(
+        self,
+        block: int,  # its number
+    ) -> int:
         "Count the epochs up to a block."
         return bisect_right(self.epochs, block)
 
-    def last_step(self, block: int) -> int:
+    def last_step(
+        self,
+        block: int,  # its number
+    ) -> int:
         "Return the block of the newest epoch up to `block`; 0 before the first one."
         count = self.epochs_until(block)
         return self.epochs[count - 1] if count else 0
 
-    def next_epoch(self, block: int) -> int:
+    def next_epoch(
+        self,
+        block: int,  # its number
+    ) -> int:
         "Return the block of the first epoch after `block`."
         count = self.epochs_until(block)
         return (*self.epochs, self.clock + self.tempo)[count]

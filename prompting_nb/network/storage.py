@@ -12,6 +12,7 @@ from bittensor.settings import RAO_PER_TAO
 
 from .neurons import UnknownCall, uid_of
 from .state import SubnetState
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/22_storage.ipynb #79c008
 def _graph(state: SubnetState, neurons: tuple, block: int) -> dict:
@@ -114,12 +115,13 @@ def _commits(neurons: tuple) -> list:
     return sorted(found.items())
 
 # %% ../../nbs/network/22_storage.ipynb #79c012
+@arguments_in_help
 class Queries:
     "Reads of a subnet by the names that a chain gives to its state."
 
     def __init__(
         self,
-        state: SubnetState,
+        state: SubnetState,  # that is read
         before: Callable[[], None] = lambda: None,  # called before each read
     ):
         self._state, self._before = state, before
@@ -179,7 +181,7 @@ class Queries:
     def call(
         self,
         api: str,  # of the runtime
-        method: str,
+        method: str,  # of the API
         params: Any,  # the netuid comes last
         block_hash: str | None = None,  # None: the newest block
     ) -> Any:  # None for another subnet
@@ -193,7 +195,11 @@ class Queries:
             ours = netuid == self._state.netuid
             return answer(self._state, block, neurons, *keys) if ours else None
 
-    def constant(self, module: str, name: str) -> int:
+    def constant(
+        self,
+        module: str,  # of the pallet
+        name: str,  # of the constant
+    ) -> int:
         "Return a constant of a pallet."
         if (module, name) != ("Balances", "ExistentialDeposit"):
             raise UnknownCall(f"the embedded chain has no constant {module}.{name}")

@@ -23,10 +23,12 @@ from redis.connection import parse_url
 
 from ..config import InputError
 from .auth import FORGOTTEN, MAX_SKEW, Refusal, stale
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/network/15_store.ipynb #r006
+@arguments_in_help
 class Store:
     """A Redis that the processes of one miner share.
 
@@ -47,11 +49,18 @@ class Store:
             "socket_connect_timeout": timeout,
             "decode_responses": True,
         }
-        self._sync = redis.Redis.from_url(url, **self._settings)
-        self._loops: dict[Any, redis.asyncio.Redis] = {}  # event loop -> its client
+        # waits for one of its connections instead of failing when all are in use
+        pool = redis.BlockingConnectionPool.from_url(
+            url, timeout=None, **self._settings
+        )
+        self._sync = redis.Redis(connection_pool=pool)
+        self._loops: dict[Any, _Client] = {}  # of event loops
         self._lock, self._away_until, self._away = threading.Lock(), 0.0, False
 
-    def key(self, *parts: Any) -> str:
+    def key(
+        self,
+        *parts: Any,  # joined by colons
+    ) -> str:
         "Return the name of a key of this miner."
         return ":".join(map(str, ("prompting", self.hotkey, *parts)))
 
@@ -66,15 +75,21 @@ class Store:
         loop = asyncio.get_running_loop()
         client = self._loops.get(loop)
         if client is None:
-            client = redis.asyncio.Redis.from_url(self.url, **self._settings)
-            self._loops[loop] = client
-        try:
-            found = await client.eval(script, len(keys), *keys, *arguments)
-        except (redis.RedisError, OSError, asyncio.TimeoutError) as error:
-            raise self._failed(error) from None
+            client = self._loops[loop] = _Client(self.url, self._settings)
+        async with client.places:
+            self._check()  # it may have failed meanwhile
+            try:
+                found = await client.redis.eval(script, len(keys), *keys, *arguments)
+            except (redis.RedisError, OSError, asyncio.TimeoutError) as error:
+                raise self._failed(error) from None
         return self._back(found)
 
-    def run_in_thread(self, script: str, keys: list[str], arguments: list) -> Any:
+    def run_in_thread(
+        self,
+        script: str,  # in Lua
+        keys: list[str],  # that the script uses
+        arguments: list,  # numbers or texts
+    ) -> Any:
         "Run a script from a thread, which waits for it."
         self._check()
         try:
@@ -106,10 +121,21 @@ class Store:
 
     def close(self) -> None:
         "Close the connections."
-        self._sync.close()
+        self._sync.connection_pool.disconnect()
         for client in self._loops.values():  # of loops that may have ended
-            client.connection_pool.reset()
+            client.redis.connection_pool.reset()
         self._loops.clear()
+
+
+class _Client:
+    "The connections of one event loop, and whose turn it is to use one."
+
+    most = 32  # requests that ask Redis at a time; the pool refuses more than it has
+
+    def __init__(self, url: str, settings: dict):
+        self.redis = redis.asyncio.Redis.from_url(url, **settings)
+        most = min(self.most, self.redis.connection_pool.max_connections)
+        self.places = asyncio.Semaphore(most)
 
 
 def _unavailable() -> Refusal:
@@ -164,12 +190,13 @@ _WEEK = 7 * 24 * 3_600_000  # milliseconds
 _EARLY = "signed before the store of this miner began to remember what it accepted"
 
 
+@arguments_in_help
 class StoredNonces:
     "Accepted nonces in a store that several processes share."
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         kept: float = 60.0,  # seconds; more than the 12 in which a nonce is fresh
     ):
         self.store, self.kept = store, kept
@@ -180,7 +207,11 @@ class StoredNonces:
             began, now = self.store.key("began"), f"{self.store.clock():020}"
             self.store.run_in_thread(_BEGIN, [began], [now])
 
-    async def accept(self, hotkey: str, nonce: int) -> bool:
+    async def accept(
+        self,
+        hotkey: str,  # of the caller, SS58
+        nonce: int,  # nanoseconds since 1970
+    ) -> bool:
         "Store a nonce unless it is known; `Refusal` 401 or 503 if it cannot be."
         return _accepted(await self.store.run(*self._question(hotkey, nonce)))
 
@@ -230,12 +261,13 @@ return math.max(1, first[2] + window - now)
 """
 
 
+@arguments_in_help
 class StoredQuota:
     "At most `quota` requests of a hotkey in any `window` seconds, at all processes."
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         quota: int,  # requests admitted within a window
         window: float,  # seconds
     ):
@@ -269,6 +301,7 @@ _RELEASE = "return redis.call('del', KEYS[1])"
 _BLOCK = 24_000  # milliseconds: twice what a block takes
 
 
+@arguments_in_help
 class StoredPrompts:
     "The prompts claimed within the last `span` blocks, at all processes."
 
@@ -276,7 +309,7 @@ class StoredPrompts:
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         span: int = 7200,  # blocks for which a prompt counts as recent
     ):
         self.store, self.span = store, span
@@ -331,12 +364,13 @@ return found
 _numbers = itertools.count(1)  # of the miners of this process
 
 
+@arguments_in_help
 class StoredMetrics:
     "The metrics of all processes, each as it was last heard of."
 
     def __init__(
         self,
-        store: Store,
+        store: Store,  # shared by all processes of the miner
         kept: float = 60.0,  # seconds after which a silent process is left out
     ):
         self.store, self.kept = store, kept

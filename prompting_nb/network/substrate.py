@@ -19,6 +19,7 @@ from .neurons import UnknownCall
 from .signing import Extrinsic, Shielded, result_of, submit_call
 from .state import Receipt, SubnetState
 from .storage import Queries
+from ..show import arguments_in_help
 
 # %% ../../nbs/network/25_substrate.ipynb #0ad008
 def token_balance(
@@ -30,26 +31,42 @@ def token_balance(
     return Balance(int(rao), netuid, None)
 
 
-async def no_fee(substrate: Any, call, keypair) -> Balance:
+async def no_fee(
+    substrate: Any,  # ignored
+    call,  # ignored
+    keypair,  # ignored
+) -> Balance:
     "Return the fee of a call, which is nothing."
     return substrate.balance(0)
 
 
 async def take_signed(
-    substrate: Any, call, keypair, *, nonce=None, **_
+    substrate: Any,  # the chain
+    call,  # of the SDK
+    keypair,  # of the account
+    *,
+    nonce=None,  # of the account; `None`: the next one
+    **_,  # ignored: tip, period, waiting
 ) -> ExtrinsicResult:
     "Sign and send a call. A refusal is reported in the result and not raised."
     await substrate.compose(call)
     return await submit_call(substrate, call, keypair, nonce)
 
 
-async def open_key(substrate: Any) -> bytes:
+async def open_key(
+    substrate: Any,  # ignored
+) -> bytes:
     "Return a key of ML-KEM-768 that hides nothing: the chain needs no secret half."
     return bytes(1184)
 
 
 async def sign_shielded(
-    substrate: Any, call, keypair, *, nonce, period
+    substrate: Any,  # the chain
+    call,  # of the SDK
+    keypair,  # of the account
+    *,
+    nonce,  # of the account
+    period,  # ignored: extrinsics do not expire
 ) -> tuple[bytes, str]:
     "Sign an extrinsic that will travel encrypted."
     return await substrate.shielded.sign(substrate, call, keypair, nonce)
@@ -62,7 +79,9 @@ _NOT_NEEDED = (
 ).split()
 
 
-def refuse_the_rest(kind: _Class) -> _Class:
+def refuse_the_rest(
+    kind: _Class,  # class with some methods of `Substrate`
+) -> _Class:
     "Give a class the methods that the embedded chain lacks; they raise `UnknownCall`."
     for name in _NOT_NEEDED:
         setattr(kind, name, _refused(name))
@@ -78,11 +97,15 @@ def _refused(name: str) -> Callable:
     return refused
 
 # %% ../../nbs/network/25_substrate.ipynb #0ad011
+@arguments_in_help
 @refuse_the_rest
 class MemorySubstrate:
     "bittensor's `Substrate` protocol over a subnet in memory."
 
-    def __init__(self, state: SubnetState):
+    def __init__(
+        self,
+        state: SubnetState,  # the subnet
+    ):
         self.state, self.extrinsics = state, Extrinsics(state)
         self.queries = Queries(state, self._spoil)
         self.shielded = Shielded()
@@ -112,7 +135,10 @@ class MemorySubstrate:
 
     finalized_block_number = block_number
 
-    async def block_hash(self, block: int | None = None) -> str:
+    async def block_hash(
+        self,
+        block: int | None = None,  # its number; `None`: the newest
+    ) -> str:
         self._spoil()
         newest = self.state.block
         number = newest if block is None else block
@@ -126,12 +152,19 @@ class MemorySubstrate:
     async def spec_version(self) -> int:
         return 0
 
-    def announce(self, block: int) -> None:
+    def announce(
+        self,
+        block: int,  # its number
+    ) -> None:
         "Send the number of a new block to all listeners, in any thread."
         for loop, queue in list(self.listeners):
             loop.call_soon_threadsafe(queue.put_nowait, block)
 
-    async def blocks(self, *, finalized: bool = False) -> AsyncIterator[dict]:
+    async def blocks(
+        self,
+        *,
+        finalized: bool = False,  # ignored: every block is final at once
+    ) -> AsyncIterator[dict]:
         "Yield the header of each new block."
         listener = (asyncio.get_running_loop(), asyncio.Queue())
         self.listeners.append(listener)
@@ -144,32 +177,58 @@ class MemorySubstrate:
     # queries
 
     async def query(
-        self, module, storage_function, params=None, block_hash=None
+        self,
+        module,  # of the pallet
+        storage_function,  # name of the value
+        params=None,  # its keys, such as netuid and uid
+        block_hash=None,  # `None`: the newest block
     ) -> Any:
         return self.queries.item(module, storage_function, params, block_hash)
 
     async def query_map(
-        self, module, storage_function, params=None, block_hash=None
+        self,
+        module,  # of the pallet
+        storage_function,  # name of the map
+        params=None,  # its first keys
+        block_hash=None,  # `None`: the newest block
     ) -> list:
         return self.queries.map(module, storage_function, params, block_hash)
 
     async def query_batch(
-        self, module, storage_function, param_sets, block_hash=None
+        self,
+        module,  # of the pallet
+        storage_function,  # name of the value
+        param_sets,  # keys, one list for each value
+        block_hash=None,  # `None`: the newest block
     ) -> list:
         return [
             await self.query(module, storage_function, params, block_hash)
             for params in param_sets
         ]
 
-    async def runtime_call(self, api, method, params, block_hash=None) -> Any:
+    async def runtime_call(
+        self,
+        api,  # of the runtime
+        method,  # of the API
+        params,  # its arguments
+        block_hash=None,  # `None`: the newest block
+    ) -> Any:
         return self.queries.call(api, method, params, block_hash)
 
-    async def constant(self, module: str, name: str, *_) -> int:
+    async def constant(
+        self,
+        module: str,  # of the pallet
+        name: str,  # of the constant
+        *_,  # ignored
+    ) -> int:
         return self.queries.constant(module, name)
 
     # extrinsics
 
-    async def compose(self, call) -> Any:
+    async def compose(
+        self,
+        call,  # of the SDK
+    ) -> Any:
         check_call(call)
         self._spoil()
         return call
@@ -178,17 +237,25 @@ class MemorySubstrate:
         "Return the name of this chain, for which calls are signed."
         return self.state.chain_id
 
-    async def account_next_index(self, address: str) -> int:
+    async def account_next_index(
+        self,
+        address: str,  # SS58
+    ) -> int:
         return self.state.nonces[address]
 
-    async def send(self, extrinsic: Extrinsic) -> Receipt:
+    async def send(
+        self,
+        extrinsic: Extrinsic,  # signed
+    ) -> Receipt:
         "Carry out a signed extrinsic, with what it holds encrypted."
         return self.extrinsics.carry_out(extrinsic, self.shielded.take(extrinsic))
 
     submit, sign_extrinsic, mev_next_key = take_signed, sign_shielded, open_key
 
     async def find_extrinsic(
-        self, extrinsic_hash: str, block_hash: str
+        self,
+        extrinsic_hash: str,  # 0x and 64 digits
+        block_hash: str,  # of the block that holds it
     ) -> ExtrinsicResult | None:
         receipt = self.state.receipts.get(extrinsic_hash)
         if receipt is None or receipt.block != int(block_hash, 16):

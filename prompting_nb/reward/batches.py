@@ -16,8 +16,10 @@ import torch
 from .fast.packing import common_start
 from .model import RewardModel
 from .preferences import Ranking, decisions
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/11_batches.ipynb #b009
+@arguments_in_help
 @dataclass
 class Draw:
     "Completions of one prompt that are trained on together."

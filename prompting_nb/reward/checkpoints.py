@@ -18,8 +18,10 @@ from ..config import InputError
 from ..files import replacing
 from .preferences import Ranking
 from .saving import weights_digest
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/12_checkpoints.ipynb #k007
+@arguments_in_help
 class Checkpoint:
     "The checkpoint of a training run: its file, its digest, and when it is due."
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from ..config import InputError
 from ..encoding.batches import evaluating
 from ..pretrained import load
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/18_classifiers.ipynb #k008
 def last_layer(
@@ -87,6 +88,7 @@ def load_classifier(
     return classifier
 
 # %% ../../nbs/reward/18_classifiers.ipynb #k014
+@arguments_in_help
 class Reader(NamedTuple):
     "A loaded transformer, and how a reward model reads it."
 
@@ -168,6 +170,7 @@ def probe_rows(
     return [torch.tensor([row], device=device) for row in rows]
 
 # %% ../../nbs/reward/18_classifiers.ipynb #k017
+@arguments_in_help
 class Frame(NamedTuple):
     "The special tokens that a tokenizer puts around texts."
 

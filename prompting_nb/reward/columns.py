@@ -21,8 +21,10 @@ from prompting_nb.reward.conversations import (
     prompt_of,
     split_answer,
 )
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/14_columns.ipynb #k009
+@arguments_in_help
 @dataclass
 class Candidates:
     "The completions of a prompt, and what a judge said of them."

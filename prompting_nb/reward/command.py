@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reward_parser', 'run_reward', 'DataSettings', 'ModelSettings', 'OutputSettings', 'ScoringSettings', 'EvalSettings',
-           'ScoreSettings', 'ConsoleSettings', 'RewardParser', 'run_train', 'run_eval', 'run_score']
+           'ScoreSettings', 'ConsoleSettings', 'RewardParser']
 
 # %% ../../nbs/reward/10_command.ipynb #c002
 import json
@@ -19,18 +19,20 @@ import jsonargparse
 
 from prompting_nb.config import (
     Config,
+    NotEmptyStr,
     HalfOpenUnitInterval,
     InputError,
     NonNegativeInt,
     PositiveInt,
     add_settings,
+    check_most,
     check_settings,
     command_parser,
     settings_of,
 )
-from ..files import write_file
+from ..files import check_can_make, write_file
 from ..pretrained import check_name
-from ..help.usage import next_step
+from ..help.usage import count_of, next_step
 
 # %% ../../nbs/reward/10_command.ipynb #m004
 def reward_parser() -> "RewardParser":
@@ -43,7 +45,7 @@ def run_reward(
     say: Callable[[str], None] = print,  # told what happens
 ) -> Any:  # raises `InputError` for bad input
     "Run the command `prompting-nb reward`."
-    run = {"train": run_train, "eval": run_eval, "score": run_score}
+    run = {"train": _run_train, "eval": _run_eval, "score": _run_score}
     return run[settings.action](settings, say)
 
 # %% ../../nbs/reward/10_command.ipynb #m006
@@ -87,7 +89,9 @@ class ModelSettings:
     length: Optional[float] = None
     lora: Optional[PositiveInt] = None
 
-    __post_init__ = check_settings
+    def __post_init__(self):
+        check_settings(self)
+        check_most(self, length=10**6, lora=4096)
 
 
 @dataclass
@@ -104,7 +108,7 @@ class OutputSettings:
         log_folder: Folder for trackers that write files.
     """
 
-    out: str
+    out: NotEmptyStr
     force: bool = False
     report: Optional[str] = None
     checkpoint: Optional[str] = None
@@ -303,7 +307,7 @@ def _fresh_model(
     return model.add_lora(chosen.lora) if chosen.lora else model
 
 
-def run_train(
+def _run_train(
     settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> dict:  # the figures of the evaluation; empty where nothing was held out
@@ -327,15 +331,19 @@ def run_train(
     for flag, path in (("report", output.report), ("checkpoint", output.checkpoint)):
         if path and Path(path).is_file():
             raise InputError(f"{path} is a file: give a folder to --{flag}")
+        if path and not rank:
+            check_can_make(path, f"--{flag}")
     check_folder(out)  # better now than after hours of training
+    if not rank:
+        check_can_make(out, "--out")
     if rank:
         say = lambda text: None
     watching = bool(config.patience or config.eval_every)
     learn, watched, test = _rankings(data, watching, say)
     model, bar = _fresh_model(chosen, config.seed), not settings.quiet
     say(
-        f"training on {len(learn)} prompts in {processes} process(es), "
-        f"evaluating on {len(test)}"
+        f"training on {count_of(len(learn), 'prompt')} in "
+        f"{count_of(processes, 'process')}, evaluating on {len(test)}"
     )
     history = train(
         model,
@@ -356,13 +364,13 @@ def run_train(
         say(f"evaluated: {found.cuts}")
     say(f"trained: {cuts_text(history.cuts)}")
     if history.equal:
-        say(f"{history.equal} pairs became equal by cutting and were dropped")
+        say(f"{count_of(history.equal, 'pair')} became equal by cutting: dropped")
     say(history.summary())
     page = write_report(output.report or f"{out}-report", history, found, out.name)
     say(f"curve, margins and figures: {page}")
     say(
-        f"{history.stopped} after {len(history.steps)} steps in {history.processes} "
-        f"process(es); the model is in {out}"
+        f"{history.stopped} after {count_of(len(history.steps), 'step')} in "
+        f"{count_of(history.processes, 'process')}; the model is in {out}"
     )
     say(
         next_step(
@@ -372,7 +380,7 @@ def run_train(
     return found.to_dict() if found else {}
 
 # %% ../../nbs/reward/10_command.ipynb #c017
-def run_eval(
+def _run_eval(
     settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> dict:  # the figures of the evaluation
@@ -393,16 +401,16 @@ def run_eval(
     say(table({given.model: found, "the longer answer wins": rule}))
     say(
         f"expected calibration error {found.ece:.3f}; "
-        f"{found.n_pairs} pairs of {found.n_prompts} prompts"
+        f"{count_of(found.n_pairs, 'pair')} of {count_of(found.n_prompts, 'prompt')}"
     )
-    say(f"{found.cuts}; {found.equal} pairs are equal after cutting")
+    say(f"{found.cuts}; {count_of(found.equal, 'pair')} equal after cutting")
     if given.json:
         write_file(given.json, json.dumps(found.to_dict(), indent=2) + "\n")
     say(next_step(f"reward score --model {given.model} --data completions.jsonl"))
     return found.to_dict()
 
 
-def run_score(
+def _run_score(
     settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
 ) -> Any:  # a `Scored`: how many lines, texts, bad rows; what was cut

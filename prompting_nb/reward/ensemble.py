@@ -17,6 +17,7 @@ from ..encoding.batches import pad_rows
 from .model import RewardModel
 from .preferences import Ranking, decided, decisions
 from .tokens import length_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/09_ensemble.ipynb #c012
 def start_head(
@@ -103,6 +104,7 @@ def text_features(
     return list(found.split([len(ranking) for ranking in rankings]))
 
 # %% ../../nbs/reward/09_ensemble.ipynb #c017
+@arguments_in_help
 class HeadEnsemble:
     "Several heads on the encoder of a reward model."
 
@@ -190,6 +192,7 @@ class HeadEnsemble:
         return torch.cat(text_features(self.model, each)) @ self.weights.T
 
 
+@arguments_in_help
 class Judged(NamedTuple):
     "The rewards that an ensemble gives to the completions of a prompt."
 

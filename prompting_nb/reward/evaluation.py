@@ -27,7 +27,8 @@ from prompting_nb.reward.preferences import (
     score_rankings,
 )
 from .tokens import Cuts, cuts_of, length_of
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
+from ..help.usage import count_of
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c051
 def evaluate(
@@ -104,14 +105,15 @@ def _check_scores(scores: list[list[float]], rankings: list[Ranking]) -> None:
             )
 
 
+@arguments_in_help
 @dataclass
 class RewardEvaluation:
     "The figures of a scorer on held-out rankings."
 
     accuracy: float  # share of pairs in the right order
     interval: tuple[float, float]  # 95 % bootstrap interval of it, by prompt
-    n_prompts: int
-    n_pairs: int
+    n_prompts: int  # prompts that were evaluated
+    n_pairs: int  # pairs that were compared
     shorter_accuracy: float  # where the judge preferred the shorter; nan without any
     n_shorter: int  # pairs of that kind
     ece: float  # expected calibration error of sigma(margin)
@@ -137,7 +139,7 @@ class RewardEvaluation:
     def _repr_html_(self) -> str:
         low, high = self.interval
         pairs = f"of {self.n_pairs}; 95 % interval {low:.3f} to {high:.3f}"
-        prompts = f"over {self.n_prompts} prompts"
+        prompts = f"over {count_of(self.n_prompts, 'prompt')}"
         rows = [
             ("pairs in the right order", self.accuracy, pairs),
             (
@@ -185,13 +187,14 @@ def count_right(
     return counts
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c011
+@arguments_in_help
 class Accuracy(NamedTuple):
     "A share of pairs in the right order, with a bootstrap interval."
 
-    value: float
-    low: float
-    high: float
-    n_pairs: int
+    value: float  # share, a tie counting 0.5
+    low: float  # lower bound of the interval
+    high: float  # upper bound of the interval
+    n_pairs: int  # pairs that were compared
 
 
 def pairwise_accuracy(
@@ -215,12 +218,13 @@ def pairwise_accuracy(
     return Accuracy(float(right / total), float(low), float(high), int(total))
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c017
+@arguments_in_help
 class Bin(NamedTuple):
     "Pairs of similar confidence."
 
     low: float  # the least confidence, from 0.5
     high: float  # the greatest
-    n_pairs: int
+    n_pairs: int  # pairs that were compared
     confidence: float  # mean of sigma(|margin|)
     accuracy: float  # share in the right order
 
@@ -285,11 +289,12 @@ def best_of_k_accuracy(
     return sum(hits) / len(hits)
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c031
+@arguments_in_help
 class Answers(NamedTuple):
     "The scores of right and of wrong answers to one question."
 
-    right: list[float]
-    wrong: list[float]
+    right: list[float]  # scores of right answers
+    wrong: list[float]  # scores of wrong answers
 
     @property
     def gap(self) -> float:
@@ -316,11 +321,12 @@ def ties_score(
     return float((first + second + 0.01 * bonus).mean())
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c036
+@arguments_in_help
 class LengthBin(NamedTuple):
     "Pairs with a similar ratio of lengths, chosen to rejected."
 
     ratio: float  # geometric mean of characters of chosen / characters of rejected
-    n_pairs: int
+    n_pairs: int  # pairs that were compared
     accuracy: float  # share in the right order
 
 
@@ -371,7 +377,7 @@ def confusion_by_length(
 def rejection_curve(
     margins: np.ndarray,  # (n_pairs,) as the function `margins` returns them
     uncertainty: np.ndarray,  # (n_pairs,) higher is less sure
-    shares: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    shares: tuple[float, ...] = tuple(i / 10 for i in range(1, 11)),  # of pairs kept
 ) -> list[tuple[float, float]]:  # (share kept, accuracy on it)
     "Compute the accuracy when only the surest pairs are kept."
     right = ((margins > 0) + (margins == 0) / 2)[np.argsort(uncertainty, kind="stable")]

@@ -17,6 +17,8 @@ import torch
 
 from ..config import InputError
 from ..encoding.batches import in_threads
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/19_pairwise.ipynb #j008
 QUESTION = """Which of two answers to a user is better? Judge whether an answer is
@@ -35,6 +37,7 @@ right, helpful and clear. Neither length nor order counts.
 Say in one sentence why, then end with [[A]], [[B]] or, if they are equal, [[C]]."""
 
 
+@arguments_in_help
 class PairwiseJudge:
     "Compares completions of a prompt by asking which of two is better."
 
@@ -94,7 +97,7 @@ class PairwiseJudge:
         left = None if self.budget is None else self.budget - self.counts.questions
         if left is not None and len(open_) > left:
             raise InputError(
-                f"{len(open_)} questions are needed and {left} are left of the budget "
+                f"{count_of(len(open_), 'question')} needed, {left} left of the budget "
                 f"of {self.budget}: raise it, or compare fewer answers; what was asked "
                 "so far stays in the cache"
             )
@@ -139,6 +142,7 @@ class PairwiseJudge:
         return {**asdict(self.counts), "cost": round(cost, 6)}
 
 
+@arguments_in_help
 @dataclass
 class Cost:
     "Counts of what a judge was asked."

@@ -18,16 +18,18 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 from ..config import InputError
 from ..files import reason_of
 from .columns import Candidates, read_row
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from .sources import Unreadable, name_of, read_rows
+from ..help.usage import count_of
 
 # %% ../../nbs/reward/03_preferences.ipynb #c005
+@arguments_in_help
 @dataclass
 class Ranking:
     "Completions of one prompt, each with a judge's score (else ValueError)."
 
     prompt: str  # or a `Conversation`, which is a text that remembers its messages
-    completions: list[str]
+    completions: list[str]  # of the prompt
     scores: list[float]  # finite; higher is better; compared within the prompt only
     names: list[str] | None = None  # who wrote each completion
     source: str | None = None  # where the prompt comes from
@@ -64,16 +66,19 @@ class Ranking:
         return html_table(str(self.prompt), ("completion", "by", "score"), rows)
 
 # %% ../../nbs/reward/03_preferences.ipynb #c009
+@arguments_in_help
 class Pair(NamedTuple):
     "One decision: of two completions of a prompt, which one the judge preferred."
 
-    prompt: str
-    chosen: str
-    rejected: str
+    prompt: str  # of both
+    chosen: str  # the completion with the higher score
+    rejected: str  # the completion with the lower score
     margin: float  # as recorded, else by how much the judge's scores differ
 
 
-def decisions(ranking: Ranking) -> Iterator[tuple[int, int]]:  # (better, worse)
+def decisions(
+    ranking: Ranking,  # of any length
+) -> Iterator[tuple[int, int]]:  # (better, worse)
     "Iterate over the indices of every two completions that the judge told apart."
     return (
         (i, j)
@@ -108,6 +113,7 @@ def pairs(
     return found
 
 # %% ../../nbs/reward/03_preferences.ipynb #c013
+@arguments_in_help
 @dataclass
 class Report:
     "Counts of what was read, and what of it was dropped."
@@ -123,17 +129,18 @@ class Report:
 
     def __str__(self) -> str:
         text = (
-            f"{self.rankings} prompts from {self.rows} rows; "
-            f"dropped: {self.empty} empty completions, "
-            f"{self.repeated} repeated completions, "
-            f"{self.single} prompts with fewer than two completions"
+            f"{count_of(self.rankings, 'prompt')} from {count_of(self.rows, 'row')}; "
+            f"dropped: {count_of(self.empty, 'empty completion')}, "
+            f"{count_of(self.repeated, 'repeated completion')}, "
+            f"{count_of(self.single, 'prompt')} with fewer than two completions"
         )
         if self.bad:
-            text += f"; passed over: {self.bad} bad rows, the first: {self.first_bad}"
+            bad = count_of(self.bad, "bad row")
+            text += f"; passed over: {bad}, the first: {self.first_bad}"
         if self.contradicted:
             text += (
-                f"; {self.contradicted} pairs whose scores do not say that the chosen "
-                "one is better: it counts as better"
+                f"; {count_of(self.contradicted, 'pair')} whose scores do not say that "
+                "the chosen one is better: it counts as better"
             )
         return text
 

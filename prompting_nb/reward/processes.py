@@ -22,8 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from ..config import InputError
 from .batches import Draw
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/13_processes.ipynb #p008
+@arguments_in_help
 class Processes:
     "The processes of a launch as one of them sees it, driven by Accelerate."
 
@@ -43,7 +45,10 @@ class Processes:
         )  # whether weights are gathered layer by layer
         self.device = self.accelerator.device if self.sharded else device
 
-    def share(self, batch: list[Draw]) -> tuple[list[Draw], float]:
+    def share(
+        self,
+        batch: list[Draw],  # of all processes
+    ) -> tuple[list[Draw], float]:
         "Take this process's prompts of a batch, and the weight of their mean loss."
         return share_of(batch, self.rank, self.count)
 
@@ -62,7 +67,10 @@ class Processes:
         "Say whether the backward pass in the block averages gradients over processes."
         return nullcontext() if now else self.accelerator.no_sync(module)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(
+        self,
+        loss: torch.Tensor,  # scalar
+    ) -> None:
         "Add a loss's gradients to those that are there."
         self.accelerator.backward(loss)
 
@@ -79,7 +87,10 @@ class Processes:
         "Wait until all processes are here."
         self.accelerator.wait_for_everyone()
 
-    def unwrap(self, module: torch.nn.Module) -> Any:
+    def unwrap(
+        self,
+        module: torch.nn.Module,  # as `prepare` returned it
+    ) -> Any:
         "Return a module without what Accelerate put around it."
         return self.accelerator.unwrap_model(module)
 

@@ -8,6 +8,7 @@ __all__ = ['write_report', 'plot_curve', 'plot_margins', 'plot_by_length']
 # %% ../../nbs/reward/17_report.ipynb #q003
 import json
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -15,6 +16,7 @@ from ..files import write_file
 from .evaluation import RewardEvaluation
 from .tokens import cuts_text
 from .training import History
+from ..help.usage import count_of
 
 # %% ../../nbs/reward/17_report.ipynb #q007
 def write_report(
@@ -32,7 +34,10 @@ def write_report(
     if history.cuts:
         lines += [f"Training: {cuts_text(history.cuts)}.", ""]
     if history.equal:
-        lines += [f"{history.equal} pairs became equal by cutting: dropped.", ""]
+        lines += [
+            f"{count_of(history.equal, 'pair')} became equal by cutting: dropped.",
+            "",
+        ]
     figures: dict = {"training": history.to_dict()}
     if evaluation is not None:
         figures["evaluation"] = evaluation.to_dict()
@@ -52,7 +57,7 @@ def _evaluation(found: RewardEvaluation) -> list[str]:
     lines = [
         "## On other prompts",
         "",
-        f"{found.accuracy:.3f} of {found.n_pairs} pairs in the right order "
+        f"{found.accuracy:.3f} of {count_of(found.n_pairs, 'pair')} in the right order "
         f"(95 % interval {low:.3f} to {high:.3f}).",
         "",
         "![Margins of the pairs](margins.svg)",
@@ -71,7 +76,10 @@ def _evaluation(found: RewardEvaluation) -> list[str]:
         "",
     ]
     if found.cuts:
-        lines += [f"Read: {found.cuts}; {found.equal} pairs equal after cutting.", ""]
+        lines += [
+            f"Read: {found.cuts}; {count_of(found.equal, 'pair')} equal after cutting.",
+            "",
+        ]
     return lines
 
 # %% ../../nbs/reward/17_report.ipynb #q009
@@ -79,8 +87,7 @@ def plot_curve(
     history: History,  # of the run
 ) -> Figure:
     "Draw the loss of each step, its running mean, and the evaluations."
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes("Training loss", 3.2)
     losses = [step["loss"] for step in history.steps]
     window = max(1, len(losses) // 10)
     ends = range(1, len(losses) + 1)
@@ -102,8 +109,7 @@ def plot_margins(
     evaluation: RewardEvaluation,  # on other prompts
 ) -> Figure:
     "Draw how many pairs have which margin; those below 0 are in the wrong order."
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes("Margins of the pairs", 2.8)
     axes.hist(evaluation.margins, bins=30, color="#1f6fb4")
     axes.axvline(0, color="#333333")
     axes.set(xlabel="reward of the better minus that of the worse", ylabel="pairs")
@@ -114,15 +120,26 @@ def plot_by_length(
     evaluation: RewardEvaluation,  # on other prompts
 ) -> Figure:
     "Draw the accuracy by how much longer the better answer is."
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes("Accuracy by length", 2.8)
     bins = evaluation.by_length
     axes.bar(range(len(bins)), [one.accuracy for one in bins], color="#1f6fb4")
-    labels = [f"{one.ratio:.2g}x\n{one.n_pairs} pairs" for one in bins]
+    labels = [f"{one.ratio:.2g}x\n{count_of(one.n_pairs, 'pair')}" for one in bins]
     axes.set_xticks(range(len(bins)), labels, fontsize=8)
     axes.axhline(0.5, color="#888888", linestyle=":")
-    axes.set(ylim=(0, 1), ylabel="right", xlabel="length of the better to the worse")
+    axes.set(ylim=(0, 1), ylabel="share of pairs it gets right")
+    axes.set_xlabel("length of the preferred answer / length of the other")
     return figure
+
+
+def _axes(title: str, height: float) -> tuple[Figure, Any]:
+    "Make a figure with axes that look like those of the other pages."
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure, axes
 
 
 def _save(figure: Figure, path: Path) -> None:

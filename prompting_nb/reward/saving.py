@@ -25,7 +25,7 @@ from ..config import InputError
 from ..encoding.batches import evaluating
 from ..help.faults import fault_of, json_fault, tensors_fault
 from ..files import reason_of
-from ..pretrained import load, no_bars
+from ..pretrained import MINILM, load, no_bars
 from prompting_nb.reward.classifiers import (
     Reader,
     alike,
@@ -166,6 +166,11 @@ def load_model(
     **options,  # for transformers' `from_pretrained`
 ) -> Any:  # a `RewardModel`; raises `InputError` when there is none
     "Load a saved reward model; its scores are those of the model that was saved."
+    if folder == MINILM:
+        raise InputError(
+            f"{MINILM} is an encoder, and no reward model: train one with prompting-nb "
+            "reward train, and give its folder"
+        )
     if not Path(folder).is_dir():
         asked = hub_options(options)
         options = {key: value for key, value in options.items() if key not in asked}

@@ -25,8 +25,11 @@ from .model import RewardModel
 from .preferences import decoded
 from .processes import this_process
 from .tokens import Cuts, cuts_of
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/16_scoring.ipynb #r008
+@arguments_in_help
 @dataclass
 class Scored:
     "What was scored."
@@ -38,11 +41,13 @@ class Scored:
     cuts: Cuts = field(default_factory=Cuts)  # of this run
 
     def __str__(self) -> str:
-        text = f"{self.texts} completions of {self.lines} rows scored; {self.cuts}"
+        rows = count_of(self.lines, "row")
+        text = f"{count_of(self.texts, 'completion')} of {rows} scored; {self.cuts}"
         if self.bad:
-            text += f"; {self.bad} bad rows have no reward, see their lines"
+            bad = count_of(self.bad, "bad row")
+            text += f"; no reward for {bad}, see the lines of the output"
         if self.resumed:
-            text += f"; continued after {self.resumed} lines"
+            text += f"; continued after {count_of(self.resumed, 'line')}"
         return text
 
 

@@ -19,6 +19,7 @@ from typing import Any, Iterable, Iterator, Mapping
 
 from ..config import InputError
 from ..files import read_lines, reason_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/15_sources.ipynb #s009
 def read_rows(
@@ -33,6 +34,7 @@ def read_rows(
     return _numbered("row", _rows_of(source))
 
 
+@arguments_in_help
 @dataclass
 class Unreadable:
     "Stands for a row that cannot be read, in a source whose other rows can."

@@ -25,8 +25,11 @@ from prompting_nb.reward.conversations import (
     prompt_of,
     split_answer,
 )
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/reward/02_tokens.ipynb #t009
+@arguments_in_help
 class Row(list):
     "The token ids of a text, and how many tokens of it were cut off."
 
@@ -47,6 +50,7 @@ def length_of(
     return len(row) + getattr(row, "cut", 0)
 
 
+@arguments_in_help
 @dataclass
 class Cuts:
     "Counts of what was too long and was cut."
@@ -77,13 +81,15 @@ class Cuts:
     def __str__(self) -> str:
         if not self.tokens:
             return (
-                f"none of {self.texts} texts was cut (at most {self.max_length} tokens)"
+                f"none of {count_of(self.texts, 'text')} was cut (at most "
+                f"{self.max_length} tokens)"
             )
         share = lambda count: f"{count} ({count / self.texts:.1%})"
         return (
-            f"of {self.texts} texts, {share(self.prompts)} lost the beginning of the "
-            f"prompt and {share(self.completions)} the end of the completion, "
-            f"{self.tokens} tokens in all (at most {self.max_length} a text)"
+            f"of {count_of(self.texts, 'text')}, {share(self.prompts)} lost the "
+            f"beginning of the prompt and {share(self.completions)} the end of the "
+            f"completion, {count_of(self.tokens, 'token')} in all (at most "
+            f"{self.max_length} a text)"
         )
 
 
@@ -109,6 +115,7 @@ def cuts_of(
     return found
 
 # %% ../../nbs/reward/02_tokens.ipynb #t011
+@arguments_in_help
 class Batch(NamedTuple):
     "Rows as tensors, in the order of the arguments of `RewardModel.forward`."
 

@@ -18,6 +18,7 @@ from .offsets import Offsets, drift
 from .selection import Selection
 from .simulate import Subnet
 from ..show import arguments_in_help
+from ..help.usage import count_of
 
 _log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Audits:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str,  # of the user
         completions: Sequence[Optional[str]],  # `None` or empty: no answer
         hotkeys: Sequence[str],  # who gave them
     ) -> torch.Tensor:  # (len(completions),) float32; 0 for no answer
@@ -114,7 +115,7 @@ class Audits:
 
     def offset(
         self,
-        hotkey: str,
+        hotkey: str,  # 0 for an unknown one
     ) -> float:
         "Return what is added to the rewards of a hotkey's answers."
         return self.judge.offset(hotkey)
@@ -132,7 +133,8 @@ class Audits:
         found = self.judge.findings()
         if self.failed:
             found.append(
-                f"{self.failed} audits failed: the expensive judge gave no grade"
+                f"{count_of(self.failed, 'audit')} failed: no grade from the "
+                "expensive judge"
             )
         return found
 
@@ -182,6 +184,7 @@ def shift_rewards(
         gate.reflect()
 
 
+@arguments_in_help
 class AuditedPolicy:
     "In the simulator: a gate whose rewards are corrected by audits of some answers."
 
@@ -207,11 +210,21 @@ class AuditedPolicy:
         "Return the scores that the gate chose by."
         return self.policy.scores
 
-    def choose(self, prompt: str, k: int, available: Sequence[int]) -> Selection:
+    def choose(
+        self,
+        prompt: str,  # of the user
+        k: int,  # how many uids to ask
+        available: Sequence[int],  # that can be asked
+    ) -> Selection:
         "Choose as the gate does."
         return self.policy.choose(prompt, k, available)
 
-    def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
+    def learn(
+        self,
+        prompt: str,  # of the user
+        uids: torch.Tensor,  # (k,) of those who answered
+        rewards: torch.Tensor,  # (k,) of their answers
+    ) -> None:
         "Have some answers graded, and let the gate learn from corrected rewards."
         hotkeys = [self.policy.hotkeys[uid] for uid in uids.tolist()]
         for place in self.auditor.pick(hotkeys):
@@ -223,7 +236,11 @@ class AuditedPolicy:
         known = [self.told.get(hotkey, 0.0) for hotkey in hotkeys]
         self.policy.learn(prompt, uids, rewards + torch.tensor(known))
 
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys."
         self.policy.resync(previous_metagraph, metagraph)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BayesianSettings', 'Posterior', 'BayesianGatingModel', 'topic_centres', 'topic_shares', 'Prior', 'posterior',
            'observe', 'neutral_prior', 'Log', 'sums', 'learn_prior', 'Beliefs', 'reward_fences', 'fade', 'follow',
-           'Watch', 'next_review', 'Question', 'Memory', 'question_key', 'scored_uids']
+           'Watch', 'next_review', 'Question', 'Memory', 'scored_uids']
 
 # %% ../../nbs/validators/01_bayes.ipynb #c002
 import json
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..config import InputError, NonNegativeFloat, PositiveInt
+from ..config import InputError, NonNegativeFloat, PositiveInt, check_most
 from ..encoding.encoder import Encoder
 from ..encoding.pooling import mean_direction, mean_pooling
 from ..shapes import TensorType, check_shapes
@@ -50,9 +50,15 @@ class BayesianSettings(GatingSettings):
     memory: PositiveInt = 8192
     half_life: NonNegativeFloat = 0.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        # each uid has as many numbers as the square of the topics
+        check_most(self, "gating", topics=256, memory=10**6)
 
+
+@arguments_in_help
 class Posterior(NamedTuple):
-    "What a gate believes of every uid for one message."
+    "Expected reward of every uid for one message, and its standard deviation."
 
     mean: torch.Tensor  # (num_uids,) expected reward, with gradient to the head
     sd: torch.Tensor  # (num_uids,) standard deviation of it
@@ -184,7 +190,7 @@ class BayesianGatingModel(BaseGatingModel):
         xs = [embed(self.encoder, prompt).to(self.centres) for prompt, _, _ in answers]
         before, distinct = len(self.memory), len(answers)
         if self.memory.once:
-            there = {*self.memory.questions, *map(question_key, xs)}
+            there = {*self.memory.questions, *map(_question_key, xs)}
             distinct = len(there) - before
         for x, (_, uids, grades) in zip(xs, answers):
             self.memory.add(x, uids.to(x.device), grades.to(x))
@@ -310,8 +316,9 @@ def topic_shares(
     return F.pad(F.pad(shares, (0, count - len(centres))), (1, 0), value=1.0)
 
 # %% ../../nbs/validators/01_bayes.ipynb #c011
+@arguments_in_help
 class Prior(NamedTuple):
-    "What is believed of a uid that never answered, and how noisy rewards are."
+    "The prior of the weights of a uid, and the noise of rewards."
 
     mean: torch.Tensor  # (d,)
     covariance: torch.Tensor  # (d, d)
@@ -360,6 +367,7 @@ def neutral_prior(
     return Prior(torch.eye(d)[0] * 0.5, _VARIANCE * torch.eye(d), torch.tensor(0.02))
 
 
+@arguments_in_help
 class Log(NamedTuple):
     "Answers, one in each row."
 
@@ -416,6 +424,7 @@ def learn_prior(
     return prior
 
 # %% ../../nbs/validators/01_bayes.ipynb #c027
+@arguments_in_help
 class Beliefs(torch.nn.Module):
     """The posterior of each uid, and what it follows from: a prior and two sums.
 
@@ -622,6 +631,7 @@ def follow(
     return fade(prior, means, covariances, keep**age)
 
 # %% ../../nbs/validators/01_bayes.ipynb #f010
+@arguments_in_help
 class Watch:
     "Notices uids whose recent rewards contradict what was expected of them."
 
@@ -684,6 +694,7 @@ def next_review(
     return max(8, min(math.ceil(_GROWTH * seen), seen + memory // 3))
 
 
+@arguments_in_help
 class Question(NamedTuple):
     "One remembered question."
 
@@ -693,6 +704,7 @@ class Question(NamedTuple):
     at: int = 0  # the memory's clock when it was asked last
 
 
+@arguments_in_help
 class Memory:
     "The latest questions, each with the latest answer of each uid that was asked."
 
@@ -713,7 +725,7 @@ class Memory:
         uids: TensorType["k"],  # each once
     ) -> torch.Tensor:  # (k,), nan where there is none
         "Look up the rewards that uids had when the question was last asked."
-        if (key := question_key(x)) not in self.questions or not self.once:
+        if (key := _question_key(x)) not in self.questions or not self.once:
             return torch.full(uids.shape, torch.nan, device=uids.device)
         _, asked, rewards, _ = self.questions[key]
         same = uids[:, None] == asked
@@ -726,7 +738,7 @@ class Memory:
         rewards: TensorType["k"],  # of their answers
     ) -> None:
         "Keep answers, with earlier ones of uids that were not asked now."
-        key = question_key(x) if self.once else (question_key(x), self.clock)
+        key = _question_key(x) if self.once else (_question_key(x), self.clock)
         if earlier := self.questions.pop(key, None):
             others = ~torch.isin(earlier.uids, uids)
             uids = torch.cat([earlier.uids[others], uids])
@@ -797,11 +809,13 @@ class Memory:
             at = tensors.get("log_at", torch.arange(len(x))).tolist()
             self.clock = at[-1] + 1
             for question in map(Question, x, uids, rewards, at):
-                key = question_key(question.x)
+                key = _question_key(question.x)
                 self.questions[key if self.once else (key, question.at)] = question
 
 
-def question_key(x: torch.Tensor) -> bytes:
+def _question_key(
+    x: torch.Tensor,  # (hidden_size,)
+) -> bytes:
     "Return the bytes of an embedding, by which a question is recognized."
     return x.cpu().numpy().tobytes()
 

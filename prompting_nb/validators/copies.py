@@ -13,8 +13,10 @@ from typing import Mapping, NamedTuple, Optional, Sequence
 import torch
 
 from ..config import InputError
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/15_copies.ipynb #k008
+@arguments_in_help
 class Chosen(NamedTuple):
     "Who may be asked, and with what probability each was drawn from its group."
 
@@ -22,6 +24,7 @@ class Chosen(NamedTuple):
     shares: list[float]  # 1 / hotkeys of the group, for each of them
 
 
+@arguments_in_help
 class Copies:
     "Notices hotkeys that give the same answers."
 

@@ -16,16 +16,16 @@ import torch
 
 from ..config import InputError, PositiveFloat, check_settings
 from ..files import reason_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/18_cost.ipynb #c009
+@arguments_in_help
 @dataclass
 class Prices:
     "What answers cost, and what may be spent on them."
 
     prices: Mapping[str, float]  # of an answer, by hotkey; others cost the most
-    worth: Optional[float] = (
-        None  # of a point of grade (1.0), in the unit of the prices
-    )
+    worth: Optional[float] = None  # of a grade of 1.0, in the unit of the prices
     budget: Optional[float] = None  # mean price of an answer that must hold
     rate: float = 0.02  # with a budget: how fast the worth is found
     weight: float = field(init=False)  # points of grade that one unit of price is worth
@@ -132,11 +132,12 @@ def read_prices(
     return Prices(prices, settings.worth, settings.budget)
 
 # %% ../../nbs/validators/18_cost.ipynb #c011
+@arguments_in_help
 class Point(NamedTuple):
     "Mean price and grade of the answers under one weight of the price."
 
-    cost: float
-    grade: float
+    cost: float  # mean price of an answer
+    grade: float  # mean grade of an answer, in [0, 1]
 
 
 def cost_curve(

@@ -11,11 +11,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Optional
 
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from . import replay
 from .explain import Explanation
 
 # %% ../../nbs/validators/06_event.ipynb #c021
+@arguments_in_help
 @dataclass(frozen=True, kw_only=True)
 class Event(replay.Event):
     """One step of a validator.
@@ -32,8 +33,9 @@ class Event(replay.Event):
     seconds: list[float] = field(repr=False)  # from the request to each answer
     offsets: Optional[list[float]] = None  # that the judge added to the rewards
     sd: Optional[list[float]] = None  # standard deviations of the scores, if known
-    # raw scores of the judge so far: all, and those below and above its fitted range
-    watched: Optional[list[int]] = field(default=None, repr=False)
+    watched: Optional[list[int]] = field(
+        default=None, repr=False
+    )  # raw scores of the judge so far: all, below and above its fitted range
     prices: Optional[list[float]] = None  # of the answers, where they cost something
     why: Optional[Explanation] = None  # these uids
     grades: Optional[list[float]] = None  # true grades, if known; the gate sees none

@@ -12,15 +12,17 @@ from typing import Any, Mapping, NamedTuple, Optional, Sequence
 import torch
 
 from ..config import InputError
-from ..show import Bar, html_table
+from ..show import Bar, arguments_in_help, html_table
 from .gating import embed
+from ..help.usage import count_of
 
 # %% ../../nbs/validators/17_explain.ipynb #x009
+@arguments_in_help
 class Reason(NamedTuple):
     "Why a uid is asked, or how near it is to that."
 
-    uid: int
-    hotkey: str
+    uid: int  # place in the subnet
+    hotkey: str  # that holds it
     mean: float  # expected reward
     sd: Optional[float]  # standard deviation of it; `None`: the gate has no posterior
     chance: Optional[float]  # of being asked; `None`: unknown
@@ -29,11 +31,12 @@ class Reason(NamedTuple):
     by_topic: dict[int, float]  # expected reward in the largest topics
 
 
+@arguments_in_help
 @dataclass
 class Explanation:
-    "What a gate makes of a prompt."
+    "Why a gate asks these uids for a prompt."
 
-    prompt: str
+    prompt: str  # of the user
     topics: dict[int, float]  # share of each of the largest topics
     rows: list[Reason]  # the highest chances first
 
@@ -73,7 +76,9 @@ class Explanation:
             off = f" +- {sd}" if sd else ""
             odds = "    " if chance is None else f"{chance:4.0%}"
             text = f"{uid:5} {hotkey:12} {mean}{off}  {odds} {reason:10}"
-            lines.append(f"{text} {answers} answers" if answers else text.rstrip())
+            lines.append(
+                f"{text} {count_of(answers, 'answer')}" if answers else text.rstrip()
+            )
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

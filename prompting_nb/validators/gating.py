@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ..config import Config, HalfOpenUnitInterval, InputError, NotEmptyStr
 from ..config import NonNegativeFloat, PositiveInt, add_settings, read_config
-from ..config import check_settings, merge, settings_of
+from ..config import check_most, check_settings, merge, settings_of
 from ..encoding.encoder import Encoder
 from ..encoding.pooling import last_token, last_window, mean_direction
 from ..encoding.pooling import mean_pooling
@@ -33,6 +33,7 @@ from .rows import compare_metagraphs, initial_rows, move_rows
 from .rows import head_tensors, load_rows, row_tensors, save_rows
 from .rows import score, set_head_tensors
 from .warm import Judged, Known, judged_answers
+from ..help.usage import count_of
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,9 @@ class GatingSettings:
     optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
     prompt_name: str = ""
 
-    __post_init__ = check_settings
+    def __post_init__(self):
+        check_settings(self)
+        check_most(self, "gating", num_uids=65536)  # a uid has 16 bits
 
 # %% ../../nbs/validators/00_gating.ipynb #c010
 class BaseGatingModel(torch.nn.Module, ABC):
@@ -77,8 +80,15 @@ class BaseGatingModel(torch.nn.Module, ABC):
     # the message scored last; scores and standard deviations (or None) of all uids
     _latest: tuple | None = None
 
+    def __init__(self):
+        "Create the module; a subclass calls `configure` for settings and capacity."
+        super().__init__()
+
     @classmethod
-    def add_args(cls, parser: argparse.ArgumentParser) -> None:
+    def add_args(
+        cls,
+        parser: argparse.ArgumentParser,  # gets the flags; twice does no harm
+    ) -> None:
         """Add the command line arguments that configure a gating model to a parser.
 
         The arguments added are:
@@ -112,9 +122,9 @@ class BaseGatingModel(torch.nn.Module, ABC):
     def configure(
         self,
         metagraph: Any,  # as for the constructor
-        config: Any,
-        model_name: str | None,
-        num_uids: int | None,
+        config: Any,  # as for the constructor
+        model_name: str | None,  # as for the constructor
+        num_uids: int | None,  # as for the constructor
     ) -> None:  # raises `InputError` for what does not fit together
         "Set settings, `num_uids` and `hotkeys` from the arguments of a constructor."
         hotkeys = uid_hotkeys(metagraph)
@@ -135,12 +145,17 @@ class BaseGatingModel(torch.nn.Module, ABC):
         return found, settings_of(cls.Settings, found, "gating", ignore_unknown=True)
 
     @abstractmethod
-    def forward(self, message: str) -> TensorType["network_size"]:
+    def forward(
+        self,
+        message: str,  # to be routed
+    ) -> TensorType["network_size"]:
         "Score each uid for a message."
 
     @abstractmethod
     def backward(
-        self, scores: TensorType["metagraph.n"], rewards: TensorType["metagraph.n"]
+        self,
+        scores: TensorType["metagraph.n"],  # of `forward`, or of the uids asked
+        rewards: TensorType["metagraph.n"],  # of the same uids
     ) -> TensorType[()]:
         "Learn from the rewards of uids that were asked."
 
@@ -154,9 +169,8 @@ class BaseGatingModel(torch.nn.Module, ABC):
         known.forgotten = self.learn_judged(answers)
         self.known.update(known.hotkeys)
         level = logging.WARNING if known.outside else logging.INFO
-        _log.log(
-            level, "learned from %s; %d grades outside 0 to 1", known, known.outside
-        )
+        outside = count_of(known.outside, "grade")
+        _log.log(level, "learned from %s; %s outside 0 to 1", known, outside)
         return known
 
     def learn_judged(
@@ -172,14 +186,19 @@ class BaseGatingModel(torch.nn.Module, ABC):
         return 0
 
     @abstractmethod
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys to their uids in the latest state of the network."
 
     def __repr__(self) -> str:
         if "config" not in vars(self):  # a subclass without settings
             return super().__repr__()
         own, name = self.settings, type(self).__name__
-        uids = f"{len(self.hotkeys)} hotkeys, rows for {self.num_uids} uids"
+        uids = f"{count_of(len(self.hotkeys), 'hotkey')}, rows for "
+        uids += count_of(self.num_uids, "uid")
         return f"{name}({own.model_name!r}, {uids})"
 
     def _repr_html_(self) -> str:
@@ -298,7 +317,7 @@ class LinearGate(BaseGatingModel):
         self._follow(saved.sources)
 
     def _follow(self, sources: torch.Tensor) -> torch.Tensor:
-        "Move all rows; the uids that start anew."
+        "Move all rows; return the uids that start anew."
         fresh = move_rows(row_tensors(self.head, self.optimizer), sources)
         self._draw(fresh)
         self._latest = None
@@ -396,7 +415,7 @@ def warn_of_pooling(
 # %% ../../nbs/validators/00_gating.ipynb #c010bs
 def _shown(gate: BaseGatingModel, most: int = 10) -> str:
     "Return the best uids for the latest message, as HTML."
-    title = f"{type(gate).__name__} over {len(gate.hotkeys)} uids"
+    title = f"{type(gate).__name__} over {count_of(len(gate.hotkeys), 'uid')}"
     if gate._latest is None or not gate.hotkeys:
         return html_table(f"{title}; no message was scored yet", (), ())
     message, scores, sds = gate._latest

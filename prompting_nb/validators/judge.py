@@ -18,10 +18,12 @@ import torch
 from ..config import InputError
 from ..files import reason_of, write_file
 from ..pretrained import load
+from ..show import arguments_in_help
 from .offsets import Offsets, errors_of
 from .watch import Watch, agreement, by_author
 
 # %% ../../nbs/validators/05_judge.ipynb #c013
+@arguments_in_help
 @dataclass
 class Judge:
     "Turns the completions of a prompt into rewards in [0, 1], before any correction."
@@ -29,8 +31,9 @@ class Judge:
     model: Any  # has `score(prompts, completions) -> (n, 1)`, as a `RewardModel` does
     scores: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # rising scores
     grades: Sequence[float] = field(default=(0.0, 1.0), repr=False)  # of these scores
-    # centre and width of the scores that break ties; `None`: ties stay
-    ties: Optional[tuple[float, float]] = field(default=None, repr=False)
+    ties: Optional[tuple[float, float]] = field(
+        default=None, repr=False
+    )  # centre and width of the scores that break ties; `None`: ties stay
     offsets: Offsets = field(default_factory=Offsets)  # added, by hotkey
     correct: bool = True  # whether they are
     watch: Watch = field(default_factory=Watch, repr=False)  # of signs of trouble
@@ -98,7 +101,7 @@ class Judge:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str,  # of the user
         completions: Sequence[Optional[str]],  # `None` or empty: no answer
         hotkeys: Optional[Sequence[str]] = None,  # who gave them; `None`: not known
     ) -> torch.Tensor:  # (len(completions),) float32; 0 for no answer
@@ -129,7 +132,7 @@ class Judge:
 
     def offset(
         self,
-        hotkey: str,
+        hotkey: str,  # 0 for an unknown one
     ) -> float:
         "Return what is added to the rewards of a hotkey's answers."
         return self.offsets[hotkey] if self.correct else 0.0
@@ -217,6 +220,7 @@ def reward_with(
     return judge(prompt, completions)
 
 # %% ../../nbs/validators/05_judge.ipynb #j034
+@arguments_in_help
 class CrossEncoderScorer:
     "Scores completions with a cross-encoder of Sentence Transformers."
 
@@ -237,7 +241,7 @@ class CrossEncoderScorer:
     def score(
         self,
         prompts: Any,  # one for all, or one for each completion
-        completions: Sequence[str],
+        completions: Sequence[str],  # n of them
         progress: bool = False,  # show a progress bar
     ) -> torch.Tensor:  # (n, 1) float32 on the CPU
         "Score completions, each with its prompt."

@@ -13,17 +13,18 @@ from typing import Iterable, Mapping, Sequence
 import numpy as np
 
 from ..config import InputError
-from ..show import html_table
+from ..show import arguments_in_help, html_table
 
 # %% ../../nbs/validators/10_offsets.ipynb #o010
+@arguments_in_help
 @dataclass(frozen=True)
 class Offset:
     "What is added to the rewards of a hotkey's answers."
 
-    hotkey: str
+    hotkey: str  # SS58 address
     value: float  # negative for somebody whom the judge flatters
     low: float  # of the 95 % interval
-    high: float
+    high: float  # upper bound of the 95 % interval
     mean: float  # of grade minus reward, not shrunken
     answers: int  # that were graded
 
@@ -50,6 +51,7 @@ def shrunken(
 _LEAST_SPREAD = 1e-4  # variance of true offsets, where none can be seen
 
 # %% ../../nbs/validators/10_offsets.ipynb #o014
+@arguments_in_help
 class Offsets:
     "The offset of each hotkey, from errors of the judge that are kept."
 

@@ -13,17 +13,20 @@ from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 import torch
 
 from ..config import InputError
+from ..show import arguments_in_help
 from .selection import Selection
 
 # %% ../../nbs/validators/16_pending.ipynb #q008
+@arguments_in_help
 class Asked(NamedTuple):
     "A question that waits for its rewards."
 
-    id: Any
-    prompt: str
-    selection: Selection
+    id: Any  # by which the rewards name it
+    prompt: str  # of the user
+    selection: Selection  # uids and probabilities
 
 
+@arguments_in_help
 class Pending:
     "Questions whose rewards have not come yet, for a gate or a policy to learn from."
 

@@ -24,7 +24,7 @@ from .warm import track_records
 # %% ../../nbs/validators/14_policies.ipynb #p009
 @runtime_checkable
 class Bandit(Protocol):
-    """What learns whom to ask.
+    """A policy: it chooses uids and learns from rewards.
 
     Besides these it has `choose(prompt, k, available) -> Selection`, or
     `scores(prompt) -> (network_size,)`, the highest of which are asked.
@@ -67,6 +67,7 @@ def ask(
     return select(scores, k, epsilon=epsilon, **options)
 
 # %% ../../nbs/validators/14_policies.ipynb #p014
+@arguments_in_help
 class Components:
     "Features of prompts: 1, and scaled principal components of their embeddings."
 
@@ -84,7 +85,10 @@ class Components:
         found = torch.linalg.svd(prompts - self.centre, full_matrices=False).Vh[:count]
         self.axes = F.pad(found, (0, 0, 0, count - len(found)))  # (count, hidden)
 
-    def __call__(self, x: TensorType["n", "hidden"]) -> TensorType["n", "d"]:
+    def __call__(
+        self,
+        x: TensorType["n", "hidden"],  # embeddings
+    ) -> TensorType["n", "d"]:
         "Compute the features of embeddings."
         return F.pad(self.scale * (x - self.centre) @ self.axes.T, (1, 0), value=1.0)
 
@@ -114,12 +118,20 @@ class Ridge:
         self.learned_prior, self.seen, self.review = learned_prior, 0, 8
 
     @torch.no_grad()
-    def posterior(self, prompt: str) -> Posterior:
+    def posterior(
+        self,
+        prompt: str,  # of the user
+    ) -> Posterior:
         "Return expected reward and standard deviation of every uid."
         return self.beliefs.at(self.features(self.features.encoder(prompt)[None])[0])
 
     @torch.no_grad()
-    def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
+    def learn(
+        self,
+        prompt: str,  # of the user
+        uids: torch.Tensor,  # (k,) of those who answered
+        rewards: torch.Tensor,  # (k,) of their answers
+    ) -> None:
         "Learn from the rewards of one question."
         x, rewards = self.features.encoder(prompt), rewards.float()
         phi, earlier = self.features(x[None])[0], self.memory.earlier(x, uids)
@@ -130,7 +142,11 @@ class Ridge:
             self.review = next_review(self.seen, self.memory.size)
             self.beliefs.relearn(self.memory.answers(self.features))
 
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys; newcomers start with the prior."
         sources, self.hotkeys = compare_metagraphs(
             self.hotkeys, previous_metagraph, metagraph, self.n
@@ -201,6 +217,7 @@ def _largest_bounds(mean, sd, k, *, generator, **options) -> Selection:
     return ucb(mean, sd, k, generator=generator, **options)
 
 # %% ../../nbs/validators/14_policies.ipynb #p017
+@arguments_in_help
 class NearestAnswers:
     "Expects of each uid the mean reward of its answers to the most similar prompts."
 
@@ -224,7 +241,10 @@ class NearestAnswers:
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def scores(self, prompt: str) -> torch.Tensor:  # (n,); inf for a uid never asked
+    def scores(
+        self,
+        prompt: str,  # of the user
+    ) -> torch.Tensor:  # (n,); inf for a uid never asked
         "Average the rewards for the most similar prompts."
         if self.x is None:
             return torch.full((self.n,), torch.inf)
@@ -250,7 +270,12 @@ class NearestAnswers:
         return select(scores, k, epsilon=epsilon, newcomers=new, **options)
 
     @torch.no_grad()
-    def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
+    def learn(
+        self,
+        prompt: str,  # of the user
+        uids: torch.Tensor,  # (k,) of those who answered
+        rewards: torch.Tensor,  # (k,) of their answers
+    ) -> None:
         "Remember the answers; the oldest make room."
         x = self.encoder(prompt)
         if self.x is None:
@@ -260,7 +285,11 @@ class NearestAnswers:
         self.count[uids] += 1
         self.seen += 1
 
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys; nothing is known of newcomers."
         sources, self.hotkeys = compare_metagraphs(
             self.hotkeys, previous_metagraph, metagraph, self.n
@@ -269,6 +298,7 @@ class NearestAnswers:
         self.rewards[move_rows(moved, sources)] = torch.nan
 
 # %% ../../nbs/validators/14_policies.ipynb #p018
+@arguments_in_help
 class MeanPerUid:
     "Thompson sampling from the mean reward of each uid, whatever the prompt is."
 
@@ -297,13 +327,22 @@ class MeanPerUid:
         options: dict[str, Any] = dict(available=available, generator=self.generator)
         return thompson(mean, sd, k, width=self.width, epsilon=self.epsilon, **options)
 
-    def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
+    def learn(
+        self,
+        prompt: str,  # of the user
+        uids: torch.Tensor,  # (k,) of those who answered
+        rewards: torch.Tensor,  # (k,) of their answers
+    ) -> None:
         "Count the rewards."
         rewards = rewards.float()
         new = torch.full_like(rewards, torch.nan)
         self.beliefs.learn(torch.ones(1), torch.as_tensor(uids), rewards, new)
 
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys; newcomers start with the prior."
         sources, self.hotkeys = compare_metagraphs(
             self.hotkeys, previous_metagraph, metagraph, self.n
@@ -311,6 +350,7 @@ class MeanPerUid:
         self.beliefs.move(sources)
 
 
+@arguments_in_help
 class BestFixed:
     "Asks the same hotkeys every time, as far as they are there."
 
@@ -327,7 +367,10 @@ class BestFixed:
         else:
             self.worth = {self.hotkeys[uid]: float(w) for uid, w in enumerate(worth)}
 
-    def scores(self, prompt: str) -> torch.Tensor:
+    def scores(
+        self,
+        prompt: str,  # ignored
+    ) -> torch.Tensor:
         "Return the mean grades; a hotkey that has none comes last."
         least = min(self.worth.values(), default=0.0) - 1
         found = torch.full((max(self.hotkeys, default=-1) + 1,), least)
@@ -344,9 +387,18 @@ class BestFixed:
         "Choose the `k` best that can be asked."
         return select(self.scores(prompt), k, epsilon=0.0, available=available)
 
-    def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
+    def learn(
+        self,
+        prompt: str,  # of the user
+        uids: torch.Tensor,  # (k,) of those who answered
+        rewards: torch.Tensor,  # (k,) of their answers
+    ) -> None:
         "Learn nothing."
 
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys."
         self.hotkeys = uid_hotkeys(metagraph)

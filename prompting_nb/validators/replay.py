@@ -17,8 +17,11 @@ import torch
 
 from ..config import InputError
 from ..files import event_files, read_lines
+from ..help.usage import count_of
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/03_replay.ipynb #c025
+@arguments_in_help
 @dataclass(frozen=True)
 class Estimate:
     """What a policy would have earned: mean reward per uid asked, with 95 % intervals.
@@ -27,12 +30,12 @@ class Estimate:
     """
 
     ips: float  # inverse propensity scoring
-    ips_interval: tuple[float, float]
+    ips_interval: tuple[float, float]  # 95 % interval
     snips: float  # the same, self-normalized
-    snips_interval: tuple[float, float]
+    snips_interval: tuple[float, float]  # 95 % interval
     dm: float  # direct method; has no interval, since its error is bias
     dr: float  # doubly robust
-    dr_interval: tuple[float, float]
+    dr_interval: tuple[float, float]  # 95 % interval
     effective_sample_size: float  # in answers
     answers: int  # in the log, with a known propensity
     covered: float  # fraction of the policy's actions that the log could have taken
@@ -93,6 +96,7 @@ def estimate(
     )
 
 # %% ../../nbs/validators/03_replay.ipynb #c006
+@arguments_in_help
 @dataclass(frozen=True)
 class Event:
     """One question: the uids asked, with what probability, and their rewards.
@@ -101,7 +105,7 @@ class Event:
     """
 
     step: int  # number of the question
-    prompt: str
+    prompt: str  # of the user
     uids: list[int]  # asked
     propensities: list[float | None]  # in (0, 1]; `None` where unknown
     rewards: list[float | None]  # `None` where there was no answer
@@ -144,7 +148,9 @@ def read_events(
         for status, reward in zip(statuses, event.rewards)
     )
     if waiting:
-        warnings.warn(f"{waiting} answers of {path} have no reward yet", stacklevel=2)
+        warnings.warn(
+            f"{path}: {count_of(waiting, 'answer')} without a reward yet", stacklevel=2
+        )
     return [event for event, _ in lines]
 
 
@@ -189,8 +195,8 @@ def _add_late(events: list[Event], path: Path) -> None:
             elif event.rewards[places[uid]] is None:
                 event.rewards[places[uid]] = reward
     if lost:
-        text = f"{lost} rewards of {path} belong to no answer of the events that were"
-        warnings.warn(f"{text} read", stacklevel=3)
+        text = f"{path}: {count_of(lost, 'reward')} for no answer of the events read"
+        warnings.warn(text, stacklevel=3)
 
 
 _FIELDS = tuple(Event.__dataclass_fields__)

@@ -21,22 +21,22 @@ from safetensors.torch import save_file
 from ..config import InputError
 from ..files import replacing
 from ..pretrained import resolve
+from ..show import arguments_in_help
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/validators/04_rows.ipynb #c008
 def uid_hotkeys(
     metagraph: Any,  # has `hotkeys`, perhaps `uids`: bittensor's, for example
-) -> dict[
-    int, str
-]:  # raises TypeError for no metagraph, ValueError for a malformed one
+) -> dict[int, str]:  # raises TypeError for none, ValueError for a malformed one
     "Map each uid of a metagraph to its hotkey."
-    if not hasattr(metagraph, "hotkeys"):
+    hotkeys = getattr(metagraph, "hotkeys", None)
+    if hotkeys is None or isinstance(hotkeys, str):
         raise TypeError(
             "a gate needs a metagraph, an object with `hotkeys` such as subtensor."
             f"metagraph(netuid), got {type(metagraph).__name__} {metagraph!r:.60}"
         )
-    hotkeys = _plain(metagraph.hotkeys)
+    hotkeys = _plain(hotkeys)
     uids = getattr(metagraph, "uids", None)
     uids = range(len(hotkeys)) if uids is None else [int(uid) for uid in _plain(uids)]
     different = len(set(uids))
@@ -255,10 +255,11 @@ def save_rows(
             raise OSError(f"{path} cannot be written: {error}") from None
 
 # %% ../../nbs/validators/04_rows.ipynb #c035
+@arguments_in_help
 class SavedRows(NamedTuple):
-    "What a file of `save_rows` holds, and where its rows belong now."
+    "The content of a file of `save_rows`, and the present place of its rows."
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]  # by name, as they were saved
     about: dict[str, str]  # the metadata
     sources: torch.Tensor  # (num_uids,) the saved row of each row, as `row_sources`
 

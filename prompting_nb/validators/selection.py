@@ -12,8 +12,10 @@ import torch
 
 from ..config import InputError
 from ..shapes import TensorType, check_shapes
+from ..show import arguments_in_help
 
 # %% ../../nbs/validators/02_selection.ipynb #c005
+@arguments_in_help
 class Selection(NamedTuple):
     "The uids to ask, and the probability of asking each of them."
 
@@ -159,13 +161,11 @@ _PIECE = 65536  # random numbers at a time
 
 def _inclusion(
     draws: torch.Tensor,  # (draws, m), drawn anew: not the draw that decided
-    k: int,
+    k: int,  # less than m
     places: torch.Tensor,  # (k,) whose probabilities are wanted
     above: Callable,  # thresholds `(draws, k)`, places: chances of exceeding them
 ) -> torch.Tensor:  # (k,) float64
     "Estimate the probability that each of `places` is among the `k` largest."
-    if k >= draws.shape[1]:
-        return torch.ones(len(places), dtype=torch.float64)
     largest = draws.topk(k + 1, dim=1).values
     last, following = largest[:, k - 1 : k], largest[:, k : k + 1]
     # the k-th largest of all others

@@ -26,6 +26,7 @@ from .replay import Event
 from .selection import Selection
 from .validator import Policy, default_gate
 from .warm import track_records
+from ..help.usage import count_of
 
 # %% ../../nbs/validators/09_simulate.ipynb #s010
 @arguments_in_help
@@ -109,6 +110,7 @@ class Subnet:
         return Lookup(dict(zip(texts, torch.nn.functional.pad(table, (0, free)))))
 
 
+@arguments_in_help
 class Lookup(torch.nn.Module):
     "Stands in for an encoder: embeddings of texts that were computed before."
 
@@ -121,7 +123,10 @@ class Lookup(torch.nn.Module):
         self.table, self.model_name = table, model_name
         self.hidden_size = len(next(iter(table.values())))
 
-    def forward(self, texts: Union[str, Sequence[str]]) -> torch.Tensor:
+    def forward(
+        self,
+        texts: Union[str, Sequence[str]],  # seen before; KeyError for others
+    ) -> torch.Tensor:
         "Look up a text, `(hidden,)`, or several, `(n, hidden)`."
         if isinstance(texts, str):
             return self.table[texts]
@@ -150,14 +155,15 @@ def made_up(
     return Subnet(skill[of_prompt], embeddings=x, topics=of_prompt, uids=uids)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s021
+@arguments_in_help
 @dataclass
 class Now:
     "The state of a subnet in a run, which events change before a step."
 
-    subnet: Subnet
+    subnet: Subnet  # with its grades
     steps: int  # of the run
     draw: np.random.Generator  # the same draws for every policy
-    step: int = 0
+    step: int = 0  # from 0
     column: np.ndarray = field(init=False)  # (uids,) of the tables, that answers
     hotkeys: list[str] = field(init=False)  # (uids,)
     names: Counter = field(init=False)  # of miners that were ever there -> hotkeys
@@ -177,14 +183,20 @@ class Now:
         self.shift = np.zeros((1 + int(self.subnet.topics.max()), uids))
         self.copied = np.arange(uids)
 
-    def begins(self, at: Union[int, float]) -> bool:  # a step, or a fraction of the run
+    def begins(
+        self,
+        at: Union[int, float],  # a step, or a fraction of the run
+    ) -> bool:
         "Tell whether this is the step; `InputError` for one outside the run."
         when = int(at * self.steps) if isinstance(at, float) else at
         if not 0 <= when < self.steps:
             raise InputError(f"an event at {at} is outside a run of {self.steps} steps")
         return self.step == when
 
-    def pick(self, who: Any) -> np.ndarray:  # uids; raises `InputError` for too many
+    def pick(
+        self,
+        who: Any,  # uids, their number or share, or "most asked"
+    ) -> np.ndarray:  # uids; raises `InputError` for too many
         "Find the uids that an event names."
         if isinstance(who, str) and who == "most asked":
             counts = [self.asked[hotkey] for hotkey in self.hotkeys]
@@ -199,7 +211,10 @@ class Now:
             raise InputError(f"an event means uids {who} of {len(self.column)}")
         return uids
 
-    def hotkey_of(self, column: int) -> str:
+    def hotkey_of(
+        self,
+        column: int,  # of the grades
+    ) -> str:
         "Make a hotkey for a newcomer, with a number where its name was there before."
         name = self.subnet.names[column]
         self.names[name] += 1
@@ -210,12 +225,17 @@ class Now:
         columns = self.subnet.grades.shape[1]
         return self.spare.pop(0) if self.spare else int(self.draw.integers(columns))
 
-    def values(self, table: np.ndarray, prompt: int) -> np.ndarray:  # (uids,)
+    def values(
+        self,
+        table: np.ndarray,  # (prompts, columns) grades or rewards
+        prompt: int,  # row of the table
+    ) -> np.ndarray:  # (uids,)
         "Return what the uids are worth for a prompt, by grades or by rewards."
         row = table[prompt, self.column] + self.shift[self.subnet.topics[prompt]]
         return (row.clip(0, 1) * self.worth)[self.copied]
 
 # %% ../../nbs/validators/09_simulate.ipynb #s022
+@arguments_in_help
 @dataclass(frozen=True)
 class Replace:
     "Miners leave, and newcomers with hotkeys of their own get their uids."
@@ -224,7 +244,10 @@ class Replace:
     at: Union[int, float] = 0.5  # a step, or a fraction of the run
     silent: bool = False  # the hotkey stays: another model answers, and nobody is told
 
-    def __call__(self, now: Now) -> None:
+    def __call__(
+        self,
+        now: Now,  # changed in place
+    ) -> None:
         "Change hands."
         if not now.begins(self.at):
             return
@@ -235,6 +258,7 @@ class Replace:
                 now.hotkeys[uid] = now.hotkey_of(column)
 
 
+@arguments_in_help
 @dataclass
 class Drift:
     """Skills wander (autoregressive, order one) and keep the spread that they have.
@@ -244,7 +268,10 @@ class Drift:
 
     rho: float = 0.9985  # what is left of a deviation after a step
 
-    def __call__(self, now: Now) -> None:
+    def __call__(
+        self,
+        now: Now,  # changed in place
+    ) -> None:
         "Move every miner's skill in every topic."
         if now.step == 0:
             self._begin(now)
@@ -267,6 +294,7 @@ class Drift:
         self.walk = np.zeros_like(self.start)
 
 
+@arguments_in_help
 @dataclass
 class Lazy:
     "Miners answer only some prompts as well as they can. Holds the state of one run."
@@ -275,9 +303,12 @@ class Lazy:
     at: Union[int, float] = 0.5  # a step, or a fraction of the run
     share: float = 0.5  # of the prompts that they care about
     worth: float = 0.0  # factor of the grade of the others
-    uids: Any = field(default=(), init=False, repr=False)
+    uids: Any = field(default=(), init=False, repr=False)  # who they are
 
-    def __call__(self, now: Now) -> None:
+    def __call__(
+        self,
+        now: Now,  # changed in place
+    ) -> None:
         "Decide which of them care about this prompt."
         if now.begins(self.at):
             self.uids = now.pick(self.who)
@@ -286,6 +317,7 @@ class Lazy:
             now.worth[self.uids[careless]] *= self.worth
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Copies:
     "Several hotkeys give the same answer, that of the first of them."
@@ -293,13 +325,17 @@ class Copies:
     who: Any = 0.5  # uids, their number or share
     at: Union[int, float] = 0  # a step, or a fraction of the run
 
-    def __call__(self, now: Now) -> None:
+    def __call__(
+        self,
+        now: Now,  # changed in place
+    ) -> None:
         "Let them copy."
         if now.begins(self.at):
             uids = now.pick(self.who)
             now.copied[uids] = uids[:1]
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Noise:
     "Rewards are told with errors."
@@ -309,7 +345,10 @@ class Noise:
     outliers: float = 0.0  # share of rewards that are any number from 0 to 1
     cut: bool = True  # to [0, 1]
 
-    def __call__(self, now: Now) -> None:
+    def __call__(
+        self,
+        now: Now,  # changed in place
+    ) -> None:
         "Begin at the first step."
         if now.step == 0:
             now.noise.append(self._disturb)
@@ -327,6 +366,7 @@ class Noise:
         return told.clip(0, 1) if self.cut else told
 
 
+@arguments_in_help
 @dataclass(frozen=True)
 class Delay:
     "Rewards come later, each on its own, in any order, or never."
@@ -334,7 +374,10 @@ class Delay:
     most: int = 20  # steps; a delay is anything from 0 to this, evenly
     lost: float = 0.0  # share of rewards that never come
 
-    def __call__(self, now: Now) -> None:
+    def __call__(
+        self,
+        now: Now,  # changed in place
+    ) -> None:
         "Begin at the first step."
         if now.step == 0:
             now.wait = self._wait
@@ -344,6 +387,7 @@ class Delay:
         return np.where(draw.random(k) < self.lost, np.inf, steps)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s031
+@arguments_in_help
 class Always:
     "Asks the same uids every time."
 
@@ -353,17 +397,32 @@ class Always:
     ):
         self.uids = torch.as_tensor(uids)
 
-    def choose(self, prompt: str, k: int, available: Sequence[int]) -> Selection:
+    def choose(
+        self,
+        prompt: str,  # of the user
+        k: int,  # how many uids to ask
+        available: Sequence[int],  # that can be asked
+    ) -> Selection:
         "Choose the first `k` of them."
         return Selection(self.uids[:k], torch.ones(k))
 
-    def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
+    def learn(
+        self,
+        prompt: str,  # of the user
+        uids: torch.Tensor,  # (k,) of those who answered
+        rewards: torch.Tensor,  # (k,) of their answers
+    ) -> None:
         "Learn nothing."
 
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Change nothing."
 
 
+@arguments_in_help
 class Favourites:
     "Asks those who did best in the subnet's known rankings, while they hold a uid."
 
@@ -375,20 +434,35 @@ class Favourites:
         self.means = {one.name: one.mean for one in track_records(subnet.known)}
         self.hotkeys = subnet.metagraph.hotkeys
 
-    def choose(self, prompt: str, k: int, available: Sequence[int]) -> Selection:
+    def choose(
+        self,
+        prompt: str,  # of the user
+        k: int,  # how many uids to ask
+        available: Sequence[int],  # that can be asked
+    ) -> Selection:
         "Choose the best of those that are there; an unknown one counts as 0."
         means = torch.tensor([self.means.get(key, 0.0) for key in self.hotkeys])
         best = means.argsort(descending=True, stable=True)[:k]
         return Selection(best, torch.ones(k))
 
-    def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
+    def learn(
+        self,
+        prompt: str,  # of the user
+        uids: torch.Tensor,  # (k,) of those who answered
+        rewards: torch.Tensor,  # (k,) of their answers
+    ) -> None:
         "Learn nothing."
 
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys."
         self.hotkeys = metagraph.hotkeys
 
 
+@arguments_in_help
 class GatePolicy:
     "Asks whom a gate scores best, by the rule of a validator."
 
@@ -413,7 +487,12 @@ class GatePolicy:
             self.gate.learn_from(subnet.known)
             self.asked.update(dict.fromkeys(self.gate.known, self.policy.welcome))
 
-    def choose(self, prompt: str, k: int, available: Sequence[int]) -> Selection:
+    def choose(
+        self,
+        prompt: str,  # of the user
+        k: int,  # how many uids to ask
+        available: Sequence[int],  # that can be asked
+    ) -> Selection:
         "Score the uids, and choose by the rule."
         posterior = getattr(self.gate, "posterior", None)
         scores, sd = posterior(prompt) if posterior else (self.gate(prompt), None)
@@ -427,24 +506,34 @@ class GatePolicy:
         self.asked.update(self.hotkeys[uid] for uid in chosen.uids.tolist())
         return chosen
 
-    def learn(self, prompt: str, uids: torch.Tensor, rewards: torch.Tensor) -> None:
+    def learn(
+        self,
+        prompt: str,  # of the user
+        uids: torch.Tensor,  # (k,) of those who answered
+        rewards: torch.Tensor,  # (k,) of their answers
+    ) -> None:
         "Let the gate learn, from this question or an earlier one."
         asked, scores = self._latest
         if asked != prompt:
             scores = self.gate(prompt)
         self.gate.backward(scores[uids], rewards)
 
-    def resync(self, previous_metagraph: Any, metagraph: Any) -> None:
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was
+        metagraph: Any,  # as it is now
+    ) -> None:
         "Follow the hotkeys."
         self.gate.resync(previous_metagraph, metagraph)
         self.hotkeys, self._latest = metagraph.hotkeys, (None, None)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s041
+@arguments_in_help
 @dataclass
 class Run:
     "What one policy did with one seed: grades and rewards of all uids at each step."
 
-    seed: int
+    seed: int  # of choices and events
     prompts: list[str]  # (steps,)
     uids: np.ndarray  # (steps, k) asked
     propensities: np.ndarray  # (steps, k)
@@ -578,13 +667,14 @@ def _teach(policy: Any, prompt: str, answers: list, hotkeys: list[str]) -> None:
         policy.learn(prompt, torch.tensor(uids), rewards)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s051
+@arguments_in_help
 @dataclass
 class Standing:
     "Mean grades in [0, 1] of `k` asked uids over some steps, for four ways to choose."
 
-    random: float
+    random: float  # of uids drawn at random
     best_fixed: float  # the k uids with the best mean over these steps, in hindsight
-    gate: float
+    gate: float  # of those that the gate chose
     oracle: float  # the k best uids of each step
 
     @property
@@ -625,15 +715,16 @@ def alternatives(
     }
 
 # %% ../../nbs/validators/09_simulate.ipynb #s061
+@arguments_in_help
 class Figure(NamedTuple):
     "A figure over seeds."
 
-    mean: float
+    mean: float  # over seeds
     low: float  # of the 95 % interval (Student's t); nan for one seed
-    high: float
+    high: float  # upper bound of the 95 % interval
     sd: float  # between seeds
     worst: float  # the least value
-    worst_seed: int
+    worst_seed: int  # with the lowest value
     values: list[float]  # by seed
 
     def __str__(self) -> str:
@@ -656,6 +747,7 @@ def figure_of(
     return Figure(mean, mean - half, mean + half, sd, *worst, found.tolist())
 
 
+@arguments_in_help
 @dataclass
 class Results:
     "The runs of several policies over the same seeds."
@@ -715,7 +807,7 @@ class Results:
 
     def _repr_html_(self) -> str:
         seeds = len(next(iter(self.runs.values())))
-        title = f"{seeds} seeds, last {self.last:.0%} of each run"
+        title = f"{count_of(seeds, 'seed')}, last {self.last:.0%} of each run"
         return html_table(
             title, ("policy", *_COLUMNS, "worst gap closed"), self._rows()
         )

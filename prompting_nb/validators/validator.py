@@ -367,11 +367,12 @@ class Validator:
         self.dendrite.close()
 
 
+@arguments_in_help
 @dataclass
 class Round:
-    "A prompt on its way: who is asked, what they answered, what it is worth."
+    "One question of a validator: uids asked, answers, rewards."
 
-    prompt: str
+    prompt: str  # of the user
     step: int  # steps that had been taken when the uids were chosen
     scores: torch.Tensor  # (network_size,), the gate's, with gradient
     uids: list[int]  # k, to be asked
@@ -399,17 +400,15 @@ def _five_digits(values: Any) -> list:
 Rule = Literal["thompson", "ucb", "gumbel", "epsilon"]
 
 
+@arguments_in_help
 @dataclass
 class Policy:
     "How a validator chooses the uids to ask."
 
     k: PositiveInt = 3  # uids asked at once
     timeout: PositiveFloat = 1.0  # seconds that they have to answer
-    # `None`: thompson for a gate with a posterior, epsilon for others
-    rule: Optional[Rule] = None
-    explore: ClosedUnitInterval = (
-        1.0  # epsilon: probability of a random choice at first
-    )
+    rule: Optional[Rule] = None  # thompson with a posterior, else epsilon
+    explore: ClosedUnitInterval = 1.0  # epsilon: chance of a random choice at first
     explore_end: ClosedUnitInterval = 0.05  # epsilon: the same, after `explore_steps`
     explore_steps: NonNegativeInt = 75  # epsilon: steps over which it falls
     width: PositiveFloat = 1.3  # thompson, ucb: standard deviations at first
@@ -507,6 +506,7 @@ def default_gate(
     return GATES[kind](metagraph, config=settings, num_uids=width)
 
 # %% ../../nbs/validators/07_validator.ipynb #c023
+@arguments_in_help
 class MovingAverage:
     "Keeps an exponential moving average of the rewards of each hotkey."
 
@@ -541,6 +541,7 @@ class MovingAverage:
         return {uid: value / total for uid, value in earned.items()}
 
 # %% ../../nbs/validators/07_validator.ipynb #v0114
+@arguments_in_help
 @dataclass(frozen=True)
 class FirstUids:
     "The first uids of a metagraph."

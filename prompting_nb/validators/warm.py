@@ -13,7 +13,11 @@ from typing import Any, Iterable, Mapping, NamedTuple
 
 import torch
 
+from ..help.usage import count_of
+from ..show import arguments_in_help
+
 # %% ../../nbs/validators/08_warm.ipynb #w008
+@arguments_in_help
 @dataclass
 class Known:
     "What a gate learned from judged rankings, and what was left out."
@@ -31,28 +35,32 @@ class Known:
         most = ", ".join(name for name, _ in self.strangers.most_common(5))
         more = ", ..." if len(self.strangers) > 5 else ""
         text = (
-            f"{self.rankings} rankings with {self.hotkeys.total()} answers "
-            f"of {len(self.hotkeys)} hotkeys"
+            f"{count_of(self.rankings, 'ranking')} with "
+            f"{count_of(self.hotkeys.total(), 'answer')} of "
+            f"{count_of(len(self.hotkeys), 'hotkey')}"
         )
         notes = {
-            f"{self.strangers.total()} answers of {len(self.strangers)} names "
-            f"without a hotkey here ({most}{more})": self.strangers,
-            f"{self.unnamed} rankings without names": self.unnamed,
-            f"{self.ungraded} answers without a finite grade": self.ungraded,
+            f"{count_of(self.strangers.total(), 'answer')} of "
+            f"{count_of(len(self.strangers), 'name')} without a hotkey here "
+            f"({most}{more})": self.strangers,
+            f"{count_of(self.unnamed, 'ranking')} without names": self.unnamed,
+            f"{count_of(self.ungraded, 'answer')} without a finite "
+            "grade": self.ungraded,
         }
         parts = [note for note, count in notes.items() if count]
         text += f"; left out: {', '.join(parts)}" if parts else ""
         if self.repeated:
-            text += f"; {self.repeated} answers count within a mean of their prompt"
+            text += f"; {count_of(self.repeated, 'answer')} in a mean of the prompt"
         if self.forgotten:
             text += f"; the oldest {self.forgotten} did not fit into the memory"
         return text
 
 # %% ../../nbs/validators/08_warm.ipynb #w010
+@arguments_in_help
 class Judged(NamedTuple):
     "The grades of the answers to one prompt."
 
-    prompt: str
+    prompt: str  # of the user
     uids: torch.Tensor  # (k,) int64 of those who answered, each once
     grades: torch.Tensor  # (k,) float32
 
@@ -88,12 +96,13 @@ def judged_answers(
     return found, known
 
 # %% ../../nbs/validators/08_warm.ipynb #w014
+@arguments_in_help
 class TrackRecord(NamedTuple):
     "How somebody did in judged rankings."
 
-    name: str
+    name: str  # hotkey or name
     mean: float  # of the grades
-    answers: int
+    answers: int  # how many were judged
 
 
 def track_records(

@@ -14,22 +14,24 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from ..show import arguments_in_help
 from .offsets import Offsets, drift
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/validators/12_watch.ipynb #w010
+@arguments_in_help
 @dataclass
 class Watch:
-    "What is known of how far a judge can be believed."
+    "Evidence of how far a judge can be trusted."
 
     low: float = -math.inf  # of the raw scores that the curve was fitted on
-    high: float = math.inf
+    high: float = math.inf  # of the same
     by_text: Optional[float] = None  # share of pairs that the rewards order correctly
     by_who: Optional[float] = None  # share that the authors' mean grades do
     seen: int = 0  # raw scores so far
     below: int = 0  # of them, below the range
-    above: int = 0
+    above: int = 0  # of them, above it
 
     @property
     def left_range(self) -> bool:

@@ -176,10 +176,11 @@ class Page(Processor):
         return [before, cell, after] if after.source else [before, cell]
 
     def _index(self) -> str:
-        "Module name, classes with their first lines, functions."
+        "Module name, classes with their first lines (settings and errors last), functions."
         if not self.module:
             return ""
         classes = [n for n in self.entries if isinstance(self.space[n.split(".")[0]], type) and "." not in n]
+        classes.sort(key=lambda n: n.endswith("Settings") + 2 * issubclass(self.space[n], BaseException))
         others = [n for n in self.entries if n not in classes and "." not in n]
         rows = [f"| [`{name}`](#{anchor(name, self.module)}) | {summary(self.space[name])} |" for name in classes]
         parts = [f"::: {{.module-index}}\nModule `{self.module}`"]

@@ -168,6 +168,8 @@ def plain_markdown(title: str, description: str, blocks: list[str]) -> str:
 
 # ---- from Markdown to HTML
 
+FLAG, MARKED = re.compile(r"(?<![\w-])--[a-z][\w.-]*"), r'<span class="flag">\g<0></span>'
+
 def to_html(markdown: str, cache: Path | None = None) -> str:
     "What pandoc makes of a page, kept under its content's hash; links lead to pages, wide tables scroll by themselves."
     kept = cache and cache / (hashlib.sha256((str(PANDOC[1:]) + markdown).encode()).hexdigest()[:24] + ".html")
@@ -180,7 +182,9 @@ def to_html(markdown: str, cache: Path | None = None) -> str:
             kept.write_text(body, encoding="utf-8")
     body = re.sub(r'<a href="#cb[\d-]+" aria-hidden="true" tabindex="-1"></a>', "", body)
     body = re.sub(r' id="cb[\d-]+"', "", body)
-    body = re.sub(r"(<table.*?</table>)", r'<div class="table-wrap">\1</div>', body, flags=re.S)
+    whole = lambda table: table.replace(" ± ", "&nbsp;±&nbsp;")  # a number keeps its interval on its line, a flag its dashes
+    body = re.sub(r"<table.*?</table>", lambda m: f'<div class="table-wrap">{whole(m[0])}</div>', body, flags=re.S)
+    body = re.sub(r"(?<!<pre>)<code>([^<]*--[^<]*)</code>", lambda m: f"<code>{FLAG.sub(MARKED, m[1])}</code>", body)
     body = re.sub(r"<th></th>", '<td></td>', body)
     return re.sub(r'href="(?!\w+:|#)([^"#]*?)([^"#/]+\.ipynb)(?![^"]*" download)',
                   lambda m: f'href="{m[1]}{address(m[2])}', body)

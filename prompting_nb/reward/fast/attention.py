@@ -14,7 +14,10 @@ from typing import Any, Iterator
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...show import arguments_in_help
+
 # %% ../../../nbs/reward/fast/01_attention.ipynb #c005
+@arguments_in_help
 @dataclass(frozen=True)
 class Span:
     "Name some queries of a row, and the keys that they see."

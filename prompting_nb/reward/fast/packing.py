@@ -28,6 +28,7 @@ from ..model import RewardModel, TextEncoder
 from ...encoding.batches import evaluating
 from ...encoding.products import half_layers, runs_half
 from ..tokens import length_of
+from ...show import arguments_in_help
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c040
 def packed_rewards(
@@ -43,7 +44,7 @@ def packed_rewards(
 
 
 def score_packed(
-    model: RewardModel,
+    model: RewardModel,  # in any mode; dropout is off
     prompts: list[str],  # one for each completion
     completions: list[str],  # n of them
     bf16: bool = False,  # compute in bfloat16
@@ -131,14 +132,14 @@ def _offset(model: Any) -> int | None:
     return None
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c008
+@arguments_in_help
 @dataclass
 class Layout:
     "Describe where the texts of a batch are in one row of tokens."
 
     input_ids: torch.Tensor  # (1, tokens)
     position_ids: torch.Tensor  # (1, tokens), each token's position in its text
-    # for each group: the number of shared tokens, and of the other tokens of each text
-    pieces: list[tuple[int, list[int]]]
+    pieces: list[tuple[int, list[int]]]  # of each group: shared tokens, own per text
     last: torch.Tensor  # (texts,) where the last token of each text is
 
     @property
@@ -151,7 +152,10 @@ class Layout:
         "Return the number of tokens of each text after its shared prefix."
         return [size for _, own in self.pieces for size in own]
 
-    def spans(self, only_last: bool) -> list[Span]:
+    def spans(
+        self,
+        only_last: bool,  # last layer: only the tokens that are pooled
+    ) -> list[Span]:
         "Return which queries see which keys; `only_last` has one query for each text."
         found, place, text = [], 0, 0
         for shared, own in self.pieces:
@@ -329,12 +333,16 @@ _LAST = {
 }
 
 
-def shares_prefix(encoder: RewardModel | TextEncoder) -> bool:
+def shares_prefix(
+    encoder: RewardModel | TextEncoder,  # or the reward model around one
+) -> bool:
     "Check whether a common prefix can be computed once, to the same result."
     return encoder.model.config.model_type in SHARING and encoder.pooling == "last"
 
 
-def can_pack(encoder: RewardModel | TextEncoder) -> bool:
+def can_pack(
+    encoder: RewardModel | TextEncoder,  # or the reward model around one
+) -> bool:
     "Check whether texts can be packed into one row, to the same result."
     config = encoder.model.config
     frame = _text_encoder(encoder).frame
@@ -350,7 +358,9 @@ def can_pack(encoder: RewardModel | TextEncoder) -> bool:
     return fits and plain and sees_all(encoder) and not _is_changed(encoder.model)
 
 
-def sees_all(encoder: RewardModel | TextEncoder) -> bool:
+def sees_all(
+    encoder: RewardModel | TextEncoder,  # or the reward model around one
+) -> bool:
     "Check whether every layer sees texts whole, and not through a shorter window."
     config = encoder.model.config
     window = getattr(config, "sliding_window", None)
@@ -374,8 +384,8 @@ def _text_encoder(encoder: RewardModel | TextEncoder) -> TextEncoder:
 
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
 def packed_view(
-    encoder: RewardModel | TextEncoder,  # one that `can_pack`
-    half: bool = False,  # linear layers in bfloat16, where `runs_half`; no gradients
+    encoder: RewardModel | TextEncoder,  # whose weights are shared, not copied
+    half: bool = False,  # new linear layers in bfloat16, where it `runs_half`
 ) -> Any:
     "Make a model with the weights of an encoder whose forward takes `layout` as well."
     copies: dict[int, Any] = {}  # of modules and configs, by the original's id
@@ -510,8 +520,8 @@ _turn = threading.Lock()
 
 
 def run_layouts(
-    encoder: RewardModel | TextEncoder,
-    layouts: list[Layout],
+    encoder: RewardModel | TextEncoder,  # one that `can_pack`
+    layouts: list[Layout],  # of the texts
     order: torch.Tensor,  # (texts,) where the vector of each text is
     threads: int,  # at most as many as layouts
     view: Any,  # a `packed_view` of the encoder
