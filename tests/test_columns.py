@@ -128,7 +128,7 @@ def test_scores_that_contradict_a_pair_are_counted(scores):
     report = Report()
     recorded = dict(zip(("score_chosen", "score_rejected"), scores))
     [found] = rankings_from([{"prompt": "p", "chosen": "a", "rejected": "b", **recorded}], report)
-    assert found.scores == [1.0, 0.0] and report.contradicted == 1 and "1 pairs whose scores do not say" in str(report)
+    assert found.scores == [1.0, 0.0] and report.contradicted == 1 and "1 pair whose scores do not say" in str(report)
 
 
 @pytest.mark.parametrize("row, reason", [

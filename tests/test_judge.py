@@ -78,6 +78,53 @@ def test_correction_brings_rewards_closer_to_grades_that_were_not_used():
     assert np.square(error[True]).mean() < 0.8 * np.square(error[False]).mean()
 
 
+def test_texts_that_tell_little_beyond_their_author_count_for_little():
+    "Grades of unseen answers are met better than by offsets alone, and as well as by the true slope."
+    draw, people = np.random.default_rng(5), 12
+    skill = 0.5 + 0.15 * draw.standard_normal(people)
+    text = 0.15 * draw.standard_normal((300, people))
+    scores = skill + 0.1 * draw.standard_normal(people) + text
+    grades = (skill + 0.3 * text + 0.1 * draw.standard_normal(text.shape)).clip(0, 1)
+    names = [[f"5Hotkey{i}" for i in range(people)]] * len(text)
+    fair = Judge.fitted(Numbers(), scores[:66], grades[:66], names[:66])
+    assert fair.offsets.slope < 0.8
+    old = Judge(fair.model, fair.scores, fair.grades, fair.ties, Offsets(fair.offsets.errors))  # as from an older file
+    missed = {judge: [] for judge in ("fair", "old")}
+    for name, judge in (("fair", fair), ("old", old)):
+        for row, right, who in zip(scores[66:], grades[66:], names[66:]):
+            missed[name].append(judge("", [f"{s} x" for s in row], who).numpy() - right)
+    assert np.square(missed["fair"]).mean() < 0.9 * np.square(missed["old"]).mean()
+    stranger = fair("", ["0.3 x", "0.7 x"], ["5New", "5New"])
+    assert stranger.tolist() == fair("", ["0.3 x", "0.7 x"]).tolist(), "nothing is known of a new one"
+    assert fair.correction("5Hotkey0", 0.2) > fair.correction("5Hotkey0", 0.8)
+    fair.correct = False
+    assert fair.correction("5Hotkey0", 0.2) == 0
+
+
+def test_a_slope_is_what_a_regression_with_intercepts_says():
+    draw = np.random.default_rng(6)
+    rewards = {f"5{i}": draw.random(n) + i for i, n in enumerate((66, 40, 3, 1))}
+    errors = {key: 0.1 * i - 0.6 * r + 0.3 * draw.standard_normal(len(r)) for i, (key, r) in enumerate(rewards.items())}
+    found = Offsets(errors, rewards)
+    who = np.repeat(np.arange(4), (66, 40, 3, 1))
+    design = np.column_stack([np.concatenate(list(rewards.values())), np.eye(4)[who]])
+    least = np.linalg.lstsq(design, np.concatenate(list(errors.values())), rcond=None)[0][0]
+    assert found.slope == pytest.approx(1 + least, abs=0.02) and 0.3 < found.slope < 0.6
+    assert Offsets({key: -value for key, value in errors.items()}, rewards).slope == 1, "rewards are never stretched"
+    assert found.correction("50", rewards["50"].mean()) == pytest.approx(found["50"])
+
+
+def test_audits_teach_a_slope_too():
+    draw = np.random.default_rng(7)
+    audits = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]), first=60)
+    for _ in range(60):
+        texts = [f"{0.5 + 0.1 * draw.standard_normal():.4f} {grade}" for grade in (0.3, 0.6)]
+        audits("x", texts, ["5A", "5B"])
+    assert audits.offsets.slope < 0.2
+    low, high = audits("x", ["0.4 0.3", "0.6 0.3"], ["5A", "5A"]).tolist()
+    assert low == pytest.approx(0.3, abs=0.03) and high == pytest.approx(0.3, abs=0.03)
+
+
 def test_corrected_rewards_are_not_cut_and_missing_answers_stay_zero():
     judge = Judge(Numbers(), offsets=Offsets({"5Up": [0.5] * 9, "5Down": [-0.5] * 9}))
     rewards = judge("", ["0.9 x", "0.1 x", None, ""], ["5Up", "5Down", "5Up", "5Down"]).tolist()
@@ -103,7 +150,8 @@ def test_a_saved_judge_is_the_same(tmp_path):
     judge = Judge.fitted(Numbers(), scores, grades, names, correct=False)
     judge.save(tmp_path / "judge.json")
     again = Judge.load(tmp_path / "judge.json", Numbers())
-    assert again.offsets.errors == judge.offsets.errors and again.watch == judge.watch and not again.correct
+    assert again.offsets.errors == judge.offsets.errors and again.offsets.rewards == judge.offsets.rewards
+    assert again.watch == judge.watch and not again.correct
     texts, who = ["0.1 x", "0.7 y"], ["5Hotkey1", "5Hotkey2"]
     for judge.correct in (True, False):
         again.correct = judge.correct

@@ -110,6 +110,12 @@ def test_a_request_that_does_not_prove_its_sender_is_refused(gate, headers, reas
     assert refusal(gate, headers) == (401, reason)
 
 
+def test_a_hotkey_that_is_too_long_is_refused_before_it_is_read(gate, monkeypatch):
+    monkeypatch.setattr("prompting_nb.network.legacy.verify_signature", None)
+    reason = "MalformedAuth: invalid hotkey address or signature encoding"
+    assert refusal(gate, signed(hotkey="5" * 65)) == (401, reason)
+
+
 @pytest.mark.parametrize("age, reason", [
     (10 * SECOND, None), (10 * SECOND + 1, f"StaleRequest: the nonce is 10 s old; {AGE}"),
     (-2 * SECOND, None), (-2 * SECOND - 1, f"StaleRequest: the nonce is 2 s ahead; {AGE}"),

@@ -115,6 +115,9 @@ def test_the_report_shows_answers_moves_and_files(tmp_path, reward):
     page, summary = (out / "report.html").read_text(), json.loads((out / "summary.json").read_text())
     assert "1 is a perfect answer, 0 a useless one" in page
     assert "Three of the last 4 steps" in page
+    # a phone: names and digests break within words, short texts do not break at all, pictures scroll
+    assert page.index('<div class="folded">') > page.index("What it was made with") and 'class="text short">built-in<' in page
+    assert "figure { overflow-x: auto; }" in page
     for kind in ("best", "typical", "worst"):
         assert page.count(f"{kind}, step ") == summary["top_k"]  # each of those who were asked
     last = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()][-4:]

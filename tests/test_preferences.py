@@ -207,7 +207,7 @@ def test_files_that_cannot_be_read_and_files_without_a_ranking(tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"}))
     assert len(read_rankings(twice, keep_all=True)) == 1
-    with pytest.raises(InputError, match="1 repeated completions"):
+    with pytest.raises(InputError, match="1 repeated completion,"):
         read_rankings(twice)
 
 

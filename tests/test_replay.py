@@ -374,18 +374,18 @@ def test_the_files_of_a_folder_with_rewards_that_came_late(tmp_path):
     with pytest.warns(UserWarning) as warned:
         events = read_events(str(tmp_path))
     assert [(event.step, event.rewards) for event in events] == [(0, [0.8, None]), (1, [0.8, None]), (2, [None, None])]
-    assert said(warned) == [f"3 answers of {tmp_path} have no reward yet"]  # that of status 408 is no answer
+    assert said(warned) == [f"{tmp_path}: 3 answers without a reward yet"]  # that of status 408 is no answer
     late = tmp_path / "rewards.jsonl"
     write(late, {"step": 2, "rewards": {"0": 0.5, "2": 0.25}}, {"step": 9, "rewards": {"0": 1, "1": 1}},
           {"step": 0, "rewards": {"2": 0.1, "1": 0.9, "0": "0.6"}}, {"step": 0, "rewards": {"0": 0.7}})  # fmt: skip
     with pytest.warns(UserWarning) as warned:
         events = read_events(tmp_path)
     assert [event.rewards for event in events] == [[0.8, 0.6], [0.8, None], [0.25, 0.5]]  # what is there stays
-    assert said(warned) == [f"3 rewards of {late} belong to no answer of the events that were read"]
+    assert said(warned) == [f"{late}: 3 rewards for no answer of the events read"]
     with pytest.warns(UserWarning) as warned:
         events = read_events(str(tmp_path / "events.jsonl"))  # a file has the rewards beside it
     assert [event.rewards for event in events] == [[0.8, None], [0.25, 0.5]]
-    assert said(warned) == [f"6 rewards of {late} belong to no answer of the events that were read"]
+    assert said(warned) == [f"{late}: 6 rewards for no answer of the events read"]
 
 
 def test_a_file_without_a_reward_that_waits_warns_of_nothing(tmp_path, recwarn):

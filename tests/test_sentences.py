@@ -89,7 +89,7 @@ def test_what_is_cut_is_said(make, caplog):
     with caplog.at_level(logging.WARNING):
         encoder = Encoder(folder)
         same(encoder(TEXTS), library(folder))
-    assert encoder.cut == 3 and "reads only 12 tokens of a text: 3 texts were cut so far" in caplog.text
+    assert encoder.cut == 3 and "reads only 12 tokens of a text: 3 texts cut so far" in caplog.text
 
 
 def test_precision_and_what_does_not_fit(make, bert):

@@ -69,7 +69,7 @@ def half_layers(
 
 
 def runs_half(
-    model: torch.nn.Module,  # of transformers, or any part of one
+    model: torch.nn.Module,  # all of an encoder
 ) -> bool:
     "Check whether layers in bfloat16 can take the place of a model's linear layers."
     names = "_linear_pointwise _reorder_linear_weight _is_mkldnn_bf16_supported"

@@ -231,6 +231,7 @@ def _known(loop: Loop) -> dict:
     }
     if isinstance(judge, Judge):
         found["judge_corrected"] = judge.correct and len(judge.offsets) > 0
+        found["judge_slope"] = round(judge.offsets.slope, 4)
         found["judge_offsets"] = [
             {
                 name: round(v, 4) if isinstance(v, float) else v
@@ -417,7 +418,7 @@ def render(
     ]
     if rows:
         titles = {"what": "setting", "value": "value"}
-        parts += ["<h2>What it was made with</h2>", _table(rows, titles)]
+        parts += ["<h2>What it was made with</h2>", _table(rows, titles, True)]
     if summary.get("overdue"):
         parts.append(
             f"<p>{count_of(summary['overdue'], 'answer')} came too late because this "
@@ -514,11 +515,17 @@ def knowledge(
         return f"{text} The judge's rewards are not corrected for who answered."
     values = [row["value"] for row in offsets]
     taught = sum(row["answers"] for row in offsets)
-    return (
+    text = (
         f"{text} The judge corrects the rewards of "
         f"{count_of(len(values), 'miner')}, by "
         f"{min(values):+.3f} to {max(values):+.3f}, which "
         f"{count_of(taught, 'graded answer')} taught it."
+    )
+    if (slope := summary.get("judge_slope", 1.0)) > 0.995:
+        return text
+    return (
+        f"{text} Differences between the answers of one miner count {slope:.2f} times, "
+        "as the grades differ less than the rewards."
     )
 
 
@@ -731,9 +738,17 @@ th, td { padding: .25rem .8rem; text-align: right; }
 th, td { border-bottom: 1px solid var(--line); }
 td.text, th.text { text-align: left; }
 tr.marked { background: #c8102e22; font-weight: 600; }
+td.short { white-space: nowrap; }
+td.long { min-width: 14rem; }
 .wide { overflow-x: auto; }
+.folded td { overflow-wrap: anywhere; min-width: 0; white-space: normal; }
+.folded td:first-child { min-width: 9rem; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; border-radius: .3rem; }
+@media (max-width: 40rem) {  /* a picture scrolls, so that its labels can be read */
+  figure { overflow-x: auto; }
+  img { max-width: none; width: 34rem; }
+}
 @media (prefers-color-scheme: dark) {  /* a white picture becomes a dark one */
   img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
 }
@@ -801,15 +816,24 @@ def _shown(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _table(rows: list[dict], titles: dict[str, str]) -> str:
-    "Return rows as an HTML table, with text columns on the left."
-    kind = lambda key: ' class="text"' if isinstance(rows[0][key], str) else ""
-    cell = lambda tag, key, text: f"<{tag}{kind(key)}>{html.escape(text)}</{tag}>"
+def _table(rows: list[dict], titles: dict[str, str], folded: bool = False) -> str:
+    """Return rows as an HTML table, with text columns on the left.
+
+    A `folded` one breaks within words rather than scroll, for names and digests.
+    """
+
+    def cell(tag: str, key: str, text: str) -> str:
+        kinds = ["text"] if isinstance(rows[0][key], str) else []
+        kinds += ["short"] if tag == "td" and len(text) <= 16 else []
+        kinds += ["long"] if len(text) > 40 else []  # a phone keeps room for it
+        named = f' class="{" ".join(kinds)}"' if kinds else ""
+        return f"<{tag}{named}>{html.escape(text)}</{tag}>"
+
     head = "".join(cell("th", key, title) for key, title in titles.items())
     line = lambda row: "".join(cell("td", key, _shown(row[key])) for key in titles)
     body = "".join(f"<tr>{line(row)}</tr>" for row in rows)
     inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="wide"><table>{inner}</table></div>'
+    return f'<div class="{"folded" if folded else "wide"}"><table>{inner}</table></div>'
 
 # %% ../../nbs/loop/03_report.ipynb #c027
 _TEXTS = ("name", "kind")  # columns on the left

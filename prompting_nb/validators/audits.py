@@ -110,7 +110,7 @@ class Audits:
             self._audit(prompt, completions[at], hotkeys[at], float(rewards[at]))
         self.answers += len(given)
         for i in given:
-            rewards[i] += self.judge.offset(hotkeys[i])
+            rewards[i] += self.judge.correction(hotkeys[i], float(rewards[i]))
         return rewards
 
     def offset(
@@ -149,7 +149,7 @@ class Audits:
             self.failed += 1
             return
         self.graded += 1
-        self.offsets.add(hotkey, grade - reward)
+        self.offsets.add(hotkey, grade - reward, reward)
         moved = drift(self.offsets.errors[hotkey], self.latest)
         if abs(moved) > self.far:
             _log.warning(

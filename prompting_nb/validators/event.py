@@ -31,7 +31,7 @@ class Event(replay.Event):
     completions: list[Optional[str]]  # `None` where the miner failed or was late
     loss: float  # the gate's, before it learned from this step
     seconds: list[float] = field(repr=False)  # from the request to each answer
-    offsets: Optional[list[float]] = None  # that the judge added to the rewards
+    offsets: Optional[list[float]] = None  # of the hotkeys; the slope is not in them
     sd: Optional[list[float]] = None  # standard deviations of the scores, if known
     watched: Optional[list[int]] = field(
         default=None, repr=False

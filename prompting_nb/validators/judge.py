@@ -19,7 +19,7 @@ from ..config import InputError
 from ..files import reason_of, write_file
 from ..pretrained import load
 from ..show import arguments_in_help
-from .offsets import Offsets, errors_of
+from .offsets import Offsets
 from .watch import Watch, agreement, by_author
 
 # %% ../../nbs/validators/05_judge.ipynb #c013
@@ -73,9 +73,9 @@ class Judge:
     ) -> None:
         "Learn whom the judge flatters, from answers that it was not trained on."
         rewards = [self.expected(row).tolist() for row in scores]
-        for name, errors in errors_of(rewards, grades, names).items():
-            for error in errors:
-                self.offsets.add(name, error)
+        for row, right, who in zip(rewards, grades, names, strict=True):
+            for name, reward, grade in zip(who or (), row, right):
+                self.offsets.add(name, float(grade) - reward, reward)
         self.watch.by_text = agreement(rewards, grades)
         self.watch.by_who = agreement(by_author(grades, names), grades)
 
@@ -126,7 +126,8 @@ class Judge:
             self.watch.look(scores)
             worth = self.expected(scores)
             if hotkeys is not None:
-                worth = worth + [self.offset(hotkeys[i]) for i in given]
+                who = [hotkeys[i] for i in given]
+                worth = worth + list(map(self.correction, who, worth.tolist()))
             rewards[given] = torch.as_tensor(worth, dtype=torch.float32)
         return rewards
 
@@ -134,8 +135,16 @@ class Judge:
         self,
         hotkey: str,  # 0 for an unknown one
     ) -> float:
-        "Return what is added to the rewards of a hotkey's answers."
+        "Return what is added to the rewards of a hotkey's answers, whatever they say."
         return self.offsets[hotkey] if self.correct else 0.0
+
+    def correction(
+        self,
+        hotkey: str,  # who gave the answer
+        reward: float,  # of an answer, before any correction
+    ) -> float:
+        "Return what is added to a reward: the offset, and what the slope takes off."
+        return self.offsets.correction(hotkey, reward) if self.correct else 0.0
 
     def findings(self) -> list[str]:  # a sentence each; none is good
         "Say what speaks against the rewards."
@@ -152,6 +161,7 @@ class Judge:
             "ties": self.ties,
             "correct": self.correct,
             "errors": self.offsets.errors,
+            "rewards": self.offsets.rewards,
             "watch": {n: _finite(v) for n, v in vars(self.watch).items()},
         }
         write_file(Path(path), json.dumps(state, allow_nan=False) + "\n")
@@ -169,7 +179,9 @@ class Judge:
             middle, width = state["ties"] or (0.0, 0.0)
             ties = (float(middle), float(width)) if state["ties"] else None
             scores, grades = ([*map(float, state[name])] for name in _CURVE)
-            offsets, correct = Offsets(state["errors"]), bool(state["correct"])
+            # older files have no rewards
+            offsets = Offsets(state["errors"], state.get("rewards", {}))
+            correct = bool(state["correct"])
             return cls(model, scores, grades, ties, offsets, correct, Watch(**watch))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} holds no judge: {reason_of(error)}") from error

@@ -382,7 +382,7 @@ class Round:
     sd: Optional[list[float]] = None  # of the scores of those asked, if known
     answers: list[Prompting] = field(default_factory=list)  # one for each uid
     rewards: list = field(default_factory=list)  # five digits; `None`: not yet
-    offsets: Optional[list] = None  # that the judge added to them
+    offsets: Optional[list] = None  # of the hotkeys, that the judge added to them
     prices: Optional[list[float]] = None  # of the answers
     why: Optional[Explanation] = None  # these uids
 

@@ -385,7 +385,7 @@ def _text_encoder(encoder: RewardModel | TextEncoder) -> TextEncoder:
 # %% ../../../nbs/reward/fast/00_packing.ipynb #c023
 def packed_view(
     encoder: RewardModel | TextEncoder,  # whose weights are shared, not copied
-    half: bool = False,  # new linear layers in bfloat16, where it `runs_half`
+    half: bool = False,  # linear layers in bfloat16, where `runs_half`; no gradients
 ) -> Any:
     "Make a model with the weights of an encoder whose forward takes `layout` as well."
     copies: dict[int, Any] = {}  # of modules and configs, by the original's id
@@ -521,7 +521,7 @@ _turn = threading.Lock()
 
 def run_layouts(
     encoder: RewardModel | TextEncoder,  # one that `can_pack`
-    layouts: list[Layout],  # of the texts
+    layouts: list[Layout],  # each is computed in one thread
     order: torch.Tensor,  # (texts,) where the vector of each text is
     threads: int,  # at most as many as layouts
     view: Any,  # a `packed_view` of the encoder
