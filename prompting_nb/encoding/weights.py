@@ -33,16 +33,17 @@ def frozen_model(
     """Load a transformer in evaluation mode, without gradients, once for all users.
 
     Do not change or move what it returns: take `copy.deepcopy` of it first."""
-    device = known_device(device) if device else torch.get_default_device()
+    where = device or torch.get_default_device()
     if precision not in PRECISIONS:
         known = ", ".join(PRECISIONS)
         raise InputError(
             f"the precision of an encoder is one of {known}, got {precision!r}"
         )
-    if precision == "int8" and device.type != "cpu":
+    if precision == "int8" and not str(where).startswith("cpu"):
         raise InputError(
-            f"int8 runs on the CPU only, and the device is {device}: take bfloat16"
+            f"int8 runs on the CPU only, and the device is {where}: take bfloat16"
         )
+    device = known_device(where)
     if compile:
         return _load_frozen(model_name, device, precision, compile)
     key = _identity(model_name), str(device), precision
