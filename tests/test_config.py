@@ -275,6 +275,17 @@ def test_the_nearest_name_is_named(reader):
         reader("gating.blacklist.quotaa", 5)
 
 
+@pytest.mark.parametrize("flag, said", [
+    ("--miner.blacklist.quotaa", "miner.blacklist.quotaa, and none under miner: the sections are gating"),
+    ("--gatingg.blacklist.quotaa", "gatingg.blacklist.quotaa; the nearest is gating.blacklist.quota")])
+def test_a_name_of_another_section_has_no_nearest(flag, said):
+    parser = make_parser(add_args, exit_on_error=False)
+    parser.add_argument("--prices.worth", type=float)  # would be "the nearest" of miner.blacklist.quotaa
+    said = said.replace("sections are gating", "sections are gating, prices")
+    with pytest.raises(argparse.ArgumentError, match=f"there is no setting {said}$"):
+        parser.parse_args([flag, "5"])
+
+
 def test_yaml_with_an_unknown_name_is_refused(tmp_path):
     parser = make_parser(add_args, exit_on_error=False)
     parser.add_argument("--config", action="config")
@@ -398,7 +409,7 @@ def test_a_notebook_has_no_command_line(monkeypatch):
 
 def test_our_own_commands_refuse_every_unknown_flag():
     for argv in (["--verbose"], ["--gating.num", "3"], ["--neuron.name", "x"], ["stray"]):
-        with pytest.raises(argparse.ArgumentError, match="the nearest is|belongs to no flag"):
+        with pytest.raises(argparse.ArgumentError, match="the nearest is|none under neuron|belongs to no flag"):
             make_parser(add_args, exit_on_error=False).parse_args(argv)
 
 

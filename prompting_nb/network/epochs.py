@@ -14,50 +14,6 @@ from bittensor.settings import U16_MAX
 from .consensus import yuma
 from .neurons import Neuron, Rules
 
-# %% ../../nbs/network/19_epochs.ipynb #ed4009
-def _inputs(
-    neurons: tuple,
-    block: int,  # of this epoch
-    last: int,  # block of the epoch before; 0: this is the first one
-    cutoff: int,  # blocks
-) -> tuple[list[int], dict]:  # uids of the validators; arguments of `yuma`
-    "Mask inactive stake, self-weights, outdated weights and outdated bonds."
-    rows = [uid for uid, n in enumerate(neurons) if n.validator_permit]
-    rows = rows or [0]  # nobody may set weights: one row that does not count
-    weights, bonds = np.zeros((2, len(rows), len(neurons)))
-    for row, uid in enumerate(rows):
-        me = neurons[uid]
-        for other, weight in me.weights.items():
-            if other != uid and me.weights_block > neurons[other].registered:
-                weights[row, other] = weight
-        for other, bond in me.bonds.items():
-            if neurons[other].registered <= last:
-                bonds[row, other] = bond
-    stake = np.array([float(neurons[uid].stake) for uid in rows])
-    permits = np.array(
-        [
-            neurons[uid].validator_permit and _is_active(neurons[uid], block, cutoff)
-            for uid in rows
-        ]
-    )
-    return rows, dict(weights=weights, stake=stake, bonds=bonds, permits=permits)
-
-
-def _is_active(neuron: Neuron, block: int, cutoff: int) -> bool:
-    return neuron.last_update + cutoff >= block
-
-
-def _u16(shares: np.ndarray) -> list[int]:
-    "Round shares down to 0 .. 65535, as the chain stores them."
-    # the small term keeps a share that is 1 up to floating point at 65535
-    return [int(x) for x in np.floor(shares * U16_MAX + 1e-6)]
-
-
-def _of_largest(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    "Divide values by the largest."
-    top = values.max(axis=axis, keepdims=True, initial=0)
-    return np.divide(values, top, out=np.zeros_like(values), where=top > 0)
-
 # %% ../../nbs/network/19_epochs.ipynb #ed4010
 def run_epoch(
     neurons: tuple,  # the row before the epoch
@@ -104,6 +60,50 @@ def run_epoch(
         )
         for uid, (n, column) in enumerate(zip(neurons, columns))
     )
+
+# %% ../../nbs/network/19_epochs.ipynb #ed4009
+def _inputs(
+    neurons: tuple,
+    block: int,  # of this epoch
+    last: int,  # block of the epoch before; 0: this is the first one
+    cutoff: int,  # blocks
+) -> tuple[list[int], dict]:  # uids of the validators; arguments of `yuma`
+    "Mask inactive stake, self-weights, outdated weights and outdated bonds."
+    rows = [uid for uid, n in enumerate(neurons) if n.validator_permit]
+    rows = rows or [0]  # nobody may set weights: one row that does not count
+    weights, bonds = np.zeros((2, len(rows), len(neurons)))
+    for row, uid in enumerate(rows):
+        me = neurons[uid]
+        for other, weight in me.weights.items():
+            if other != uid and me.weights_block > neurons[other].registered:
+                weights[row, other] = weight
+        for other, bond in me.bonds.items():
+            if neurons[other].registered <= last:
+                bonds[row, other] = bond
+    stake = np.array([float(neurons[uid].stake) for uid in rows])
+    permits = np.array(
+        [
+            neurons[uid].validator_permit and _is_active(neurons[uid], block, cutoff)
+            for uid in rows
+        ]
+    )
+    return rows, dict(weights=weights, stake=stake, bonds=bonds, permits=permits)
+
+
+def _is_active(neuron: Neuron, block: int, cutoff: int) -> bool:
+    return neuron.last_update + cutoff >= block
+
+
+def _u16(shares: np.ndarray) -> list[int]:
+    "Round shares down to 0 .. 65535, as the chain stores them."
+    # the small term keeps a share that is 1 up to floating point at 65535
+    return [int(x) for x in np.floor(shares * U16_MAX + 1e-6)]
+
+
+def _of_largest(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    "Divide values by the largest."
+    top = values.max(axis=axis, keepdims=True, initial=0)
+    return np.divide(values, top, out=np.zeros_like(values), where=top > 0)
 
 # %% ../../nbs/network/19_epochs.ipynb #ed4013
 def prunable(

@@ -14,106 +14,6 @@ from .neurons import UnknownCall, uid_of
 from .state import SubnetState
 from ..show import arguments_in_help
 
-# %% ../../nbs/network/22_storage.ipynb #79c008
-def _graph(state: SubnetState, neurons: tuple, block: int) -> dict:
-    "Make the record from which the SDK builds its `Metagraph`."
-    stake, zeros = [n.stake for n in neurons], [0] * len(neurons)
-    return {
-        "netuid": state.netuid,
-        "name": "embedded",
-        "symbol": "",
-        "block": block,
-        "tempo": state.tempo,
-        "last_step": state.last_step(block),
-        "blocks_since_last_step": block - state.last_step(block),
-        "network_registered_at": 0,
-        "owner_hotkey": "",
-        "owner_coldkey": "",
-        "num_uids": len(neurons),
-        "max_uids": state.max_uids,
-        "hotkeys": [n.hotkey for n in neurons],
-        "coldkeys": [n.coldkey for n in neurons],
-        "axons": [n.axon for n in neurons],
-        "active": [n.active for n in neurons],
-        "rank": [n.incentive for n in neurons],
-        "incentives": [n.incentive for n in neurons],
-        "dividends": [n.dividends for n in neurons],
-        "consensus": [n.consensus for n in neurons],
-        "trust": [n.trust for n in neurons],
-        "validator_trust": [n.validator_trust for n in neurons],
-        "pruning_score": [n.pruning_score for n in neurons],
-        "emission": [n.emission for n in neurons],
-        "validator_permit": [n.validator_permit for n in neurons],
-        "last_update": [n.last_update for n in neurons],
-        "block_at_registration": [n.registered for n in neurons],
-        "alpha_stake": stake,
-        "total_stake": stake,
-        "tao_stake": zeros,
-    }
-
-# %% ../../nbs/network/22_storage.ipynb #79c010
-# storage item -> value, given the subnet, its neurons and the keys after the netuid
-_ITEMS: dict[str, Callable] = {
-    "Uids": lambda state, neurons, hotkey: uid_of(neurons, hotkey),
-    "LastUpdate": lambda state, neurons: [n.last_update for n in neurons],
-    "ValidatorPermit": lambda state, neurons: [n.validator_permit for n in neurons],
-    "SubnetworkN": lambda state, neurons: len(neurons),
-    "MaxAllowedUids": lambda state, neurons: state.max_uids,
-    "Tempo": lambda state, neurons: state.tempo,
-    "WeightsSetRateLimit": lambda state, neurons: state.weights_rate_limit,
-    "CommitRevealWeightsEnabled": lambda state, neurons: state.rules.commit_reveal,
-    "RevealPeriodEpochs": lambda state, neurons: state.rules.reveal_period,
-    "Burn": lambda state, neurons: round(state.rules.burn * RAO_PER_TAO),
-    "CollateralLockShare": lambda state, neurons: 0,
-    "PendingEpochAt": lambda state, neurons: 0,  # nobody triggers an epoch early
-    "MinAllowedWeights": lambda state, neurons: state.rules.min_allowed_weights,
-    "MaxWeightsLimit": lambda state, neurons: state.rules.weight_limit,
-    "WeightsVersionKey": lambda state, neurons: state.rules.weights_version,
-    "ActivityCutoff": lambda state, neurons: state.rules.activity_cutoff,
-    "ImmunityPeriod": lambda state, neurons: state.rules.immunity_period,
-    "MaxAllowedValidators": lambda state, neurons: state.rules.max_validators,
-    "Incentive": lambda state, neurons: [n.incentive for n in neurons],
-    "Dividends": lambda state, neurons: [n.dividends for n in neurons],
-    "Consensus": lambda state, neurons: [n.consensus for n in neurons],
-    "Emission": lambda state, neurons: [n.emission for n in neurons],
-    "SubnetEpochConsensus": lambda state, neurons: "Yuma",
-}
-
-# storage item -> value, given the subnet and a block
-_CLOCK: dict[str, Callable] = {
-    "SubnetEpochIndex": lambda state, block: state.epochs_until(block),
-    "LastEpochBlock": lambda state, block: (
-        state.last_step(block) or state.next_epoch(block) - state.tempo
-    ),
-    "BlocksSinceLastStep": lambda state, block: block - state.last_step(block),
-}
-
-# storage map -> (key, value) pairs, given the neurons
-_MAPS: dict[str, Callable] = {
-    "SubtensorModule.Uids": lambda neurons: [
-        (n.hotkey, uid) for uid, n in enumerate(neurons)
-    ],
-    "SubtensorModule.Weights": lambda neurons: [
-        (uid, list(n.weights.items())) for uid, n in enumerate(neurons) if n.weights
-    ],
-    "SubtensorModule.Bonds": lambda neurons: [
-        (uid, list(n.bonds.items())) for uid, n in enumerate(neurons) if n.bonds
-    ],
-    "SubtensorModule.TimelockedWeightCommits": lambda neurons: _commits(neurons),
-    "Commitments.CommitmentOf": lambda neurons: [],
-    "Commitments.RevealedCommitments": lambda neurons: [],
-}
-
-
-def _commits(neurons: tuple) -> list:
-    "Return the commits that are not revealed, by epoch: what one can see of them."
-    found: dict[int, list] = {}
-    for neuron in neurons:
-        for c in neuron.commits:
-            shown = (neuron.hotkey, c.block, c.ciphertext, c.reveal_round)
-            found.setdefault(c.epoch, []).append(shown)
-    return sorted(found.items())
-
 # %% ../../nbs/network/22_storage.ipynb #79c012
 @arguments_in_help
 class Queries:
@@ -236,3 +136,103 @@ def _known(table: dict, name: str, full_name: str) -> Callable:
     if name not in table:
         raise UnknownCall(f"the embedded chain does not store {full_name}")
     return table[name]
+
+# %% ../../nbs/network/22_storage.ipynb #79c008
+def _graph(state: SubnetState, neurons: tuple, block: int) -> dict:
+    "Make the record from which the SDK builds its `Metagraph`."
+    stake, zeros = [n.stake for n in neurons], [0] * len(neurons)
+    return {
+        "netuid": state.netuid,
+        "name": "embedded",
+        "symbol": "",
+        "block": block,
+        "tempo": state.tempo,
+        "last_step": state.last_step(block),
+        "blocks_since_last_step": block - state.last_step(block),
+        "network_registered_at": 0,
+        "owner_hotkey": "",
+        "owner_coldkey": "",
+        "num_uids": len(neurons),
+        "max_uids": state.max_uids,
+        "hotkeys": [n.hotkey for n in neurons],
+        "coldkeys": [n.coldkey for n in neurons],
+        "axons": [n.axon for n in neurons],
+        "active": [n.active for n in neurons],
+        "rank": [n.incentive for n in neurons],
+        "incentives": [n.incentive for n in neurons],
+        "dividends": [n.dividends for n in neurons],
+        "consensus": [n.consensus for n in neurons],
+        "trust": [n.trust for n in neurons],
+        "validator_trust": [n.validator_trust for n in neurons],
+        "pruning_score": [n.pruning_score for n in neurons],
+        "emission": [n.emission for n in neurons],
+        "validator_permit": [n.validator_permit for n in neurons],
+        "last_update": [n.last_update for n in neurons],
+        "block_at_registration": [n.registered for n in neurons],
+        "alpha_stake": stake,
+        "total_stake": stake,
+        "tao_stake": zeros,
+    }
+
+# %% ../../nbs/network/22_storage.ipynb #79c010
+# storage item -> value, given the subnet, its neurons and the keys after the netuid
+_ITEMS: dict[str, Callable] = {
+    "Uids": lambda state, neurons, hotkey: uid_of(neurons, hotkey),
+    "LastUpdate": lambda state, neurons: [n.last_update for n in neurons],
+    "ValidatorPermit": lambda state, neurons: [n.validator_permit for n in neurons],
+    "SubnetworkN": lambda state, neurons: len(neurons),
+    "MaxAllowedUids": lambda state, neurons: state.max_uids,
+    "Tempo": lambda state, neurons: state.tempo,
+    "WeightsSetRateLimit": lambda state, neurons: state.weights_rate_limit,
+    "CommitRevealWeightsEnabled": lambda state, neurons: state.rules.commit_reveal,
+    "RevealPeriodEpochs": lambda state, neurons: state.rules.reveal_period,
+    "Burn": lambda state, neurons: round(state.rules.burn * RAO_PER_TAO),
+    "CollateralLockShare": lambda state, neurons: 0,
+    "PendingEpochAt": lambda state, neurons: 0,  # nobody triggers an epoch early
+    "MinAllowedWeights": lambda state, neurons: state.rules.min_allowed_weights,
+    "MaxWeightsLimit": lambda state, neurons: state.rules.weight_limit,
+    "WeightsVersionKey": lambda state, neurons: state.rules.weights_version,
+    "ActivityCutoff": lambda state, neurons: state.rules.activity_cutoff,
+    "ImmunityPeriod": lambda state, neurons: state.rules.immunity_period,
+    "MaxAllowedValidators": lambda state, neurons: state.rules.max_validators,
+    "Incentive": lambda state, neurons: [n.incentive for n in neurons],
+    "Dividends": lambda state, neurons: [n.dividends for n in neurons],
+    "Consensus": lambda state, neurons: [n.consensus for n in neurons],
+    "Emission": lambda state, neurons: [n.emission for n in neurons],
+    "SubnetEpochConsensus": lambda state, neurons: "Yuma",
+}
+
+# storage item -> value, given the subnet and a block
+_CLOCK: dict[str, Callable] = {
+    "SubnetEpochIndex": lambda state, block: state.epochs_until(block),
+    "LastEpochBlock": lambda state, block: (
+        state.last_step(block) or state.next_epoch(block) - state.tempo
+    ),
+    "BlocksSinceLastStep": lambda state, block: block - state.last_step(block),
+}
+
+# storage map -> (key, value) pairs, given the neurons
+_MAPS: dict[str, Callable] = {
+    "SubtensorModule.Uids": lambda neurons: [
+        (n.hotkey, uid) for uid, n in enumerate(neurons)
+    ],
+    "SubtensorModule.Weights": lambda neurons: [
+        (uid, list(n.weights.items())) for uid, n in enumerate(neurons) if n.weights
+    ],
+    "SubtensorModule.Bonds": lambda neurons: [
+        (uid, list(n.bonds.items())) for uid, n in enumerate(neurons) if n.bonds
+    ],
+    "SubtensorModule.TimelockedWeightCommits": lambda neurons: _commits(neurons),
+    "Commitments.CommitmentOf": lambda neurons: [],
+    "Commitments.RevealedCommitments": lambda neurons: [],
+}
+
+
+def _commits(neurons: tuple) -> list:
+    "Return the commits that are not revealed, by epoch: what one can see of them."
+    found: dict[int, list] = {}
+    for neuron in neurons:
+        for c in neuron.commits:
+            shown = (neuron.hotkey, c.block, c.ciphertext, c.reveal_round)
+            found.setdefault(c.epoch, []).append(shown)
+    return sorted(found.items())
