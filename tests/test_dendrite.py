@@ -428,12 +428,17 @@ class Keeping:
         "A whole request: its bytes."
         data = b""
         while b"\r\n\r\n" not in data:
-            data += line.recv(1) if self.end == "unread" and not data else line.recv(65536)
+            data += self.more(line, 1 if self.end == "unread" and not data else 65536)
         head, _, body = data.partition(b"\r\n\r\n")
         size = int(re.search(rb"(?i)content-length: (\d+)", head)[1])
         while len(body) < size:
-            body += line.recv(65536)
+            body += self.more(line, 65536)
         return head + b"\r\n\r\n" + body
+
+    def more(self, line, most):
+        if not (data := line.recv(most)):
+            raise ConnectionError("the other side has closed")  # else a thread would read nothing for ever
+        return data
 
     def serve(self, line):
         with line, suppress(OSError):
@@ -455,6 +460,8 @@ class Keeping:
         return self
 
     def __exit__(self, *_):
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes `accept`
         self.socket.close()
 
 
