@@ -243,7 +243,7 @@ def _fields(Settings: Any, prefix: str = "") -> dict[str, Any]:
 # %% ../nbs/00_config.ipynb #s018b
 def _unknown(key: str, known: Iterable[str], what: str = "setting") -> InputError:
     "Make the error for a setting that does not exist, with the nearest that does."
-    known, first = sorted(known), key.partition(".")[0]
+    known, first, there = sorted(known), key.partition(".")[0], key
     sections = sorted({name.partition(".")[0] for name in known if "." in name})
     if "." in key and sections and first not in sections:
         near = difflib.get_close_matches(first, sections, 1)
@@ -253,10 +253,8 @@ def _unknown(key: str, known: Iterable[str], what: str = "setting") -> InputErro
                 f"there is no {what} {key}, and none under {first}: "
                 f"the sections are {parts}"
             )
-        key_there = near[0] + key[len(first) :]
-        near = difflib.get_close_matches(key_there, known, 1, 0)
-    else:
-        near = difflib.get_close_matches(key, known, 1, 0)
+        there = near[0] + key[len(first) :]
+    near = difflib.get_close_matches(there, known, 1, 0)
     hint = f"; the nearest is {near[0]}" if near else ""
     return InputError(f"there is no {what} {key}{hint}")
 

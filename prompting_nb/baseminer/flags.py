@@ -244,10 +244,10 @@ def without_effect(
 ) -> list[str]:  # one sentence for each, with the remedy
     "Find the settings that differ from their defaults and have no effect."
     cache = settings.miner.blacklist.use_prompt_cache
+    remembered = ("prompt_cache_block_span", "prompt_cache_per_caller")
     remember = "without --miner.blacklist.use_prompt_cache"
     depends = (  # section, its fields, whether they count, and why not
-        ("miner.blacklist", ("prompt_cache_block_span",), cache, remember),
-        ("miner.blacklist", ("prompt_cache_per_caller",), cache, remember),
+        ("miner.blacklist", remembered, cache, remember),
         (
             "miner.blacklist",
             ("window",),

@@ -43,7 +43,7 @@ def frozen_model(
         raise InputError(
             f"int8 runs on the CPU only, and the device is {where}: take bfloat16"
         )
-    device = known_device(where)
+    device = known_device(device) if device else where
     if compile:
         return _load_frozen(model_name, device, precision, compile)
     key = _identity(model_name), str(device), precision

@@ -340,33 +340,12 @@ class Question:
         for address in addresses:
             url = _url(address, port, self.synapse.path)
             try:
-                return await self._send(session, url, headers, sent, emit)
+                send = partial(self._exchange, session, url, headers, sent, emit)
+                return await _despite_stale(send)
             except aiohttp.ClientConnectorError:
                 if address == addresses[-1]:
                     raise
         raise OSError("the name has no address")
-
-    async def _send(
-        self,
-        session: aiohttp.ClientSession,
-        url: URL,
-        headers: dict,
-        sent: "Sent",
-        emit: Callable,
-    ) -> tuple[str, str]:
-        "Send a request; again on another connection if that one had been closed."
-        closed = None
-        while True:
-            try:
-                return await self._exchange(session, url, headers, sent, emit)
-            except _Failure as failure:
-                if closed is not None and failure.args[0] == 401:
-                    raise closed from None  # the miner had it, but did not answer
-                raise
-            except aiohttp.ClientConnectionError as error:
-                if not was_stale():
-                    raise
-                closed = error
 
     async def _exchange(
         self,
@@ -396,6 +375,22 @@ def _cause(error: Exception) -> str:
         return "the connection was closed"  # its text may be half an answer
     number = getattr(error, "errno", None) or 0
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
+
+
+async def _despite_stale(send: Callable) -> tuple[str, str]:
+    "Call `send` again, on another connection, if the one it got had been closed."
+    closed = None
+    while True:
+        try:
+            return await send()
+        except _Failure as failure:
+            if closed is not None and failure.args[0] == 401:
+                raise closed from None  # the miner had it, but did not answer
+            raise
+        except aiohttp.ClientConnectionError as error:
+            if not was_stale():
+                raise
+            closed = error
 
 # %% ../../nbs/network/01_dendrite.ipynb #c006
 @arguments_in_help

@@ -73,9 +73,7 @@ class Judge:
     ) -> None:
         "Learn whom the judge flatters, from answers that it was not trained on."
         rewards = [self.expected(row).tolist() for row in scores]
-        for row, right, who in zip(rewards, grades, names, strict=True):
-            for name, reward, grade in zip(who or (), row, right):
-                self.offsets.add(name, float(grade) - reward, reward)
+        self.offsets.learn(rewards, grades, names)
         self.watch.by_text = agreement(rewards, grades)
         self.watch.by_who = agreement(by_author(grades, names), grades)
 

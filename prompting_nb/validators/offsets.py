@@ -77,9 +77,7 @@ class Offsets:
     def __init__(
         self,
         errors: Mapping[str, Iterable[float]] = {},  # hotkey -> grade minus reward
-        rewards: Mapping[
-            str, Iterable[float | None]
-        ] = {},  # wrong by these; None: unknown
+        rewards: Mapping[str, Iterable[float | None]] = {},  # that were wrong by these
     ):  # raises `InputError` for an error that is not finite, or rewards of no error
         self.errors: dict[str, list[float]] = {}  # in the order in which they came
         self.rewards: dict[str, list[float | None]] = {}  # in the same order
@@ -114,6 +112,17 @@ class Offsets:
         self.errors.setdefault(hotkey, []).append(error)
         self.rewards.setdefault(hotkey, []).append(reward)
         self._found = None
+
+    def learn(
+        self,
+        rewards: Sequence[Sequence[float]],  # the judge's, a row a prompt
+        grades: Sequence[Sequence[float]],  # of the same completions
+        names: Sequence[Sequence[str] | None],  # who gave them; `None`: not known
+    ) -> None:
+        "Take in graded answers of known authors."
+        for row, right, who in zip(rewards, grades, names, strict=True):
+            for name, reward, grade in zip(who or (), row, right):
+                self.add(name, float(grade) - float(reward), reward)
 
     def __len__(self) -> int:
         return len(self.errors)
@@ -252,11 +261,9 @@ def errors_of(
     names: Sequence[Sequence[str] | None],  # who gave them; `None`: not known
 ) -> dict[str, list[float]]:  # name -> grade minus reward
     "Collect the errors of a judge by the name of who answered."
-    found: dict[str, list[float]] = {}
-    for row, right, who in zip(rewards, grades, names, strict=True):
-        for name, reward, grade in zip(who or (), row, right):
-            found.setdefault(name, []).append(float(grade) - float(reward))
-    return found
+    offsets = Offsets()
+    offsets.learn(rewards, grades, names)
+    return offsets.errors
 
 # %% ../../nbs/validators/10_offsets.ipynb #o031
 def drift(
