@@ -136,12 +136,16 @@ def find_chain(
     from prompting_nb.network.remote import RemoteChain
 
     folder = Path(folder).expanduser()
-    if not (address := _last(folder).get("address")):
+    last = _last(folder)
+    if not isinstance(address := last.get("address"), str):
         return None
-    chain = RemoteChain(address, read_token(folder))
+    token = read_token(folder)
     try:
-        return chain if chain.block else None
-    except RpcConnectionError:
+        chain = RemoteChain(address, token)
+        # a server that was killed may have left its address to another chain
+        name = chain.chain_id
+        return chain if last.get("chain_id", name) == name else None
+    except (RpcConnectionError, InputError):
         return None
 
 
@@ -193,15 +197,37 @@ def _act(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
     from prompting_nb.network.wallets import local_wallet
 
     wallets = Path(run.dir).expanduser() / "wallets"
-    for name in run.register:
-        wallet = local_wallet(wallets, name)
+    named = {name: local_wallet(wallets, name) for name in run.register}
+    holders = _holders(chain) if named else []
+    for name, wallet in named.items():  # before any of them is registered
+        if (hotkey := wallet.hotkey.ss58_address) in holders:
+            uid = holders.index(hotkey)
+            raise InputError(
+                f"{name}: hotkey {hotkey} is registered already, as uid {uid}: leave "
+                f"out {name}"
+            )
+    for name, wallet in named.items():
         try:
             uid = chain.register(wallet, stake=run.stake, validator_permit=run.permit)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
         say(f"{name} is uid {uid}; its worthless wallet is in {wallets}")
+        if uid < len(holders):
+            say(f"the subnet is full: {holders[uid]} lost uid {uid} to {name}")
+        holders[uid : uid + 1] = [wallet.hotkey.ss58_address]
     if run.step:
         say(f"the newest block is {chain.step(run.step)}")
+
+
+def _holders(chain: Any) -> list[str]:
+    "Return the hotkey of each uid."
+    from prompting_nb.network.limited import limited
+
+    client = limited(chain.client())
+    try:
+        return list(client.subnets.metagraph(chain.netuid).hotkeys)
+    finally:
+        client.close()
 
 
 def _serve(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
@@ -220,6 +246,7 @@ def _serve(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
         raise InputError(f"{error}; choose another port with --port") from error
     with server:
         found = {"address": server.address, "pid": os.getpid()}
+        found["chain_id"] = chain.subnet.chain_id
         write_file(folder / "chain.json", json.dumps(found))
         pace = f"every {interval:g} s" if interval else "by --step"
         say(f"subnet {chain.netuid} at block {chain.block}, a block {pace}")
