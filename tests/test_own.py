@@ -222,7 +222,8 @@ def test_the_table_of_miners_fits_a_terminal_of_80_columns(place, tmp_path):
 def test_a_judge_of_ones_own_and_a_uid_that_changes_hands(place, tmp_path):
     flags = ["--judge.kind", "python", "--judge.python", f"{place}/own.py:shorter", "--churn", 1, "--top-k", 1]
     summary, answers, said = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
-    assert "next: prompting-nb subnet --miners 8 --dir run" in said and "--reward" not in said, "there is no such folder"
+    asked = f"--miners {place / 'miners.yaml'} --prompts {place / 'mine.txt'}"
+    assert f"next: prompting-nb subnet {asked} --dir run" in " ".join(said.split()) and "--reward" not in said, "there is no such folder"
     assert summary["moved_at"] == 2 and summary["churn"] == 1 and summary["judge"].endswith("own.py:shorter")
     assert [row["kind"] for row in summary["miners"] if row["name"] == "beginner"] == ["built-in"]
     for row in answers:

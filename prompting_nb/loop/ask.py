@@ -36,6 +36,7 @@ from prompting_nb.config import (
 from .follow import open_local, validator_address
 from ..network.limited import CALL_TIMEOUT
 from ..help.usage import count_of
+from ..show import shortened
 
 # %% ../../nbs/loop/15_ask.ipynb #c007
 @dataclass(frozen=True)
@@ -418,7 +419,7 @@ def as_text(
         lines.append(f"{mark} {', '.join(parts)}")
         if row.get("completion") is not None and place != best:
             words = " ".join(printable(row["completion"]).split())
-            lines.append(f"    {words[:160]}")
+            lines.append(f"    {shortened(words, 160)}")
     if "available" in found:
         lines.append(f"{len(rows)} of {found['available']} miners")
     if found.get("learned") is False:

@@ -291,11 +291,20 @@ def run_loop(
         summary = _finish(recorder, loop, assessment, status, about, say)
         took, page = time.monotonic() - started, folder / "report.html"
         say(f"{status} after {took:.0f} s; report: {page}")
-        taught = run.reward or folder / "reward"
-        judges = judging.kind == "reward"  # a subnet takes no other judge
-        more = f" --reward {taught}" if judges else ""
-        say(next_step(f"subnet --miners 8 --dir run{more}"))
+        if status == "finished":
+            say(_next(run, judging, folder))
     return summary
+
+
+def _next(run: LoopSettings, judging: JudgeSettings, folder: Path) -> str:
+    "Name the command that keeps the same miners running."
+    own = isinstance(run.miners, str)
+    words = ["subnet", "--miners", run.miners if own else min(run.miners or 8, 250)]
+    if own and run.prompts:
+        words += ["--prompts", run.prompts]
+    if judging.kind == "reward":  # a subnet takes no other judge
+        words += ["--reward", run.reward or folder / "reward"]
+    return next_step(*words, "--dir", "run")
 
 
 def _miners(run: LoopSettings) -> Any:  # a list, a number, or `None`

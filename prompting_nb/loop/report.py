@@ -26,7 +26,7 @@ from .record import MADE_WITH, describe, flatten
 from .run import Answer, Bought, Loop, Trace
 from .teach import Assessment
 from ..reward.tokens import cuts_text
-from ..show import arguments_in_help
+from ..show import arguments_in_help, shortened
 from ..validators.event import Event
 from ..validators.judge import Judge
 from ..help.usage import count_of
@@ -590,7 +590,7 @@ def picture(
 
 
 _MOST_PROMPTS = 60  # in the table of answers
-_MOST_TEXT = 400  # characters of an answer there
+_MOST_TEXT = 400  # characters of a prompt or an answer there
 
 
 def _moves(loop: Loop) -> list[str]:
@@ -627,9 +627,9 @@ def _sample(loop: Loop) -> list[str]:
             rows.append(
                 {
                     "step": f"{kind}, step {event.step}",
-                    "prompt": answer.prompt[:_MOST_TEXT],
+                    "prompt": shortened(answer.prompt, _MOST_TEXT),
                     "name": answer.name,
-                    "text": text[:_MOST_TEXT] + "…" * (len(text) > _MOST_TEXT),
+                    "text": shortened(text, _MOST_TEXT),
                     "reward": rewards.get(uid),
                     "grade": answer.grade,
                 }
@@ -665,13 +665,13 @@ def _who_answered(loop: Loop) -> list[str]:
             )
             rows.append(
                 {
-                    "prompt": prompt[:_MOST_TEXT],
+                    "prompt": shortened(prompt, _MOST_TEXT),
                     "name": answer.name,
                     "kind": answer.kind,
                     "uid": uid,
                     "asked": "asked" if answer.asked else "",
                     "grade": answer.grade,
-                    "text": text[:_MOST_TEXT] + "…" * (len(text) > _MOST_TEXT),
+                    "text": shortened(text, _MOST_TEXT),
                 }
             )
     more = len(latest) - _MOST_PROMPTS

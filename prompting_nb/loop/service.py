@@ -511,6 +511,7 @@ class ChainWatch:
         return f"no news of the chain for {silent:.0f} s"
 
 # %% ../../nbs/loop/10_service.ipynb #c016
+@arguments_in_help
 class ServiceMetrics:
     "Counters and gauges of one service."
 

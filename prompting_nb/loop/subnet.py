@@ -41,7 +41,7 @@ from .miners import OwnMiner, read_miners, save_miner
 from .processes import Supervisor, free_port, is_free
 from .worker import NAMES
 from ..help.usage import count_of
-from ..show import arguments_in_help
+from ..show import arguments_in_help, shortened
 
 # %% ../../nbs/loop/14_subnet.ipynb #c007
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def as_table(
     rewards = [reward for reward in latest["rewards"] if reward is not None]
     mean = f"reward {sum(rewards) / len(rewards):.2f}" if rewards else "no reward yet"
     title = f"block {status['block']}, step {status['step']}, restarts {again}"
-    words = " ".join(printable(latest["prompt"]).split())[:60]
+    words = shortened(" ".join(printable(latest["prompt"]).split()), 60)
     caption = Text(f"{words}  {mean}")  # brackets are no markup
     table = Table(title=title, caption=caption)
     for column in (

@@ -33,6 +33,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..files import log_to_stderr, read_json, write_file
+from ..help.usage import count_of
 
 # %% ../../nbs/network/29_command.ipynb #dac008
 _TAO = 21_000_000  # all that there will be; blocks have 16 bits, as on a real chain
@@ -198,36 +199,37 @@ def _act(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
 
     wallets = Path(run.dir).expanduser() / "wallets"
     named = {name: local_wallet(wallets, name) for name in run.register}
-    holders = _holders(chain) if named else []
+    holders = _holders(chain, len(named)) if named else {}
+    uids = {hotkey: uid for uid, hotkey in holders.items()}
     for name, wallet in named.items():  # before any of them is registered
-        if (hotkey := wallet.hotkey.ss58_address) in holders:
-            uid = holders.index(hotkey)
+        if (hotkey := wallet.hotkey.ss58_address) in uids:
             raise InputError(
-                f"{name}: hotkey {hotkey} is registered already, as uid {uid}: leave "
-                f"out {name}"
+                f"{name}: hotkey {hotkey} is registered already, as uid "
+                f"{uids[hotkey]}: leave out {name}"
             )
     for name, wallet in named.items():
         try:
             uid = chain.register(wallet, stake=run.stake, validator_permit=run.permit)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
-        say(f"{name} is uid {uid}; its worthless wallet is in {wallets}")
-        if uid < len(holders):
-            say(f"the subnet is full: {holders[uid]} lost uid {uid} to {name}")
-        holders[uid : uid + 1] = [wallet.hotkey.ss58_address]
+        last, holders[uid] = holders.get(uid), name
+        gone = f" in place of {last}, since all were taken" if last else ""
+        say(f"{name} is uid {uid}{gone}; its worthless wallet is in {wallets}")
     if run.step:
         say(f"the newest block is {chain.step(run.step)}")
 
 
-def _holders(chain: Any) -> list[str]:
-    "Return the hotkey of each uid."
-    from prompting_nb.network.limited import limited
-
-    client = limited(chain.client())
-    try:
-        return list(client.subnets.metagraph(chain.netuid).hotkeys)
-    finally:
-        client.close()
+def _holders(chain: Any, names: int) -> dict[int, str]:
+    "Return who holds which uid; refuse more names than there are places."
+    with chain.client() as client:
+        subnet = client.subnets.metagraph(chain.netuid)
+    if names > subnet.max_uids:
+        raise InputError(
+            f"--register names {names} wallets, and subnet {chain.netuid} has only "
+            f"{count_of(subnet.max_uids, 'place')} (--max-uids): the later ones would "
+            "replace the earlier ones; name fewer"
+        )
+    return {neuron.uid: neuron.hotkey for neuron in subnet}
 
 
 def _serve(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
