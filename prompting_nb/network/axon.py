@@ -511,8 +511,14 @@ async def _read_body(receive: Callable, limit: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise Refusal(499, "the caller left before the body was complete", "left")
         body, more = body + message.get("body", b""), message.get("more_body", False)
-        if len(body) > limit:
-            raise _too_long(limit)
+        _bounded(body, limit)
+    return body
+
+
+def _bounded(body: bytes, limit: int) -> bytes:
+    "Return a body, or raise `Refusal` 413."
+    if len(body) > limit:
+        raise _too_long(limit)
     return body
 
 
@@ -722,6 +728,7 @@ class _Exchange:
         "caller",
         "signed",
         "_head_sent",
+        "_arrived",
     )
 
     def __init__(
@@ -735,6 +742,7 @@ class _Exchange:
         self._receive, self._send = receive, send
         extensions = scope.get("extensions") or {}
         on_leave = extensions.get("connection.on_leave")
+        self._arrived = extensions.get("connection.arrived")
         self._began, self.deadline = time.monotonic(), _Deadline(receive, on_leave)
         self.caller: Any = None  # `Terminal`, when it is verified
         self.signed: Any = None  # what `wire` keeps from `identify` to `parse`
@@ -747,6 +755,8 @@ class _Exchange:
 
     async def read(self, bounds: _Bounds) -> bytes:
         "Read the body; `Refusal` 408 if it does not arrive in time."
+        if self._arrived is not None and (body := self._arrived()) is not None:
+            return _bounded(body, bounds.max_body)
         late = Refusal(408, "the body did not arrive in time", "slow", _CLOSE)
         self.deadline.start(bounds.body_timeout, late)
         try:
