@@ -265,6 +265,10 @@ class Axon:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
+    def __repr__(self) -> str:
+        state = "running" if self.is_running else "stopped"
+        return f"Axon({self.address}, {state}, hotkey {self.hotkey})"
+
     def health(self) -> dict:
         """Report `status`, `hotkey` and how many requests are `waiting` and `running`.
 
@@ -511,14 +515,8 @@ async def _read_body(receive: Callable, limit: int) -> bytes:
         if message["type"] == "http.disconnect":
             raise Refusal(499, "the caller left before the body was complete", "left")
         body, more = body + message.get("body", b""), message.get("more_body", False)
-        _bounded(body, limit)
-    return body
-
-
-def _bounded(body: bytes, limit: int) -> bytes:
-    "Return a body, or raise `Refusal` 413."
-    if len(body) > limit:
-        raise _too_long(limit)
+        if len(body) > limit:
+            raise _too_long(limit)
     return body
 
 
@@ -728,7 +726,6 @@ class _Exchange:
         "caller",
         "signed",
         "_head_sent",
-        "_arrived",
     )
 
     def __init__(
@@ -742,7 +739,6 @@ class _Exchange:
         self._receive, self._send = receive, send
         extensions = scope.get("extensions") or {}
         on_leave = extensions.get("connection.on_leave")
-        self._arrived = extensions.get("connection.arrived")
         self._began, self.deadline = time.monotonic(), _Deadline(receive, on_leave)
         self.caller: Any = None  # `Terminal`, when it is verified
         self.signed: Any = None  # what `wire` keeps from `identify` to `parse`
@@ -755,8 +751,6 @@ class _Exchange:
 
     async def read(self, bounds: _Bounds) -> bytes:
         "Read the body; `Refusal` 408 if it does not arrive in time."
-        if self._arrived is not None and (body := self._arrived()) is not None:
-            return _bounded(body, bounds.max_body)
         late = Refusal(408, "the body did not arrive in time", "slow", _CLOSE)
         self.deadline.start(bounds.body_timeout, late)
         try:

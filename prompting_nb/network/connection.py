@@ -564,7 +564,6 @@ class _Exchange:
         self._connection, self._scope = connection, scope
         self._on_leave: Optional[Callable[[], None]] = None
         scope["extensions"]["connection.on_leave"] = self.on_leave
-        scope["extensions"]["connection.arrived"] = self.arrived
         self.keep_alive, self._continue = keep_alive, asks
         self._body, self.complete, self._gone = bytearray(), False, False
         self._news: Optional[asyncio.Future] = None  # of the body, or of the caller
@@ -608,14 +607,6 @@ class _Exchange:
         self._on_leave = call
         if self._gone and call is not None:
             call()
-
-    def arrived(self) -> Optional[bytes]:
-        "Take the rest of the body, if all of it is here; in place of `receive`."
-        if not self.complete or self._ended or self._gone or self._continue:
-            return None
-        body, self._body, self._ended = bytes(self._body), bytearray(), True
-        self._connection.resume_reading()
-        return body
 
     def _tell(self) -> None:
         if self._news is not None and not self._news.done():

@@ -371,29 +371,14 @@ def _call_in_loop(loop: asyncio.AbstractEventLoop, fn: Callable, _: Any = None) 
 
 async def _in_task(slot: Slot, awaitable: Awaitable) -> Any:
     "Await in a task of its own, which holds the slot until it has ended."
-    ended = asyncio.get_running_loop().create_future()
-    working = asyncio.ensure_future(_held(slot, awaitable, ended))
+    slot.hold()
+    working = asyncio.ensure_future(_without_exit(awaitable))
+    working.add_done_callback(lambda _: slot.release())
     try:
-        return await ended
+        return await asyncio.shield(working)
     except asyncio.CancelledError:
         working.cancel()
         raise
-
-
-async def _held(slot: Slot, awaitable: Awaitable, ended: asyncio.Future) -> None:
-    "Await, hold the slot meanwhile, and give the outcome to `ended`."
-    slot.hold()
-    try:
-        result = await _without_exit(awaitable)
-    except BaseException as error:
-        if not ended.done():  # nobody gave up waiting
-            ended.set_exception(error)
-            ended.exception()  # who waits may be cancelled in this moment
-    else:
-        if not ended.done():
-            ended.set_result(result)
-    finally:
-        slot.release()
 
 
 async def _without_exit(awaitable: Awaitable) -> Any:
