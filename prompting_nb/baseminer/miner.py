@@ -447,6 +447,11 @@ class Miner(abc.ABC):
 
     # Showing
 
+    def __repr__(self) -> str:
+        state = "running" if self.is_running else "stopped"
+        where = f"uid {self.uid} of subnet {self.netuid}"
+        return f"{type(self).__name__}({where}, {state}, {self.axon.address})"
+
     def state(self) -> dict[str, Any]:
         "Return what the miner is doing, as values by name. Does not ask the chain."
         failed, health = self.error, self.axon.health()
