@@ -346,7 +346,7 @@ class Question:
         raise OSError("the name has no address")
 
     def _head(self, host: str, port: int, headers: dict) -> bytes:
-        "Write request line and headers. A name is told to its server, as addresses are."
+        "Write request line and headers; a name is told to its server."
         host = f"[{host}]" if ":" in host else host
         lines = [
             f"POST {self.synapse.path} HTTP/1.1\r\nHost: {host}:{port}",
