@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from bittensor.sp_core import ss58_decode, ss58_encode
 
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
-from prompting_nb.network.http_client import Closed, HttpClient, Unreachable
+from prompting_nb.network.floods import PacedConnector
 from prompting_nb.protocol import Prompting, StreamPrompting
 from prompting_nb.validators.validator import Validator
 
@@ -58,12 +59,12 @@ def dendrite():
 
 
 class Internet:
-    "Stands in for resolver and HTTP client: notes what is looked up and connected to, and does neither."
+    "Stands in for resolver and connector: notes what is looked up and connected to, and does neither."
 
     def __init__(self, monkeypatch):
         self.names, self.asked, self.connected, self.refuse = {}, [], [], set()
         monkeypatch.setattr(socket, "getaddrinfo", self.look_up)
-        monkeypatch.setattr(HttpClient, "post", self.post)
+        monkeypatch.setattr(aiohttp.TCPConnector, "connect", self.connect)
 
     def look_up(self, host, port, *_, **__):
         self.asked.append(host)
@@ -71,12 +72,11 @@ class Internet:
             raise socket.gaierror(-2, "Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in self.names[host].pop(0)]
 
-    async def post(self, host, port, head, body):
-        [named] = re.findall(rb"\r\nHost: (.*)\r\n", head)
-        self.connected.append((host, port, named.decode()))
-        if host in self.refuse:
-            raise Unreachable(111, "refused")
-        raise Closed(stale=False)
+    async def connect(self, request, *_, **__):
+        self.connected.append((request.url.host, request.url.port, request.headers["Host"]))
+        if request.url.host in self.refuse:
+            raise aiohttp.ClientConnectorError(SimpleNamespace(host="", port=0, ssl=None), OSError(111, "refused"))
+        raise aiohttp.ServerDisconnectedError("this is no internet")
 
 
 @pytest.fixture
@@ -332,20 +332,20 @@ def open_files_of_this_process():
 
 
 def test_connections_that_are_kept_do_not_use_up_the_files(monkeypatch):
-    post, most = HttpClient.post, []
+    connect, most = PacedConnector.connect, []
 
-    async def counted(self, *args):
-        answer = await post(self, *args)
+    async def counted(self, *args, **more):
+        connection = await connect(self, *args, **more)
         most.append(len(self.lines))
-        return answer
+        return connection
 
-    monkeypatch.setattr(HttpClient, "post", counted)
+    monkeypatch.setattr(PacedConnector, "connect", counted)
     with Axon(MINER, host="0.0.0.0").attach(echo) as axon, Dendrite(VALIDATOR, allow_private=True, connections=10) as dendrite:
         targets = [at(f"127.0.0.{i + 1}:{axon.port}") for i in range(60)]
         for _ in range(2):
             assert [a.completion for a in dendrite.query(targets, QUESTION)] == ["hello"] * 60
         [session] = dendrite._sessions._sessions.values()
-        assert max(most) <= 30 and len(session.http.lines) <= 20  # some are being closed
+        assert max(most) <= 30 and len(session.http.connector.lines) <= 20  # some are being closed
 
 
 def test_one_target_cannot_have_all_places(axon, silent):

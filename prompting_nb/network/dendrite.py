@@ -15,18 +15,21 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, AsyncIterator, Callable, Mapping, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, AsyncIterator, Callable, Mapping, NamedTuple, NoReturn
 
+import aiohttp
+from aiohttp.abc import AbstractResolver
 import bittensor as bt
 from typing_extensions import Self
+from yarl import URL
 
 from .addresses import find_addresses, hotkey_address, split_address
 from .auth import SIGNATURE, answer_fits, sign_request
 from .axon import Axon
-from .http_client import Answer, Closed, Flood, HttpClient
-from .http_client import NotHttp, Unreachable
+from .floods import Flood, PacedConnector, was_stale
 from .server import new_loop, open_files
 from prompting_nb.protocol import (
     Prompting,
@@ -304,9 +307,9 @@ class Question:
             status, message = 408, f"no answer within {limit:g} s"
         except Flood as flood:
             status, message = 422, str(flood)
-        except NotHttp:
+        except (aiohttp.ClientResponseError, aiohttp.ClientPayloadError):
             status, message = 422, "the answer is not valid HTTP"
-        except (OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             status = 503
             shown = _one_line(f"{where.address}", 100)
             message = f"{shown} cannot be reached: {_cause(error)}"
@@ -324,7 +327,7 @@ class Question:
 
     async def _post(
         self,
-        http: HttpClient,
+        session: aiohttp.ClientSession,
         where: "Target",
         receiver: str,  # hotkey
         left: float,  # seconds that the miner has
@@ -335,57 +338,44 @@ class Question:
         allowed = self.allow_private or where.ours
         addresses = await find_addresses(host, port, allowed, left)
         headers, sent = self.signer.sign(self.body, self.synapse.path, receiver)
-        head = self._head(host, port, headers)
+        if addresses != [host]:  # a name, which the server may want to know
+            headers["Host"] = f"{host}:{port}"
         for address in addresses:
+            url = _url(address, port, self.synapse.path)
             try:
-                send = partial(self._exchange, http, address, port, head, sent, emit)
+                send = partial(self._exchange, session, url, headers, sent, emit)
                 return await _despite_stale(send)
-            except Unreachable:
+            except aiohttp.ClientConnectorError:
                 if address == addresses[-1]:
                     raise
         raise OSError("the name has no address")
 
-    def _head(self, host: str, port: int, headers: dict) -> bytes:
-        "Write request line and headers; a name is told to its server."
-        host = f"[{host}]" if ":" in host else host
-        lines = [
-            f"POST {self.synapse.path} HTTP/1.1\r\nHost: {host}:{port}",
-            *map(": ".join, headers.items()),
-            f"{_HEADERS}\r\nContent-Length: {len(self.body)}\r\n\r\n",
-        ]
-        return "\r\n".join(lines).encode("ascii")
-
     async def _exchange(
         self,
-        http: HttpClient,
-        address: str,
-        port: int,
-        head: bytes,
+        session: aiohttp.ClientSession,
+        url: URL,
+        headers: dict,
         sent: "Sent",
         emit: Callable,
     ) -> tuple[str, str]:
-        answer = await http.post(address, port, head, self.body)
-        try:
-            if isinstance(self.synapse, StreamPrompting) and answer.status == 200:
+        options = {"headers": headers, "allow_redirects": False}
+        async with session.post(url, data=self.body, **options) as response:
+            if isinstance(self.synapse, StreamPrompting) and response.status == 200:
                 completion, signature = await _read_stream(
-                    answer, self.max_answer, emit
+                    response, self.max_answer, emit
                 )
                 signed = completion.encode()
             else:
-                signed = await _read(answer, self.max_answer)
-                completion = _completion(answer.status, signed)
-                signature = answer.headers.get(SIGNATURE)
-        finally:
-            answer.close()
+                signed = await _read(response, self.max_answer)
+                completion = _completion(response.status, signed)
+                signature = response.headers.get(SIGNATURE)
         return completion, sent.check(signature, signed, self.require_signed)
-
-
-_HEADERS = "User-Agent: prompting-nb\r\nContent-Type: application/json\r\n"
-_HEADERS += "Accept-Encoding: identity"  # a few bytes of gzip unfold to gigabytes
 
 
 def _cause(error: Exception) -> str:
     "Say in a few words what went wrong with a connection."
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the connection was closed"  # its text may be half an answer
     number = getattr(error, "errno", None) or 0
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
 
@@ -400,8 +390,8 @@ async def _despite_stale(send: Callable) -> tuple[str, str]:
             if closed is not None and failure.args[0] == 401:
                 raise closed from None  # the miner had it, but did not answer
             raise
-        except Closed as error:
-            if not error.stale:
+        except aiohttp.ClientConnectionError as error:
+            if not was_stale():
                 raise
             closed = error
 
@@ -461,23 +451,26 @@ def read_target(
 
 _WANTED = "ask a neuron, an axon, or what has `hotkey` and `axon`"
 
+
+@lru_cache(4096)
+def _url(address: str, port: int, path: str = Prompting.path) -> URL:
+    "Return the URL for prompts at a checked address."
+    return URL.build(scheme="http", host=address, port=port, path=path)
+
 # %% ../../nbs/network/01_dendrite.ipynb #c010
 class _Failure(Exception):
     "Status code and reason of an answer without completion."
 
 
-async def _read(answer: Answer, limit: int) -> bytes:
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     "Read the body of an answer; `_Failure` above `limit` bytes."
-    body = b""
-    while part := await answer.read():
-        body += part
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
         if len(body) > limit:
-            raise _too_large(limit)
-    return body
-
-
-def _too_large(limit: int) -> _Failure:
-    return _Failure(413, f"the answer is larger than {limit} bytes")
+            response.close()
+            raise _Failure(413, f"the answer is larger than {limit} bytes")
+    return bytes(body)
 
 
 def _reason(status: int, body: bytes) -> str:
@@ -493,8 +486,6 @@ def _reason(status: int, body: bytes) -> str:
 def _one_line(said: str, most: int = 200) -> str:
     "Make one line of what a stranger says, of characters that can be printed."
     words = " ".join(said[: 10 * most].split())[:most]
-    if words.isprintable():
-        return words
     return "".join(c if c.isprintable() else "\ufffd" for c in words)
 
 
@@ -513,13 +504,14 @@ def _completion(status: int, body: bytes) -> str:
 _TURN = 0.005  # seconds of reading after which others have a turn
 
 
-async def _lines(answer: Answer, limit: int) -> AsyncIterator[bytes]:
+async def _lines(response: aiohttp.ClientResponse, limit: int) -> AsyncIterator[bytes]:
     "Yield the lines of an answer; `_Failure` above `limit` bytes."
     size, rest = 0, b""
-    while chunk := await answer.read():
+    async for chunk in response.content.iter_any():
         size += len(chunk)
         if size > limit:
-            raise _too_large(limit)
+            response.close()
+            raise _Failure(413, f"the answer is larger than {limit} bytes")
         if b"\n" not in chunk:
             rest += chunk
             continue
@@ -529,11 +521,11 @@ async def _lines(answer: Answer, limit: int) -> AsyncIterator[bytes]:
 
 
 async def _read_stream(
-    answer: Answer, limit: int, emit: Callable
+    response: aiohttp.ClientResponse, limit: int, emit: Callable
 ) -> tuple[str, str | None]:
     "Return the completion and its signature; each piece goes to `emit` as it arrives."
     pieces, began = [], time.monotonic()
-    async for line in _lines(answer, limit):
+    async for line in _lines(response, limit):
         if time.monotonic() - began > _TURN:  # many lines may arrive at once
             await asyncio.sleep(0)
             began = time.monotonic()
@@ -570,15 +562,7 @@ class Sent(NamedTuple):
             if required:
                 raise _Failure(422, "the answer is not signed")
             return "Success, unsigned"
-        fits = answer_fits(
-            signature,
-            answer,
-            miner=self.miner,
-            caller=self.caller,
-            path=self.path,
-            nonce=self.nonce,
-        )
-        if not fits:
+        if not answer_fits(signature, answer, **self._asdict()):
             raise _Failure(422, "the answer is not signed by the miner that was asked")
         return "Success"
 
@@ -645,7 +629,7 @@ class Sessions:
         with self._lock:
             for ended in [other for other in self._sessions if other.is_closed()]:
                 _close(ended, self._sessions.pop(ended).http)
-            http = HttpClient(self._on_wire, self._bounds[0])
+            http = _new_session(self._on_wire, self._bounds[0])
             session = Session(http, Places(*self._bounds))
             return self._sessions.setdefault(loop, session)
 
@@ -668,16 +652,50 @@ class Sessions:
 class Session(NamedTuple):
     "What requests of one event loop share."
 
-    http: HttpClient  # with its connections
+    http: aiohttp.ClientSession  # with its connections
     places: "Places"  # bounds the requests under way
 
 
-def _close(loop: asyncio.AbstractEventLoop, http: HttpClient) -> None:
-    "Close connections, whether their loop runs, runs elsewhere, or has ended."
+class _NoNames(AbstractResolver):
+    "A resolver that refuses all names: `find_addresses` has looked them up before."
+
+    async def resolve(self, host: str, *_, **__) -> NoReturn:
+        raise OSError(f"{host} is no address")
+
+    async def close(self) -> None:
+        "Do nothing."
+
+
+# `Question.ask` has the only clock: aiohttp's own stops once a connection is given
+# back, with the rest of an answer still awaited
+_NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=None)
+
+
+def _new_session(on_wire: int, kept: int) -> aiohttp.ClientSession:
+    "Make a session that keeps connections and nothing else: no cookies, no proxies."
+    return aiohttp.ClientSession(
+        connector=PacedConnector(
+            on_wire,
+            kept,
+            limit=0,  # `Places` counts
+            keepalive_timeout=15,
+            resolver=_NoNames(),
+        ),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=False,
+        timeout=_NO_LIMIT,
+        headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
+    )
+
+
+def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
+    "Close a session, whether its loop runs, runs elsewhere, or has ended."
     if loop.is_closed():
-        http.close()
+        with suppress(StopIteration):
+            session.close().send(None)  # has nothing to wait for
     else:
-        loop.call_soon_threadsafe(http.close)
+        loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
 
 # %% ../../nbs/network/01_dendrite.ipynb #d018
 @arguments_in_help
