@@ -8,6 +8,8 @@ PEERS  := .venv-trl
 ARGS   ?=
 K      ?=
 WORKERS ?= 2
+# pages that show what is stored in bench/results
+FIGURES := measured/ about/03_a_thousand_subnets network/09_consensus
 PICKED  = $(if $(K),-k "$(K)") $(ARGS)
 PYTEST  = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -33,11 +35,12 @@ test-fast: $(VENV)/.dev  ## the quick tests alone (K=miner picks those with a wo
 test-long: $(VENV)/.dev  ## the long forms: many fuzz inputs, killed processes, subnets for minutes (K=chain picks some)
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m long $(PICKED)
 
-check: $(VENV)/.dev  ## style, formatting, types, notebooks in sync with the package, who imports whom (under a minute)
+check: $(VENV)/.dev  ## style, formatting, types, notebooks in sync, who imports whom, stored benchmark figures (under a minute)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check nbs
 	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python
 	$(PYTEST) -q tests/test_sync.py tests/test_floors.py
+	$(BIN)/python -m tools.refresh --check $(FIGURES)
 
 test-legacy: $(VENV)/.library $(LEGACY)/.stock  ## let a stock Dendrite of bittensor 10.5.0 ask our miner (it has an environment of its own)
 	MINER_PYTHON=$(abspath $(BIN)/python) $(LEGACY)/bin/python -m pytest tests/legacy/stock_dendrite.py $(ARGS)

@@ -117,6 +117,12 @@ def read_prompts(
             raise InputError(f"{place}: {shape}")
         if not prompt.strip():
             raise InputError(f"{place}: an empty prompt; give it some text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # half a character, which JSON can carry
+            raise InputError(
+                f"{place}: half a character, which cannot be sent"
+            ) from None
         prompts.append(prompt.strip())
     if not prompts:
         raise InputError(f"{path} holds no prompt")

@@ -231,7 +231,7 @@ def test_momentum_is_bounded_on_both_sides(value):
     ({"momentum": 1.0}, "--gating.momentum must be at least 0 and less than 1, not 1.0"),
     ({"loss": "mae"}, "--gating.loss must be one of mse, listwise, not 'mae'"),
     ({"model_name": " "}, "--gating.model_name must be a text that is not empty, not ' '"),
-    ({"cut": -1}, "--gating.cut must be at least 0 or null, not -1"),
+    ({"cut": -1}, "--gating.cut must be at least 0, not -1"),
     ({"learning_rate": math.inf}, "--gating.learning_rate must be a number, greater than 0, not inf"),
     ({"frozen": 1}, "--gating.frozen must be true or false, not 1"),
     ({"blacklist.whitelist": "abc"}, "--gating.blacklist.whitelist must be a list, not 'abc'"),

@@ -3,10 +3,14 @@
 import json
 import threading
 import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
+from prompting_nb.baseminer import miners
 from prompting_nb.baseminer.miners import ChatClient, OpenAISettings, UpstreamError
 from prompting_nb.config import InputError
 from prompting_nb.loop.judging import server_judge
@@ -71,13 +75,15 @@ def test_the_last_verdict_counts():
 
 @pytest.fixture
 def server():
-    "A server whose answers are taken from a list: (status, body, seconds for each byte)."
+    "A server whose answers are taken from a list: (status, body, seconds for each byte, perhaps headers)."
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((asked, self.headers.get("Authorization")))
-            status, body, pause = answers.pop(0) if answers else (200, says(longer(asked["messages"])), 0)
+            status, body, pause, *head = answers.pop(0) if answers else (200, says(longer(asked["messages"])), 0)
             self.send_response(status)
+            for name, value in (head[0] if head else {}).items():
+                self.send_header(name, value)
             self.end_headers()
             try:
                 for byte in body.encode() if pause else [None]:
@@ -119,6 +125,21 @@ def test_a_server_that_fails(server, answer, reason, tries):
     with pytest.raises(UpstreamError, match=reason):
         ChatClient(OpenAISettings(base_url=address, model="m")).complete([], timeout=0.3, tries=3, pause=0.01)
     assert len(seen) == tries
+
+
+@pytest.mark.parametrize("wish, waited", [
+    ("7", 7), ("999", 20), ("", 1), ("soon", 1), ("-3", 1), ("Wed, 21 Oct 2015 07:28:00 GMT", 1)])
+def test_a_busy_server_is_asked_when_it_wishes(server, monkeypatch, wish, waited):
+    address, answers, seen = server
+    answers += [(429, "slow down", 0, {"Retry-After": wish}), (200, says("ok"), 0)]
+    slept = []
+    monkeypatch.setattr(miners, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic, time=time.time))
+    chat = ChatClient(OpenAISettings(base_url=address, model="m"))
+    assert chat.complete([], timeout=20.0) == "ok" and len(seen) == 2 and slept == [waited]
+
+
+def test_a_wish_may_be_a_date():
+    assert 88 < miners._wait(format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)) <= 90
 
 
 def test_a_server_that_is_gone():

@@ -1,8 +1,10 @@
 """What objects show of themselves in a notebook is safe, whatever strangers have written into them, and readable."""
 
+import importlib
 import inspect
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -200,3 +202,40 @@ def test_help_shows_what_stands_beside_fields():
     assert Fields(1).__doc__ == Fields.__doc__ == inspect.getdoc(Fields)
     assert Row.__doc__ == "A row.\n\nArguments:\n    name: of whom" and Row("a") == ("a",)
     assert arguments_in_help(Layer).__doc__ == "Inherits a constructor without comments."
+
+
+def public_classes() -> list[type]:
+    "Every class that a module of the package offers."
+    import prompting_nb
+
+    root, found = Path(prompting_nb.__file__).parent, []
+    for path in sorted(root.rglob("*.py")):
+        if path.name not in ("__init__.py", "_modidx.py"):
+            module = importlib.import_module(".".join(("prompting_nb", *path.relative_to(root).with_suffix("").parts)))
+            found += [value for name in module.__all__ if isinstance(value := getattr(module, name), type)]
+    return found
+
+
+def test_no_public_class_shows_an_address_in_memory():
+    classes = public_classes()
+    silent = [cls.__name__ for cls in classes if cls.__repr__ is object.__repr__ and not getattr(cls, "_is_protocol", False)]
+    assert len(classes) > 200 and silent == ["HelpFormatter"]  # which argparse makes and nobody sees
+
+
+def test_secrets_are_not_shown():
+    @arguments_in_help
+    class Client:
+        def __init__(self):
+            self.base_url, self.model, self.api_key = "http://127.0.0.1", "small", "sk-secret"
+            self.store, self.status_token, self.hotkey = "redis://:pass@host", "t", "5F"
+            self.waiting, self._inside = {"a": 1}, 1
+
+    assert repr(Client()) == "Client(base_url='http://127.0.0.1', model='small', hotkey='5F', len(waiting)=1)"
+
+
+def test_what_holds_a_model_is_one_line():
+    from prompting_nb.encoding.encoder import Encoder
+    from prompting_nb.reward.model import TextEncoder
+
+    assert repr(Encoder("minilm")) == "Encoder('minilm', 384 dimensions, windows of 256 tokens)"
+    assert repr(TextEncoder("minilm", device="cpu")) == "TextEncoder('minilm', mean pooling, 384 dimensions, at most 512 tokens)"

@@ -39,6 +39,16 @@ def test_export_clean_and_readme_change_nothing(tmp_path):
     assert [name for name in before if before[name] != after[name]] == []
 
 
+def test_the_first_page_shows_the_figures_that_are_stored():
+    "Other pages read `bench/results` themselves, and `make check` compares what they show; this table is typed."
+    stored = json.loads((ROOT / "bench/results/gating.json").read_text())
+    columns = stored["loop"]["moves"], stored["loop"]["stays"], stored["built_in"]
+    said = lambda figure: f"{figure['mean']:+.3f} ± {figure['high'] - figure['mean']:.3f}"
+    rows = [re.findall(r"[+-]\d\.\d+ ± \d\.\d+", line) for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    kinds = ("now", "grades", "corrected", "warm", "rule")  # as the rows follow each other
+    assert [row for row in rows if row] == [[said(column[kind]) for column in columns if kind in column] for kind in kinds]
+
+
 def test_sidebar_lists_every_page():
     listed = set(re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text()))
     pages = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")

@@ -84,6 +84,11 @@ class Encoder(torch.nn.Module):
         "Return the length of an embedding."
         return self._size if self.sentences else self.model.config.hidden_size
 
+    def __repr__(self) -> str:  # not that of torch, a line for every layer
+        window = f"windows of {self.window} tokens" if self.window else "any length"
+        size = f"{self.hidden_size} dimensions"
+        return f"{type(self).__name__}({self.model_name!r}, {size}, {window})"
+
     def _prepare_sentences(self, precision: str, compile: bool) -> None:
         "Set what differs where the library does the work."
         if compile or precision not in ("float32", "bfloat16"):

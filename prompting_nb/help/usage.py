@@ -9,6 +9,7 @@ __all__ = ['union_parts', 'plain_type', 'describe', 'variable_of', 'count_of', '
 # %% ../../nbs/help/00_usage.ipynb #c003
 import argparse
 import re
+import shlex
 from types import NoneType, UnionType
 from typing import Any, Literal, Mapping, Union, get_args, get_origin
 
@@ -47,8 +48,9 @@ def describe(
     "Say what a setting of this type must be."
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
-    if parts := union_parts(kind):
-        return " or ".join(describe(part, value) for part in parts)
+    if parts := union_parts(kind):  # null is what leaving it out means
+        some = [part for part in parts if part is not NoneType]
+        return " or ".join(describe(part, value) for part in some)
     base, bounds = plain_type(kind), _bounds_of(kind)
     name = _NAMES.get(kind) or _NAMES.get(base, getattr(base, "__name__", str(base)))
     if not bounds or kind in _NAMES:
@@ -278,10 +280,10 @@ class Topics:
 
 # %% ../../nbs/help/00_usage.ipynb #n002
 def next_step(
-    arguments: str,  # of the program: "reward eval --model m --data d.jsonl"
+    *words: Any,  # of the command: "reward", "score", "--model", a path
 ) -> str:
-    "Name the command that comes next."
-    return f"next: prompting-nb {arguments}"
+    "Name the command that comes next, quoted for a shell."
+    return f"next: prompting-nb {shlex.join(map(str, words))}"
 
 # %% ../../nbs/help/00_usage.ipynb #c018
 def completion_script(

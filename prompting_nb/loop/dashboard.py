@@ -76,6 +76,7 @@ class Dashboard:
         self.view._ipython_display_()
 
 # %% ../../nbs/loop/05_dashboard.ipynb #dsh02
+@arguments_in_help
 class View:
     "Widgets that show events. Raises `InputError` where ipywidgets is not installed."
 

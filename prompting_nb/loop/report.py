@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,7 +26,7 @@ from .record import MADE_WITH, describe, flatten
 from .run import Answer, Bought, Loop, Trace
 from .teach import Assessment
 from ..reward.tokens import cuts_text
-from ..show import arguments_in_help
+from ..show import arguments_in_help, shortened
 from ..validators.event import Event
 from ..validators.judge import Judge
 from ..help.usage import count_of
@@ -589,7 +590,7 @@ def picture(
 
 
 _MOST_PROMPTS = 60  # in the table of answers
-_MOST_TEXT = 400  # characters of an answer there
+_MOST_TEXT = 400  # characters of a prompt or an answer there
 
 
 def _moves(loop: Loop) -> list[str]:
@@ -626,9 +627,9 @@ def _sample(loop: Loop) -> list[str]:
             rows.append(
                 {
                     "step": f"{kind}, step {event.step}",
-                    "prompt": answer.prompt[:_MOST_TEXT],
+                    "prompt": shortened(answer.prompt, _MOST_TEXT),
                     "name": answer.name,
-                    "text": text[:_MOST_TEXT] + "…" * (len(text) > _MOST_TEXT),
+                    "text": shortened(text, _MOST_TEXT),
                     "reward": rewards.get(uid),
                     "grade": answer.grade,
                 }
@@ -664,13 +665,13 @@ def _who_answered(loop: Loop) -> list[str]:
             )
             rows.append(
                 {
-                    "prompt": prompt[:_MOST_TEXT],
+                    "prompt": shortened(prompt, _MOST_TEXT),
                     "name": answer.name,
                     "kind": answer.kind,
                     "uid": uid,
                     "asked": "asked" if answer.asked else "",
                     "grade": answer.grade,
-                    "text": text[:_MOST_TEXT] + "…" * (len(text) > _MOST_TEXT),
+                    "text": shortened(text, _MOST_TEXT),
                 }
             )
     more = len(latest) - _MOST_PROMPTS
@@ -846,6 +847,7 @@ def print_tables(
     "Print the summary of a run."
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console()
     if "reward_accuracy" in summary:
@@ -859,9 +861,10 @@ def print_tables(
         return
     if summary.get("judge"):
         console.print(f"The judge is {summary['judge']}.", markup=False)
-    console.print(knowledge(summary))
+    plain = partial(console.print, markup=False)  # brackets in names stay
+    plain(knowledge(summary))
     for finding in summary.get("judge_findings", []):
-        console.print(f"note: {finding}")
+        plain(f"note: {finding}")
     # padded on one side only, so that eight columns fit into 80 characters
     table = Table(title="miners", padding=(0, 0, 0, 1))
     rows = summary["miners"]
@@ -879,11 +882,11 @@ def print_tables(
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(_shown(row[key]) for key in titles))
+        table.add_row(*(Text(_shown(row[key])) for key in titles))
     console.print(table)
     for text in unanswered(summary):
-        console.print(f"note: {text}", markup=False)
-    console.print(payment(summary))
+        plain(f"note: {text}")
+    plain(payment(summary))
     title = (
         f"mean grade of those asked, last third of {count_of(summary['steps'], 'step')}"
     )
@@ -893,6 +896,6 @@ def print_tables(
         style = "bold" if text == _CHOICES["gate"] else ""
         table.add_row(text, f"{grade:.3f}", style=style)
     console.print(table)
-    console.print(verdict(summary))
+    plain(verdict(summary))
     if "paid" in summary:
-        console.print(cost(summary))
+        plain(cost(summary))

@@ -411,6 +411,8 @@ class Service:
                 self._say("weights", "")
                 uids = count_of(len(weights), "uid")
                 _log.info("block %d: weights of %s were set", block, uids)
+            else:
+                self._say("weights", "none are set while no miner has earned anything")
         except RuntimeError as error:
             self.metrics.weights.labels("refused").inc()
             self._say("weights", f"{error}; another attempt at the next block")
@@ -509,6 +511,7 @@ class ChainWatch:
         return f"no news of the chain for {silent:.0f} s"
 
 # %% ../../nbs/loop/10_service.ipynb #c016
+@arguments_in_help
 class ServiceMetrics:
     "Counters and gauges of one service."
 

@@ -29,6 +29,7 @@ from prompting_nb.config import (
 )
 from .follow import Follower
 from ..help.usage import count_of
+from ..show import shortened
 
 # %% ../../nbs/loop/29_watch.ipynb #wch008
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ def as_table(
     from prompting_nb.loop.ask import printable
 
     latest = reader.events[-1] if reader.events else None
-    words = " ".join(printable(latest.prompt).split())[:60] if latest else ""
+    words = " ".join(printable(latest.prompt).split()) if latest else ""
     # brackets are no markup
-    table = Table(title=Text(said), caption=Text(words), title_justify="left")
+    table = Table(
+        title=Text(said), caption=Text(shortened(words, 60)), title_justify="left"
+    )
     for column in ("uid", "hotkey", "asked", "reward", "failed", "no reward yet"):
         table.add_column(column, justify="left" if column == "hotkey" else "right")
     counted = reader.tally()

@@ -265,6 +265,10 @@ class Axon:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
+    def __repr__(self) -> str:
+        state = "running" if self.is_running else "stopped"
+        return f"Axon({self.address}, {state}, hotkey {self.hotkey})"
+
     def health(self) -> dict:
         """Report `status`, `hotkey` and how many requests are `waiting` and `running`.
 

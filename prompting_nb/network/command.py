@@ -33,6 +33,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..files import log_to_stderr, read_json, write_file
+from ..help.usage import count_of
 
 # %% ../../nbs/network/29_command.ipynb #dac008
 _TAO = 21_000_000  # all that there will be; blocks have 16 bits, as on a real chain
@@ -136,12 +137,16 @@ def find_chain(
     from prompting_nb.network.remote import RemoteChain
 
     folder = Path(folder).expanduser()
-    if not (address := _last(folder).get("address")):
+    last = _last(folder)
+    if not isinstance(address := last.get("address"), str):
         return None
-    chain = RemoteChain(address, read_token(folder))
+    token = read_token(folder)
     try:
-        return chain if chain.block else None
-    except RpcConnectionError:
+        chain = RemoteChain(address, token)
+        # a server that was killed may have left its address to another chain
+        name = chain.chain_id
+        return chain if last.get("chain_id", name) == name else None
+    except (RpcConnectionError, InputError):
         return None
 
 
@@ -193,15 +198,38 @@ def _act(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
     from prompting_nb.network.wallets import local_wallet
 
     wallets = Path(run.dir).expanduser() / "wallets"
-    for name in run.register:
-        wallet = local_wallet(wallets, name)
+    named = {name: local_wallet(wallets, name) for name in run.register}
+    holders = _holders(chain, len(named)) if named else {}
+    uids = {hotkey: uid for uid, hotkey in holders.items()}
+    for name, wallet in named.items():  # before any of them is registered
+        if (hotkey := wallet.hotkey.ss58_address) in uids:
+            raise InputError(
+                f"{name}: hotkey {hotkey} is registered already, as uid "
+                f"{uids[hotkey]}: leave out {name}"
+            )
+    for name, wallet in named.items():
         try:
             uid = chain.register(wallet, stake=run.stake, validator_permit=run.permit)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
-        say(f"{name} is uid {uid}; its worthless wallet is in {wallets}")
+        last, holders[uid] = holders.get(uid), name
+        gone = f" in place of {last}, since all were taken" if last else ""
+        say(f"{name} is uid {uid}{gone}; its worthless wallet is in {wallets}")
     if run.step:
         say(f"the newest block is {chain.step(run.step)}")
+
+
+def _holders(chain: Any, names: int) -> dict[int, str]:
+    "Return who holds which uid; refuse more names than there are places."
+    with chain.client() as client:
+        subnet = client.subnets.metagraph(chain.netuid)
+    if names > subnet.max_uids:
+        raise InputError(
+            f"--register names {names} wallets, and subnet {chain.netuid} has only "
+            f"{count_of(subnet.max_uids, 'place')} (--max-uids): the later ones would "
+            "replace the earlier ones; name fewer"
+        )
+    return {neuron.uid: neuron.hotkey for neuron in subnet}
 
 
 def _serve(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
@@ -220,6 +248,7 @@ def _serve(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
         raise InputError(f"{error}; choose another port with --port") from error
     with server:
         found = {"address": server.address, "pid": os.getpid()}
+        found["chain_id"] = chain.subnet.chain_id
         write_file(folder / "chain.json", json.dumps(found))
         pace = f"every {interval:g} s" if interval else "by --step"
         say(f"subnet {chain.netuid} at block {chain.block}, a block {pace}")

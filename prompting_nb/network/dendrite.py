@@ -82,6 +82,9 @@ class Dendrite:
         "Return the address of the hotkey that signs the requests."
         return self._signer.hotkey
 
+    def __repr__(self) -> str:
+        return f"Dendrite(hotkey {self.hotkey}, allow_private={self.allow_private})"
+
     async def __call__(
         self,
         targets: Any,  # neurons of the metagraph, or axons; one alone needs no list

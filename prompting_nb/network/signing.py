@@ -158,6 +158,7 @@ class Node(Protocol):
         ...
 
 
+@arguments_in_help
 class Shielded:
     "Extrinsics that were signed to be encrypted, until their carriers are sent."
 

@@ -32,6 +32,7 @@ from prompting_nb.config import (
 )
 from ..files import check_can_make, write_file
 from ..pretrained import check_name
+from ..show import arguments_in_help
 from ..help.usage import count_of, next_step
 
 # %% ../../nbs/reward/10_command.ipynb #m004
@@ -203,6 +204,7 @@ def _settings(name: str) -> list[type]:
     return [DataSettings, ModelSettings, TrainConfig, OutputSettings, ConsoleSettings]
 
 
+@arguments_in_help
 class RewardParser:
     "Reads the arguments of `prompting-nb reward`: which of the three, and its flags."
 
@@ -302,6 +304,15 @@ def _part(Settings: type[_T], settings: Config) -> _T:
     return settings_of(Settings, settings, ignore_unknown=True)
 
 
+def _scoring(model: str, data: str, skip_bad: int) -> str:
+    "Name the command that scores what was just read, which standard input is not."
+    if data == "-":
+        return next_step("loop", "--reward", model)
+    words = ["reward", "score", "--model", model, "--data", data]
+    words += ["--skip-bad", skip_bad] if skip_bad else []
+    return next_step(*words, "--out", "rewards.jsonl")
+
+
 def _fresh_model(
     chosen: ModelSettings,
     seed: int,
@@ -395,11 +406,7 @@ def _run_train(
         f"{history.stopped} after {count_of(len(history.steps), 'step')} in "
         f"{count_of(history.processes, 'process')}; the model is in {out}"
     )
-    say(
-        next_step(
-            f"reward eval --model {out} --data {data.eval_data or 'held-out.jsonl'}"
-        )
-    )
+    say(_scoring(str(out), data.eval_data or data.data, data.skip_bad))
     return found.to_dict() if found else {}
 
 # %% ../../nbs/reward/10_command.ipynb #c017
@@ -429,7 +436,7 @@ def _run_eval(
     say(f"{found.cuts}; {count_of(found.equal, 'pair')} equal after cutting")
     if given.json:
         write_file(given.json, json.dumps(found.to_dict(), indent=2) + "\n")
-    say(next_step(f"reward score --model {given.model} --data completions.jsonl"))
+    say(_scoring(given.model, given.data, given.skip_bad))
     return found.to_dict()
 
 
@@ -468,5 +475,5 @@ def _run_score(
     found = score_rows_of(model, rows, given.out, *how)
     if not rank:
         say(str(found))
-        say(next_step(f"loop --reward {given.model}"))
+        say(next_step("loop", "--reward", given.model))
     return found

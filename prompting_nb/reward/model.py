@@ -446,6 +446,10 @@ class TextEncoder:
         "Return where the parameters are; with a device map, where tokens go in."
         return next(self.model.parameters()).device
 
+    def __repr__(self) -> str:
+        size = f"{self.hidden_size} dimensions, at most {self.max_length} tokens"
+        return f"TextEncoder({self.model_name!r}, {self.pooling} pooling, {size})"
+
     @property
     def reader(self) -> Reader:
         "Return the transformer, and how it is read."

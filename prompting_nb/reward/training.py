@@ -620,6 +620,9 @@ class Learner(torch.nn.Module):
         whole = getattr(model.model, "_no_split_modules", None) or ()
         self._no_split_modules = [name for name in whole if name in names]
 
+    def __repr__(self) -> str:  # not that of torch, a line for every layer
+        return f"Learner({self.model!r}, packed={self.packed}, bf16={self.bf16})"
+
     def forward(
         self,
         groups: list[list[list[int]]],  # `[prompt][completion]`: token ids

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Optional
 
-from ..show import Bar, arguments_in_help, html_table
+from ..show import Bar, arguments_in_help, html_table, shortened
 from . import replay
 from .explain import Explanation
 
@@ -40,6 +40,11 @@ class Event(replay.Event):
     why: Optional[Explanation] = None  # these uids
     grades: Optional[list[float]] = None  # true grades, if known; the gate sees none
 
+    def __repr__(self) -> str:
+        given = [r if r is None else round(r, 3) for r in self.rewards]
+        asked = f"uids {self.uids}, statuses {self.statuses}, rewards {given}"
+        return f"Event(step {self.step}, {shortened(self.prompt, 60)!r}, {asked})"
+
     def to_json(self) -> str:
         "Return the event as a line of JSON."
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -58,8 +63,15 @@ class Event(replay.Event):
             self.uids, self.propensities, self.statuses, self.rewards, self.completions
         )
         rows = [
-            (uid, chance, status, Bar(reward, reward or 0.0), (text or "")[:120])
+            (
+                uid,
+                chance,
+                status,
+                Bar(reward, reward or 0.0),
+                shortened(text or "", 120),
+            )
             for uid, chance, status, reward, text in cells
         ]
         columns = ("uid", "propensity", "status", "reward", "completion")
-        return html_table(f"Step {self.step}: {self.prompt[:200]}", columns, rows)
+        title = f"Step {self.step}: {shortened(self.prompt, 200)}"
+        return html_table(title, columns, rows)

@@ -18,7 +18,7 @@ import torch
 from ..config import InputError
 from ..files import event_files, read_lines
 from ..help.usage import count_of
-from ..show import arguments_in_help
+from ..show import arguments_in_help, shortened
 
 # %% ../../nbs/validators/03_replay.ipynb #c025
 @arguments_in_help
@@ -111,6 +111,11 @@ class Event:
     rewards: list[float | None]  # `None` where there was no answer
     scores: list[float]  # the gate's, before it learned from this event
     available: list[int] | None = None  # uids that could be asked; `None`: all
+
+    def __repr__(self) -> str:
+        given = [r if r is None else round(r, 3) for r in self.rewards]
+        asked = f"uids {self.uids}, rewards {given}"
+        return f"Event(step {self.step}, {shortened(self.prompt, 60)!r}, {asked})"
 
     @property
     def candidates(self) -> torch.Tensor:  # (n,) int64
