@@ -53,6 +53,8 @@ def load(
         if Path(where).is_dir():
             raise InputError(f"{what}: {_fault(loader, where, error)}") from error
         reason = reason or _refusal(error)
+        if reason.startswith("the hub"):  # perhaps a misspelt folder was meant
+            reason = f"there is no such folder, and {reason}"
         raise InputError(
             f"{what} ({reason}): give a local folder with its weights, connect to the "
             f"hub, or use the built-in {MINILM!r}"

@@ -106,8 +106,7 @@ def arguments_in_help(
 _SECRET = re.compile(r"(^|_)(key|token|secret|password)$")
 
 
-def _values(self: Any) -> str:
-    "Name the public numbers and texts of an object, and the sizes of its collections."
+def _values(self: Any) -> str:  # without a docstring: no entry on every page
     found: list[str] = []
     for name, value in list(getattr(self, "__dict__", {}).items()):  # threads add some
         if name.startswith("_") or _SECRET.search(name):

@@ -81,6 +81,8 @@ def test_the_tutorial_runs_in_jupyterlab_to_its_last_cell(lab, browser, name):
     page, cells, shown = opened(lab, browser, name)
     prompt = lambda cell: cell.locator(".jp-InputPrompt").first
     for attempt in range(6):  # on a busy machine a kernel may say that it is idle, and not take the cells yet
+        for button in page.locator(".jp-Dialog button.jp-mod-accept").all():  # it asks, or says that the kernel is not there yet
+            button.click()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         with suppress(AssertionError) if attempt < 5 else nullcontext():

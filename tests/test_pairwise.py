@@ -146,3 +146,31 @@ def test_a_server_that_is_gone():
     chat = ChatClient(OpenAISettings(base_url="http://127.0.0.1:9/v1", model="m"))
     with pytest.raises(UpstreamError, match="cannot be reached: ConnectError"):
         chat.complete([], tries=2, pause=0.01)
+
+
+def test_answers_of_a_prompt_are_compared_wherever_they_stand():
+    together = PairwiseJudge(longer).score("which?", ANSWERS).flatten().tolist()
+    asked = [prompt for _ in ANSWERS for prompt in ("which?", "who?")]
+    apart = PairwiseJudge(longer).score(asked, [text for one in ANSWERS for text in (one, one + "x")]).flatten().tolist()
+    assert apart[::2] == apart[1::2] == together
+
+
+def test_prompts_and_answers_may_be_messages():
+    messages, said = [{"role": "user", "content": "which?"}], [{"role": "assistant", "content": "dddd"}]
+    judge = PairwiseJudge(longer)
+    assert judge.score([messages, "which?"], [said, "a"]).flatten().tolist() == [1.0, 0.0]
+    assert judge.compare([(messages, said, "a")]) == [1.0] and judge.report()["questions"] == 2
+    for wrong in (["a", None], ["a", 3], ["a", [{"role": "assistant"}]]):
+        with pytest.raises(InputError, match="a completion cannot be judged"):
+            judge.score("which?", wrong)
+
+
+def test_as_many_questions_wait_as_there_are_threads():
+    barrier = threading.Barrier(6, timeout=20)  # however few cores torch may use
+
+    def ask(messages):
+        barrier.wait()
+        return longer(messages)
+    assert PairwiseJudge(ask, threads=6).score("which?", ANSWERS[:3]).flatten().tolist() == [0.5, 1.0, 0.0]
+    with pytest.raises(InputError, match="threads is 0"):
+        PairwiseJudge(ask, threads=0)

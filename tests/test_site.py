@@ -567,6 +567,7 @@ def test_search_answers_questions_and_ranks_whole_words_first(site, browser, ser
     url, name, marks = search("--gating.num_uids")[0]
     assert name == "--gating.num_uids" and "--gating.num_uids" in marks
     assert search("prompting-nb subnet")[0][1] == "prompting-nb subnet" and not search("xyzzy")
+    assert search("padding plugh"), "what has most of the words, where nothing has all"
     page.close()
 
 
@@ -578,6 +579,13 @@ QUESTIONS = {  # what is asked: what is among the first three
     "which miners does the gate ask": "gating|bayes|whom_to_ask|selection|start_here",
     "what will my miner earn": "what_will_my_miner_earn|start_here",
     "refused callers": "blacklist",
+    "multiple gpus": "several_devices",
+    "huggingface data set": "bring_your_own|sources|columns",
+    "ask a question from the shell": "loop/ask",
+    "event log format": "validators/event",
+    "early stopping": "reward/training",
+    "compare two runs": "loop/compare",
+    "why was a uid asked": "explain|loop/ask",
 }
 
 

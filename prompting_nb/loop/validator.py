@@ -282,7 +282,9 @@ def run_validator(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}") from None
+        taken = isinstance(error, FileExistsError)
+        why = "there is a file of this name" if taken else error.strerror
+        raise InputError(f"cannot make the folder {folder}: {why}") from None
     lock = folder / "validator.lock"
     with lock_folder(lock):  # two would spoil each other's log
         try:

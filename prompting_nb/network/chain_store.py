@@ -311,7 +311,9 @@ def open_chain(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make {folder}: {error.strerror}") from error
+        taken = isinstance(error, FileExistsError)
+        why = "there is a file of this name" if taken else error.strerror
+        raise InputError(f"cannot make the folder {folder}: {why}") from error
     with closing(ChainStore(folder / "chain.sqlite")) as store:
         stored = store.settings
         name = stored.pop("chain_id", None) or f"embedded-{os.urandom(8).hex()}"

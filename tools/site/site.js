@@ -97,7 +97,7 @@ function terms(query) {  // a question without its small words; of the last word
     return { word, whole, begun, weight: Math.min(prepared.rarity(word), prepared.rarity(stem(word))) };
   });
 }
-function score({ entry: [, title, name, api], words }, wanted) {
+function score({ entry: [, title, name, api], words }, wanted, share) {
   const any = (set, list) => { for (const word of list) if (set.has(word)) return true; return false };
   let sum = 0, met = 0, total = 0;
   for (const { word, whole, begun, weight } of wanted) {
@@ -110,7 +110,7 @@ function score({ entry: [, title, name, api], words }, wanted) {
   }
   // a heading that has all words of a question is its answer
   if (wanted.length > 1 && wanted.every(({ whole }) => any(words.name, whole))) sum *= 2;
-  const needed = wanted.length > 2 ? .6 : .999;  // of a long question not every word has to be there
+  const needed = share ?? (wanted.length > 2 ? .6 : .999);  // of a long question not every word has to be there
   if (name.startsWith("-") && !wanted.some(({ word }) => word.startsWith("-"))) sum /= 4;  // a flag is not what a word asks for
   return met >= needed * total ? sum * met / total / (1 + split(name).length / 12) : 0;
 }
@@ -131,8 +131,10 @@ function mark(text, wanted) {  // whole words, in pieces so that what is escaped
 function find() {
   if (window.searchIndex) prepared ??= prepare();
   const words = prepared ? terms(input.value) : [];
-  const found = words.length ? prepared.sections.map((section) => [score(section, words), section.entry])
-    .filter(([s]) => s > 0).sort((a, b) => b[0] - a[0]).slice(0, 20) : [];
+  const best = (share) => prepared.sections.map((section) => [score(section, words, share), section.entry])
+    .filter(([s]) => s > 0).sort((a, b) => b[0] - a[0]).slice(0, 20);
+  const complete = words.length ? best() : [];  // if no section has all that is asked, those that have most of it
+  const found = complete.length || words.length < 2 ? complete : best(.3);
   results.innerHTML = found.map(([, [url, title, name, api, text]], i) =>
     `<li role="option" id="result-${i}" aria-selected="false" data-url="${up}${url}"><i>${name === title ? "" : escape(title)}</i><b${api ? ' class="name"' : ""}>${mark(name, words)}</b><small>${snippet(text, words)}</small></li>`).join("");
   hint.textContent = !words.length ? idle : found.length ? `${found.length}${found.length === 20 ? " best" : ""} results` : `Nothing has “${input.value}”.`;
