@@ -72,3 +72,17 @@ class Neighbours:
             return None
         seconds, everything, own = (now - then for now, then in zip(self._now(), self.start))
         return max(0.0, everything - own) / max(seconds, 1e-9)
+
+
+QUIET = 0.2  # cores that others may use while something is measured
+
+
+def undisturbed(measure, tries):
+    "The figures that `measure` gives, with the cores that others used; measured again where they used too many."
+    for again in range(tries):
+        neighbours = Neighbours()
+        found = measure()
+        others = neighbours.cores()
+        if others is None or others <= QUIET:
+            break
+    return {**found, "others": others, "again": again}

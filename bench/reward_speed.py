@@ -43,7 +43,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from machine import Neighbours, cores, machine
+from machine import QUIET, cores, machine, undisturbed
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent.parent / "shared/data/alpacaeval/prompts-responses.jsonl.gz"
@@ -51,7 +51,6 @@ KINDS = {"gpt2": "GPT-2, 6 layers of 384", "bert": "BERT, 6 layers of 384"}
 NAMES = {"ours": "ours", "trl_default": "TRL, defaults", "trl_tuned": "TRL, tuned", "reference": "reference",
          "no_dropout": "reference, no dropout"}
 TUNED = [{"at_once": 1}, {"at_once": 2, "group": True}, {"at_once": 4, "group": True}]
-QUIET = 0.2  # cores that others may use in a turn
 ABLATIONS = {"as it is": [], "without the shared prompt": ["share"], "without attention as one operation": ["attention"],
              "without micro-batches in threads": ["threads"], "without the short last layer": ["last"],
              "without torch's GELU": ["gelu"], "padded rows, grouped by length": ["packed"],
@@ -402,17 +401,6 @@ def data_of(crew, count, seed, real=None):
     "Pairs, and their tokens and texts for the peers."
     pairs = make_pairs(count, seed, real)
     return {"pairs": pairs, **crew.ask("ours", "rows", pairs=pairs)}
-
-
-def undisturbed(measure, tries):
-    "What a turn gives, with the cores that others used; measured again where they used too many."
-    for again in range(tries):
-        neighbours = Neighbours()
-        found = measure()
-        others = neighbours.cores()
-        if others is None or others <= QUIET:
-            break
-    return {**found, "others": others, "again": again}
 
 
 class Crew:

@@ -9,6 +9,7 @@ __all__ = ['COMMANDS', 'main', 'command_parsers']
 import argparse
 import difflib
 import importlib
+import io
 import os
 import re
 import sys
@@ -109,6 +110,9 @@ def main(
 ) -> None:  # raises `SystemExit`: 1 failed, 2 bad input, 130 interrupted
     "Run the program `prompting-nb`."
     argv = sys.argv[1:] if argv is None else list(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # what a terminal or file cannot show is written as Python writes it: \u65e5
+        sys.stdout.reconfigure(errors="backslashreplace")
     # torch's threads should not spin while miners want to work
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     first, rest = (argv or ["--help"])[0], argv[1:]

@@ -295,7 +295,7 @@ def _how(field: Any, typed: bool) -> dict:
     base = [part for part in union_parts(kind) or (kind,) if part is not NoneType]
     base = plain_type(base[0]) if len(base) == 1 and base != [Any] else str
     if base is list:
-        return how | dict(nargs="*", type=str)
+        return how | dict(nargs="+", type=str)  # none: a variable was empty
     if typed:  # a bare flag switches on
         switch = dict(nargs="?", const=True) if default is False else {}
         return how | switch | dict(type=kind)

@@ -7,6 +7,8 @@ __all__ = ['read_lines', 'read_texts', 'reason_of', 'read_prompts', 'replacing',
            'check_can_make', 'event_files', 'rotation_of', 'on_sigterm', 'log_to_stderr']
 
 # %% ../nbs/05_files.ipynb #c002
+import errno
+import glob
 import gzip
 import json
 import logging
@@ -16,6 +18,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -114,6 +117,12 @@ def read_prompts(
             raise InputError(f"{place}: {shape}")
         if not prompt.strip():
             raise InputError(f"{place}: an empty prompt; give it some text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # half a character, which JSON can carry
+            raise InputError(
+                f"{place}: half a character, which cannot be sent"
+            ) from None
         prompts.append(prompt.strip())
     if not prompts:
         raise InputError(f"{path} holds no prompt")
@@ -157,6 +166,24 @@ def _on_disk(path: Path) -> None:
             os.close(number)
 
 
+def _take_place(draft: Path, folder: Path, old: Path) -> None:
+    "Give a folder the name of another one, which gets a third name."
+    for attempt in range(20):
+        with suppress(FileNotFoundError):  # there is none, or somebody else took it
+            folder.rename(old)
+        try:
+            draft.rename(folder)
+            return
+        except OSError as error:
+            placed = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if placed and attempt < 19:  # somebody else's appeared: ours is newer
+                shutil.rmtree(old, ignore_errors=True)
+                continue
+            if old.exists():
+                old.rename(folder)
+            raise
+
+
 @contextmanager
 def replacing_folder(
     folder: str | Path,  # that is to appear; parents are created where missing
@@ -166,24 +193,29 @@ def replacing_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     name = f".{folder.name}.{os.getpid()}.{threading.get_ident()}"
     draft, old = folder.with_name(f"{name}.new"), folder.with_name(f"{name}.old")
+    for path in (draft, old):  # of an earlier process with our number
+        shutil.rmtree(path, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
         for path in [*draft.rglob("*"), draft]:
             _on_disk(path)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            draft.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
+        _take_place(draft, folder, old)
         _on_disk(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         if folder.exists():  # else the old one is all that there is
             shutil.rmtree(old, ignore_errors=True)
+            _remove_drafts(folder)
+
+
+def _remove_drafts(folder: Path, hours: float = 1.0) -> None:
+    "Remove what processes that were killed left beside a folder, hours ago."
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        with suppress(OSError):  # somebody else may remove it
+            is_old = time.time() - path.stat().st_mtime > 3600 * hours
+            if is_old and re.fullmatch(r".*\.\d+\.\d+\.(new|old)", path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
 # %% ../nbs/05_files.ipynb #f019
 def read_json(

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.subnet import NotRegisteredError
 from prompting_nb.config import read_config
-from prompting_nb.network import addresses, auth, legacy
+from prompting_nb.network import addresses, auth, connection, legacy
 from prompting_nb.network.auth import FORGOTTEN, Refusal, sign_request
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
@@ -542,6 +542,47 @@ def test_headers_of_100_kb(axon):
         assert read_status(line) in (None, 401, 431)
 
 
+POST = b"POST /Prompting HTTP/1.1\r\n"
+CHUNKED = POST + b"transfer-encoding: chunked\r\n\r\n"
+MANY = {  # a quarter of a megabyte in small parts: the last status, what is called for each part, and how often it may be
+    "chunks": (CHUNKED + b"1\r\nx\r\n" * 40_000, 400, "on_body", 1100),
+    "trailers": (CHUNKED + b"1\r\nx\r\n0\r\n" + b"a:\r\n" * 60_000, 431, "on_header", 200),
+    "headers": (POST + b"a:\r\n" * 60_000, 431, "on_header", 200),
+    "requests": (b"GET / HTTP/1.1\r\n\r\n" * 14_000, 400, "on_headers_complete", 40),
+    "requests behind one that is refused": (
+        b"CONNECT / HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n" * 14_000, 400, "on_headers_complete", 2),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_quarter_of_a_megabyte_in_small_parts(what, monkeypatch):
+    """A stranger sends chunks of one byte, trailers, short headers or requests by the ten thousand, as fast as it can.
+    Older server: parses all that has arrived, while others wait."""
+    data, last, method, most = MANY[what]
+    called, original = [], getattr(connection._Reader, method)
+    monkeypatch.setattr(connection._Reader, method, lambda *args: called.append(1) or original(*args))
+    with Axon(MINER).attach(echo) as axon, connect(axon) as line:
+        line.sendall(data)
+        answers = b""
+        with suppress(ConnectionError):
+            while more := line.recv(65536):
+                answers += more
+        assert int(answers.split(b"HTTP/1.1 ")[-1][:3]) == last and b"500" not in answers
+        assert len(called) <= most
+        assert status(axon) == 200
+
+
+def test_a_body_in_small_chunks_of_its_own_length(axon):
+    """A question in chunks of one byte, and one in chunks of 200.
+    Older server: takes both."""
+    for body, size in ((BODY, 1), (write_body(Prompting.ask("x" * 40_000)), 200)):
+        chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + size] for i in range(0, len(body), size)))
+        lines = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items()).encode()
+        with connect(axon) as line:
+            line.sendall(CHUNKED[:-2] + lines + b"\r\n" + chunks + b"0\r\n\r\n")
+            assert read_status(line) == 200
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["headers", "body"])
 def test_a_thousand_slow_clients(part):
@@ -848,6 +889,24 @@ def test_stream_that_nobody_reads(plain):
         with unread(axon, "/StreamPrompting"):
             assert closed.wait(SECONDS)  # long before the caller's time is up
             until(lambda: axon.health()["running"] == 0 and axon._server.connections == 0)
+
+
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_caller_that_hangs_up_while_a_long_question_is_worked_on(size):
+    """A caller asks, at length, and leaves before the answer.
+    Older server: works on."""
+    begun = threading.Event()
+
+    async def forward(synapse):
+        begun.set()
+        await asyncio.sleep(100)
+
+    body = write_body(Prompting.ask("x" * size, timeout=100))
+    with Axon(MINER, workers=1).attach(forward) as axon:
+        with connect(axon) as line:
+            line.sendall(request(body))
+            assert begun.wait(SECONDS)
+        until(lambda: axon.health()["running"] == 0)
 
 
 def test_generator_that_never_waits():
@@ -1656,6 +1715,71 @@ def test_chain_that_hangs(chain, caplog):
             hang.set()
             until(lambda: get(miner.axon, "/ready")[0] == 200)
     assert "the chain did not answer within 0.05 s" in caplog.text
+
+
+def test_chain_that_stands_still(chain, caplog):
+    """The chain answers with the same block for minutes.
+    Older miner: -"""
+    now = [0.0]
+
+    class Patient(Echo):
+        clock = staticmethod(lambda: now[0])
+
+    settings = {"miner": {"poll_interval": 0.001}}
+    still = lambda: [r for r in caplog.records if "the chain has had no block after" in r.getMessage()]
+    with chain.client() as client, Patient(settings, wallet=MINER, subtensor=client) as miner:
+        now[0] = 200.0
+        time.sleep(0.05)
+        assert get(miner.axon, "/ready")[0] == 200 and not still()
+        now[0] = 400.0
+        until(lambda: get(miner.axon, "/ready")[0] == 503)
+        assert f"no block after {chain.block} for 400 s" in get(miner.axon, "/ready")[1]["reason"] and status(miner.axon) == 200
+        assert len(still()) == 1
+        chain.step()
+        until(lambda: get(miner.axon, "/ready")[0] == 200)
+    assert any("the chain goes on" in r.getMessage() for r in caplog.records)
+
+
+def test_chain_that_goes_back(chain):
+    """Another chain, or a node that is far behind, answers at the same address: its blocks have lower numbers.
+    Older miner: -"""
+    back, settings = [0], {"miner": {"poll_interval": 0.001, "blocks_per_epoch": 5}}
+    with chain.client() as client:
+
+        class Behind:
+            network, subnets, execute = client.network, client.subnets, client.execute
+            block = property(lambda self: 1000 + client.block - back[0])
+
+        with Echo(settings, wallet=MINER, subtensor=Behind()) as miner:
+            chain.register(STRANGER)
+            time.sleep(0.05)
+            assert status(miner.axon, headers=sign(wallet=STRANGER)) == 403
+            back[0] = 900
+            until(lambda: status(miner.axon, headers=sign(wallet=STRANGER)) == 200)
+
+
+def test_chain_that_shows_nobody(chain, caplog):
+    """A node answers with a subnet in which nobody is registered, for a while.
+    Older miner: -"""
+    settings = {"miner": {"poll_interval": 0.001, "blocks_per_epoch": 1}}
+    with chain.client() as client:
+        lost = threading.Event()
+
+        class Subnets:
+            def metagraph(self, netuid):
+                found = client.subnets.metagraph(netuid)
+                return SimpleNamespace(neurons=[]) if lost.is_set() else found
+
+        class Losing:
+            network, subnets, execute, block = client.network, Subnets(), client.execute, property(lambda self: client.block)
+
+        with Echo(settings, wallet=MINER, subtensor=Losing()) as miner:
+            lost.set()
+            chain.step()
+            until(lambda: "shows nobody on subnet" in caplog.text)
+            assert miner.is_running and status(miner.axon) == 200
+            lost.clear()
+            until(lambda: miner.runner.failures == 0)
 
 
 def test_deregistration_while_running(chain, caplog):

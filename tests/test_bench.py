@@ -41,13 +41,28 @@ def test_neighbours_are_all_that_runs_less_our_own(monkeypatch):
 @pytest.mark.parametrize("used, again, left", [([0.1], 0, 0.1), ([0.9, 0.3, 0.2], 2, 0.2), ([0.9] * 9, 3, 0.9), ([None], 0, None)])
 def test_a_disturbed_turn_is_measured_again(used, again, left, monkeypatch):
     found = iter(used)
-    monkeypatch.setattr(speed, "Neighbours", lambda: SimpleNamespace(cores=lambda: next(found)))
+    monkeypatch.setattr(machine, "Neighbours", lambda: SimpleNamespace(cores=lambda: next(found)))
     turns = []
-    turn = speed.undisturbed(lambda: turns.append(1) or {"seconds": len(turns)}, tries=4)
+    turn = machine.undisturbed(lambda: turns.append(1) or {"seconds": len(turns)}, tries=4)
     assert turn == {"seconds": again + 1, "others": left, "again": again}
     told = speed.disturbance([{"ours": turn}, {"ours": {"others": 0.0, "again": 1}}])
     assert told["measured_again"] == again + 1 and told["others"] == {"ours": [left, 0.0]}
     assert told["disturbed"] == ([[0, "ours"]] if left == 0.9 else [])
+
+
+def test_figures_of_the_miner_say_what_disturbed_them(monkeypatch):
+    miner = import_module("miner")
+    used = iter([0.1, 0.5, 0.3, 0.0, *[0.7] * 4])  # the second repetition is measured again, the third in vain
+    monkeypatch.setattr(machine, "Neighbours", lambda: SimpleNamespace(cores=lambda: next(used)))
+    server = SimpleNamespace(ask=lambda: {"cpu": 0.0})
+    client = SimpleNamespace(closed=lambda *_: {"seen": [(0.5, 200)], "wall": 1.0, "cpu": 0.5})
+    peer = miner.Peer("ours", client, server)
+    row = miner.middle([peer.measure("closed", 1, 1.0) for _ in range(3)])
+    assert row["rate"] == 1.0 and row["others"] == 0.7 and row["again"] == 2 + 3
+    fine, unknown = {"others": 0.1, "again": 1}, {"others": None, "again": 0}
+    told = miner.disturbance({"signatures": fine, "policy": unknown, "closed": [{"peer": "ours", "at_a_time": 16, **row}], "open": [],
+                              "overload": {"rows": []}, "overload_rising": {"rows": []}, "held": {"rows": []}})
+    assert told == {"quiet": 0.2, "tries": 4, "most": 0.7, "measured_again": 6, "disturbed": ["closed, ours, 16"]}
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):
@@ -115,7 +130,7 @@ def test_the_run_as_a_whole_with_peers_that_answer_at_once(tmp_path, monkeypatch
     "Every figure has its place, TRL and the pipeline get what was fastest, and a second run computes nothing again."
     monkeypatch.setattr(speed, "Peer", Scripted)
     monkeypatch.setattr(speed, "make_models", lambda folder: None)
-    monkeypatch.setattr(speed, "Neighbours", lambda: SimpleNamespace(cores=lambda: 0.1))
+    monkeypatch.setattr(machine, "Neighbours", lambda: SimpleNamespace(cores=lambda: 0.1))
     monkeypatch.setattr(speed, "real_lengths", lambda path: [[3, 4, 5], [2, 6, 1]])
     monkeypatch.setattr(speed.subprocess, "run", lambda *args, **options: SimpleNamespace(stdout="1.0 2.0"))
     data = tmp_path / "rows.jsonl"

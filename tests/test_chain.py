@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from contextlib import closing
+from dataclasses import replace
 
 import bittensor as bt
 import numpy as np
@@ -164,6 +165,31 @@ def test_the_rules_for_weights_are_kept():
         assert refused.error.name == name and chain.weights == before
 
 
+def test_a_small_subnet_asks_for_no_more_weights_than_it_has_uids():
+    chain, (wallet,) = a_subnet(stakes=(500,), miners=2, min_allowed_weights=8)
+
+    def refusal(*dests):  # past the SDK's own checks
+        call = calls.SubtensorModule.set_mechanism_weights(netuid=1, mecid=0, dests=[*dests], weights=[1] * len(dests), version_key=0)
+        return getattr(asyncio.run(chain.substrate.submit(call, wallet.hotkey)).error, "name", None)
+
+    assert (refusal(1, 2), refusal(0, 1, 2)) == ("WeightVecLengthIsLow", None)
+
+
+def test_a_stake_or_an_amount_that_cannot_be_is_refused_and_epochs_go_on():
+    chain, (first, *_) = a_subnet()
+    for bad in (-1, float("nan"), float("inf"), 1e10):
+        with pytest.raises(ValueError, match="a stake must be from 0"):
+            chain.set_stake(first, bad)
+        if bad != -1:
+            with pytest.raises(ValueError, match="less than 1e9 TAO"):
+                chain.fund(first, bad)
+    chain.fund(first, 9e8)
+    with pytest.raises(ValueError, match="would be"):
+        chain.fund(first, 9e8)
+    before = chain.block
+    assert chain.step(TEMPO) == before + TEMPO and chain.subnet.neurons[0].stake == 500 * 10**9
+
+
 def test_without_weights_or_permits_emission_follows_the_stake():
     chain, _ = a_subnet(stakes=(300, 100))
     with closing(chain.client()) as client:
@@ -201,6 +227,16 @@ def test_stake_is_bought_and_sold_by_the_coldkey():
 
 def own(wallet):
     return wallet.hotkey.ss58_address
+
+
+def test_the_stake_of_who_is_pruned_or_replaced_goes_back_to_its_coldkey():
+    chain, (first, second, _) = a_subnet()
+    chain.fund(first, 50)
+    with closing(chain.client()) as client:
+        client.execute(bt.AddStake(own(first), 1, 30), first).raise_for_failure()
+    chain.replace(0, make_wallet("newcomer"))
+    assert chain.subnet.balances[first.coldkeypub.ss58_address] == 550 * 10**9
+    assert chain.subnet.balances[second.coldkeypub.ss58_address] == 0
 
 
 def test_a_registration_is_bought_through_the_sdk_and_prunes_a_full_subnet():
@@ -299,6 +335,18 @@ def test_the_rules_of_commits_are_kept(caplog):
     assert refused.error.name == "CommitRevealDisabled"
 
 
+def test_commits_that_a_shorter_period_leaves_behind_are_counted(caplog):
+    chain, validators = a_subnet(commit_reveal=True, reveal_period=3)
+    with closing(chain.client()) as client:
+        set_weights(client, validators[0], {3: 1.0})
+        chain.step(TEMPO)
+        set_weights(client, validators[0], {4: 1.0})
+        chain.subnet.rules = replace(chain.subnet.rules, reveal_period=1)
+        chain.step(TEMPO)
+    assert set(chain.weights[0]) == {4}
+    assert "1 commit of weights of uid 0 dropped: too old to reveal" in caplog.text
+
+
 def test_committed_weights_do_not_reach_a_newcomer_on_the_uid():
     chain, validators = a_subnet(commit_reveal=True, reveal_period=2)
     with closing(chain.client()) as client:
@@ -349,3 +397,13 @@ def test_epochs_are_read_and_waited_for_as_on_a_real_chain():
         timer = threading.Timer(0.2, chain.step, [TEMPO])
         timer.start()
         assert client.wait_for_epoch(1, timeout=20).block == 41
+
+
+@pytest.mark.parametrize("wrong", [
+    {"tempo": 0}, {"max_uids": -1}, {"weights_rate_limit": -1}, {"max_validators": -1}, {"reveal_period": 0}, {"emission": float("nan")},
+    {"burn": -0.1}, {"max_weight": 0.0}, {"max_weight": 1.5}, {"immunity_period": -1}, {"min_allowed_weights": -1}])
+def test_numbers_that_no_subnet_can_have_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EmbeddedChain(**wrong)
+    with pytest.raises(ValueError, match="do not go back"):
+        EmbeddedChain().step(-1)

@@ -21,6 +21,7 @@ from bittensor.result import RpcConnectionError
 from prompting_nb.config import InputError
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.chain_server import ChainServer, read_token
+from prompting_nb.network.command import chain_parser, find_chain, run_chain
 from prompting_nb.network.remote import RemoteChain, RemoteSubstrate, open_remote
 from prompting_nb.network.signing import STALE, sign_call
 from prompting_nb.network.chain_store import open_chain
@@ -342,3 +343,56 @@ def test_a_store_of_an_earlier_version_gets_the_defaults_of_new_fields(tmp_path)
         db.execute("update neurons set record = 'x'")
     with pytest.raises(InputError, match="damaged"), open_chain(tmp_path):
         pass
+
+
+def test_a_damaged_store_is_named_whatever_is_damaged(tmp_path):
+    for number, (change, says) in enumerate((
+        ("update settings set value = 'x'", "is damaged"),
+        ("drop table settings", "is damaged"),
+        ("drop table accounts", "is damaged"),
+        ("insert into settings values ('colour', '1')", r"does not know \(colour\)"),
+    )):  # fmt: skip
+        folder = tmp_path / str(number)
+        with open_chain(folder) as chain:
+            chain.register(make_wallet("alice"))
+        with closing(sqlite3.connect(folder / "chain.sqlite")) as db, db:
+            db.execute(change)
+        with pytest.raises(InputError, match=says), open_chain(folder):
+            pass
+
+
+def test_a_chain_that_the_disk_does_not_take_is_not_said_to_be_none(tmp_path):
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    with ended(program("chain", "--dir", tmp_path, "--step", 1, preexec_fn=full)) as process:
+        assert process.wait(SECONDS) == 2
+        assert "chain.sqlite cannot be used (" in process.stderr.read()
+
+
+def test_names_are_registered_all_or_none_and_who_is_pruned_is_said(tmp_path):
+    said = []
+
+    def act(*flags):
+        run_chain(chain_parser().parse_args(["--dir", str(tmp_path), *flags]), said.append)
+
+    act("--register", "a", "--max-uids", "3")
+    with pytest.raises(InputError, match="a: hotkey .* is registered already, as uid 0: leave out a"):
+        act("--register", "b", "a")
+    with open_chain(tmp_path) as chain:
+        assert len(chain.subnet.neurons) == 1
+    act("--register", "b", "c", "d")
+    assert "d is uid 0 in place of 5" in said[-1]
+    with pytest.raises(InputError, match="has 3 uids, more than 2"):
+        act("--step", "1", "--max-uids", "2")
+    act("--step", "1")  # the refused number is not kept
+
+
+def test_another_chain_at_an_old_address_is_not_taken_for_ones_own(tmp_path):
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    with open_chain(tmp_path / "other") as chain, ChainServer(chain, token="t") as server:
+        for name, found in ((chain.subnet.chain_id, True), ("embedded-another", False)):
+            (ours / "chain.json").write_text(json.dumps({"address": server.address, "chain_id": name}))
+            assert (find_chain(ours) is not None) == found
+        for odd in ("5", '{"address": 5}', '{"address": "embedded://nowhere"}'):
+            (ours / "chain.json").write_text(odd)
+            assert find_chain(ours) is None

@@ -283,3 +283,96 @@ def test_the_last_layer_is_the_only_one_with_one_output(tmp_path):
     classifier.another = torch.nn.Linear(4, 1)
     with pytest.raises(InputError, match="does not end with one linear layer"):
         last_layer(classifier)
+
+
+def without(folder, *names, **more):
+    "Take weights out of a checkpoint, and put others in."
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = {name: value for name, value in load_file(path).items() if name not in names}
+    save_file(weights | more, path, {"format": "pt"})
+
+
+def test_weights_that_chance_stands_in_for_are_said(tmp_path):
+    base = save_model(tmp_path / "base", tiny("bert"), letter_tokenizer(bert=True))
+    without(tmp_path / "base", "pooler.dense.weight", "pooler.dense.bias")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        RewardModel(base, device="cpu")  # the pooler is not read
+    with pytest.warns(RuntimeWarning, match="lacks 2 weights of .*, such as pooler.dense.bias: random ones"):
+        RewardModel(base, device="cpu", pooling="pooler")
+    without(tmp_path / "base", "encoder.layer.0.output.dense.weight")
+    with pytest.warns(RuntimeWarning, match=r"lacks 1 weight of .* encoder.layer.0.output.dense.weight"):
+        RewardModel(base, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "value_head.weight", "reward_head.bias", "regression_head.weight"])
+def test_a_head_of_another_trainer_is_not_lost_silently(tmp_path, name):
+    base = save_model(tmp_path / "base", tiny("llama"), letter_tokenizer())
+    without(tmp_path / "base", **{name: torch.ones(1, 32)})
+    with pytest.warns(RuntimeWarning, match="its head is left out"):
+        RewardModel(base, device="cpu")
+
+
+def test_a_head_of_another_shape_is_none(tmp_path):
+    name, _, _ = classifier_in(tmp_path / "base", "llama", num_labels=3)
+    with pytest.raises(InputError, match="holds no reward model: its weights have no score.weight"):
+        RewardModel.from_pretrained(name, device="cpu", num_labels=1, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("kind, bert", [("deberta-v2", True), ("llama", False)])
+def test_a_pipeline_gives_rewards_as_they_are(tmp_path, kind, bert):
+    "Also of what somebody else made and we saved: without a word it would give sigmoids."
+    name, _, _ = classifier_in(tmp_path / "base", kind, bert=bert)
+    model = RewardModel.from_pretrained(name, device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    pipe = hf.pipeline("text-classification", str(tmp_path / "saved"), device="cpu")
+    found = pipe([{"text": p, "text_pair": c} for p, c in zip(PROMPTS, COMPLETIONS)])
+    close(torch.tensor([[one["score"]] for one in found]), scores(model), 1e-5)
+
+
+def test_a_model_of_which_nothing_learns_is_refused(tmp_path):
+    model = RewardModel(save_model(tmp_path / "base", tiny("bert"), letter_tokenizer(bert=True)), device="cpu").requires_grad_(False)
+    with pytest.raises(InputError, match="no weight of this model learns"):
+        train(model, [Ranking("p", ["good", "bad"], [1.0, 0.0])], progress=False)
+
+
+def test_adapters_alone_are_no_model(tmp_path):
+    "transformers would load the base and, by other names than theirs, none of the adapters."
+    from peft import LoraConfig, get_peft_model
+
+    name, classifier, tokenizer = classifier_in(tmp_path / "base", "llama")
+    get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapters")
+    tokenizer.save_pretrained(tmp_path / "adapters")
+    for make in (RewardModel, RewardModel.from_pretrained):
+        with pytest.raises(InputError, match=r"holds adapters \(LoRA\)"):
+            make(str(tmp_path / "adapters"), device="cpu")
+
+
+def test_a_length_is_an_option_of_loading_and_nothing_else_of_ours(tmp_path):
+    name, _, _ = classifier_in(tmp_path / "base", "llama", max_position_embeddings=4096)
+    model = RewardModel.from_pretrained(name, device="cpu", max_length=2000)
+    assert (RewardModel.from_pretrained(name, device="cpu").max_length, model.max_length) == (1024, 2000)
+    model.save_pretrained(tmp_path / "saved")
+    assert RewardModel.from_pretrained(tmp_path / "saved", device="cpu").max_length == 2000
+    assert RewardModel.from_pretrained(tmp_path / "saved", device="cpu", max_length=30).max_length == 30
+    with pytest.raises(InputError, match="8 to 4096 tokens"):
+        RewardModel.from_pretrained(name, device="cpu", max_length=5000)
+    for folder in (name, tmp_path / "saved"):
+        with pytest.raises(InputError, match="pooling belongs to the model that was saved"):
+            RewardModel.from_pretrained(folder, device="cpu", pooling="mean")
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_a_tokenizer_that_pads_with_another_token_than_its_classifier(tmp_path, pad):
+    "The classifier finds the end of a text by its own padding, and so does what is saved."
+    name, classifier, tokenizer = classifier_in(tmp_path / "base", "llama", pad=pad)
+    assert tokenizer.pad_token_id != classifier.config.pad_token_id == LETTERS.index("[PAD]")
+    model = RewardModel.from_pretrained(name, device="cpu")
+    close(scores(model), as_transformers(classifier, tokenizer), 1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    close(scores(RewardModel.from_pretrained(tmp_path / "saved", device="cpu")), scores(model), 1e-6)
+    pipe = hf.pipeline("text-classification", str(tmp_path / "saved"), device="cpu")
+    found = pipe([{"text": p, "text_pair": c} for p, c in zip(PROMPTS, COMPLETIONS)], batch_size=len(PROMPTS))
+    close(torch.tensor([[one["score"]] for one in found]), scores(model), 1e-5)

@@ -116,6 +116,19 @@ def test_a_reader_that_leaves_gets_no_traceback(argv):
     assert process.returncode in (0, 141)
 
 
+@pytest.mark.parametrize("encoding, shown", [("utf-8", "für \\ud83d"), ("ascii", "f\\xfcr \\ud83d")])
+def test_what_the_output_cannot_hold_is_escaped(encoding, shown):
+    program = """
+from prompting_nb import cli
+from prompting_nb.config import command_parser
+make = lambda: command_parser(lambda parser: parser.add_argument("--debug"), prog="x")
+cli.COMMANDS["say"] = make, lambda settings: print("f\\xfcr \\ud83d"), ""
+cli.main(["say"])
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert (found.returncode, found.stdout.decode(encoding).strip()) == (0, shown), found.stderr
+
+
 @pytest.mark.parametrize("content, message", [
     (b"a: : b", "the file of --config is no YAML at line 1, column 4"), (b"\xff\xfe\xff", "--config is no text in UTF-8"),
     (b"gating: 3", "gating must hold settings by name"), (b"judge: [1]", "judge must hold settings by name")])

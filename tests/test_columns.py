@@ -251,3 +251,98 @@ def test_a_share_of_few_prompts_keeps_one_on_each_side():
             assert all(split(few, test=share))
     with pytest.raises(InputError):
         split(few[:1], test=0.5)
+
+
+@pytest.mark.parametrize("sides, key, value", [
+    (("output_1", "output_2"), "preference", 0), (("output_1", "output_2"), "label", False), (("response_a", "response_b"), "winner", 2),
+    (("answer_0", "answer_1"), "label", 2), (("answer_0", "answer_1"), "label", -1), (("response1", "response2"), "overall_preference", 4),
+])  # fmt: skip
+def test_a_verdict_on_another_scale_is_no_win_of_the_first(sides, key, value):
+    with pytest.raises(ValueError, match=f"'{key}' should be .* where {sides[0]} is better"):
+        parse_ranking({"prompt": "p", **dict(zip(sides, "ab")), key: value})
+
+
+HELLO = [says("user", "Hi?"), says("assistant", "Hello.")]
+TOLD = says("system", "Be brief.")
+
+
+@pytest.mark.parametrize("row, wanted", [
+    ({"system": "Be brief.", "chosen": [ASK, YES], "rejected": [ASK, NO]}, [TOLD, ASK]),
+    ({"system": "Be brief.", "chosen": HH + "Yes.", "rejected": HH + "No."}, [TOLD, says("user", "Hi."), says("assistant", "Hello."), ASK]),
+    ({"system_prompt": "Be brief.", "conversations": GPT}, [TOLD, ASK]), ({"system": math.nan, "messages": [ASK, YES]}, [ASK]),
+    ({"system": "Be brief.", "messages": [says("system", "Be kind."), ASK, YES]}, [says("system", "Be kind."), ASK]),
+    ({"instruction": "Rain?", "input": "", "history": [["Hi?", "Hello."]], "output": "Yes."}, [*HELLO, ASK]),
+    ({"prompt": "Rain?", "history": HELLO, "response": "Yes."}, [*HELLO, ASK]),
+    ({"instruction": "Rain?", "context": "In Rome.", "response": "Yes."}, [says("user", "Rain?\n\nIn Rome.")]),
+    ({"prompt": "Rain?", "input": "In Rome.", "chosen": "Yes.", "rejected": "No."}, [says("user", "Rain?\n\nIn Rome.")]),
+    ({"prompt": "Rain? In Rome.", "input": "In Rome.", "chosen": "Yes.", "rejected": "No."}, [says("user", "Rain? In Rome.")]),
+    ({"prompt": "[INST] Rain? [/INST]", "chosen": [ASK, YES], "rejected": [ASK, NO]}, [ASK]),
+])  # fmt: skip
+def test_all_that_a_prompt_has_is_read_whatever_column_it_has(row, wanted):
+    assert messages_of(read_row(row, judged=False).prompt) == wanted
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"prompt": "Snow?", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "'prompt' is not what 'chosen' and 'rejected' begin with"),
+    ({"prompt": "p", "history": "Hi?", "chosen": "a", "rejected": "b"}, "'history' should be a list"),
+    ({"prompt": "p", "system": ["x"], "chosen": "a", "rejected": "b"}, "'system' should be a text"),
+    ({"prompt": "p", "responses": ["a", "b"], "scores": [10**400, 1]}, "'scores' should be a finite number"),
+    ({"prompt": [{**ASK, "images": ["x.png"]}], "chosen": "a", "rejected": "b"}, "a message holds text only, and this one has 'images'"),
+    ('{"prompt": "p", "chosen": "a", "chosen": "c", "rejected": "b"}', "the key 'chosen' stands there twice"),
+])  # fmt: skip
+def test_what_would_be_left_out_is_refused(row, reason):
+    with pytest.raises(InputError, match="^row 0: .*") as error:
+        rankings_from(iter([row]))
+    assert reason in str(error.value)
+
+
+def test_calls_of_functions_in_their_first_form_are_calls_of_tools():
+    call = {"role": "assistant", "content": None, "function_call": {"name": "rain", "arguments": '{"in": "Rome"}'}}
+    found = parse_ranking({"prompt": [ASK], "chosen": [call, {"role": "function", "name": "rain", "content": "no"}, NO], "rejected": [YES]})
+    called, result, _ = found.completions[0].messages
+    assert called["tool_calls"] == [{"function": {"name": "rain", "arguments": {"in": "Rome"}}}] and result["role"] == "tool"
+
+
+def test_columns_that_no_format_uses_and_prompts_that_repeat_are_counted():
+    report, row = Report(), {"prompt": "p", "chosen": "a", "rejected": "b", "id": 7, "source": "s", "empty": "", "notes": "x"}
+    rankings_from([row, {**row, "images": ["y"], "messages": [ASK, YES]}], report)
+    assert report.unread == {"notes": 2, "images": 1}  # messages that stand beside a pair are its own
+    assert str(report).startswith("2 rankings of 1 prompt from 2 rows; ")
+    assert "columns that are not read (rows): notes (2), images (1)" in str(report)
+    for name, (row, _) in FORMATS.items():
+        left = set(read_row(row).unread)
+        assert left <= {"prompt_id", "source", "models", "messages", "model_a", "model_b", "score_A", "score_B"}, name
+
+
+def test_tables_with_missing_cells_and_with_a_title_twice(tmp_path):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2.0, "tools": "[]"}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    first, second = rankings_of(pandas.DataFrame(rows))
+    assert first.margins == [2.0, 0.0] and second.margins is None and type(second.prompt) is str
+    import pyarrow
+
+    assert rankings_of(pyarrow.Table.from_pylist(rows)) == [first, second]
+    (tmp_path / "twice.csv").write_text("prompt,chosen,chosen,rejected\np,a,c,b\n")
+    for twice in (tmp_path / "twice.csv", pandas.DataFrame([["p", "a", "c", "b"]], columns=["prompt", "chosen", "chosen", "rejected"])):
+        with pytest.raises(InputError, match="has two columns 'chosen': rename one"):
+            rankings_of(twice)
+
+
+def test_standard_input_is_utf_8_whatever_the_locale(monkeypatch):
+    good = json.dumps({"prompt": "\u00e4", "chosen": "a", "rejected": "b"}, ensure_ascii=False).encode()
+    for data, skip_bad in ((b"\xef\xbb\xbf" + good + b"\r\n", 0), (b'{"prompt": "\xe4"}\n' + good, 1)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+        report = Report()
+        assert [ranking.prompt for ranking in read_rankings("-", report, skip_bad=skip_bad)] == ["\u00e4"]
+        assert report.bad == skip_bad and (not skip_bad or report.first_bad == "line 1: it is no text in UTF-8")
+
+
+def test_a_folder_says_what_is_not_read_of_it(tmp_path):
+    row = json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"})
+    (tmp_path / "old").mkdir()
+    for name in ("train.jsonl", "test.jsonl", "more.zip", "README.md", "old/more.jsonl"):
+        (tmp_path / name).write_text(row)
+    with pytest.warns(UserWarning) as said:
+        assert len(read_rankings(tmp_path)) == 2
+    texts = [str(one.message) for one in said]
+    assert any("not read: 2 files (more.zip, old/more.jsonl)" in text for text in texts)
+    assert any("several splits (test, train)" in text for text in texts)

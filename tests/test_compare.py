@@ -1,11 +1,15 @@
 "Runs say what they were made with, and are laid side by side."
 
 import json
+import math
+import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from prompting_nb.cli import COMMANDS, main
 from prompting_nb.config import InputError, command_line, merge
@@ -112,6 +116,41 @@ def test_a_folder_that_is_no_run_is_refused_with_the_reason(runs, tmp_path, brok
             (folder / file.name).write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(InputError, match=says):
         compare_runs([runs[1], folder])
+
+
+def test_a_summary_with_values_of_other_kinds_is_compared_or_refused(runs, tmp_path):
+    "Whatever stands in it, there is a comparison that JSON can hold, or one line that says what is wrong."
+    whole, odd = json.loads((runs[0] / "summary.json").read_text()), tmp_path / "odd"
+    shutil.copytree(runs[0], odd)
+    refused = set()
+    for name in whole:
+        for value in (None, "x", [1], {"files": 3}, math.nan, -1):
+            (odd / "summary.json").write_text(json.dumps(whole | {name: value}))
+            try:
+                found = compare_runs([runs[1], odd])
+                json.dumps(found.as_dict(), allow_nan=False)
+            except InputError as error:
+                assert str(odd) in str(error)
+                refused.add(name)
+    assert refused == {"status", "steps", "seed", "settings", "data", "judging"}
+    (odd / "summary.json").write_text(json.dumps(whole))
+    (odd / "curves.json").unlink()
+    for rewards in ([], [math.nan], [1e308, 1e308], ["x"], 3):
+        (odd / "events.jsonl").write_text(json.dumps({"rewards": rewards}) + "\n")
+        with pytest.raises(InputError, match="events.jsonl:1: no event of a run"):
+            compare_runs([runs[1], odd])
+
+
+def test_brackets_are_no_markup(runs, tmp_path):
+    one, two = tmp_path / "one [red]", tmp_path / "two"
+    shutil.copytree(runs[0], one)
+    shutil.copytree(runs[1], two)
+    summary = json.loads((two / "summary.json").read_text())
+    summary["settings"]["gate"], summary["graded_by"] = "[/x]", "[bold]nobody"
+    (two / "summary.json").write_text(json.dumps(summary))
+    text = StringIO()
+    compare_runs([one, two]).print(Console(file=text, width=300, force_jupyter=False))
+    assert "one [red]" in text.getvalue() and "[/x]" in text.getvalue() and "[bold]nobody" in text.getvalue()
 
 
 def test_the_command_writes_a_page_and_prints_json_or_tables(runs, tmp_path, capsys, monkeypatch):

@@ -75,3 +75,17 @@ def test_the_arguments_are_not_changed():
     weights, stake, bonds = np.eye(3), np.ones(3), np.eye(3)
     yuma(weights, stake, bonds, permits=[True, False, True])
     assert (weights == np.eye(3)).all() and (stake == 1).all() and (bonds == np.eye(3)).all()
+
+
+def test_without_stake_or_validators_nothing_is_agreed_on():
+    weights = np.array([[1.0, 3.0], [2.0, 2.0]])
+    for found in (yuma(weights, [0, 0]), yuma(weights, [1, 2], permits=[False, False]), yuma(np.zeros((0, 2)), [])):
+        for name in ("consensus", "incentive", "dividends", "trust", "validator_trust", "bonds"):
+            assert not getattr(found, name).any(), name
+        assert found.bonds.shape == (len(found.dividends), 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_bonds_that_cannot_be_are_refused(bad):
+    with pytest.raises(ValueError, match="bonds should be finite numbers of at least 0"):
+        yuma([[1.0, 1.0]], [1.0], bonds=[[0.5, bad]])

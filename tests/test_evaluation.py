@@ -308,3 +308,12 @@ def test_bars_of_an_evaluation():
         ("judge's score of the best reward", Bar(1.0, 1.0), "over 3 prompts"),
         ("of a completion taken by chance", Bar(found.random, found.random), ""), ("of the judge's own choice", Bar(5 / 3, 1.0), ""),
         ("calibration error (ECE)", Bar(found.ece, found.ece), "0 is best")])  # fmt: skip
+
+
+def test_rows_of_one_prompt_are_drawn_together():
+    "Ten pairs of a prompt, which a judge mixes up together, are no ten prompts."
+    ten = [Ranking("p", ["a", "b"], [1.0, 0.0])] * 10 + [Ranking("q", ["a", "b"], [1.0, 0.0])] * 10
+    scores = [[1.0, 0.0]] * 10 + [[0.0, 1.0]] * 10
+    found = pairwise_accuracy(scores, ten)
+    assert (found.value, found.low, found.high, found.n_pairs) == (0.5, 0.0, 1.0, 20)
+    assert evaluate_scores(scores, ten).n_prompts == 2

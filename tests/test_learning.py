@@ -117,3 +117,10 @@ def test_training_takes_rows_data_sets_and_files(toys, tmp_path):  # noqa: F811
     assert losses[0] == losses[1] == losses[2] == losses[3] and history.evaluations
     with pytest.raises(InputError, match="there is nothing to evaluate: no prompt has two"):
         train(toy(toys, "bert"), rows, config, eval_rankings=[Ranking("p", ["a", "b"], [1.0, 1.0])], progress=False)
+
+
+def test_rankings_without_a_decision_are_counted(toys):  # noqa: F811
+    rankings = [Ranking("what is", ["good", "sun"], [1.0, 1.0]), *kind_words(6, random.Random(0))]
+    with pytest.warns(UserWarning, match="1 ranking left out, whose completions all have one score"):
+        history = train(toy(toys, "bert"), rankings, TrainConfig(max_steps=1, bf16=False), progress=False)
+    assert history.undecided == history.to_dict()["undecided"] == 1

@@ -8,6 +8,7 @@ import families
 import pytest
 import torch
 import transformers as hf
+from safetensors import SafetensorError
 from toys import LETTERS, letter_tokenizer, save_model
 
 from prompting_nb.config import InputError
@@ -106,7 +107,8 @@ def test_a_foreign_file_that_would_be_read_is_removed_or_refused(bases, tmp_path
         RewardModel.from_pretrained(tmp_path / "o", device="cpu")
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "pairs.json", "data.bin", "other.safetensors", "vocabulary.csv", "base"])
+@pytest.mark.parametrize("name", ["thesis.tex", "pairs.json", "data.bin", "other.safetensors", "vocabulary.csv", "base",
+                                  "data_config.json"])
 @pytest.mark.parametrize("write", ["save_pretrained", "to_sequence_classification"])
 def test_somebody_elses_files_are_not_deleted(bases, tmp_path, name, write):
     (tmp_path / "o").mkdir()
@@ -247,3 +249,159 @@ def test_a_checkpoint_belongs_to_its_model(bases, tmp_path, other):
     assert interrupted(made(None), tmp_path / "ck").resumed > 0
     with pytest.raises(InputError, match="is of a run with.*(model|tokenizer)"):
         interrupted(made(other), tmp_path / "ck")
+
+
+# ---------------------------------------------------------------- what was saved gives the same rewards as long as it lies there
+def other_of(bases, tmp_path, kind, **options):
+    "Two models of one architecture, saved side by side."
+    folders = tmp_path / "one", tmp_path / "two"
+    model = RewardModel(bases[kind], device="cpu", **options)
+    for folder in folders:
+        model = changed(model)
+        model.save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.parametrize("kind, name", [("llama", "model.safetensors"), ("bert", "model.safetensors"), ("bert", "reward_head.safetensors")])
+def test_files_of_two_models_are_no_model(bases, tmp_path, kind, name):
+    one, two = other_of(bases, tmp_path, kind)
+    shutil.copy(two / name, one / name)
+    with pytest.raises(InputError, match="gives other rewards than when it was saved: a file of it"):
+        RewardModel.from_pretrained(one, device="cpu")
+    manifest = json.loads((one / "reward.json").read_text())
+    (one / "reward.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "probe"}))  # as the message says
+    assert scores(RewardModel.from_pretrained(one, device="cpu")).isfinite().all()
+
+
+def test_a_base_with_other_settings_is_another_base(bases, tmp_path):
+    changed(RewardModel(bases["llama"], device="cpu").add_lora(4)).save_pretrained(tmp_path / "o")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "gelu"}))  # the weights are the same
+    with pytest.raises(InputError, match="a file of it, or its base, is of another model"):
+        RewardModel.from_pretrained(tmp_path / "o", device="cpu")
+
+
+def test_a_precision_that_is_asked_for_is_no_fault(bases, tmp_path):
+    changed(RewardModel(bases["llama"], device="cpu")).save_pretrained(tmp_path / "o")
+    assert RewardModel.from_pretrained(tmp_path / "o", device="cpu", dtype=torch.bfloat16).head[1].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("probe", [3, {}, {"rows": [[1]], "rewards": []}, {"rows": [["a"]], "rewards": [1.0]}])
+def test_a_probe_that_is_none_is_named(bases, tmp_path, probe):
+    RewardModel(bases["llama"], device="cpu").save_pretrained(tmp_path / "o")
+    path = tmp_path / "o" / "reward.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "probe": probe}))
+    with pytest.raises(InputError, match="for probe, which must be null, or rows of tokens"):
+        RewardModel.from_pretrained(tmp_path / "o", device="cpu")
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(bases, tmp_path, monkeypatch):
+    model = RewardModel(bases["llama"], device="cpu")
+    model.save_pretrained(tmp_path / "o")
+    before = sorted((tmp_path / "o").iterdir())
+    monkeypatch.chdir(tmp_path / "o")
+    for folder in (".", tmp_path / "o"):
+        with pytest.raises(InputError, match="is the current folder, or above it"):
+            model.save_pretrained(folder)
+    model.save_pretrained("in it")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("o"))
+    with pytest.raises(InputError, match="a disk is mounted"):
+        model.save_pretrained(tmp_path / "o")
+    assert sorted(path for path in (tmp_path / "o").iterdir() if path.name != "in it") == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")])
+def test_a_full_disk_is_said_and_leaves_what_was_there(bases, tmp_path, monkeypatch, error):
+    old = changed(RewardModel(bases["bert"], device="cpu"))
+    old.save_pretrained(tmp_path / "o")
+
+    def full(*args, **options):
+        raise error
+    monkeypatch.setattr(saving, "save_file", full)
+    with pytest.raises(InputError, match="cannot write .*No space left on device.*: what was there is as it was"):
+        changed(RewardModel(bases["bert"], device="cpu")).save_pretrained(tmp_path / "o")
+    torch.testing.assert_close(scores(RewardModel.from_pretrained(tmp_path / "o", device="cpu")), scores(old))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "llama", "o"]
+
+
+def test_a_checkpoint_belongs_to_the_settings_of_its_transformer(bases, tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return RewardModel(bases["llama"], device="cpu")
+    interrupted(made(), tmp_path / "ck")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "gelu"}))
+    with pytest.raises(InputError, match=r"is of a run with.*\(model\)"):
+        interrupted(made(), tmp_path / "ck")
+
+
+def test_a_checkpoint_belongs_to_what_says_when_to_stop(bases, tmp_path):
+    def made(others):
+        torch.manual_seed(0)
+        config = TrainConfig(bf16=False, max_steps=1)
+        return train(RewardModel(bases["llama"], device="cpu"), RANKINGS[:2], config, others, progress=False, checkpoint=tmp_path / "ck")
+    made(RANKINGS[2:])
+    assert made(RANKINGS[2:]).resumed == 1
+    for others in (RANKINGS[3:], None):
+        with pytest.raises(InputError, match="is of a run with other settings or data"):
+            made(others)
+
+
+def test_a_card_of_adapters_promises_no_classifier(bases, tmp_path):
+    config = hf.LlamaConfig(num_key_value_heads=2, num_labels=1, pad_token_id=3, **SMALL)
+    classifier = hf.AutoModelForSequenceClassification.from_config(config)
+    classifier.save_pretrained(tmp_path / "c")
+    letter_tokenizer().save_pretrained(tmp_path / "c")
+    model = RewardModel.from_pretrained(tmp_path / "c", device="cpu").add_lora(2)
+    comes_back(changed(model), tmp_path / "o")
+    card = " ".join((tmp_path / "o" / "README.md").read_text().split())
+    assert "only `prompting_nb` computes the rewards" in card and "rewards are the logits" not in card
+    comes_back(model.merge_lora(), tmp_path / "merged")
+    assert "rewards are the logits" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_what_is_pushed_does_not_need_a_folder_of_this_machine(bases, tmp_path, monkeypatch):
+    model = changed(RewardModel(bases["llama"], device="cpu").add_lora(2))
+    wanted = scores(model)
+
+    class Hub:
+        def create_repo(self, repo_id, **options):
+            return type("Made", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / "pushed")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    model.push_to_hub("me/judge")
+    shutil.rmtree(bases["llama"])
+    torch.testing.assert_close(scores(RewardModel.from_pretrained(tmp_path / "pushed", device="cpu")), wanted)
+
+
+def test_two_that_replace_one_folder_leave_a_whole_one(tmp_path):
+    "In threads, as often as it takes to meet; what a killed process left behind goes after an hour."
+    import os
+    import shutil
+    import threading
+
+    from prompting_nb.files import replacing_folder
+
+    for name in (".o.1.2.new", ".o.3.4.old", ".o.5.6.new", ".other.1.2.new"):
+        (tmp_path / name).mkdir()
+    for name in (".o.1.2.new", ".o.3.4.old", ".other.1.2.new"):
+        os.utime(tmp_path / name, (1, 1))
+    faults = []
+
+    def write(who):
+        try:
+            for _ in range(60):
+                with replacing_folder(tmp_path / "o") as draft:
+                    for part in "ab":
+                        (draft / part).write_text(who)
+        except OSError as error:
+            faults.append(error)
+    threads = [threading.Thread(target=write, args=(who,)) for who in "xyz"]
+    [one.start() for one in threads]
+    [one.join() for one in threads]
+    assert not faults and (tmp_path / "o" / "a").read_text() == (tmp_path / "o" / "b").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".o.5.6.new", ".other.1.2.new", "o"]
+    shutil.rmtree(tmp_path / ".other.1.2.new")

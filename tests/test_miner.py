@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import bittensor as bt
 import pytest
+from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -343,26 +344,60 @@ def test_settings_are_typed(client):
     assert settings.miner.priority.rest == 30.0
 
 
+FRIEND, OTHER = (make_wallet(name).hotkey.ss58_address for name in ("friend", "other"))
 VAIN = {  # flag: what is written, and what gives it an effect
     "--miner.blacklist.prompt_cache_block_span": ("100", "--miner.blacklist.use_prompt_cache=true"),
     "--miner.blacklist.prompt_cache_per_caller": ("true", "--miner.blacklist.use_prompt_cache=true"),
     "--miner.blacklist.window": ("5", "--miner.blacklist.quota=3"),
     "--miner.priority.rest": ("5", "--miner.priority.idle_factor=0.5"),
     "--axon.nonces": ("memory", ""),
+    "--axon.allow_private": ("true", "--axon.external_ip=10.1.2.3"),
+    "--miner.blacklist.allow_non_registered": ("true", ""),
+    "--miner.blacklist.whitelist": (FRIEND, "--miner.blacklist.quota=3"),
 }
 
 
 @pytest.mark.parametrize("flag", VAIN)
 def test_a_setting_without_effect_is_said_with_the_remedy(flag, client, caplog, monkeypatch):
     value, remedy = VAIN[flag]
-    missing = {"--axon.nonces": ["--axon.store=redis://127.0.0.1:1/0"], "--miner.priority.rest": ["--miner.priority.idle_factor=0"]}
+    missing = {"--axon.nonces": ["--axon.store=redis://127.0.0.1:1/0"], "--miner.priority.rest": ["--miner.priority.idle_factor=0"],
+               "--miner.blacklist.allow_non_registered": ["--miner.blacklist.minimum_stake_requirement=1"]}
     for more, times in ((missing.get(flag, []), 1), ([remedy] if remedy else [], 0)):
         caplog.clear()
-        monkeypatch.setattr(sys, "argv", ["prog", f"{flag}={value}", *more])
+        everybody = ["--miner.blacklist.allow_non_registered=true"] * (flag == "--miner.blacklist.whitelist")
+        monkeypatch.setattr(sys, "argv", ["prog", f"{flag}={value}", *more, *everybody])
         Echo(wallet=MINER, subtensor=client)
         said = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
         assert len(said) == times, said
         assert all(line.startswith(flag) and " --" in line for line in said)
+
+
+LISTED = [  # lists of flags, and of what is said to have no effect
+    ([FRIEND], [OTHER], [], []),
+    ([FRIEND, OTHER], [OTHER], [], [f"--miner.blacklist.blacklist {OTHER}"]),
+    ([FRIEND, OTHER], [f" {OTHER}"], [], [f"--miner.blacklist.blacklist {OTHER}"]),
+    ([FRIEND, FRIEND], [], [], [f"--miner.blacklist.whitelist {FRIEND}"]),
+    ([], [FRIEND, ss58_encode(ss58_decode(FRIEND), 0)], [], [f"--miner.blacklist.blacklist {FRIEND}"]),
+    ([], [], ["10.1.2.3", "10.0.0.0/8", "::1"], ["--axon.trusted_proxies 10.1.2.3"]),
+    ([], [], ["127.0.0.1", "127.0.0.1/32", "::ffff:127.0.0.1"],
+     ["--axon.trusted_proxies 127.0.0.1/32", "--axon.trusted_proxies ::ffff:127.0.0.1"]),
+]
+
+
+@pytest.mark.parametrize("white, black, proxies, vain", LISTED)
+def test_an_entry_of_a_list_without_effect_is_said(white, black, proxies, vain, client, caplog):
+    lists = {"miner.blacklist.whitelist": white, "miner.blacklist.blacklist": black, "axon.trusted_proxies": proxies}
+    Echo(lists, wallet=MINER, subtensor=client)
+    said = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
+    assert [line.partition(" has no effect")[0] for line in said] == vain
+
+
+@pytest.mark.parametrize("flag", ["--miner.blacklist.whitelist", "--miner.blacklist.blacklist", "--axon.trusted_proxies"])
+@pytest.mark.parametrize("written", [[], [""], [" "]])
+def test_a_list_flag_without_an_entry_is_refused(flag, written, client, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prog", flag, *written])
+    with pytest.raises(InputError, match=re.escape(flag) if not written or "axon" not in flag else "is no trusted proxy"):
+        Echo(wallet=MINER, subtensor=client)
 
 
 def test_a_default_of_the_subclass_beats_the_base(make):

@@ -25,6 +25,7 @@ from prompting_nb.baseminer.miners import (
 from prompting_nb.baseminer.programs import ProcessSettings, Program, ProgramFailed
 from prompting_nb.baseminer.batching import Batcher
 from prompting_nb.baseminer.miner import Miner
+from prompting_nb.config import InputError
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.pretrained import word_tokenizer
@@ -219,6 +220,68 @@ def test_a_stream_that_turns_into_an_error_says_so(place):
     with served(streaming(event("Once"), b'data: {"error": {"message": "out of memory"}}\n\n')) as url:
         with pytest.raises(UpstreamError):
             asyncio.run(collect(remote_miner(url, place)))
+
+
+@pytest.mark.parametrize("end", [b"", b'data: {"choices": [], "usage": {"total_tokens": 7}}\n\n'])
+def test_a_stream_that_stops_in_the_middle_is_no_answer(place, end):
+    with served(streaming(event("Once upon"), end)) as url:
+        with pytest.raises(UpstreamError, match="before it was complete"):
+            asyncio.run(collect(remote_miner(url, place)))
+
+
+def test_answers_as_other_servers_write_them(place):
+    from starlette.responses import JSONResponse
+
+    last = {"choices": [{"delta": {"content": " end"}, "finish_reason": "stop"}], "error": None}
+    with served(streaming(event("The"), f"data: {json.dumps(last)}\n\n".encode())) as url:  # without [DONE]
+        assert asyncio.run(collect(remote_miner(url, place))) == ["The", " end"]
+    parts = [{"type": "text", "text": "four"}, {"type": "image"}, {"type": "text", "text": "ty-two"}]
+    for status, body, expected in (
+        (200, {"choices": [{"message": {"content": parts}}], "error": None}, "fourty-two"),
+        (200, {"choices": [{"message": {"content": 42}}]}, "without a choice"),
+        (404, {"error": "model 'm' not found"}, "404: model 'm' not found"),
+        (400, {"object": "error", "message": "too long"}, "400: too long"),
+        (422, {"detail": "no messages"}, "422: no messages"),
+        (422, {"detail": [1]}, "422: the answer is not the JSON"),
+        (500, ["no"], "500: the answer is not the JSON"),
+    ):
+
+        async def handle(request, status=status, body=body):
+            return JSONResponse(body, status)
+
+        with served(handle) as url:
+            if status == 200 and "choice" not in expected:
+                assert asyncio.run(collect(remote_miner(url, place))) == [expected]
+            else:
+                with pytest.raises(UpstreamError, match=expected):
+                    asyncio.run(collect(remote_miner(url, place)))
+
+
+def test_an_answer_without_end_is_given_up(place):
+    from starlette.responses import StreamingResponse
+
+    async def handle(request):
+        async def body():
+            while True:
+                yield b" " * 65536
+                await asyncio.sleep(0)
+
+        return StreamingResponse(body(), media_type="application/json")
+
+    with served(handle) as url:
+        miner = remote_miner(url, place)
+        with pytest.raises(UpstreamError, match="answered more than 4000000 bytes"):
+            asyncio.run(collect(miner))
+        with pytest.raises(UpstreamError, match="answered more than 4000000 bytes"):
+            miner.chat.complete([], timeout=SECONDS)
+
+
+def test_a_key_that_no_header_can_carry_is_refused_at_once_and_not_shown(place):
+    for key in ("sk-\u201cquoted\u201d", "sk-one\nsk-two"):
+        with pytest.raises(InputError, match="copy it again") as raised:
+            remote_miner("http://127.0.0.1:9/v1", place, api_key=key)
+        assert "sk-" not in str(raised.value)
+    assert remote_miner("http://127.0.0.1:9/v1", place, api_key=" sk-1\n").chat.headers == {"Authorization": "Bearer sk-1"}
 
 
 def test_what_the_settings_say_is_what_is_asked(place):
@@ -439,3 +502,18 @@ def test_a_late_line_of_a_kept_program_answers_no_other_prompt(caplog):
         program.close()
     assert said[:2] == ['the program did not write {"completion": text}: loading'] * 2
     assert said[3] == "dc" and "lines more than it was asked for" in caplog.text
+
+
+@pytest.mark.parametrize("command, keep, says", [
+    ("yes", False, "the program wrote more than 1000000 bytes"),
+    ("cat /dev/zero", True, "the program did not write"),
+    ("yes", True, "the program did not write"),
+    ("true", False, "the program gave no answer"),  # although the prompt is longer than a pipe
+    ("sh -c 'setsid sleep 20 & echo hi'", False, "the program took too long"),  # the pipe stays open
+])  # fmt: skip
+def test_a_program_that_writes_too_much_or_reads_nothing(command, keep, says):
+    program, began = Program(ProcessSettings(command=command, keep=keep)), time.monotonic()
+    with pytest.raises(ProgramFailed, match=says):
+        program.answer(Prompting.ask("word " * 40_000, timeout=2.0 if "sleep" in command else 30.0))
+    program.close()
+    assert time.monotonic() - began < 15

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import bittensor as bt
 import pytest
 import torch
 import transformers as hf
@@ -19,12 +21,16 @@ from prompting_nb.config import InputError
 from prompting_nb.loop.command import loop_parser, run_loop
 from prompting_nb.loop.miners import read_miners
 from prompting_nb.loop.network import Network
+from prompting_nb.loop.processes import free_port, is_free
 from prompting_nb.loop.report import print_tables
 from prompting_nb.loop.run import Loop
 from prompting_nb.loop.subnet import SubnetProcesses, SubnetSettings
 from prompting_nb.loop.tasks import Arena, Worker
 from prompting_nb.loop.validator import make_service, validator_parser
+from prompting_nb.network.chain_server import ChainServer
+from prompting_nb.network.chain_store import open_chain
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.remote import RemoteChain
 from prompting_nb.network.wallets import local_wallet
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
@@ -79,6 +85,14 @@ class Counter:
 
     def __call__(self, prompt):
         return str(self.start + len(prompt))
+
+
+class Ends:
+    def __init__(self):
+        raise SystemExit("no licence")
+
+    def __call__(self, prompt):
+        return "never"
 
 
 async def later(prompt, word="later"):
@@ -187,6 +201,11 @@ def test_own_prompts_ask_own_miners(place, tmp_path, capsys):
 
 def test_the_table_of_miners_fits_a_terminal_of_80_columns(place, tmp_path):
     summary, _, _ = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", "--reward", place / "reward")
+    odd = json.loads(json.dumps(summary))
+    odd["miners"][0]["name"] = "[/i] [red]"  # a recorded model may have any name
+    text = StringIO()
+    print_tables(odd, Console(width=80, file=text))
+    assert "[/i] [red]" in text.getvalue()
     console = Console(width=80, record=True, file=StringIO())
     print_tables(summary, console)
     told = console.export_text()
@@ -311,12 +330,21 @@ def test_every_form_of_an_own_class(place, tmp_path):
     ("", "names no miner"),
     ("minders: []\n", "under the one key miners; found minders"),
     ("- 7\n", "give a kind and its settings, not 7"),
+    ("- ? [a, b]\n  : 1\n", ":1: a key must be a text"),
+    ("- {kind: template, completion: 2020-13-45}\n", "a value cannot be read: month must be in 1..12"),
+    ("- &a [*a]\n", "give a kind and its settings, not [[...]]"),
+    ("[" * 9000, "it is nested too deeply"),
+    ("- python: OWN:Ends\n", "entry 1 (Ends): SystemExit: no licence"),
+    ("- python: ENDS:Any\n", "cannot be imported: SystemExit: 0"),
+    ("- python: builtins:iter\n", "entry 1 (iter): ValueError: no signature found"),
 ])  # fmt: skip
 def test_mistakes_name_file_and_entry(place, tmp_path, text, says):
     file = tmp_path / "wrong.yaml"
-    file.write_text(text.replace("OWN:", f"{place}/own.py:"))
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    file.write_text(text.replace("OWN:", f"{place}/own.py:").replace("ENDS:", f"{tmp_path}/ends.py:"))
     with pytest.raises(InputError) as raised:
-        read_miners(file)
+        for miner in read_miners(file):
+            miner.open({})
     assert str(file) in str(raised.value) and says in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
 
@@ -390,3 +418,52 @@ def test_a_subnet_refuses_a_wrong_file_before_anything_starts(tmp_path):
     with pytest.raises(InputError, match="entry 1: there is no kind 'nothing'"):
         SubnetProcesses(settings)
     assert not (tmp_path / "net").exists()
+
+
+def test_a_subnet_that_is_started_again_with_other_miners(tmp_path, monkeypatch):
+    "A port that another program holds by now is replaced; who is not started again is not asked."
+    said, busy = [], socket.create_server(("127.0.0.1", 0))
+    ports = {"chain": busy.getsockname()[1], "miner-1": "x", "validator": free_port()}
+    (tmp_path / "ports.json").write_text(json.dumps(ports))
+    subnet = SubnetProcesses(SubnetSettings(dir=str(tmp_path), miners=1, prompts="tasks"), said.append)
+    with busy, subnet.supervisor, open_chain(tmp_path / "chain") as chain, ChainServer(chain, token="t") as server:
+        subnet._leave_taken_ports(["chain", "miner-1", "validator"], timeout=0.1)
+        assert subnet.port("chain") != ports["chain"] and subnet.port("validator") == ports["validator"]
+        assert said == [f"port {ports['chain']} of chain is taken: it gets another one"] and is_free(subnet.port("miner-1"))
+        subnet.chain = RemoteChain(server.address, "t")
+        client = subnet.chain.client()
+        for name in ("miner-1", "miner-2"):
+            wallet = local_wallet(tmp_path / "chain" / "wallets", name)
+            subnet.chain.register(wallet)
+            client.execute(bt.ServeAxon(1, "127.0.0.1", 80), wallet).raise_for_failure()
+            (tmp_path / "miners" / name).mkdir(parents=True)
+        subnet._retire(["validator", "miner-1"])
+        assert [neuron.axon for neuron in client.subnets.metagraph(1)] == ["127.0.0.1:80", None]
+        assert said[1:] == ["not started and not asked: 1 miner of an earlier run (miner-2)"]
+        client.close()
+        with open_chain(tmp_path / "small", max_uids=2) as few, ChainServer(few, token="t") as server:
+            subnet.chain = RemoteChain(server.address, "t")
+            subnet._register(["validator", "miner-1"])
+            with pytest.raises(InputError, match="is full: validator lost its uid"):
+                subnet._register(["validator", "miner-1", "miner-2"])
+    assert subnet._prompts() == "tasks"
+
+
+def test_the_view_of_a_subnet_asks_no_proxy(tmp_path, monkeypatch):
+    class Status(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"step": 7}')
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Status) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "ports.json").write_text(json.dumps({"validator": server.server_port}))
+        subnet = SubnetProcesses(SubnetSettings(dir=str(tmp_path)))
+        with subnet.supervisor:
+            assert subnet.status() == {"step": 7}
+        server.shutdown()

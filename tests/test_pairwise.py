@@ -3,10 +3,14 @@
 import json
 import threading
 import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
+from prompting_nb.baseminer import miners
 from prompting_nb.baseminer.miners import ChatClient, OpenAISettings, UpstreamError
 from prompting_nb.config import InputError
 from prompting_nb.loop.judging import server_judge
@@ -71,13 +75,15 @@ def test_the_last_verdict_counts():
 
 @pytest.fixture
 def server():
-    "A server whose answers are taken from a list: (status, body, seconds for each byte)."
+    "A server whose answers are taken from a list: (status, body, seconds for each byte, perhaps headers)."
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((asked, self.headers.get("Authorization")))
-            status, body, pause = answers.pop(0) if answers else (200, says(longer(asked["messages"])), 0)
+            status, body, pause, *head = answers.pop(0) if answers else (200, says(longer(asked["messages"])), 0)
             self.send_response(status)
+            for name, value in (head[0] if head else {}).items():
+                self.send_header(name, value)
             self.end_headers()
             try:
                 for byte in body.encode() if pause else [None]:
@@ -121,7 +127,50 @@ def test_a_server_that_fails(server, answer, reason, tries):
     assert len(seen) == tries
 
 
+@pytest.mark.parametrize("wish, waited", [
+    ("7", 7), ("999", 20), ("", 1), ("soon", 1), ("-3", 1), ("Wed, 21 Oct 2015 07:28:00 GMT", 1)])
+def test_a_busy_server_is_asked_when_it_wishes(server, monkeypatch, wish, waited):
+    address, answers, seen = server
+    answers += [(429, "slow down", 0, {"Retry-After": wish}), (200, says("ok"), 0)]
+    slept = []
+    monkeypatch.setattr(miners, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic, time=time.time))
+    chat = ChatClient(OpenAISettings(base_url=address, model="m"))
+    assert chat.complete([], timeout=20.0) == "ok" and len(seen) == 2 and slept == [waited]
+
+
+def test_a_wish_may_be_a_date():
+    assert 88 < miners._wait(format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)) <= 90
+
+
 def test_a_server_that_is_gone():
     chat = ChatClient(OpenAISettings(base_url="http://127.0.0.1:9/v1", model="m"))
     with pytest.raises(UpstreamError, match="cannot be reached: ConnectError"):
         chat.complete([], tries=2, pause=0.01)
+
+
+def test_answers_of_a_prompt_are_compared_wherever_they_stand():
+    together = PairwiseJudge(longer).score("which?", ANSWERS).flatten().tolist()
+    asked = [prompt for _ in ANSWERS for prompt in ("which?", "who?")]
+    apart = PairwiseJudge(longer).score(asked, [text for one in ANSWERS for text in (one, one + "x")]).flatten().tolist()
+    assert apart[::2] == apart[1::2] == together
+
+
+def test_prompts_and_answers_may_be_messages():
+    messages, said = [{"role": "user", "content": "which?"}], [{"role": "assistant", "content": "dddd"}]
+    judge = PairwiseJudge(longer)
+    assert judge.score([messages, "which?"], [said, "a"]).flatten().tolist() == [1.0, 0.0]
+    assert judge.compare([(messages, said, "a")]) == [1.0] and judge.report()["questions"] == 2
+    for wrong in (["a", None], ["a", 3], ["a", [{"role": "assistant"}]]):
+        with pytest.raises(InputError, match="a completion cannot be judged"):
+            judge.score("which?", wrong)
+
+
+def test_as_many_questions_wait_as_there_are_threads():
+    barrier = threading.Barrier(6, timeout=20)  # however few cores torch may use
+
+    def ask(messages):
+        barrier.wait()
+        return longer(messages)
+    assert PairwiseJudge(ask, threads=6).score("which?", ANSWERS[:3]).flatten().tolist() == [0.5, 1.0, 0.0]
+    with pytest.raises(InputError, match="threads is 0"):
+        PairwiseJudge(ask, threads=0)

@@ -300,3 +300,14 @@ def test_a_line_that_is_no_json_is_refused_with_the_reason(row, reason):
         decoded(row)
     assert str(error.value) == reason
     assert decoded('{"a": 1}') == decoded({"a": 1}) == {"a": 1}
+
+
+def test_a_ranking_takes_messages_and_arrays():
+    import numpy as np
+
+    assert Ranking([USER], [[ASSISTANT], "No."], np.array([1, 0])) == Ranking("Hi?", ["Yes.", "No."], [1.0, 0.0])
+    assert Ranking("p", np.array(["a", "b"]), (1, 0), np.array(["x", "y"]), margins=np.array([2.0, 0.0])) == Ranking(
+        "p", ["a", "b"], [1.0, 0.0], ["x", "y"], margins=[2.0, 0.0])  # fmt: skip
+    for prompt, completions in ((None, ["a", "b"]), ("p", ["a", None]), ("p", [1, 2]), ([{"role": "user"}], ["a", "b"])):
+        with pytest.raises(ValueError):
+            Ranking(prompt, completions, [1.0, 0.0])

@@ -29,3 +29,11 @@ def test_a_training_run_leaves_a_report(tmp_path):
 
 def test_a_card_without_an_evaluation_says_nothing_of_cuts(toys):  # noqa: F811
     assert "Of its texts" not in model_card(toy(toys, "bert"))
+
+
+def test_a_report_says_what_was_left_out(tmp_path):
+    from prompting_nb.reward.report import write_report
+    from prompting_nb.reward.training import History
+
+    page = write_report(tmp_path, History(undecided=2, equal=1)).read_text()
+    assert "2 rankings left out: all completions have one score." in page and "1 pair became equal by cutting" in page

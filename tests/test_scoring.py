@@ -219,3 +219,86 @@ def test_data_of_several_files_and_a_count_of_bad_rows(tmp_path):
     assert "6 prompts from 7 rows" in said and "passed over: 1 bad row, the first: " in said and "a.jsonl:4: 'chosen' is missing" in said
     assert "training on 5 prompts" in said and "evaluating on 1" in said  # a tenth of six is one, not none
     assert "trained: none of 10 texts was cut" in said and "in 1 epoch of batches" in said
+
+
+ALTERNATING = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+               "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+               "{% if add_generation_prompt %}[assistant] {% endif %}")
+
+
+def test_rows_that_a_template_refuses_are_bad_rows(model, tmp_path):
+    chatty = RewardModel.from_pretrained(model.folder, device="cpu")
+    chatty.tokenizer.chat_template = ALTERNATING
+    chatty.save_pretrained(tmp_path / "chatty")
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
+    rows = [{"prompt": "Hi?", "completion": "Hi."}, {"prompt": told, "completions": ["Hi.", "No."]}]
+    rows += [{"prompt": "Hi?", "completion": "No."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["score", "--model", tmp_path / "chatty", "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl"]
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: the tokenizer's chat template does not take the roles system, user"):
+        command(*argv)
+    found, said = command(*argv, "--skip-bad", 1)
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [len(line["rewards"]) for line in lines] == [1, 0, 1] and "must alternate" in lines[1]["error"]
+    assert (found.lines, found.texts, found.bad) == (3, 2, 1)
+    wanted = chatty.score("Hi?", ["Hi.", "No."]).flatten().tolist()
+    assert [line["rewards"][0] for line in (lines[0], lines[2])] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_rewards_do_not_take_the_place_of_the_data(model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    for out in ("rows.jsonl", "link.jsonl"):
+        with pytest.raises(InputError, match="is the data: give another file"):
+            command("score", "--model", model.folder, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / out)
+    assert lines_of(tmp_path / "rows.jsonl") == [ROWS[0]]
+
+
+SMALL = ("--depth", 1, "--max-length", 16, "--epochs", 1)
+
+
+def test_prompts_without_a_decision_neither_end_a_run_nor_are_left_out_silently(tmp_path):
+    "They are left out before some are held out: a share of them alone would end the run after the training."
+    pair = lambda n, scores: {"prompt": f"Say {n}.", "responses": [f"{n}", "No."], "scores": scores}
+    rows = [pair(n, [1, 1]) for n in range(20)] + [pair(n, [1, 0]) for n in range(20, 23)] + [pair(20, [1, 0])]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["train", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "mine", *SMALL]
+    found, said = command(*argv)
+    assert "left out: 20 prompts whose answers all have one score" in said and found["n_pairs"] in (1, 2)
+    assert "training on 2 prompts in 1 process, evaluating on 1" in said
+    (tmp_path / "ties.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    with pytest.raises(InputError, match="ties.jsonl: there is nothing to learn"):
+        command("train", "--data", tmp_path / "ties.jsonl", "--out", tmp_path / "other", *SMALL)
+
+
+def test_prompts_that_are_learnt_from_and_evaluated_on_are_counted(tmp_path):
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": "No. " * n} for n in range(1, 9)]
+    for name, some in (("a", rows[:6]), ("b", rows[4:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    _, said = command("train", "--data", tmp_path / "a.jsonl", "--eval-data", tmp_path / "b.jsonl", "--out", tmp_path / "mine", *SMALL)
+    assert f"2 prompts of {tmp_path / 'b.jsonl'} can be learnt from as well" in said
+
+
+def test_a_card_without_an_evaluation_says_what_was_cut_in_training(tmp_path):
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": "No. " * 9 * n} for n in range(1, 5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command("train", "--data", tmp_path / "a.jsonl", "--held-out", 0, "--out", tmp_path / "mine", *SMALL)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "Of the texts it learnt from: of 8 texts, 0 (0.0%) lost the beginning" in card and "; 0 pairs left out" in card
+
+
+def test_several_processes_do_not_share_standard_input(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="cannot read standard input"):
+        command("train", "--data", "-", "--out", tmp_path / "mine")
+
+
+def test_an_evaluation_that_breaks_off_leaves_the_model(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise KeyboardInterrupt
+    rows = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": "No."} for n in range(1, 5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("prompting_nb.reward.evaluation.evaluate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        command("train", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "mine", *SMALL)
+    assert RewardModel.from_pretrained(tmp_path / "mine", device="cpu").score("Say 1.", ["1"]).isfinite().all()

@@ -27,9 +27,10 @@ import torch
 
 from prompting_nb.baseminer.subnet import open_client
 from prompting_nb.config import InputError
-from prompting_nb.loop.ask import post_prompt
+from prompting_nb.loop.ask import ask_parser, post_prompt, run_ask
 from prompting_nb.loop.endpoint import Endpoint, status_of
 from prompting_nb.loop.follow import Follower
+from prompting_nb.loop import journal as journal_module
 from prompting_nb.loop.journal import Journal
 from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.service import NotReady, Service, ServiceSettings
@@ -253,6 +254,15 @@ def test_refused_weights_are_tried_again(network, tmp_path, monkeypatch, caplog)
         network.chain.step(1)
         until(lambda: len(calls) >= 2)
     assert "too soon; another attempt" in caplog.text and abs(sum(calls[-1].values()) - 1) < 1e-6
+
+
+def test_that_no_weights_are_set_is_said(network, tmp_path, caplog):
+    nothing = lambda prompt, completions: torch.zeros(len(completions))
+    network.chain.step(20)
+    with service_of(network, tmp_path, nothing, steps=3, no_set_weights=False, weights_every=1) as service:
+        assert service.join(SECONDS)
+        until(lambda: "none are set while no miner has earned anything" in caplog.text)
+    assert network.chain.weights == {} and caplog.text.count("none are set") == 1
 
 
 def test_weights_are_committed_and_revealed_and_carry_the_version_key(network, tmp_path, caplog):
@@ -480,6 +490,63 @@ def test_half_a_line_after_a_kill_costs_that_step_only(network, tmp_path, caplog
     assert [e["step"] for e in events(tmp_path)] == list(range(8)) and "bytes were cut off" in caplog.text
 
 
+def killed_early(folder):
+    "Leave the state of the start and all events, as a kill before the first saving does; return the lines of events."
+    for state in sorted(folder.glob("state-*"))[1:]:
+        shutil.rmtree(state)
+    return (folder / "events.jsonl").read_bytes().splitlines(True)
+
+
+def test_events_that_were_removed_are_counted_and_the_steps_go_on(network, tmp_path, caplog):
+    with service_of(network, tmp_path, steps=7, save_every=100) as service:
+        assert service.join(SECONDS)
+    lines = killed_early(tmp_path)
+    (tmp_path / "events.jsonl").write_bytes(b"".join(lines[2:3] + lines[5:]))
+    with service_of(network, tmp_path, steps=9) as service:
+        assert service.join(SECONDS)
+    assert [e["step"] for e in events(tmp_path)] == [2, 5, 6, 7, 8]
+    assert "no events of steps 0 to 1" in caplog.text and "no events of steps 3 to 4" in caplog.text
+    assert "failed" not in caplog.text
+
+
+def test_a_line_that_cannot_be_learned_from_is_named(network, tmp_path):
+    with service_of(network, tmp_path, judge=later, steps=4, save_every=100) as service:
+        assert service.join(SECONDS)
+        service.reward(1, {uid: 0.5 for uid in service.validator.pending.open[1][1]})
+    lines = killed_early(tmp_path)
+    event = json.loads(lines[-1])
+    for odd in ({"rewards": [1.0]}, {"rewards": ["x", "y"]}, {"uids": None}, {"prompt": 7}, {"watched": [1]},
+                {"rewards": [math.nan, 0.5]}, {"step": 3, "prompt": ""}):
+        line = json.dumps(event | {"rewards": [0.5, 0.5]} | odd).encode()
+        judge = Judge(SimpleNamespace(score=lambda prompts, texts: torch.ones(len(texts), 1)))
+        (tmp_path / "events.jsonl").write_bytes(b"".join(lines[:-1]) + line + b"\n")
+        with pytest.raises(InputError, match=r"events.jsonl: the line of step 3 cannot be learned from"):
+            service_of(network, tmp_path, judge=judge)
+    (tmp_path / "events.jsonl").write_bytes(b"".join([*lines, lines[2]]))
+    with pytest.raises(InputError, match="step 2 stands twice"):
+        service_of(network, tmp_path)
+    for odd in (b'{"step": -1}', b"[" * 50_000):
+        (tmp_path / "events.jsonl").write_bytes(b"".join([*lines, odd, b"\n"]))
+        with pytest.raises(InputError, match="events.jsonl, last line: this is no event"):
+            service_of(network, tmp_path)
+    (tmp_path / "events.jsonl").write_bytes(b"".join(lines))
+    (tmp_path / "rewards.jsonl").write_text('{"step": 1, "after": "x", "rewards": {}}\n')
+    with pytest.raises(InputError, match="rewards.jsonl: the line of step 1 cannot be learned from"):
+        service_of(network, tmp_path)
+
+
+def test_old_files_of_a_log_are_not_read_again(network, tmp_path, monkeypatch):
+    with service_of(network, tmp_path, steps=12, log_size=0.004) as service:
+        assert service.join(SECONDS)
+    read, entries = [], journal_module._entries
+    monkeypatch.setattr(journal_module, "_entries", lambda path: (read.append((path.name, line["step"])) or line for line in entries(path)))
+    journal = Journal(tmp_path)
+    files = [path.name for path in journal.files()]
+    assert len(files) > 3
+    assert [e["step"] for e in journal.read(start=11)] == [11]
+    assert [step for name, step in read if name == files[0]] == []
+
+
 def test_the_endpoint_serves_while_the_service_asks(network, tmp_path):
     import urllib.request
 
@@ -494,6 +561,31 @@ def test_the_endpoint_serves_while_the_service_asks(network, tmp_path):
         assert all(len(a["answers"]) == 2 and a["best"] is not None for a in answers)
     asked = [e["prompt"] for e in events(tmp_path)]
     assert {f"question {n}" for n in range(8)} <= set(asked)
+
+
+def test_a_question_waits_for_a_subnet_that_starts_for_the_first_time(network, tmp_path):
+    "Its chain runs, and the validator teaches its reward model still: there is no folder of it."
+    ask = lambda *flags: run_ask(ask_parser().parse_args(["Is 1 a number?", "--dir", str(tmp_path), *flags]), lambda text: None)
+    with pytest.raises(InputError, match="holds no validator yet"):
+        ask()
+    (tmp_path / "processes.json").write_text(json.dumps([{"name": "chain", "pid": os.getpid(), "address": ""}]))
+    with pytest.raises(RuntimeError, match="it is being started, see .*validator.log"):
+        ask("--timeout", "0.5")
+
+    def start():
+        time.sleep(0.5)
+        endpoint.start()
+        (tmp_path / "validator" / "endpoint.json").write_text(json.dumps({"address": endpoint.address}))
+
+    with service_of(network, tmp_path / "validator", prompts=None) as service:
+        for state in (tmp_path / "validator").glob("state-*"):
+            shutil.rmtree(state)
+        endpoint = Endpoint(service)
+        starting = threading.Thread(target=start)
+        starting.start()
+        assert len(ask()["answers"]) == 2
+        starting.join()
+        endpoint.stop()
 
 
 def post(address, body, path="/prompt"):

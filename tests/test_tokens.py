@@ -171,3 +171,98 @@ def test_a_token_takes_few_bytes():
     tracemalloc.stop()
     tokens = sum(map(len, rows))
     assert tokens > 600_000 and kept / tokens < 11 and peak / tokens < 45
+
+
+# ---------------------------------------------------------------- what a template leaves out, and what no row may lack
+ASKED = [{"role": "user", "content": "q"}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "rain", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("template, prompt, answer, said", [
+    ("deepseek-r1", "q", "<think>long thoughts</think>short", "a part of completions"),
+    ("chatml", ASKED, [CALL], "'tool_calls' of messages with the role 'assistant'"),
+    ("chatml", ASKED, [{"role": "assistant", "content": "a", "reasoning_content": "hm, why"}], "'reasoning_content' of messages"),
+    ("deepseek-r1", [*ASKED, CALL, {"role": "tool", "content": "it is wet"}], "a", "'tool_calls' of messages"),
+    ("no results", [*ASKED, CALL, {"role": "tool", "content": "it rains"}], "a", "messages with the role 'tool'"),
+])  # fmt: skip
+def test_a_template_that_leaves_a_part_out_says_so(template, prompt, answer, said):
+    tokenizer = byte_tokenizer()
+    known = ("{% for m in messages %}{% if m['role'] != 'tool' %}{{ m['role'] + m['content'] + (m.tool_calls or '')|string }};"
+             "{% endif %}{% endfor %}")
+    tokenizer.chat_template = TEMPLATES.get(template, known)
+    with pytest.warns(UserWarning, match=f"leaves out {said}"):
+        encode(tokenizer, [prompt], [answer])
+
+
+def test_a_template_that_only_moves_spaces_says_nothing(templated):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode(templated, ["Hi?"], ["\n\n Yes,  no. \n"])
+
+
+def test_a_template_with_todays_date_says_so():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }};" + TEMPLATES["chatml"]
+    with pytest.warns(UserWarning, match="writes today's date: the same text has another reward"):
+        [row] = encode(tokenizer, ["q"], ["a"])
+    assert tokenizer.decode(row)[:2] == "20"
+    tokenizer.chat_template = "{% if never %}{{ strftime_now('%Y') }}{% endif %}" + TEMPLATES["chatml"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode(tokenizer, ["q"], ["a"])
+
+
+def test_the_mark_that_begins_a_conversation_stays(templated):
+    templated.chat_template = "{{ bos_token }}" + templated.chat_template.removeprefix("{{ bos_token }}")
+    whole, cut, both = (encode(templated, ["q " * n], ["a " * k], 100)[0] for n, k in ((1, 1), (99, 1), (99, 99)))
+    assert whole[0] == cut[0] == both[0] == templated.bos_token_id and len(cut) == len(both) == 100
+    assert templated.bos_token_id not in cut[1:-1] and cut.prompt_cut == cut.cut == whole.prompt_cut + 196 - 100 + len(whole)
+
+
+def test_a_row_without_a_token_is_refused():
+    tokenizer = word_tokenizer(["[UNK]", "a"])  # which adds no token of its own
+    for texts in ((["a", ""],), (["a", ""], ["a", " "])):
+        with pytest.raises(InputError, match="text 1 has no token"):
+            encode(tokenizer, *texts)
+
+
+def test_whatever_can_be_listed_is_a_list_of_texts(toys):  # noqa: F811
+    import pandas
+
+    model = toy(toys, "bert")
+    wanted = model.score(["what is", "good day"], ["five", "six"])
+    table = pandas.DataFrame({"p": ["what is", "good day"], "c": ["five", "six"]}, index=[7, 3])
+    assert torch.equal(model.score(table["p"], table["c"]), wanted)
+    assert torch.equal(model.score((p for p in ["what is", "good day"]), (c for c in ["five", "six"])), wanted)
+    assert torch.equal(model.score(table["p"]), model.score(["what is", "good day"]))
+    for wrong in (None, 3, {"what is", "day"}):
+        with pytest.raises(InputError):
+            model.score(wrong)
+        with pytest.raises(InputError):
+            model.score(wrong, ["five", "six"])
+
+
+def test_tokens_that_came_later_need_rows(toys):  # noqa: F811
+    model = toy(toys, "bert")
+    model.tokenizer.add_tokens(["<tool>", *(f"<t{n}>" for n in range(40))])
+    with pytest.raises(InputError, match="resize_token_embeddings"):
+        model.score("what", ["<tool>"])
+    model.model.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+    assert model.score("what", ["<tool>"]).isfinite().all()
+
+
+def test_every_scorer_wants_lists_and_says_what_it_cuts(toys):  # noqa: F811
+    from prompting_nb.reward.ensemble import HeadEnsemble
+    from prompting_nb.reward.fast.packing import score_packed
+
+    model = toy(toys, "bert", max_length=20)
+    heads = HeadEnsemble(model, torch.randn(2, model.encoder.hidden_size))
+    for ask in (heads.score, heads.spread, lambda *texts: score_packed(model, *texts)):
+        assert len(ask("no", ["five", "six", "day"])) == 3  # one prompt for all, which is shorter than they are many
+        with pytest.raises(InputError):
+            ask("no", "day")
+        with pytest.raises(ValueError):
+            ask(["no", "day"], ["five", "six", "day"])
+        model.warned = False
+        with pytest.warns(UserWarning, match="texts are too long: of 1 text, 0 .*1 .100.0%. the end"):
+            ask("no", ["day " * 50])

@@ -141,3 +141,23 @@ def test_a_checkpoint_keeps_its_names(toys, tmp_path):  # noqa: F811
     assert set(state) == {"digest", "step", "seconds", "best", "model", "optimizer", "steps", "evaluations"}
     assert {name.split(".")[0] for name in state["model"]} == {"model", "head"}
     assert {name.split(".")[1] for name in state["optimizer"]["state"]} == {"model", "head"}
+
+
+def test_dropout_in_front_of_adapters_acts_in_training(toys):  # noqa: F811
+    rankings, losses = list(kind_words(8, random.Random(0))), []
+    for dropout in (0.0, 0.5, 0.5):
+        torch.manual_seed(0)
+        model = toy(toys, "llama", dropout=0.0).add_lora(4, dropout=dropout)
+        with torch.no_grad():
+            for name, one in model.named_parameters():
+                if "lora_B" in name:
+                    one.add_(0.1 * torch.randn(one.shape))
+        history = train(model, rankings, TrainConfig(max_steps=2, bf16=False), progress=False)
+        losses.append([step["loss"] for step in history.steps])
+        assert history.packed == (dropout == 0) and not model.training
+    assert losses[1] == losses[2] != losses[0]
+
+
+def test_evaluations_need_something_to_evaluate(toys):  # noqa: F811
+    with pytest.raises(InputError, match="eval_every needs eval_rankings"):
+        train(toy(toys, "bert"), list(kind_words(4, random.Random(0))), TrainConfig(eval_every=2), progress=False)

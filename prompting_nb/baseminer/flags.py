@@ -8,6 +8,7 @@ __all__ = ['MinerSettings', 'LoopSettings', 'BlacklistSettings', 'PrioritySettin
 
 # %% ../../nbs/baseminer/03_flags.ipynb #m03002
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -18,6 +19,7 @@ from ..config import Port, PositiveFloat, PositiveInt, PositiveSeconds
 from ..config import NotEmptyStr, check_most, check_settings
 from ..network.addresses import not_public
 from ..network.limited import CALL_TIMEOUT
+from ..network.proxies import read_network
 
 # %% ../../nbs/baseminer/03_flags.ipynb #m03025
 @dataclass
@@ -198,6 +200,8 @@ class AxonSettings:
 
         if self.external_ip:
             self._check_external_ip()
+        for proxy in self.trusted_proxies:
+            read_network(proxy)
         if self.processes > 1 and not self.store:
             raise InputError(
                 f"--axon.processes {self.processes} need a store in which they tell "
@@ -243,16 +247,37 @@ def without_effect(
     settings: MinerSettings,  # of a miner
 ) -> list[str]:  # one sentence for each, with the remedy
     "Find the settings that differ from their defaults and have no effect."
-    cache = settings.miner.blacklist.use_prompt_cache
+    callers, axon = settings.miner.blacklist, settings.axon
+    known = callers.force_validator_permit or callers.minimum_stake_requirement
+    everybody = callers.allow_non_registered and not (known or callers.quota)
+    on_both = [key for key in callers.blacklist if key in callers.whitelist]
     remembered = ("prompt_cache_block_span", "prompt_cache_per_caller")
-    remember = "without --miner.blacklist.use_prompt_cache"
     depends = (  # section, its fields, whether they count, and why not
-        ("miner.blacklist", remembered, cache, remember),
+        (
+            "miner.blacklist",
+            remembered,
+            callers.use_prompt_cache,
+            "without --miner.blacklist.use_prompt_cache",
+        ),
         (
             "miner.blacklist",
             ("window",),
-            settings.miner.blacklist.quota,
+            callers.quota,
             "without --miner.blacklist.quota",
+        ),
+        (
+            "miner.blacklist",
+            ("allow_non_registered",),
+            not known,
+            "with --miner.blacklist.force_validator_permit or "
+            "--miner.blacklist.minimum_stake_requirement: who is not registered has "
+            "neither",
+        ),
+        (
+            "miner.blacklist",
+            ("whitelist",),
+            on_both or not everybody,
+            "with --miner.blacklist.allow_non_registered: nobody else is refused",
         ),
         (
             "miner.priority",
@@ -260,7 +285,13 @@ def without_effect(
             settings.miner.priority.idle_factor,
             "with --miner.priority.idle_factor 0",
         ),
-        ("axon", ("nonces",), not settings.axon.store, "with --axon.store"),
+        ("axon", ("nonces",), not axon.store, "with --axon.store"),
+        (
+            "axon",
+            ("allow_private",),
+            axon.external_ip and not_public(axon.external_ip.strip("[]")),
+            "without an --axon.external_ip that is private",
+        ),
     )
     found = []
     for section, names, counts, why in depends:
@@ -269,8 +300,40 @@ def without_effect(
             part = getattr(part, name)
         usual = type(part)()
         found += [
-            f"--{section}.{name} {getattr(part, name)} has no effect {why}"
+            f"--{section}.{name} {_shown(getattr(part, name))} has no effect {why}"
             for name in names
             if not counts and getattr(part, name) != getattr(usual, name)
         ]
+    first = "is on --miner.blacklist.whitelist too, which is asked first"
+    found += [
+        f"--miner.blacklist.blacklist {key} has no effect: it {first}"
+        for key in dict.fromkeys(on_both)
+    ]
+    for name in ("whitelist", "blacklist"):
+        found += _repeated(f"--miner.blacklist.{name}", getattr(callers, name))
+    return found + _contained("--axon.trusted_proxies", axon.trusted_proxies)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def _repeated(flag: str, entries: list[str]) -> list[str]:
+    "Name the entries of a list that are written more than once."
+    times = Counter(entries)
+    again = "has no effect when it is given again, perhaps written otherwise"
+    return [f"{flag} {entry} {again}" for entry in times if times[entry] > 1]
+
+
+def _contained(flag: str, entries: list[str]) -> list[str]:
+    "Name the addresses and networks that lie in another one of the list."
+    networks: list[Any] = [read_network(entry) for entry in entries]
+    found = []
+    for i, one in enumerate(networks):
+        for j, other in enumerate(networks):
+            same = one.version == other.version
+            if same and one.subnet_of(other) and (one != other or j < i):
+                inside = f"it lies in {entries[j]}, which is on the list too"
+                found.append(f"{flag} {entries[i]} has no effect: {inside}")
+                break
     return found

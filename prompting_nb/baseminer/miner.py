@@ -39,6 +39,7 @@ from ..help.usage import count_of
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
 _log = logging.getLogger(__name__)
+_STILL = 300.0  # seconds without a new block; Bittensor makes one in 12 s
 
 
 @arguments_in_help
@@ -80,6 +81,8 @@ class Miner(abc.ABC):
         limit = settings.subtensor.timeout
         self.subnet = Subnet(wallet, subtensor, settings.netuid, limit)
         self._unpublished = True  # since the start, or the latest epoch
+        self._newest = -1, 0.0, 0.0  # block, and when it was seen first and last
+        self._told = False  # that there is no newer one
         self.sync()  # a miner that is not registered does not listen
         store = settings.axon.store
         self.store = Store(store, self.hotkey) if store else None  # shared by processes
@@ -324,11 +327,34 @@ class Miner(abc.ABC):
         self.subnet.publish(self.axon, axon.external_ip, axon.external_port)
 
     def _not_ready(self) -> str:
-        "Say why requests should go to another miner; empty while the chain answers."
-        if (failures := self.runner.failures) < 3:
-            return ""
-        old = f"the metagraph is of block {self.synced_at}"
-        return f"the chain has failed {count_of(failures, 'time')} in a row, {old}"
+        "Say why requests should go to another miner; empty while the chain goes on."
+        failures, old = (
+            self.runner.failures,
+            f"the metagraph is of block {self.synced_at}",
+        )
+        if failures >= 3:
+            return f"the chain has failed {count_of(failures, 'time')} in a row, {old}"
+        return f"{still}, {old}" if (still := self._stands_still()) else ""
+
+    def _stands_still(self) -> str:
+        "Say that the chain makes no blocks; empty if it does."
+        block, first, last = self._newest
+        still = f"the chain has had no block after {block} for {last - first:.0f} s"
+        return still if last - first >= _STILL else ""
+
+    def _notice(self, block: int) -> None:
+        "Log that the chain stands still, once, and that it goes on."
+        (newest, first, _), now = self._newest, self.clock()
+        self._newest = block, first if block == newest else now, now
+        if block != newest:
+            if self._told:
+                _log.warning(
+                    "%s: the chain goes on at block %d", self.runner.name, block
+                )
+            self._told = False
+        elif not self._told and (still := self._stands_still()):
+            self._told = True
+            _log.error("%s: %s", self.runner.name, still)
 
     def _each_block(self) -> int:
         "Look at the chain and do what is due; send nothing once a stop is asked for."
@@ -337,7 +363,9 @@ class Miner(abc.ABC):
         if metrics.shared is not None:
             metrics.shared.share(metrics.text().decode())
         block = self.subnet.look()
-        epoch = block - self.synced_at >= loop.blocks_per_epoch
+        self._notice(block)
+        # back as far as an epoch: another node, or another chain at the same address
+        epoch = abs(block - self.synced_at) >= loop.blocks_per_epoch
         if epoch and not stopping.is_set():
             self.sync()
         leads = not self.settings.axon.follower

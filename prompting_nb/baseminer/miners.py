@@ -12,10 +12,12 @@ import asyncio
 import json
 import logging
 import os
+import re
 import threading
 import time
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, AsyncGenerator, AsyncIterator, Callable
 from typing import Iterable, Mapping, Optional
 from weakref import WeakKeyDictionary
@@ -506,8 +508,13 @@ class ChatClient:
     def __init__(
         self,
         settings: OpenAISettings,  # address, key, model, time limits
-    ):
-        key = settings.api_key or os.environ.get("OPENAI_API_KEY")
+    ):  # raises `InputError` for a key that cannot be sent
+        key = (settings.api_key or os.environ.get("OPENAI_API_KEY", "")).strip()
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(
+                "the key in --openai.api_key, or in OPENAI_API_KEY, has a character "
+                "that no header can carry: copy it again"
+            )
         self.settings = settings
         self.url = settings.base_url.rstrip("/") + "/chat/completions"
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -561,13 +568,18 @@ class ChatClient:
         tries: int = 4,  # attempts in all, while the server is busy or out of reach
         pause: float = 1.0,  # seconds before the second attempt, then twice as long
     ) -> str:  # raises `UpstreamError` when the last attempt failed too
-        "Ask for a whole answer, and wait for it. May be called from several threads."
-        reason = UpstreamError("the model server was not asked")
+        """Ask for a whole answer, and wait for it. May be called from several threads.
+
+        A server that says with `Retry-After` when to come back is asked then, and no
+        later than after `timeout`.
+        """
+        reason, wait = UpstreamError("the model server was not asked"), 0.0
         for attempt in range(tries):
             if attempt:
-                time.sleep(pause * 2 ** (attempt - 1))
+                time.sleep(max(pause * 2 ** (attempt - 1), min(wait, timeout)))
+            wait = 0.0
             try:
-                status, text = self._post(messages, timeout)
+                status, text, wait = self._post(messages, timeout)
             except httpx.HTTPError as error:
                 kind = type(error).__name__
                 reason = UpstreamError(f"the model server cannot be reached: {kind}")
@@ -583,57 +595,109 @@ class ChatClient:
                 reason = error
         raise reason
 
-    def _post(self, messages: list[dict], timeout: float) -> tuple[int, str]:
-        "Send a request, and read the whole answer within a time limit."
+    def _post(self, messages: list[dict], timeout: float) -> tuple[int, str, float]:
+        "Send a request; return status, answer, and when to come back, in seconds."
         body, end = self._body(messages, stream=False), time.monotonic() + timeout
         with (
             httpx.Client(headers=self.headers, timeout=timeout) as client,
             client.stream("POST", self.url, json=body) as answer,
         ):
-            pieces = []
-            for piece in answer.iter_bytes():
-                pieces.append(piece)
+            whole = bytearray()
+            for part in answer.iter_bytes():
+                whole += _within_limit(part, len(whole))
                 if time.monotonic() > end:  # a server may send byte after byte
                     raise httpx.ReadTimeout("the answer takes too long")
-            return answer.status_code, b"".join(pieces).decode()
+            wait = _wait(answer.headers.get("retry-after", ""))
+            return answer.status_code, whole.decode(), wait
 
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another attempt
 _BROKEN = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # connections
 
 
+_MOST = 4_000_000  # bytes of an answer, with all that is said besides the text
+
+
+def _within_limit(part: bytes, before: int) -> bytes:
+    "Return a part of an answer that may be read."
+    if before + len(part) > _MOST:
+        raise UpstreamError(f"the model server answered more than {_MOST} bytes")
+    return part
+
+
+def _wait(
+    given: str,  # the header `Retry-After`: seconds, or a date
+) -> float:  # seconds; 0 for anything else
+    "Read how long a busy server wants to be left alone."
+    with suppress(ValueError, TypeError, OverflowError):
+        if not re.fullmatch(r"\d{1,9}", given.strip(), re.ASCII):
+            return parsedate_to_datetime(given).timestamp() - time.time()
+        return float(given)
+    return 0.0
+
+
 async def _read(answer: httpx.Response) -> AsyncGenerator[str, None]:
     "Yield the pieces of an answer, streamed or whole."
     kind = answer.headers.get("content-type", "")
     if not kind.startswith("text/event-stream"):
-        whole = (await answer.aread()).decode()
-        yield _said(_answer(answer.status_code, whole), "message")
+        whole = bytearray()
+        async for part in answer.aiter_bytes():
+            whole += _within_limit(part, len(whole))
+        yield _said(_answer(answer.status_code, whole.decode()), "message")
         return
+    ended = False
     async for line in answer.aiter_lines():
-        data = line[5:].strip() if line.startswith("data:") else "[DONE]"
-        if data == "[DONE]":
+        if not line.startswith("data:"):
             continue
-        if piece := _said(_answer(answer.status_code, data), "delta"):
+        if (data := line[5:].strip()) == "[DONE]":
+            ended = True
+            continue
+        found = _answer(answer.status_code, data)
+        ended = ended or _is_last(found)
+        if piece := _said(found, "delta"):
             yield piece
+    if not ended:
+        raise UpstreamError("the model server ended its answer before it was complete")
+
+
+def _is_last(piece: dict) -> bool:
+    "Tell whether a piece of an answer says why it ends."
+    with suppress(LookupError, TypeError):
+        return bool(piece["choices"][0]["finish_reason"])
+    return False
 
 
 def _answer(status: int, text: str) -> dict:
     "Read the JSON of an answer, or raise `UpstreamError` with its status."
     try:
         answer = json.loads(text)
-        if status == 200 and isinstance(answer, dict) and "error" not in answer:
+        if status == 200 and isinstance(answer, dict) and answer.get("error") is None:
             return answer
-        reason = answer["error"]["message"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        reason = _reason(answer)
+    except (ValueError, LookupError, AttributeError, RecursionError):
         reason = "the answer is not the JSON that was expected"
     raise UpstreamError(f"the model server answered {status}: {str(reason)[:200]}")
+
+
+def _reason(answer: Any) -> str:
+    "Find why a server refuses; servers say it as OpenAI's does, or more simply."
+    error = answer.get("error") or answer
+    words = [error] if isinstance(error, str) else map(error.get, ("message", "detail"))
+    if not (found := [word for word in words if isinstance(word, str)]):
+        raise LookupError
+    return found[0]
 
 
 def _said(answer: Any, part: str) -> str:
     "Read the text of the first choice of an answer (`message`) or piece (`delta`)."
     try:
         choices = answer["choices"]
-        return (choices[0][part].get("content") or "") if choices else ""
+        text = (choices[0][part].get("content") or "") if choices else ""
+        if isinstance(text, list):  # parts, of which some are text
+            text = "".join(one.get("text") or "" for one in text)
+        if not isinstance(text, str):
+            raise TypeError
+        return text
     except (LookupError, TypeError, AttributeError):
         raise UpstreamError("the model server answered without a choice") from None
 

@@ -133,7 +133,7 @@ class Program:
         process = _start(self.settings)
         try:
             given = synapse.prompt.encode()
-            written, said = process.communicate(given, timeout=synapse.timeout)
+            written, said = _communicate(process, given, synapse.timeout)
         except subprocess.TimeoutExpired:
             raise ProgramFailed("the program took too long") from None
         finally:
@@ -182,13 +182,15 @@ class _Kept:
 
     def __init__(self, process: subprocess.Popen):
         self.process, self.lines = process, Queue()
+        self.feeding: Optional[threading.Thread] = None
         threading.Thread(target=self._read, name="program", daemon=True).start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         with suppress(ValueError):  # the pipe was closed
-            for line in self.process.stdout:
-                self.lines.put(line.decode(errors="replace").strip())
+            while line := self.process.stdout.readline(_MOST):
+                if self.lines.qsize() < _WAITING:  # nobody asked for more
+                    self.lines.put(line.decode(errors="replace").strip())
         self.process.wait()
         self.lines.put(None)
 
@@ -196,28 +198,30 @@ class _Kept:
         self, line: str, deadline: float
     ) -> Optional[str]:  # `None`: it has ended, or the time is over
         "Write a line and wait for one."
-        assert self.process.stdin is not None
         self._drop_stray()
+        left = lambda: max(0.0, deadline - time.monotonic())
+        if self.feeding is not None:  # it answered the prompt before in the middle
+            self.feeding.join(left())
+            if self.feeding.is_alive():
+                return None
+        self.feeding = _feed(self.process.stdin, f"{line}\n".encode())
         try:
-            self.process.stdin.write(f"{line}\n".encode())
-            self.process.stdin.flush()
-            return self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            return self.lines.get(timeout=left())
         except Empty:
-            return None
-        except OSError:  # it reads no more
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(1.0)
             return None
 
     def _drop_stray(self) -> None:
         "Drop lines that were written before they were asked for."
         stray = 0
-        while not self.lines.empty() and self.lines.queue[0] is not None:
+        for _ in range(self.lines.qsize()):  # of now: it may go on writing
+            if self.lines.queue[0] is None:
+                break
             self.lines.get()
             stray += 1
         if stray:
+            many = f"{_WAITING} lines or" if stray >= _WAITING else ""
             told = "the program wrote %s more than it was asked for; dropped"
-            _log.warning(told, count_of(stray, "line"))
+            _log.warning(told, many or count_of(stray, "line"))
 
 
 def _start(settings: ProcessSettings, log: bool = False) -> subprocess.Popen:
@@ -236,9 +240,75 @@ def _start(settings: ProcessSettings, log: bool = False) -> subprocess.Popen:
         raise ProgramFailed(f"{name} cannot be started: {error.strerror}") from None
 
 
-def _end(process: subprocess.Popen) -> None:
+_MOST = 1_000_000  # bytes of an answer, as a validator reads no more
+_WAITING = 100  # lines of a kept program that nobody has read
+
+
+class _Drain(threading.Thread):
+    "Reads a pipe to its end, and keeps the first bytes or the last ones."
+
+    def __init__(self, pipe: Any, most: int, on_more: Any = None):
+        super().__init__(name="program", daemon=True)
+        # a descriptor of its own: the pipe can be closed while the thread waits
+        self.pipe = open(os.dup(pipe.fileno()), "rb", buffering=0)
+        self.most, self.on_more = most, on_more
+        self.data, self.is_too_much = bytearray(), False
+        self.start()
+
+    def run(self) -> None:
+        with self.pipe:
+            while piece := self.pipe.read(1 << 16):
+                self.data += piece
+                if len(self.data) > self.most and self.on_more is not None:
+                    self.is_too_much = True
+                    return self.on_more()
+                del self.data[: -self.most]
+
+
+def _feed(pipe: Any, given: bytes, end: bool = False) -> threading.Thread:
+    "Write to a program, which may take its time to read."
+    own = open(os.dup(pipe.fileno()), "wb", buffering=0)  # as for `_Drain`
+
+    def write() -> None:
+        rest = memoryview(given)
+        with suppress(OSError), own:  # it does not read all of it
+            while rest:
+                rest = rest[own.write(rest) :]
+        if end:
+            with suppress(OSError):
+                pipe.close()
+
+    thread = threading.Thread(target=write, name="program", daemon=True)
+    thread.start()
+    return thread
+
+
+def _communicate(
+    process: subprocess.Popen, given: bytes, timeout: float
+) -> tuple[bytes, bytes]:  # of the errors, the end
+    "Write to a program and read what it writes; `ProgramFailed` for too much."
+    deadline = time.monotonic() + timeout
+    left = lambda: max(0.0, deadline - time.monotonic())
+    written = _Drain(process.stdout, _MOST, lambda: _kill(process))
+    said = _Drain(process.stderr, 10_000)
+    _feed(process.stdin, given, end=True)
+    for pipe in (written, said):
+        pipe.join(left())
+    process.wait(left())
+    if written.is_too_much:
+        raise ProgramFailed(f"the program wrote more than {_MOST} bytes")
+    if written.is_alive() or said.is_alive():  # what it has started holds the pipe
+        raise subprocess.TimeoutExpired(process.args, timeout)
+    return bytes(written.data), bytes(said.data)
+
+
+def _kill(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen) -> None:
+    _kill(process)
     process.wait()
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:

@@ -73,7 +73,8 @@ class Subnet:
         """Read block and metagraph from the chain and find our own uid.
 
         Raises `NotRegisteredError` when the hotkey has none, `InputError` when there
-        is no such subnet, and `TimeoutError` when the chain is silent.
+        is no such subnet, `TimeoutError` when the chain is silent, and `RuntimeError`
+        when everybody is gone at once.
         """
         block = int(self.client.block)
         metagraph = self.client.subnets.metagraph(self.netuid)
@@ -81,6 +82,11 @@ class Subnet:
         if metagraph is None:
             here = f"{network} has no subnet {self.netuid}"
             raise InputError(f"{here}: choose another with --netuid")
+        if self.uid is not None and not index_callers(metagraph):
+            raise RuntimeError(  # to be asked again: a subnet does not lose everybody
+                f"{network} shows nobody on subnet {self.netuid}, where this hotkey "
+                f"had uid {self.uid}"
+            )
         self.metagraph, self.block, self.synced_at = metagraph, block, block
         me = self.callers.get(written_alike(self.hotkey))
         self.uid = me and me.uid

@@ -33,7 +33,7 @@ from prompting_nb.config import (
     command_parser,
     settings_of,
 )
-from .follow import validator_address
+from .follow import open_local, validator_address
 from ..network.limited import CALL_TIMEOUT
 from ..help.usage import count_of
 from ..show import shortened
@@ -173,6 +173,8 @@ def _find_folder(
     for place in (folder / "validator", folder):
         if (place / "endpoint.json").exists() or list(place.glob("state-*")):
             return place
+    if _is_supervised(folder / "validator"):  # a subnet that starts for the first time
+        return folder / "validator"
     raise InputError(
         f"{path} holds no validator yet: prompting-nb validator or prompting-nb subnet "
         "fills it"
@@ -191,10 +193,8 @@ def post_prompt(
     data = json.dumps({"prompt": question, "route": route}).encode()
     head = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"http://{address}/prompt", data, head)
-    # no proxy stands between processes of one machine
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=timeout) as answer:
+        with open_local(request, timeout) as answer:
             found = json.load(answer)
     except urllib.error.HTTPError as error:
         kind = NotNow if error.code == 503 else RunError
@@ -233,9 +233,9 @@ def _post_when_up(
     timeout: float = 30.0,  # seconds
 ) -> Optional[dict]:  # `None`: no validator runs, and none is being started again
     "Post a question; wait while the validator is busy, or is being started again."
-    deadline = time.monotonic() + timeout
+    deadline, log = time.monotonic() + timeout, folder.parent / "logs/validator.log"
     while True:
-        rest, last = deadline - time.monotonic(), "it is being started again"
+        rest, last = deadline - time.monotonic(), f"it is being started, see {log}"
         try:
             found = post_prompt(folder, question, route, max(rest, 1.0))
             if found is not None or not _is_supervised(folder):

@@ -6,6 +6,7 @@
 __all__ = ['JudgeSettings', 'LoopSettings', 'add_gate', 'loop_parser', 'run_loop', 'gate_settings']
 
 # %% ../../nbs/loop/06_command.ipynb #m003
+import os
 import shlex
 import time
 from dataclasses import dataclass, replace
@@ -129,6 +130,9 @@ class LoopSettings:
 
     def __post_init__(self):
         check_settings(self)
+        for name in ("prompts", "out", "reward"):  # a file of settings may hold ~
+            if value := getattr(self, name):
+                object.__setattr__(self, name, os.path.expanduser(value))
         if isinstance(self.miners, int):
             check_most(self, miners=250)  # a subnet has 256 uids
         if self.churn is True or isinstance(self.churn, str) and self.churn != "off":
@@ -360,7 +364,12 @@ def _scorer(arena: Any, run: LoopSettings, judging: JudgeSettings, say: Callable
         from prompting_nb.loop.miners import load_object
 
         found = load_object(judging.python)
-        made = found() if isinstance(found, type) else found
+        try:
+            made = found() if isinstance(found, type) else found
+        except (Exception, SystemExit) as error:
+            why = f"{type(error).__name__}: {error}"
+            name = f"--judge.python {judging.python}"
+            raise InputError(f"{name} cannot be made: {why}") from error
         return made, judging.python, None
     if judging.kind == "openai":
         from prompting_nb.baseminer.miners import OpenAISettings
@@ -425,7 +434,7 @@ def _made_with(
         "settings": settings,
         "seeds": seeds,
         "judging": found,
-        "files": [name for name in files if isinstance(name, str)],
+        "files": [os.path.expanduser(name) for name in files if isinstance(name, str)],
     }
 
 

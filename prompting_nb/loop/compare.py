@@ -9,9 +9,11 @@ __all__ = ['FIGURES', 'Figure', 'Row', 'Group', 'Difference', 'Comparison', 'com
 # %% ../../nbs/loop/25_compare.ipynb #cmp002
 import html
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, Callable, NamedTuple, Optional, Sequence
 
 import jsonargparse
@@ -130,22 +132,26 @@ class Comparison:
     ) -> None:
         "Print what differs, and the figures."
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
+        from rich.text import Text
 
         console = console or Console()
+        plain = lambda words: map(Text, words)  # brackets are no markup
+        named = lambda words: map(Column, plain(words))
         names = [run.name for run in self.runs]
-        table = Table("setting", *names, title="what differs")
+        table = Table(*named(["setting", *names]), title="what differs")
         for row in self.settings:
             if row.differs:
-                table.add_row(row.name, *_cells(row))
+                table.add_row(*plain([row.name, *_cells(row)]))
         if table.row_count:
             console.print(table)
         same = sum(not row.differs for row in self.settings)
         console.print(f"{same} settings are the same or known of one run only")
         columns = [name for name, _ in self._columns()]
-        table = Table("last third", *columns, title="mean grade (95 % interval)")
+        title = "mean grade (95 % interval)"
+        table = Table(*named(["last third", *columns]), title=title)
         for row in self._figures():
-            table.add_row(*row)
+            table.add_row(*plain(row))
         console.print(table)
         for text in [*map(_difference, self.differences), *self.notes]:
             console.print(text, highlight=False, markup=False)
@@ -260,13 +266,35 @@ def _read_summary(folder: Path) -> dict:
             "prompting-nb loop wrote, such as runs/loop-1"
         )
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # NaN is no number to compare: it counts as not known
+        summary = json.loads(text, parse_constant=lambda name: None)
     except (OSError, ValueError, RecursionError) as error:
         why = f"cannot read {path}: {reason_of(error)}"
         raise InputError(f"{why}; leave this run out") from error
     if not isinstance(summary, dict) or not {"status", "steps"} <= summary.keys():
         raise InputError(f"{path} is no summary of a run: it has no status and steps")
+    for name, kinds in _KINDS.items():
+        if not isinstance(summary.get(name), kinds):
+            raise InputError(
+                f"{path} is no summary of a run: its {name} is of a wrong kind; leave "
+                "this run out"
+            )
     return summary
+
+
+_KINDS: dict[str, Any] = {  # of what a summary has, where it has it
+    "status": str,
+    "steps": int,
+    "seed": (int, NoneType),
+    "settings": (dict, NoneType),
+    "data": (dict, NoneType),
+    "judging": (dict, NoneType),
+}
+
+
+# what reading JSON raises, where it holds something else than we wrote
+_ODD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def _read_curves(folder: Path, summary: dict) -> dict[str, np.ndarray]:
@@ -276,13 +304,7 @@ def _read_curves(folder: Path, summary: dict) -> dict[str, np.ndarray]:
         try:
             rows = json.loads(path.read_text(encoding="utf-8")).items()
             curves = {name: np.array(row, dtype=float) for name, row in rows}
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except (OSError, *_ODD) as error:
             why = f"cannot read {path}: {reason_of(error)}"
             raise InputError(f"{why}; remove it") from error
         bad = [n for n, row in curves.items() if row.shape != (summary["steps"],)]
@@ -300,8 +322,12 @@ def _read_curves(folder: Path, summary: dict) -> dict[str, np.ndarray]:
             event = json.loads(line)
             # runs whose answers nobody graded have the judge's rewards
             rewards = event.get("grades") or event["rewards"]
-            means.append(float(np.mean([x or 0.0 for x in rewards])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            worth = [float(reward or 0.0) for reward in rewards]
+            mean = math.fsum(worth) / len(worth) if worth else math.nan
+            if not math.isfinite(mean):
+                raise ValueError("the rewards have no mean")
+            means.append(mean)
+        except (*_ODD, ArithmeticError) as error:
             problem = reason_of(error)
             raise InputError(f"{log}:{number}: no event of a run: {problem}") from error
     return {"gate": np.array(means)} if means else {}
@@ -411,7 +437,8 @@ def _alike(run: RunFolder) -> Optional[str]:  # `None`: not known
     same = {k: v for k, v in flags.items() if k not in ("seed", *_PLACES)}
     if flags.get("prompts"):  # a file that moved is the same file
         same["prompts"] = None
-    files = [file.get("sha256") for file in data.get("files", [])]
+    listed = data.get("files") if isinstance(data.get("files"), list) else []
+    files = [file.get("sha256") for file in listed if isinstance(file, dict)]
     if isinstance(flags.get("miners"), str):
         same["miners"] = None
     if flags.get("reward"):
@@ -494,7 +521,8 @@ def _short_names(places: list[Path]) -> list[str]:
 
 # %% ../../nbs/loop/25_compare.ipynb #cmp018
 def _number(value: Any) -> Optional[float]:
-    return float(value) if isinstance(value, (int, float)) else None
+    known = isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if known else None
 
 
 def _plain(figure: Figure) -> dict:
@@ -611,14 +639,20 @@ def run_compare(
 ) -> dict:  # as `Comparison.as_dict`; raises `InputError` for folders that are no runs
     "Run the command `prompting-nb compare`."
     run = settings_of(CompareSettings, settings, ignore_unknown=True)
-    if run.out and Path(run.out).is_dir():
+    out = Path(run.out).expanduser() if run.out else None
+    if out and out.is_dir():
         raise InputError(f"{run.out} is a folder: give a file to --out")
-    if run.out and Path(run.out).exists() and not run.force:
+    if out and out.exists() and not run.force:
         raise InputError(f"{run.out} is there already: --force replaces it")
     found = compare_runs(run.runs)
-    page = Path(run.out) if run.out else _next_page(Path("runs"))
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_file(page, found.as_html())
+    page = out or _next_page(Path("runs"))
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_file(page, found.as_html())
+    except OSError as error:
+        raise InputError(
+            f"cannot write {page}: {error.strerror}; give another file to --out"
+        ) from None
     result = found.as_dict() | {"page": str(page)}
     if run.json:
         say(json.dumps(result, ensure_ascii=False, allow_nan=False))

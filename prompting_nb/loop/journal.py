@@ -9,6 +9,8 @@ __all__ = ['Journal']
 import json
 import logging
 import os
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Optional
 
@@ -67,8 +69,11 @@ class Journal:
         start: int = 0,  # the first step that is wanted
     ) -> Iterator[dict]:  # raises `InputError` that names a line it cannot read
         "Read the events from a step on, the oldest first."
-        for path in self.files():
-            # A whole file of earlier steps is skipped after a look at the next one.
+        files = self.files()
+        for path, newer in zip(files, [*files[1:], None]):
+            if start and newer and (first := next(_entries(newer), None)):
+                if first["step"] <= start:  # this file holds earlier steps alone
+                    continue
             yield from (e for e in _entries(path) if e["step"] >= start)
 
     def append_late(
@@ -94,7 +99,7 @@ class Journal:
     ) -> list[dict]:  # raises `InputError` that names a line it cannot read
         "Read the rewards that came after their event, in the order in which they came."
         path = self.folder / _LATE
-        return list(_entries(path))[start:] if path.exists() else []
+        return list(islice(_entries(path), start, None)) if path.exists() else []
 
     def files(self) -> list[Path]:
         "List the files, the oldest first."
@@ -145,7 +150,8 @@ class Journal:
 
     def _find_end(self) -> None:
         "Find the next step. Nothing is written: another process may be appending."
-        self.late_rewards = len(self.late())
+        late = self.folder / _LATE
+        self.late_rewards = _count_lines(late) if late.exists() else 0
         for path in reversed(self.files()):
             if (last := _last_line(path)) is not None:
                 entry = _parse(last, path, "last line")
@@ -175,12 +181,11 @@ def _write(file: Any, line: bytes) -> None:
 
 def _parse(line: bytes, path: Path, where: str) -> dict:
     "Read an event as a dict."
-    try:
+    with suppress(ValueError, RecursionError):
         entry = json.loads(line)
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            return entry
-    except ValueError:
-        pass
+        if isinstance(entry, dict) and type(step := entry.get("step")) is int:
+            if step >= 0:
+                return entry
     raise InputError(
         f"{path}, {where}: this is no event of a validator; move the file away, or "
         "choose another folder"
@@ -193,6 +198,12 @@ def _entries(path: Path) -> Iterator[dict]:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
                 yield _parse(line, path, f"line {number}")
+
+
+def _count_lines(path: Path, block: int = 1 << 20) -> int:
+    "Count the whole lines of a file."
+    with open(path, "rb") as file:
+        return sum(data.count(b"\n") for data in iter(lambda: file.read(block), b""))
 
 
 def _last_line(path: Path, block: int = 1 << 16) -> Optional[bytes]:

@@ -17,12 +17,13 @@ import re
 import shlex
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Literal, cast
+from typing import Any, Callable, Iterator, Literal, cast
 
 import yaml
 
@@ -30,7 +31,7 @@ from ..baseminer.miner import Miner
 from ..baseminer.miners import MINERS
 from ..config import InputError, check_settings, merge, read_config
 from ..config import settings_of
-from ..files import read_lines
+from ..files import read_lines, reason_of
 from .network import WorkerMiner
 from .tasks import Worker
 from .worker import NAMES, serve, worker_named
@@ -80,20 +81,23 @@ class OwnMiner:
         **parts: Any,  # for `Miner`: wallet, subtensor
     ) -> Miner:  # not running; raises `InputError` that names the entry
         "Make the miner."
-        try:
+        with self._named():
             return self._made()(config, parts)
-        except Exception as error:
-            plain = isinstance(error, (InputError, OSError))
-            text = str(error) if plain else f"{type(error).__name__}: {error}"
-            raise InputError(f"{self.where}: {self._in_words(text)}") from error
 
     def check(self) -> None:  # raises `InputError` that names the entry
         "Find out whether the settings fit, and import what is to be imported."
-        try:
+        with self._named():
             self._made()
-        except InputError as error:
-            text = self._in_words(str(error))
-            raise InputError(f"{self.where}: {text}") from error
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        "Name the entry in an error, also of code that ends the program."
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            plain = isinstance(error, (InputError, OSError))
+            text = str(error) if plain else f"{type(error).__name__}: {error}"
+            raise InputError(f"{self.where}: {self._in_words(text)}") from error
 
     def _made(self) -> Callable:  # (config, parts) -> miner
         "Check the settings; return a factory of miners with them."
@@ -178,13 +182,19 @@ def _entries(path: Path) -> list[tuple[int, Any]]:
     text = "".join(line for _, line in read_lines(path, blank=True))
     try:
         root = yaml.compose(text, yaml.SafeLoader)
-        _no_key_twice(root, path)
+        _no_key_twice(root, path, set())
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         why = getattr(error, "problem", None) or "it cannot be read"
         raise InputError(f"{path}{line}: this is not YAML: {why}") from None
+    except RecursionError as error:
+        raise InputError(f"{path}: {reason_of(error)}") from None
+    except InputError:
+        raise
+    except ValueError as error:  # a date that does not exist, for example
+        raise InputError(f"{path}: a value cannot be read: {error}") from None
     if isinstance(root, yaml.MappingNode):
         keys = [key.value for key, _ in root.value]
         if keys != ["miners"]:
@@ -200,19 +210,24 @@ def _entries(path: Path) -> list[tuple[int, Any]]:
     return list(zip(lines, values))
 
 
-def _no_key_twice(node: Any, path: Path) -> None:
+def _no_key_twice(node: Any, path: Path, known: set[int]) -> None:
     "Refuse a key that stands twice in an entry: the first would be lost."
+    if id(node) in known:  # `*name` refers to it again
+        return
+    known.add(id(node))
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise InputError(f"{path}:{line}: a key must be a text")
             if key.value in seen:
-                line = key.start_mark.line + 1
                 raise InputError(f"{path}:{line}: {key.value} stands twice here")
             seen.add(key.value)
-            _no_key_twice(value, path)
+            _no_key_twice(value, path, known)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _no_key_twice(value, path)
+            _no_key_twice(value, path, known)
 
 
 def _short(entry: Any) -> list[str]:
@@ -383,7 +398,7 @@ def _module(place: str, folder: Path) -> ModuleType:
         return _from_file(path.expanduser().resolve())
     except InputError:
         raise
-    except Exception as error:  # whatever the file does when it is imported
+    except (Exception, SystemExit) as error:  # whatever it does when it is imported
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"{place} cannot be imported: {why}") from error
 

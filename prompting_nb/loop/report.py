@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -846,6 +847,7 @@ def print_tables(
     "Print the summary of a run."
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console()
     if "reward_accuracy" in summary:
@@ -859,9 +861,10 @@ def print_tables(
         return
     if summary.get("judge"):
         console.print(f"The judge is {summary['judge']}.", markup=False)
-    console.print(knowledge(summary))
+    plain = partial(console.print, markup=False)  # brackets in names stay
+    plain(knowledge(summary))
     for finding in summary.get("judge_findings", []):
-        console.print(f"note: {finding}")
+        plain(f"note: {finding}")
     # padded on one side only, so that eight columns fit into 80 characters
     table = Table(title="miners", padding=(0, 0, 0, 1))
     rows = summary["miners"]
@@ -879,11 +882,11 @@ def print_tables(
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(_shown(row[key]) for key in titles))
+        table.add_row(*(Text(_shown(row[key])) for key in titles))
     console.print(table)
     for text in unanswered(summary):
-        console.print(f"note: {text}", markup=False)
-    console.print(payment(summary))
+        plain(f"note: {text}")
+    plain(payment(summary))
     title = (
         f"mean grade of those asked, last third of {count_of(summary['steps'], 'step')}"
     )
@@ -893,6 +896,6 @@ def print_tables(
         style = "bold" if text == _CHOICES["gate"] else ""
         table.add_row(text, f"{grade:.3f}", style=style)
     console.print(table)
-    console.print(verdict(summary))
+    plain(verdict(summary))
     if "paid" in summary:
-        console.print(cost(summary))
+        plain(cost(summary))

@@ -411,6 +411,8 @@ class Service:
                 self._say("weights", "")
                 uids = count_of(len(weights), "uid")
                 _log.info("block %d: weights of %s were set", block, uids)
+            else:
+                self._say("weights", "none are set while no miner has earned anything")
         except RuntimeError as error:
             self.metrics.weights.labels("refused").inc()
             self._say("weights", f"{error}; another attempt at the next block")

@@ -8,14 +8,16 @@ __all__ = ['Saved', 'save_state', 'resume', 'read_about', 'saved_width']
 # %% ../../nbs/loop/09_state.ipynb #c003
 import json
 import logging
+import math
 import os
 import re
 import shutil
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from .. import __version__
 from ..config import InputError
@@ -107,6 +109,11 @@ def resume(
         return None
     path = states[-1]
     saved = _read(path)
+    if (netuid := saved.get("netuid", validator.netuid)) != validator.netuid:
+        raise InputError(
+            f"{folder} holds a validator of subnet {netuid}, not of "
+            f"{validator.netuid}: give another folder"
+        )
     now = validator.metagraph
     # The gate learns from the events as the subnet was then, and moves its rows after.
     then = SimpleNamespace(hotkeys=saved["hotkeys"], neurons=[])
@@ -121,7 +128,10 @@ def resume(
     validator.averages.counts.clear()
     validator.averages.counts.update(saved["counts"])
     if "pending" in saved:  # versions before this one had no late rewards
-        validator.pending.restore(saved["pending"])
+        try:
+            validator.pending.restore(saved["pending"])
+        except _ODD:
+            raise _damaged(path, "pending") from None
     prices = validator.prices
     if prices and prices.budget and saved.get("price_weight") is not None:
         prices.weight = saved["price_weight"]  # that the budget was met with
@@ -129,17 +139,14 @@ def resume(
     found = Saved(path, saved["step"], saved["about"])
     late = deque(journal.late(start=saved["about"].get("late_rewards", 0)))
     for entry in journal.read(start=saved["step"]):
-        _learn_late(validator, late)
-        given = (entry["prompt"], entry["uids"], entry["hotkeys"], entry["rewards"])
-        validator.observe(*given)
-        if (counts := entry.get("watched")) and isinstance(validator.judge, Judge):
-            watch = validator.judge.watch
-            watch.seen, watch.below, watch.above = counts
+        _learn_late(validator, late, folder)
+        _find_place(validator, entry["step"], folder)
+        with _learning(folder, "events.jsonl", entry["step"]):
+            _learn_event(validator, entry)
         found.replayed += 1
-    _learn_late(validator, late)
+    _learn_late(validator, late, folder)
     if journal.next_step < validator.steps:
-        text = "%s has no events of steps %d to %d: they were removed"
-        _log.warning(text, folder, journal.next_step, validator.steps - 1)
+        _say_removed(folder, journal.next_step, validator.steps)
         journal.next_step = validator.steps
     changed = validator.sync(getattr(now, "whole", now))
     if changed:
@@ -158,12 +165,60 @@ def read_about(
     return _read(states[-1])
 
 
-def _learn_late(validator: Validator, late: deque) -> None:
+# what lines and states raise that are JSON and hold something else than we wrote
+_ODD = (ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+
+
+@contextmanager
+def _learning(folder: str | Path, name: str, step: int) -> Iterator[None]:
+    "Name the line that a validator cannot learn from."
+    try:
+        yield
+    except _ODD as error:
+        raise InputError(
+            f"{Path(folder) / name}: the line of step {step} cannot be learned from "
+            f"({reason_of(error)}): remove it, or choose another folder"
+        ) from error
+
+
+def _learn_event(validator: Validator, entry: dict) -> None:
+    "Learn from a step that was taken by an earlier process."
+    given = (entry["prompt"], entry["uids"], entry["hotkeys"], entry["rewards"])
+    if len({len(row) for row in given[1:]}) > 1:
+        raise ValueError("it has more uids, hotkeys or rewards than the others")
+    validator.observe(*given)
+    if (counts := entry.get("watched")) and isinstance(validator.judge, Judge):
+        watch = validator.judge.watch
+        watch.seen, watch.below, watch.above = counts
+
+
+def _learn_late(validator: Validator, late: deque, folder: str | Path) -> None:
     "Learn from the rewards that had come before the next step."
-    while late and late[0]["after"] <= validator.steps:
-        entry = late.popleft()
-        given = {int(uid): reward for uid, reward in entry["rewards"].items()}
-        validator.reward(entry["step"], given)
+    while late:
+        entry = late[0]
+        with _learning(folder, "rewards.jsonl", entry["step"]):
+            if entry["after"] > validator.steps:
+                return
+            given = {int(uid): reward for uid, reward in entry["rewards"].items()}
+            validator.reward(entry["step"], given)
+        late.popleft()
+
+
+def _find_place(validator: Validator, step: int, folder: str | Path) -> None:
+    "Go on to the step of the next event, which follows the last one if none is lost."
+    if step < validator.steps:
+        raise InputError(
+            f"{folder}: step {step} stands twice in the log of events, as if two "
+            "validators had written it: remove one of them, or choose another folder"
+        )
+    if step > validator.steps:
+        _say_removed(folder, validator.steps, step)
+        validator.steps = step
+
+
+def _say_removed(folder: str | Path, first: int, end: int) -> None:
+    text = "%s has no events of steps %d to %d: they were removed"
+    _log.warning(text, folder, first, end - 1)
 
 
 def saved_width(
@@ -171,8 +226,9 @@ def saved_width(
 ) -> Optional[int]:  # `None`: there is no state, or it does not say
     "Return the number of uids of the gate that was saved last."
     states = _states(Path(folder))
-    about = _read(states[-1])["about"] if states else {}
-    return about.get("gating", {}).get("num_uids")
+    gating = _read(states[-1])["about"].get("gating") if states else None
+    width = gating.get("num_uids") if isinstance(gating, dict) else None
+    return width if type(width) is int else None
 
 
 def _states(folder: Path) -> list[Path]:
@@ -196,15 +252,34 @@ def _read(path: Path) -> dict:
             f"{path} has format {number}, written by version {saved.get('version')}; "
             f"this is version {__version__}, which reads up to {_FORMAT}: update it"
         )
-    kinds = {"step": int, "hotkeys": list, "counts": dict, "averages": dict}
-    kinds |= {"format": int, "about": dict}
-    wrong = [name for name, kind in kinds.items() if type(saved.get(name)) is not kind]
-    if wrong:
-        raise InputError(
-            f"{path} is no state of a validator (its {wrong[0]} is missing, or of a "
-            "wrong kind): remove it to go on from the state before"
-        )
+    for name, (kind, fits) in _PARTS.items():
+        if type(part := saved.get(name)) is not kind or not fits(part):
+            raise _damaged(path, name)
     return saved
+
+
+_whole = lambda value: type(value) is int and value >= 0
+_number = lambda value: type(value) in (int, float) and math.isfinite(value)
+_PARTS: dict[str, tuple[type, Callable]] = {  # its type, and what else it must be
+    "format": (int, _whole),
+    "step": (int, _whole),
+    "hotkeys": (list, lambda keys: all(isinstance(key, str) for key in keys)),
+    "counts": (dict, lambda counts: all(map(_whole, counts.values()))),
+    "averages": (dict, lambda averages: all(map(_number, averages.values()))),
+    "about": (
+        dict,
+        lambda about: all(
+            _whole(about.get(name, 0)) for name in ("late_rewards", "prompts_taken")
+        ),
+    ),
+}
+
+
+def _damaged(path: Path, name: str) -> InputError:
+    return InputError(
+        f"{path} is no state of a validator (its {name} is missing, or of a wrong "
+        "kind): remove it to go on from the state before"
+    )
 
 # %% ../../nbs/loop/09_state.ipynb #c016
 def _judge_again(

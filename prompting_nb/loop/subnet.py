@@ -12,8 +12,6 @@ import logging
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,8 +36,9 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..files import log_to_stderr, read_json, write_file
+from .follow import open_local
 from .miners import OwnMiner, read_miners, save_miner
-from .processes import Supervisor, free_port
+from .processes import Supervisor, free_port, is_free
 from .worker import NAMES
 from ..help.usage import count_of
 from ..show import arguments_in_help, shortened
@@ -54,7 +53,8 @@ class SubnetSettings:
         miners: YAML file of your own miners, as prompting-nb loop takes it, or a number
             of built-in workers, of ten kinds in turn.
         duration: Seconds after which it ends; 0 for no end.
-        prompts: File of prompts to ask over and over. Without it: built-in tasks.
+        prompts: File of prompts to ask over and over. Without it, or with tasks:
+            built-in tasks.
         reward: Folder of a trained reward model. Without it: a small one, which is
             taught once.
         top_k: Miners asked for each prompt. Without it: 3, or all of fewer.
@@ -84,6 +84,11 @@ class SubnetSettings:
     def __post_init__(self):
         check_settings(self)
         check_most(self, tempo=65535)
+        if self.prompts == "-":
+            raise InputError(
+                "--prompts - is for prompting-nb validator, and the one of a subnet "
+                "has no standard input: give a file"
+            )
         if isinstance(self.miners, int):
             if self.miners > 250:
                 raise InputError(
@@ -144,21 +149,29 @@ class SubnetProcesses:
         self.folder = Path(settings.dir).expanduser().resolve()
         self.supervisor = Supervisor(self.folder)
         self.chain: Any = None  # a `RemoteChain`
-        self._ports = read_json(self.folder / "ports.json")
+        self._ports = {
+            name: port
+            for name, port in read_json(self.folder / "ports.json").items()
+            if type(port) is int and 0 < port < 65536
+        }
 
     def start(self) -> None:  # raises RuntimeError when the chain does not start
         "Start the chain, register the wallets, and start everybody else."
         run, chain = self.settings, self.folder / "chain"
+        names = self.miners()
+        self._leave_taken_ports(["chain", VALIDATOR, *names])
         network = f"embedded://127.0.0.1:{self.port('chain')}"
         command = ["--dir", str(chain), "--port", str(self.port("chain"))]
         command += ["--block-time", f"{run.block_time:g}", "--tempo", str(run.tempo)]
         self.supervisor.add("chain", [_CLI, "chain", *command], network)
         self.chain = self._wait_for_chain(chain)
-        names = self.miners()
         self._register([VALIDATOR, *names])
+        self._retire([VALIDATOR, *names])
         place = [
             "--subtensor.network",
             network,
+            "--netuid",
+            str(self.chain.netuid),  # of a chain that was made by hand, perhaps
             "--wallet.path",
             str(chain / "wallets"),
         ]
@@ -208,7 +221,7 @@ class SubnetProcesses:
         "Ask the validator what it is doing."
         url = f"http://127.0.0.1:{self.port(VALIDATOR)}/status"
         try:
-            with urllib.request.urlopen(url, timeout=2) as answer:
+            with open_local(url, timeout=2) as answer:
                 return json.load(answer)
         except (OSError, ValueError, http.client.HTTPException):  # killed meanwhile
             return None
@@ -225,8 +238,20 @@ class SubnetProcesses:
         self.supervisor.stop()
 
     def _prompts(self) -> str:
-        given = self.settings.prompts
-        return "tasks" if given is None else str(Path(given).expanduser().resolve())
+        given = self.settings.prompts or "tasks"
+        return given if given == "tasks" else str(Path(given).expanduser().resolve())
+
+    def _leave_taken_ports(self, names: list[str], timeout: float = 6.0) -> None:
+        "Give up the ports of an earlier run that other programs hold by now."
+        # the processes of a subnet that was killed hold theirs for some seconds more
+        deadline = time.monotonic() + timeout
+        for name in names:
+            port = self._ports.get(name)
+            while port and not (free := is_free(port)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if port and not free:
+                del self._ports[name]
+                self.say(f"port {port} of {name} is taken: it gets another one")
 
     def _wait_for_chain(self, folder: Path, timeout: float = 60.0) -> Any:
         "Wait until the chain answers; return it, with the token to register on it."
@@ -236,28 +261,65 @@ class SubnetProcesses:
         while time.monotonic() < deadline:
             if chain := find_chain(folder):
                 return chain
+            if self.supervisor.restarts["chain"] >= 4:  # it would go on like that
+                break
             time.sleep(0.2)
         log = self.folder / "logs" / "chain.log"
         last = "".join(log.read_text(errors="replace").splitlines(True)[-3:])
-        raise RunError(f"the chain did not start within {timeout:g} s: {last}")
+        raise RunError(f"the chain does not start: {last}")
 
     def _register(self, names: list[str]) -> None:
         "Register the wallets that are not registered yet."
         from prompting_nb.network.limited import limited
         from prompting_nb.network.wallets import local_wallet
 
-        client = limited(self.chain.client())
+        client, netuid = limited(self.chain.client()), self.chain.netuid
+        there = lambda: set(client.subnets.metagraph(netuid).hotkeys)
+        wallets = self.folder / "chain" / "wallets"
+        keys = {n: local_wallet(wallets, n).hotkey.ss58_address for n in names}
         try:
-            known = set(client.subnets.metagraph(self.chain.netuid).hotkeys)
-        finally:
-            client.close()
-        for name in names:
-            wallet = local_wallet(self.folder / "chain" / "wallets", name)
-            if wallet.hotkey.ss58_address not in known:
+            known = there()
+            for name in [name for name in names if keys[name] not in known]:
                 more: dict[str, Any] = {}
                 if name == VALIDATOR:
                     more = {"stake": 1000.0, "validator_permit": True}
-                self.chain.register(wallet, **more)
+                self.chain.register(local_wallet(wallets, name), **more)
+            known = there()
+        finally:
+            client.close()
+        if pruned := [name for name in names if keys[name] not in known]:
+            raise InputError(
+                f"the subnet in {self.folder} is full: {pruned[0]} lost its uid to "
+                "another one; choose another --dir, or fewer miners"
+            )
+
+    def _retire(self, names: list[str]) -> None:
+        "Take the miners of an earlier run, which do not run now, out of service."
+        from bittensor import ServeAxon
+
+        from prompting_nb.network.limited import limited
+        from prompting_nb.network.wallets import local_wallet
+
+        wallets, client = (
+            self.folder / "chain" / "wallets",
+            limited(self.chain.client()),
+        )
+        left, netuid = [], self.chain.netuid
+        try:
+            serve = {n.hotkey for n in client.subnets.metagraph(netuid) if n.axon}
+            earlier = {place.name for place in (self.folder / "miners").glob("*/")}
+            for name in sorted(earlier - set(names)):
+                wallet = local_wallet(wallets, name)
+                if wallet.hotkey.ss58_address in serve:
+                    nowhere = ServeAxon(netuid, "0.0.0.0", 0)  # removes the address
+                    client.execute(nowhere, wallet).raise_for_failure()
+                    left.append(name)
+        finally:
+            client.close()
+        if left:
+            some = ", ".join(left[:5]) + (" ..." if len(left) > 5 else "")
+            count = count_of(len(left), "miner")
+            self.say(f"not started and not asked: {count} of an earlier run ({some})")
 
 # %% ../../nbs/loop/14_subnet.ipynb #c012
 def as_table(

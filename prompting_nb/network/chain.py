@@ -17,10 +17,11 @@ from bittensor.settings import RAO_PER_TAO
 
 from .neurons import Neuron as Neuron, UnknownCall as UnknownCall
 from .neurons import Rules, uid_of
-from .registration import give_uid, register
+from .registration import give_uid, rao_of, register
 from .state import SubnetState
 from .substrate import MemorySubstrate
 from .wallets import EmbeddedWallet as EmbeddedWallet
+from .wallets import addresses_of
 from .wallets import make_wallet as make_wallet
 from ..show import Bar, arguments_in_help, html_table
 from ..help.usage import count_of
@@ -137,7 +138,7 @@ class EmbeddedChain:
 
         Raises `ValueError` when it is registered already or there are no places at all.
         """
-        hotkey, coldkey = _addresses(hotkey, coldkey)
+        hotkey, coldkey = addresses_of(hotkey, coldkey)
         return register(self.subnet, hotkey, coldkey, stake, validator_permit)
 
     def replace(
@@ -152,7 +153,7 @@ class EmbeddedChain:
 
         Raises `ValueError` when `hotkey` is registered already, or nobody holds `uid`.
         """
-        hotkey, coldkey = _addresses(hotkey, coldkey)
+        hotkey, coldkey = addresses_of(hotkey, coldkey)
         return give_uid(self.subnet, uid, hotkey, coldkey, stake, validator_permit)
 
     def set_stake(
@@ -160,13 +161,15 @@ class EmbeddedChain:
         hotkey: Any,  # a wallet, or an ss58 address
         stake: float,  # in the subnet's token
     ) -> None:
-        "Change the stake of a registered hotkey. Raises `ValueError` for another one."
-        address, _ = _addresses(hotkey, None)
+        """Change the stake of a registered hotkey.
+
+        Raises `ValueError` for another one, and for a stake below 0 or too large.
+        """
+        (address, _), rao = addresses_of(hotkey), rao_of(stake)
         with self.subnet.change():
             neurons = self.subnet.neurons
             if uid_of(neurons, address) is None:
                 raise ValueError(f"hotkey {address} is not registered")
-            rao = round(stake * RAO_PER_TAO)
             self.subnet.put(
                 replace(n, stake=rao) if n.hotkey == address else n for n in neurons
             )
@@ -176,12 +179,17 @@ class EmbeddedChain:
         coldkey: Any,  # a wallet, or an ss58 address
         amount: float,  # TAO; negative takes them away
     ) -> None:
-        "Give TAO to a coldkey, which it can stake. Raises `ValueError` below 0."
+        """Give TAO to a coldkey, which it can stake.
+
+        Raises `ValueError` where its balance would be below 0 or too large.
+        """
         if not isinstance(coldkey, str):
             coldkey = coldkey.coldkeypub.ss58_address
+        if not abs(amount) < 1e9:
+            raise ValueError(f"an amount must be less than 1e9 TAO, not {amount}")
         with self.subnet.change():
             free = self.subnet.balances[coldkey] + round(amount * RAO_PER_TAO)
-            if free < 0:
+            if not 0 <= free < 1e9 * RAO_PER_TAO:
                 raise ValueError(f"the balance of {coldkey} would be {free} rao")
             self.subnet.balances[coldkey] = free
 
@@ -206,13 +214,6 @@ class EmbeddedChain:
             times, exception = 1, times
         error = exception or RpcConnectionError("the embedded chain was told to fail")
         self.substrate.failures = deque([error] * times)
-
-
-def _addresses(key: Any, coldkey: str | None) -> tuple[str, str]:
-    "Return hotkey and coldkey address of a wallet, or of a bare hotkey address."
-    if isinstance(key, str):
-        return key, coldkey or key
-    return key.hotkey.ss58_address, coldkey or key.coldkeypub.ss58_address
 
 
 def is_embedded(

@@ -11,6 +11,7 @@ import os
 import sqlite3
 from collections import Counter
 from contextlib import closing, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -64,8 +65,11 @@ class ChainStore:
     @property
     def settings(self) -> dict:
         "Return what `set` has stored; empty for a new file."
-        rows = self._db.execute("select name, value from settings")
-        return {name: json.loads(value) for name, value in rows}
+        try:
+            rows = self._db.execute("select name, value from settings")
+            return {name: json.loads(value) for name, value in rows}
+        except (sqlite3.Error, ValueError) as error:
+            raise self._damaged(error) from error
 
     def set(
         self,
@@ -186,12 +190,15 @@ class ChainStore:
             made = [Receipt(**json.loads(record)) for (record,) in receipts]
             state.receipts = {receipt.hash: receipt for receipt in made}
         except (sqlite3.Error, ValueError, TypeError, LookupError) as error:
-            raise InputError(
-                f"{self.path} is damaged ({error}): restore a copy, or delete it to "
-                "begin a new chain"
-            ) from error
+            raise self._damaged(error) from error
         self._remember(state)
         return True
+
+    def _damaged(self, error: Exception) -> InputError:
+        return InputError(
+            f"{self.path} is damaged ({error}): restore a copy, or delete it to begin "
+            "a new chain"
+        )
 
     def _load_rows(self) -> list[tuple[int, tuple]]:
         "Make the rows from the records of neurons."
@@ -229,15 +236,31 @@ def _commit(values: dict) -> Commit:
     return Commit(**{**values, "weights": tuple(map(tuple, values["weights"]))})
 
 
+def _connect(path: Path, **how: Any) -> sqlite3.Connection:
+    "Open a file of SQLite."
+    try:
+        return sqlite3.connect(path, check_same_thread=False, **how)
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} cannot be used ({error}): see to space and rights, or choose another "
+        "--dir"
+    )
+
+
 def _lock(path: Path) -> sqlite3.Connection:
     "Hold a lock that ends with the process, however that ends."
-    how: Any = {"isolation_level": None, "timeout": 3, "check_same_thread": False}
-    lock = sqlite3.connect(path, **how)
+    lock = _connect(path, isolation_level=None, timeout=3)
     try:
         lock.execute("pragma journal_mode = memory")
         lock.execute("begin exclusive")
     except sqlite3.Error as error:
         lock.close()
+        if "is locked" not in str(error):  # a file system that takes no writes, perhaps
+            raise _unusable(path, error) from error
         raise InputError(
             f"another process uses the chain in {path.parent}: stop it, or choose "
             "another folder with --dir"
@@ -247,7 +270,7 @@ def _lock(path: Path) -> sqlite3.Connection:
 
 def _open(path: Path, newest: int) -> sqlite3.Connection:
     "Open the file and check that it is ours and not of a newer version."
-    db = sqlite3.connect(path, check_same_thread=False)
+    db = _connect(path)
     try:
         (ours,) = db.execute("pragma application_id").fetchone()
         (version,) = db.execute("pragma user_version").fetchone()
@@ -264,6 +287,9 @@ def _open(path: Path, newest: int) -> sqlite3.Connection:
         if not tables:
             script = f"pragma application_id = {_OURS}; pragma user_version = {newest};"
             db.executescript(f"begin; {script} {_TABLES} commit;")
+    except sqlite3.OperationalError as error:  # a full disk, for example
+        db.close()
+        raise _unusable(path, error) from error
     except sqlite3.Error as error:
         db.close()
         raise InputError(
@@ -298,11 +324,21 @@ def open_chain(
                 f"the chain in {folder} is subnet {ours}, not {given['netuid']}: give "
                 "no --netuid, or choose another --dir"
             )
+        if odd := sorted(stored.keys() - signature(EmbeddedChain).parameters.keys()):
+            raise InputError(
+                f"{store.path} has settings that this version does not know "
+                f"({', '.join(odd)}): update prompting_nb, or choose another --dir"
+            )
         chain = EmbeddedChain(**{**stored, **given})
         state = chain.subnet
         state.chain_id = name
-        store.set({"netuid": state.netuid, **stored, **given, "chain_id": name})
         store.restore(state)
+        if (there := len(state.neurons)) > state.max_uids:
+            raise InputError(
+                f"the chain in {folder} has {there} uids, more than {state.max_uids}: "
+                f"give at least {there} to --max-uids, or choose another --dir"
+            )
+        store.set({"netuid": state.netuid, **stored, **given, "chain_id": name})
         state.store = store
         with state.change():  # stores a new chain, so that a full disk is noticed now
             pass

@@ -137,12 +137,16 @@ def find_chain(
     from prompting_nb.network.remote import RemoteChain
 
     folder = Path(folder).expanduser()
-    if not (address := _last(folder).get("address")):
+    last = _last(folder)
+    if not isinstance(address := last.get("address"), str):
         return None
-    chain = RemoteChain(address, read_token(folder))
+    token = read_token(folder)
     try:
-        return chain if chain.block else None
-    except RpcConnectionError:
+        chain = RemoteChain(address, token)
+        # a server that was killed may have left its address to another chain
+        name = chain.chain_id
+        return chain if last.get("chain_id", name) == name else None
+    except (RpcConnectionError, InputError):
         return None
 
 
@@ -194,9 +198,16 @@ def _act(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
     from prompting_nb.network.wallets import local_wallet
 
     wallets = Path(run.dir).expanduser() / "wallets"
-    holders = _holders(chain, len(run.register)) if run.register else {}
-    for name in run.register:
-        wallet = local_wallet(wallets, name)
+    named = {name: local_wallet(wallets, name) for name in run.register}
+    holders = _holders(chain, len(named)) if named else {}
+    uids = {hotkey: uid for uid, hotkey in holders.items()}
+    for name, wallet in named.items():  # before any of them is registered
+        if (hotkey := wallet.hotkey.ss58_address) in uids:
+            raise InputError(
+                f"{name}: hotkey {hotkey} is registered already, as uid "
+                f"{uids[hotkey]}: leave out {name}"
+            )
+    for name, wallet in named.items():
         try:
             uid = chain.register(wallet, stake=run.stake, validator_permit=run.permit)
         except ValueError as error:
@@ -237,6 +248,7 @@ def _serve(run: ChainSettings, chain: Any, say: Callable[[str], None]) -> None:
         raise InputError(f"{error}; choose another port with --port") from error
     with server:
         found = {"address": server.address, "pid": os.getpid()}
+        found["chain_id"] = chain.subnet.chain_id
         write_file(folder / "chain.json", json.dumps(found))
         pace = f"every {interval:g} s" if interval else "by --step"
         say(f"subnet {chain.netuid} at block {chain.block}, a block {pace}")

@@ -14,6 +14,7 @@ from typing import Any, Sequence, cast
 from bittensor.result import ChainError
 from bittensor.settings import U16_MAX
 
+from ..help.usage import count_of
 from .neurons import Rules, require
 
 # %% ../../nbs/network/30_commits.ipynb #b78009
@@ -28,7 +29,9 @@ def weights_row(
     "Check weights against the rules of the subnet; return them as they are stored."
     me, known = neurons[uid], range(len(neurons))
     alone = list(dests) == [uid]  # a weight for oneself needs no permit
-    least, version = rules.min_allowed_weights, rules.weights_version
+    # a subnet that is smaller than the least number asks for as many as it has uids
+    least = min(rules.min_allowed_weights, len(neurons))
+    version = rules.weights_version
     for holds, name, message in (
         (
             len(dests) == len(weights),
@@ -143,6 +146,10 @@ def reveal(
             neuron = replace(neuron, weights=row, weights_block=commit.block)
         if neuron.commits:
             left = tuple(c for c in neuron.commits if c.epoch > due)
+            # where the period was shortened meanwhile
+            if old := sum(c.epoch < due for c in neuron.commits):
+                what = "%s of weights of uid %d dropped: too old to reveal"
+                _log.warning(what, count_of(old, "commit"), uid)
             neuron = replace(neuron, commits=left)
         revealed.append(neuron)
     return tuple(revealed)

@@ -170,6 +170,7 @@ class Connection(asyncio.Protocol):
         if self._ending or self._transport.is_closing():
             return
         self._ending = True
+        self._reader.stop()
         self._crowd.refused(word)
         self._crowd.forget(self)
         self._last = _error(status, reason)
@@ -335,6 +336,10 @@ class _Clock:
         self.write_due = inf
 
 # %% ../../nbs/network/13_connection.ipynb #h012
+_FIELDS = 128  # headers of a request, with trailers
+_CHUNKS, _SMALL = 1024, 64  # chunks of which none is too small; bytes on average
+
+
 class _Reader:
     "Makes requests out of bytes."
 
@@ -343,7 +348,8 @@ class _Reader:
         self._parser = httptools.HttpRequestParser(self)
         self.part = ""  # of an unfinished request that is received: "head" or "body"
         self.size = 0  # bytes of it, of which those that came first may be missing
-        self._begun, self._deaf = 0, False
+        self._begun, self._deaf, self._stopped = 0, False, False
+        self._fields = self._chunks = self._received = 0  # of the present request
         self._url, self._headers, self._hosts = b"", [], 0
         self._coding, self._continue = b"", False
         self._exchange: Optional[_Exchange] = None
@@ -361,8 +367,9 @@ class _Reader:
                 except httptools.HttpParserUpgrade as upgrade:
                     rest = self._ignore_upgrade(rest[upgrade.args[0] :])
         except httptools.HttpParserCallbackError:
-            _log.exception("bytes could not be read")
-            self._refuse("this could not be read")
+            if not self._stopped:
+                _log.exception("bytes could not be read")
+                self._refuse("this could not be read")
         except httptools.HttpParserError:
             if not self._deaf:
                 self._refuse("this is not HTTP")
@@ -386,14 +393,21 @@ class _Reader:
         return b"\r\n" + rest
 
     def _refuse(self, reason: str, status: int = 400) -> None:
-        self._deaf = True
+        self._deaf = self._stopped = True
         word = {400: "http", 431: "headers"}[status]
         self._connection.refuse(status, reason, word)
+
+    def stop(self) -> None:
+        "Read nothing more, not even what was received already."
+        self._stopped = True
 
     # Called by the parser
 
     def on_message_begin(self) -> None:
+        if self._stopped:
+            raise _Stop
         if not self._deaf:
+            self._fields = self._chunks = self._received = 0
             self.part, self._begun = "head", self._begun + 1
             self._url, self._headers, self._hosts = b"", [], 0
             self._coding, self._continue = b"", False
@@ -402,6 +416,10 @@ class _Reader:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields += 1
+        if self._fields > _FIELDS:  # each of them takes time, however short it is
+            self._refuse(f"there are more than {_FIELDS} headers", 431)
+            raise _Stop
         if self.part != "head" or self._deaf:
             return  # a trailer
         name, value = name.lower(), value.rstrip(b" \t")
@@ -457,7 +475,14 @@ class _Reader:
             return f"the headers are longer than {most} bytes", 431
         return ()
 
+    def on_chunk_header(self) -> None:
+        self._chunks += 1
+        if self._chunks > _CHUNKS and self._received < _SMALL * self._chunks:
+            self._refuse(f"there are more than {_CHUNKS} chunks, most of them tiny")
+            raise _Stop
+
     def on_body(self, body: bytes) -> None:
+        self._received += len(body)
         if self._exchange is not None and not self._deaf:
             self._exchange.feed(body)
 
@@ -467,6 +492,10 @@ class _Reader:
         exchange, self._exchange, self.part = self._exchange, None, ""
         exchange.finish()
         self._connection.received(exchange)
+
+
+class _Stop(Exception):
+    "Ends the parsing of what was received."
 
 
 _SPECIAL = frozenset((b"host", b"expect", b"transfer-encoding"))
@@ -621,8 +650,7 @@ class _Exchange:
             if self._body or (self.complete and not self._ended):
                 body, self._body, self._ended = self._body, bytearray(), self.complete
                 more = not self.complete
-                if more:
-                    self._connection.resume_reading()
+                self._connection.resume_reading()  # also for the end of a caller
                 return {"type": "http.request", "body": bytes(body), "more_body": more}
             self._connection.resume_reading()
             self._news = asyncio.get_running_loop().create_future()

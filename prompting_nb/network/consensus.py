@@ -28,6 +28,8 @@ def _supported(
     kappa: float,  # share of the stake that has to support a weight
 ) -> np.ndarray:  # (uids,)
     "Find the highest weight of each uid that enough stake supports."
+    if not stake.any():  # nobody's support counts, or there are no validators
+        return np.zeros(weights.shape[1])
     order = np.argsort(-weights, axis=0, kind="stable")  # high to low
     support = np.cumsum(stake[order], axis=0)  # (validators, uids)
     # Sums of shares carry rounding errors, and support of exactly kappa counts.
@@ -73,8 +75,9 @@ def yuma(
     if bonds is None:
         bonds = instant
     else:
-        bonds = _shares(_like("bonds", bonds, weights.shape).astype(float), 0)
-        bonds = _shares(alpha * instant + (1 - alpha) * bonds, 0)
+        held = _like("bonds", bonds, weights.shape).astype(float)
+        _check_amounts("bonds", held)
+        bonds = _shares(alpha * instant + (1 - alpha) * _shares(held, 0), 0)
     trust = np.divide(ranks, before, out=np.zeros_like(ranks), where=before > 0)
     dividends = _shares(bonds @ incentive)
     return Epoch(consensus, incentive, dividends, bonds, trust, clipped.sum(1))
@@ -88,6 +91,11 @@ def _like(name: str, values, shape: tuple) -> np.ndarray:
     return values
 
 
+def _check_amounts(name: str, values: np.ndarray) -> None:
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(f"{name} should be finite numbers of at least 0")
+
+
 def _checked(
     weights, stake, kappa, bond_penalty, alpha
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -96,9 +104,8 @@ def _checked(
     if weights.ndim != 2:
         raise ValueError(f"weights should be (validators, uids), not {weights.shape}")
     _like("stake", stake, weights.shape[:1])
-    for name, values in (("weights", weights), ("stake", stake)):
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise ValueError(f"{name} should be finite numbers of at least 0")
+    _check_amounts("weights", weights)
+    _check_amounts("stake", stake)
     if not 0 < kappa <= 1:
         raise ValueError(f"kappa is {kappa}; it should be above 0 and at most 1")
     for name, value in (("bond_penalty", bond_penalty), ("alpha", alpha)):

@@ -180,9 +180,13 @@ class Run:
         self,
         last: float = 0.5,  # share of the epochs, from the end
     ) -> dict[str, float]:
-        "Return dividends per unit of stake over the last share of the run; 1 is fair."
-        start = int(len(self.stake) * (1 - last))
-        ratio = self.dividends[start:].sum(0) / self.stake[start:].sum(0)
+        """Return dividends per unit of stake over the last share of the run; 1 is fair.
+
+        A validator without stake has 0.
+        """
+        start = self._start(last)
+        paid, held = self.dividends[start:].sum(0), self.stake[start:].sum(0)
+        ratio = np.divide(paid, held, out=np.zeros_like(paid), where=held > 0)
         return {n: round(float(r), 4) for n, r in zip(self.validators, ratio)}
 
     def earned(
@@ -190,8 +194,14 @@ class Run:
         last: float = 0.5,  # share of the epochs, from the end
     ) -> dict[str, float]:
         "Return each miner's mean incentive over the last share of the run."
-        mean = self.incentive[int(len(self.incentive) * (1 - last)) :].mean(0)
+        mean = self.incentive[self._start(last) :].mean(0)
         return {name: round(float(x), 4) for name, x in zip(self.miners, mean)}
+
+    def _start(self, last: float) -> int:
+        "Return the first epoch of the last share of the run, which has one at least."
+        if not 0 < last <= 1:
+            raise ValueError(f"last is a share of the run, above 0 and up to 1: {last}")
+        return min(int(len(self.stake) * (1 - last)), len(self.stake) - 1)
 
 
 @arguments_in_help
@@ -214,14 +224,20 @@ class Laboratory:
             raise ValueError(
                 f"{names} validators need as many stakes, not {len(self.stake)}"
             )
+        if not self.miners or not self.validators:
+            raise ValueError("a laboratory needs a validator and a miner at least")
+        if not (min(self.stake) >= 0 and 0 < sum(self.stake) < np.inf):
+            raise ValueError("no stake may be negative, and somebody needs some")
         if self.reveal_after < 0 or not 0 <= self.follow < 1:
             raise ValueError("reveal_after should be at least 0 and follow in [0, 1)")
 
     def run(
         self,
-        epochs: int,  # how many
+        epochs: int,  # how many, at least one
     ) -> Run:
         "Simulate a number of epochs."
+        if epochs < 1:
+            raise ValueError(f"a run has at least one epoch, not {epochs}")
         rng = np.random.default_rng(self.seed)
         paths = {id(one): one.path(epochs, rng) for one in self.miners.values()}
         quality = np.stack([paths[id(one)] for one in self.miners.values()], axis=1)

@@ -61,6 +61,16 @@ def uid_of(
     return next((uid for uid, n in enumerate(neurons) if n.hotkey == hotkey), None)
 
 # %% ../../nbs/network/18_neurons.ipynb #826010
+_WHOLE = (
+    "max_validators",
+    "activity_cutoff",
+    "immunity_period",
+    "min_allowed_weights",
+    "weights_version",
+    "reveal_period",
+)
+
+
 @arguments_in_help
 @dataclass(frozen=True)
 class Rules:
@@ -76,6 +86,17 @@ class Rules:
     burn: float = 0.1  # TAO, price of a registration
     commit_reveal: bool = False  # weights are hidden until they are revealed
     reveal_period: int = 1  # epochs
+
+    def __post_init__(self):
+        for name in _WHOLE:
+            least, value = int(name == "reveal_period"), getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        for name in ("emission", "burn"):
+            if not 0 <= (value := getattr(self, name)) < 1e9:
+                raise ValueError(f"{name} must be from 0 to 1e9, not {value}")
+        if not 0 < self.max_weight <= 1:
+            raise ValueError(f"max_weight is a share above 0, not {self.max_weight}")
 
     @property
     def weight_limit(self) -> int:

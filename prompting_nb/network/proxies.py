@@ -30,7 +30,7 @@ class Proxies:
             raise InputError(
                 f"trusted proxies are a list of addresses, not {trusted!r}"
             )
-        self._networks = tuple(_network(text) for text in trusted)
+        self._networks = tuple(read_network(text) for text in trusted)
         self._trusts = lru_cache(1024)(self._is_trusted)
 
     def __bool__(self) -> bool:
@@ -77,16 +77,6 @@ class Proxies:
 _PASSED = frozenset((b"x-forwarded-for", b"x-real-ip", b"forwarded", b"via"))
 
 
-def _network(text: str) -> _Network:
-    try:
-        return ipaddress.ip_network(text.strip(), strict=False)
-    except ValueError:
-        raise InputError(
-            f"{text!r} is no trusted proxy: give an address or a network, "
-            "such as 127.0.0.1 or 10.0.0.0/8"
-        ) from None
-
-
 def _forwarded(scope: dict) -> list[str]:
     "Return all names in `X-Forwarded-For`, in the order in which they were added."
     found = [value for key, value in scope["headers"] if key == b"x-forwarded-for"]
@@ -105,6 +95,23 @@ def _address(name: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address, N
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
+
+# %% ../../nbs/network/14_proxies.ipynb #p008b
+def read_network(
+    text: str,  # address or network; host bits are ignored
+) -> _Network:  # raises `InputError` for anything else
+    "Read a trusted proxy. IPv4 within IPv6 is IPv4, as in the address of a caller."
+    try:
+        network = ipaddress.ip_network(text.strip(), strict=False)
+    except ValueError:
+        raise InputError(
+            f"{text!r} is no trusted proxy: give an address or a network, "
+            "such as 127.0.0.1 or 10.0.0.0/8"
+        ) from None
+    inner = getattr(network.network_address, "ipv4_mapped", None)
+    if inner is None or network.prefixlen < 96:
+        return network
+    return ipaddress.ip_network((inner, network.prefixlen - 96))
 
 # %% ../../nbs/network/14_proxies.ipynb #p011
 def has_token(

@@ -23,6 +23,7 @@ from .signing import pack, result_of, unpack
 from .state import Receipt
 from .substrate import no_fee, open_key, refuse_the_rest
 from .substrate import sign_shielded, take_signed, token_balance
+from .wallets import addresses_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/28_remote.ipynb #d53008
@@ -302,6 +303,11 @@ class RemoteChain:
         return self._ask("info")["netuid"]
 
     @property
+    def chain_id(self) -> str:
+        "Return the name of the chain, for which calls are signed."
+        return self._ask("info")["chain_id"]
+
+    @property
     def block(self) -> int:
         "Return the newest block."
         return self._ask("block_number")
@@ -330,7 +336,7 @@ class RemoteChain:
         validator_permit: bool = False,  # may set weights, until the first epoch
     ) -> int:  # the new uid; `ValueError` when it is registered already
         "Give the next free uid to `hotkey`; a full subnet prunes a neuron for it."
-        keys = _addresses(hotkey, coldkey)
+        keys = _named(hotkey, coldkey)
         more = {"stake": stake, "validator_permit": validator_permit}
         return self._ask("register", **keys, **more)
 
@@ -343,7 +349,7 @@ class RemoteChain:
         validator_permit: bool = False,  # may set weights for others
     ) -> int:  # the same uid
         "Give `uid` to `hotkey`; the axon and the weights of its holder are dropped."
-        keys = _addresses(hotkey, coldkey)
+        keys = _named(hotkey, coldkey)
         more = {"stake": stake, "validator_permit": validator_permit}
         return self._ask("replace", uid=uid, **keys, **more)
 
@@ -353,7 +359,7 @@ class RemoteChain:
         stake: float,  # in the subnet's token
     ) -> None:
         "Change the stake of a registered hotkey. Raises `ValueError` for another one."
-        self._ask("set_stake", hotkey=_addresses(hotkey, "")["hotkey"], stake=stake)
+        self._ask("set_stake", hotkey=addresses_of(hotkey)[0], stake=stake)
 
     def fund(
         self,
@@ -373,9 +379,6 @@ class RemoteChain:
         return self._ask("step", blocks=blocks)
 
 
-def _addresses(key: Any, coldkey: str | None) -> dict[str, str]:
-    "Return hotkey and coldkey address of a wallet, or of a bare hotkey address."
-    if isinstance(key, str):
-        return {"hotkey": key, "coldkey": coldkey or key}
-    hotkey = key.hotkey.ss58_address
-    return {"hotkey": hotkey, "coldkey": coldkey or key.coldkeypub.ss58_address}
+def _named(key: Any, coldkey: str | None) -> dict[str, str]:
+    "Return the addresses of a key as parameters of a request."
+    return dict(zip(("hotkey", "coldkey"), addresses_of(key, coldkey)))

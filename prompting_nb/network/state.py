@@ -79,7 +79,13 @@ class SubnetState:
         tempo: int = 360,  # blocks of an epoch
         weights_rate_limit: int = 0,  # blocks from one weight setting to the next
         rules: Rules | None = None,  # the other hyperparameters
-    ):
+    ):  # raises `ValueError` for numbers that no subnet can have
+        if tempo < 1 or max_uids < 0 or weights_rate_limit < 0:
+            numbers = f"{tempo}, {max_uids} and {weights_rate_limit}"
+            raise ValueError(
+                "tempo must be at least 1, max_uids and weights_rate_limit at least 0, "
+                f"not {numbers}"
+            )
         self.netuid, self.block_time, self.block = netuid, block_time, block
         self.max_uids, self.tempo = max_uids, tempo
         self.weights_rate_limit, self.rules = weights_rate_limit, rules or Rules()
@@ -160,6 +166,8 @@ class SubnetState:
         blocks: int = 1,  # how many, at least 0
     ) -> int:
         "Let blocks pass, with the epochs on the way; return the newest block."
+        if blocks < 0:
+            raise ValueError(f"blocks do not go back: {blocks} cannot pass")
         with self.change():
             for _ in range(blocks):
                 self.block += 1

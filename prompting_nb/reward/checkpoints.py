@@ -99,15 +99,22 @@ def run_digest(
     config: Any,  # a `TrainConfig`
     rankings: list[Ranking],  # that the run learns from
     model: Any = None,  # a `RewardModel`, as it is before the run
+    watched: list[Ranking] | None = None,  # that say when to stop, and what is best
 ) -> str:  # "settings=... data=... model=... tokenizer=...", each a SHA-256
     "Hash everything that decides the course of a run."
     may_change = ("max_seconds", "checkpoint_every")
     settings = {k: v for k, v in asdict(config).items() if k not in may_change}
-    data = [[r.prompt, r.completions, r.scores, r.margins] for r in rankings]
-    parts = {"settings": _hash([_FORMAT, settings]), "data": _hash(data)}
+    parts = {"settings": _hash([_FORMAT, settings]), "data": _hash(_data(rankings))}
+    if watched:
+        parts["evaluation"] = _hash(_data(watched))
     if model is not None:
         parts |= {"model": _hash(_model(model)), "tokenizer": _hash(_tokens(model))}
     return " ".join(f"{name}={value}" for name, value in parts.items())
+
+
+def _data(rankings: list[Ranking]) -> list:
+    "List what a run takes from rankings."
+    return [[r.prompt, r.completions, r.scores, r.margins] for r in rankings]
 
 
 def _hash(content: Any) -> str:
@@ -130,9 +137,20 @@ def _scores(model: Any) -> dict:
     return {
         **found,
         "type": model.model.config.model_type,
+        "config": _config(model.model.config),
         "bound": model.bound,
         "weights": weights_digest(model.state_dict()),
     }
+
+
+def _config(config: Any) -> dict:
+    "List the settings of a transformer that its weights do not show, such as a rope's."
+    said = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {k: v for k, v in said.items() if k not in _NAMED and "token_id" not in k}
+
+
+_NAMED = {"_name_or_path", "architectures", "transformers_version", "use_cache"}
+_NAMED |= {"dtype", "torch_dtype", "problem_type", "id2label", "label2id", "num_labels"}
 
 
 def _model(model: Any) -> dict:

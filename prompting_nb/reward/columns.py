@@ -9,11 +9,12 @@ __all__ = ['Candidates', 'read_row', 'dialogue', 'split_pair']
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Mapping
 
 from prompting_nb.reward.conversations import (
+    Conversation,
     answer_of,
     check_messages,
     check_text,
@@ -35,6 +36,7 @@ class Candidates:
     names: list[str] | None = None  # who wrote each completion
     margins: list[float] | None = None  # least differences of rewards, for the loss
     contradicted: bool = False  # whether scores say that the rejected one was better
+    unread: list[str] = field(default_factory=list, compare=False, repr=False)  # unused
 
 
 def read_row(
@@ -44,7 +46,8 @@ def read_row(
     "Find prompt, completions and scores in a row."
     if not isinstance(row, Mapping):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    row = {key: _plain(value) for key, value in row.items() if value is not None}
+    given = {key: _plain(value) for key, value in row.items() if value is not None}
+    row = _Row({key: value for key, value in given.items() if not _is_nan(value)})
     names = next((pair for pair in _PAIRS if set(pair) & set(row)), None)
     sides = _sides(row)
     many = next((key for key in _LISTS if key in row and not _single(row, key)), None)
@@ -58,9 +61,36 @@ def read_row(
         found = _one(row)
     if judged and found.scores is None:
         raise ValueError("'score' is missing")
+    found.prompt = _told(row, found.prompt)
     for text in (found.prompt, *found.completions):
         check_text(text)
+    found.unread = [key for key in row if key not in row.read and row[key] not in _NONE]
     return found
+
+
+_NONE: tuple = ("", [], {})  # values of a column that says nothing
+
+
+class _Row(dict):
+    "A row that remembers which of its columns were asked for."
+
+    read: set[str]
+
+    def __init__(self, values: dict, read: set[str] | None = None):
+        super().__init__(values)
+        self.read = set() if read is None else read
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def without(self, key: str) -> "_Row":
+        "Leave out a column, which somebody else reads."
+        return _Row({k: v for k, v in self.items() if k != key}, self.read)
 
 # %% ../../nbs/reward/14_columns.ipynb #k011
 _PAIRS = (
@@ -86,12 +116,17 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def _is_nan(value: Any) -> bool:
+    "Say whether a value is what tables have for one that is missing."
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _number(value: Any, key: str) -> float:
     "Read a finite number."
     try:
         plain = isinstance(value, (str, Real)) and not isinstance(value, bool)
         number = float(value) if plain else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{key!r} should be a finite number, got {value!r:.40}")
@@ -173,23 +208,67 @@ def _prompt(row: Mapping) -> str | None:
         if not isinstance(value, (str, list, tuple)):
             raise ValueError(f"{key!r} should be a text or messages, got {value!r:.40}")
         if isinstance(value, str):
-            more = row.get("input") if key in ("instruction", "question") else None
-            if isinstance(more, str) and more.strip():
-                value = f"{value}\n\n{more}"
+            value = _with_input(row, key, value)
             turns = dialogue(value)
             if turns and not turns[-1]["content"] and turns[-1]["role"] == "assistant":
                 turns.pop()  # the place for the answer
             value = turns or [{"role": "user", "content": value}]
         found = check_messages(value)
+        found = [*_earlier(row, key), *found]
     if found is None:
         return None
+    return _told(row, prompt_of(found, _tools(row)))
+
+
+# what a question is about, where it stands in a column of its own
+_ABOUT = {"input": ("instruction", "question", "prompt", "query")}
+_ABOUT |= {"context": ("instruction", "question")}
+
+
+def _with_input(row: Mapping, key: str, text: str) -> str:
+    "Add the text that a question is about, unless the question has it already."
+    for name, keys in _ABOUT.items():
+        more = row.get(name) if key in keys else None
+        if isinstance(more, str) and more.strip() and more.strip() not in text:
+            text = f"{text}\n\n{more}"
+    return text
+
+
+def _earlier(row: Mapping, key: str) -> list[dict]:
+    "Read earlier turns: messages, or questions with their answers, as Alpaca has them."
+    told = row.get("history") if key != "history" else None
+    if not told:
+        return []
+    turns = told if isinstance(told, (list, tuple)) else [None]
+    if all(isinstance(turn, Mapping) for turn in turns):
+        return check_messages(told)
+    both = lambda turn: isinstance(turn, (list, tuple)) and len(turn) == 2
+    if not all(both(turn) and all(isinstance(x, str) for x in turn) for turn in turns):
+        raise ValueError(
+            "'history' should be a list of messages, or of questions with their "
+            f"answers, got {told!r:.40}"
+        )
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(roles, turn)
+    ]
+
+
+def _told(row: Mapping, prompt: str) -> str:
+    "Put a system turn that has a column of its own before a prompt without one."
     told = next((row[k] for k in ("system", "system_prompt") if row.get(k)), None)
-    if isinstance(told, str) and found[0]["role"] != "system":
-        found = [{"role": "system", "content": told}, *found]
-    return prompt_of(found, _tools(row))
+    messages = messages_of(prompt)
+    if told is None or messages[0]["role"] == "system":
+        return prompt
+    if not isinstance(told, str):
+        raise ValueError(f"'system' should be a text, got {told!r:.40}")
+    tools = prompt.tools if isinstance(prompt, Conversation) else None
+    return prompt_of([{"role": "system", "content": told}, *messages], tools)
 
 # %% ../../nbs/reward/14_columns.ipynb #k018
-def _pair(row: Mapping, chosen: str, rejected: str) -> Candidates:
+def _pair(row: _Row, chosen: str, rejected: str) -> Candidates:
     "Read a chosen and a rejected completion, or several of each."
     texts = (str, list, tuple, dict)
     given = [_need(row, key, texts, "a text or messages") for key in (chosen, rejected)]
@@ -199,9 +278,7 @@ def _pair(row: Mapping, chosen: str, rejected: str) -> Candidates:
         and all(isinstance(text, str) or not isinstance(text, Mapping) for text in one)
         for one in given
     ]
-    prompt = _prompt(
-        {k: v for k, v in row.items() if k != "messages" or chosen not in row}
-    )
+    prompt = _prompt(row.without("messages"))
     if any(lists):
         if prompt is None:
             raise ValueError("'prompt' is missing")
@@ -275,6 +352,15 @@ def _whole_prompt(asked: list, before: list) -> list:
         return asked + before
     if len(before) < len(asked) and asked[-len(before) :] == before:
         return asked
+    said = [m["content"].strip() for m in before if m["role"] == "user"]
+    said = [text for text in said if text]
+    for message in asked:
+        text = message["content"].strip()
+        if message["role"] == "user" and not any(text in x or x in text for x in said):
+            raise ValueError(
+                "'prompt' is not what 'chosen' and 'rejected' begin with: "
+                "leave it out, or leave out the turns before their answers"
+            )
     if asked[0]["role"] == "system" and before[0]["role"] != "system":
         return asked[:1] + before
     return before
@@ -331,9 +417,9 @@ def _asked(row: Mapping) -> str:
     return prompt
 
 
-def _many(row: Mapping, key: str) -> Candidates:
+def _many(row: _Row, key: str) -> Candidates:
     "Read a list of completions, each with its score or beside a list of scores."
-    prompt = _asked({k: v for k, v in row.items() if k != key})
+    prompt = _asked(row.without(key))
     items = _need(row, key, (list, tuple), "a list")
     completions, found, names = [], [], []
     for item in items:
@@ -445,15 +531,20 @@ def _verdict(value: Any, key: str, base: str, one: str, other: str) -> float:
         if said in {f"{ends[0]}={ends[1]}", f"{ends[1]}={ends[0]}"}:
             return 0.5
     number = _number(float(value) if isinstance(value, bool) else value, key)
+    first, second = (1, 0)  # as in SHP
     if key in ("overall_preference", "preference_strength"):
-        best = -number  # from -3, the first is much better, to 3
+        first, second = (-3, 3)  # the first is much better, the second is
     elif one.endswith("1"):
-        best = 1.5 - number  # 1 is the first, 2 the second
+        first, second = (1, 2)
     elif one.endswith("0"):
-        best = 0.5 - number
-    else:
-        best = number - 0.5  # 1 is the first, as in SHP
-    return 0.5 if best == 0 else float(best > 0)
+        first, second = (0, 1)
+    if not min(first, second) <= number <= max(first, second):
+        raise ValueError(
+            f"{key!r} should be {first} where {base}{one} is better, and {second} "
+            f"where {base}{other} is, got {value!r:.40}"
+        )
+    behind, ahead = abs(number - first), abs(number - second)
+    return 0.5 if behind == ahead else float(behind < ahead)
 
 
 def _one(row: Mapping) -> Candidates:

@@ -245,22 +245,38 @@ def _rankings(
     say: Callable,
 ) -> tuple[list, list, list]:  # to learn from, to watch, to evaluate the result on
     "Read the data, and divide it by prompt."
-    from prompting_nb.reward.preferences import Report, read_rankings, split
+    from prompting_nb.reward.preferences import Report, decided, read_rankings, split
 
     if watching and not data.held_out:
         raise InputError(
             "--patience and --eval-every need prompts to evaluate on: "
             "give --held-out above 0"
         )
+    from prompting_nb.reward.processes import this_process
+
+    if this_process()[1] > 1 and "-" in (data.data, data.eval_data):
+        raise InputError(
+            "several processes cannot read standard input: give a file instead of -"
+        )
     report = Report()
-    learn = read_rankings(_sources(data.data), report, skip_bad=data.skip_bad)
+    read = read_rankings(_sources(data.data), report, skip_bad=data.skip_bad)
     test = []
     say(f"{data.data}: {report}")
+    # Where all answers are equal there is nothing to learn, nor to evaluate.
+    learn = decided(read, f"{data.data}: there is nothing to learn")
+    if open_ := len(read) - len(learn):
+        say(f"left out: {count_of(open_, 'prompt')} whose answers all have one score")
     if data.eval_data:
         report = Report()
         test = read_rankings(_sources(data.eval_data), report, skip_bad=data.skip_bad)
         say(f"{data.eval_data}: {report}")
         _decided(test, data.eval_data)
+        seen = {ranking.prompt for ranking in learn}
+        if known := len({ranking.prompt for ranking in test} & seen):
+            say(
+                f"{count_of(known, 'prompt')} of {data.eval_data} can be learnt from "
+                "as well: the figures say less of new prompts than they seem to"
+            )
     elif data.held_out:
         learn, test = split(learn, data.held_out)
     learn, watched = split(learn, data.held_out, seed=1) if watching else (learn, [])
@@ -352,9 +368,10 @@ def _run_train(
     watching = bool(config.patience or config.eval_every)
     learn, watched, test = _rankings(data, watching, say)
     model, bar = _fresh_model(chosen, config.seed), not settings.quiet
+    prompts, others = (len({one.prompt for one in side}) for side in (learn, test))
     say(
-        f"training on {count_of(len(learn), 'prompt')} in "
-        f"{count_of(processes, 'process')}, evaluating on {len(test)}"
+        f"training on {count_of(prompts, 'prompt')} in "
+        f"{count_of(processes, 'process')}, evaluating on {others}"
     )
     history = train(
         model,
@@ -368,8 +385,14 @@ def _run_train(
     )
     if rank:
         return {}
-    found = evaluate(model, test, progress=bar) if test else None
-    model.save_pretrained(out, found)
+    try:
+        found = evaluate(model, test, progress=bar) if test else None
+    except BaseException:  # what was learnt took longer
+        model.save_pretrained(out)
+        say(f"the evaluation broke off; the model is in {out}")
+        raise
+    trained = {"training": {"cuts": history.cuts, "equal": history.equal}}
+    model.save_pretrained(out, (found.to_dict() if found else {}) | trained)
     if found:
         say(table({"trained": found}))
         say(f"evaluated: {found.cuts}")
@@ -417,6 +440,14 @@ def _run_eval(
     return found.to_dict()
 
 
+def _check_apart(sources: str | list[str], out: str) -> None:
+    "Raise `InputError` for rewards that would take the place of the data."
+    for name in [sources] if isinstance(sources, str) else sources:
+        if out != "-" and Path(name).exists() and Path(out).exists():
+            if Path(name).samefile(out):
+                raise InputError(f"--out {out} is the data: give another file")
+
+
 def _run_score(
     settings: Config,  # as `reward_parser` reads it
     say: Callable[[str], None] = print,  # told what happens
@@ -433,6 +464,7 @@ def _run_score(
     check_name(given.model)
     if given.out == "-":  # the rewards are there
         say = lambda text: print(text, file=sys.stderr)
+    _check_apart(_sources(given.data), given.out)
     rows = read_rows(_sources(given.data))
     rank, processes = this_process()
     local = os.environ.get("LOCAL_RANK", rank)  # each process has a device of its own

@@ -43,8 +43,10 @@ _ROLES = {  # in small letters
     "model": "assistant",
     "function_call": "assistant",
     "observation": "tool",
+    "function": "tool",
 }
 _EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def check_messages(
@@ -73,6 +75,10 @@ def _message(message: Any) -> dict[str, Any]:
     names = ("role", "content") if "role" in known else ("from", "value")
     role, content = (known.get(name) for name in names)
     extra = {key: _filled(known[key]) for key in _EXTRA if known.get(key)}
+    if seen := [key for key in _MEDIA if known.get(key)]:
+        raise ValueError(f"a message holds text only, and this one has {seen[0]!r}")
+    if isinstance(known.get("function_call"), dict) and "tool_calls" not in extra:
+        extra["tool_calls"] = [{"function": _filled(known["function_call"])}]
     if role == "function_call" and isinstance(content, str):
         extra["tool_calls"], content = [_call(content)], ""
     if "tool_calls" in extra:

@@ -6,7 +6,7 @@
 __all__ = ['start_head', 'fit_head', 'text_features', 'HeadEnsemble', 'Judged']
 
 # %% ../../nbs/reward/09_ensemble.ipynb #c002
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from ..config import InputError
 from ..encoding.batches import evaluating, in_batches, micro_batches
 from ..encoding.batches import pad_rows
-from .model import RewardModel
+from .model import RewardModel, check_table
 from .preferences import Ranking, decided, decisions
 from .tokens import length_of
 from ..show import arguments_in_help
@@ -92,6 +92,8 @@ def text_features(
     "Compute the features of all completions, in eval mode."
     encode = model.encode_texts
     rows = [row for one in rankings for row in encode(one.prompt, one.completions)]
+    check_table(model.encoder)
+    model.tell_cuts(rows)
     groups = micro_batches([len(row) for row in rows], None, batch_size)
     device, features = model.device, model.encoder.features
     run = lambda some: features(*pad_rows(some, device)).float().cpu()
@@ -167,11 +169,11 @@ class HeadEnsemble:
         completions: list[str],  # n of them
     ) -> torch.Tensor:  # (n, 1)
         "Compute the heads' standard deviation, relative to the prompt's others."
-        prompts = [prompts] * len(completions) if isinstance(prompts, str) else prompts
+        prompts, completions = _paired(prompts, completions)
         rewards = self.rewards(prompts, completions)
         places: dict[str, list[int]] = {}
         for place, prompt in enumerate(prompts):
-            places.setdefault(prompt, []).append(place)
+            places.setdefault(str(prompt), []).append(place)
         for own in places.values():  # what all answers of a prompt share says nothing
             rewards[own] = rewards[own] - rewards[own].mean(dim=0)
         return rewards.std(dim=1, keepdim=True)
@@ -182,14 +184,28 @@ class HeadEnsemble:
         completions: list[str],  # n of them
     ) -> torch.Tensor:  # (n, heads)
         "Compute the reward that each head gives to each completion."
-        if isinstance(prompts, str):
-            prompts = [prompts] * len(completions)
+        prompts, completions = _paired(prompts, completions)
         if not completions:
             return torch.empty(0, len(self.weights))
-        each = [
-            Ranking(p, [c], [0.0]) for p, c in zip(prompts, completions, strict=True)
-        ]
+        each = [Ranking(p, [c], [0.0]) for p, c in zip(prompts, completions)]
         return torch.cat(text_features(self.model, each)) @ self.weights.T
+
+
+def _paired(prompts: Any, completions: Any) -> tuple[list[str], list[str]]:
+    "Give each completion its prompt; `InputError` for a text instead of a list."
+    if isinstance(completions, (str, bytes, dict)):
+        raise InputError(
+            "completions are a list of texts, one for each row, got the "
+            f"{type(completions).__name__} {completions!r:.40}"
+        )
+    completions = list(completions)
+    prompts = [prompts] * len(completions) if isinstance(prompts, str) else prompts
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"{len(completions)} completions need as many prompts, or a single string; "
+            f"got {len(prompts)}"
+        )
+    return list(prompts), completions
 
 
 @arguments_in_help

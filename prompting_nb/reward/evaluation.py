@@ -78,7 +78,7 @@ def evaluate_scores(
     return RewardEvaluation(
         accuracy=every.value,
         interval=(every.low, every.high),
-        n_prompts=len(rankings),
+        n_prompts=len({ranking.prompt for ranking in rankings}),
         n_pairs=every.n_pairs,
         shorter_accuracy=shorter.value,
         n_shorter=shorter.n_pairs,
@@ -195,6 +195,15 @@ def count_right(
     return counts
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c011
+def _by_prompt(counts: np.ndarray, rankings: list[Ranking]) -> np.ndarray:
+    "Add up the counts of rankings of the same prompt, which rise and fall together."
+    places: dict[str, int] = {}
+    rows = [places.setdefault(one.prompt, len(places)) for one in rankings]
+    found = np.zeros((len(places), 2))
+    np.add.at(found, rows, counts)
+    return found
+
+
 @arguments_in_help
 class Accuracy(NamedTuple):
     "A share of pairs in the right order, with a bootstrap interval."
@@ -214,7 +223,7 @@ def pairwise_accuracy(
     seed: int = 0,  # of the bootstrap
 ) -> Accuracy:  # nan where there is no pair
     "Compute the share of pairs in the right order; the interval resamples prompts."
-    counts = count_right(scores, rankings, shorter_only)
+    counts = _by_prompt(count_right(scores, rankings, shorter_only), rankings)
     counts = counts[counts[:, 1] > 0]
     if not len(counts):
         return Accuracy(math.nan, math.nan, math.nan, 0)

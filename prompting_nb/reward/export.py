@@ -9,13 +9,15 @@ __all__ = ['to_sequence_classification', 'write_classifier', 'check_exportable',
 # %% ../../nbs/reward/08_export.ipynb #x002
 import copy
 import json
+import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Iterator
 
 import torch
+from safetensors import SafetensorError
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -58,9 +60,10 @@ def write_classifier(
     with no_bars():
         classifier.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    loaded = load_classifier(str(folder)).eval()
+    code = model.encoder.code
+    loaded = load_classifier(str(folder), **code).eval()
     if weights is None:
-        again = load(AutoTokenizer.from_pretrained, str(folder))
+        again = load(AutoTokenizer.from_pretrained, str(folder), **code)
         _check_scores(model, loaded, again)
     return loaded
 
@@ -89,9 +92,11 @@ def check_exportable(
 def _classifier_tokenizer(model: Any) -> Any:
     "Copy a tokenizer, with padding that the classifier understands, on the right."
     tokenizer = copy.deepcopy(model.tokenizer)
-    if model.encoder.frame is not None:
-        return tokenizer  # it came with a classifier
     own = model.model.config.get_text_config().pad_token_id
+    if model.encoder.frame is not None:  # it came with a classifier, which finds the
+        if own is not None and own >= 0 and own != tokenizer.pad_token_id:  # end by own
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(own)
+        return tokenizer
     ends = {row[-1] for row in probe_texts(model)}
     if model.pooling == "last":
         # The last token that is not padding is read.
@@ -167,7 +172,7 @@ def _classifier_of(
     make = AutoModelForSequenceClassification.from_config
     try:
         with torch.random.fork_rng(devices=[]):
-            classifier = make(config, dtype=dtype).eval()
+            classifier = make(config, dtype=dtype, **model.encoder.code).eval()
     except (ValueError, AttributeError, ImportError) as error:
         raise InputError(
             f"transformers has no sequence classifier for {config.model_type}"
@@ -213,6 +218,9 @@ def _whole_classifier(model: Any, weights: dict | None = None) -> Any:
         return fresh.eval()
     classifier = copy.deepcopy(inner).cpu().eval()
     put_last_layer(classifier, copy.deepcopy(model.head[1]).cpu())
+    classifier.config.problem_type = (
+        "regression"  # a pipeline gives rewards as they are
+    )
     return classifier
 
 
@@ -240,7 +248,9 @@ def _check_scores(model: Any, classifier: Any, tokenizer: Any) -> None:
         ids, mask = batch["input_ids"], batch["attention_mask"]
     else:
         ids, mask = batch[:2]
-    alone = classifier.config.get_text_config().pad_token_id is None
+    padding = classifier.config.get_text_config().pad_token_id
+    if not (alone := padding is None):
+        ids = torch.where(mask.bool(), ids, padding)
     options = {}
     if (frame := model.encoder.frame) is not None and frame.segments:
         ends = ids == frame.pair[1][-1]
@@ -290,7 +300,12 @@ _OWN = (  # files of models, whoever wrote them
     "*.safetensors.index.json",
     "pytorch_model.bin.index.json",
     "training_args.bin",
-    "*config.json",
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
     "tokenizer.*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -310,6 +325,8 @@ def check_folder(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a folder for the model")
+    if reason := _cannot_replace(folder.resolve()):
+        raise InputError(f"{folder} {reason}: give a folder in it, or another one")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     known = lambda name: any(fnmatch(name, pattern) for pattern in (*_OWN, *_BESIDE))
     others = sorted(name for name in names - _listed(folder) if not known(name))
@@ -318,6 +335,18 @@ def check_folder(
             f"{folder} holds {others[0]}, which is no part of a model and would be "
             "lost: give a folder of its own, or move the file"
         )
+
+
+def _cannot_replace(folder: Path) -> str:  # empty where it can be
+    "Say why another folder cannot take the place of this one."
+    with suppress(FileNotFoundError):  # the current folder may be gone
+        if folder in (here := Path.cwd(), *here.parents):
+            return "is the current folder, or above it, and cannot be replaced"
+    if os.path.ismount(folder):
+        return "is where a disk is mounted, and cannot be replaced"
+    if folder.exists() and not os.access(folder.parent, os.W_OK):
+        return f"cannot be replaced, since {folder.parent} cannot be written to"
+    return ""
 
 
 def _listed(folder: Path) -> set[str]:
@@ -336,10 +365,17 @@ def model_folder(
     "Replace the folder of a model as a whole; what git keeps beside it stays."
     check_folder(folder)
     target = Path(folder).resolve()
-    with replacing_folder(target) as draft:
-        yield draft
-        for path in (target / name for name in _BESIDE):
-            if path.is_dir():
-                shutil.copytree(path, draft / path.name, symlinks=True)
-            elif path.exists():
-                shutil.copy2(path, draft / path.name)
+    try:
+        with replacing_folder(target) as draft:
+            yield draft
+            for path in (target / name for name in _BESIDE):
+                if path.is_dir():
+                    shutil.copytree(path, draft / path.name, symlinks=True)
+                elif path.exists():
+                    shutil.copy2(path, draft / path.name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:150]
+        raise InputError(
+            f"cannot write {folder} ({reason}): what was there is as it was; make "
+            "room, or give another folder"
+        ) from error

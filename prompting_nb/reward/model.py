@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'RewardModel', 'TextEncoder', 'vectors_of', 'embed', 'pack', 'pooling_of', 'pick_device', 'is_causal',
-           'position_limit']
+           'position_limit', 'check_table']
 
 # %% ../../nbs/reward/00_model.ipynb #c002
 import os
@@ -32,6 +32,7 @@ from ..pretrained import known_device, load, resolve
 from prompting_nb.reward.classifiers import (
     Reader,
     alike,
+    check_no_adapters,
     must_run,
     probe_rows,
     tokenizer_frame,
@@ -39,6 +40,7 @@ from prompting_nb.reward.classifiers import (
 from .export import to_sequence_classification
 from prompting_nb.reward.saving import (
     add_adapters,
+    code_options,
     hub_options,
     load_model,
     merge_adapters,
@@ -46,6 +48,7 @@ from prompting_nb.reward.saving import (
     save_model,
 )
 from .tokens import cuts_of, encode, length_limit, pad
+from ..help.usage import count_of
 from ..shapes import TensorType, check_shapes
 from ..show import arguments_in_help
 
@@ -181,10 +184,7 @@ class RewardModel(torch.nn.Module):
         The model is in eval mode for the duration and no gradients are recorded.
         What is cut is said in a warning, the first time that a model cuts something."""
         rows = self.encode_texts(texts, completions)
-        cuts = cuts_of(rows, self.max_length)
-        if cuts.tokens and not self.warned:
-            self.warned = True
-            warnings.warn(f"texts are too long: {cuts}", stacklevel=2)
+        self.tell_cuts(rows)
         return self.score_rows(rows, batch_size, progress, bf16)
 
     def score_rows(
@@ -197,11 +197,22 @@ class RewardModel(torch.nn.Module):
         "Compute the rewards of texts that are encoded already."
         if not rows:
             return torch.empty(0, 1)
+        check_table(self.encoder)
         groups = micro_batches([len(row) for row in rows], None, batch_size)
         rewards = lambda some: self(*pad(some, self.device)).cpu()
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         with evaluating(self), torch.no_grad(), autocast:
             return in_batches(rewards, rows, groups, progress=progress)
+
+    def tell_cuts(
+        self,
+        rows: list[list[int]],  # token ids, as `encode_texts` returns them
+    ) -> None:
+        "Warn of texts that were cut, the first time that there are some."
+        cuts = cuts_of(rows, self.max_length)
+        if cuts.tokens and not self.warned:
+            self.warned = True
+            warnings.warn(f"texts are too long: {cuts}", stacklevel=3)
 
     def encode_texts(
         self,
@@ -264,7 +275,7 @@ class RewardModel(torch.nn.Module):
         cls,
         folder: str | Path,  # what `save_pretrained` wrote, or any sequence classifier
         device: str | None = "cuda",  # the CPU without CUDA; `None`: the best one
-        **options,  # for transformers' `from_pretrained`: dtype, revision ...
+        **options,  # `max_length`; others for transformers: dtype, revision ...
     ) -> Self:  # raises `InputError` when there is no reward model
         "Load a saved reward model, or a classifier of transformers with one label."
         read = lambda reader, ids: vectors_of(reader, ids, torch.ones_like(ids))
@@ -316,12 +327,33 @@ def _new_head(
     return torch.nn.Sequential(torch.nn.Dropout(dropout), layer)
 
 
+def _warn_of_chance(encoder: "TextEncoder", report: dict, pooling: str) -> None:
+    "Say which weights a checkpoint lacks, and whether it has a head that is left out."
+    told = lambda kind: report.get(kind, ())
+    encoder.left_out = [name for name in told("unexpected_keys") if _HEAD.search(name)]
+    missing = {*told("missing_keys"), *(name for name, *_ in told("mismatched_keys"))}
+    if pooling != "pooler":  # BERT's own, which is not read
+        missing = {name for name in missing if not name.startswith("pooler.")}
+    if missing:
+        warnings.warn(
+            f"{encoder.model_name} lacks {count_of(len(missing), 'weight')} of "
+            f"{len(encoder.model.state_dict())}, such as {min(missing)}: random ones "
+            "take their place, and have to be trained",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+# of heads that give rewards, as various trainers call them
+_HEAD = re.compile(r"(^|\.)(v|value|reward|rm|regression|score)_head\b")
+
+
 def _warn_of_a_head(encoder: "TextEncoder") -> None:
     "Say that a checkpoint has a head, and that a new one takes its place."
     config, folder = encoder.model.config, Path(encoder.model_name)
     kinds = " ".join(getattr(config, "architectures", None) or [])
     has_head = "SequenceClassification" in kinds and config.num_labels == 1
-    if has_head or (folder / "reward.json").is_file():
+    if has_head or encoder.left_out or (folder / "reward.json").is_file():
         warnings.warn(
             f"{encoder.model_name} is a reward model: its head is left out, and a new, "
             "random one is made; RewardModel.from_pretrained() keeps it",
@@ -337,6 +369,8 @@ class TextEncoder:
     model: Any  # of transformers
     tokenizer: Any  # of transformers
     learned: set[str]  # names of weights that learned before there were adapters
+    left_out: list[str]  # names of a head's weights in the checkpoint
+    code: dict[str, Any]  # whether the model's own code may run, for transformers
 
     def __init__(
         self,
@@ -357,25 +391,34 @@ class TextEncoder:
         target = pick_device(device)
         is_folder = resolve(model_name) == model_name and Path(model_name).is_dir()
         self.model_name = os.path.abspath(model_name) if is_folder else model_name
-        self.depth = depth
+        self.depth, self.left_out, self.code = depth, [], code_options(options or {})
         if reader:
             self.model, self.tokenizer = reader.model, reader.tokenizer
         elif frozen:
             self.model = frozen_model(model_name, target)
         else:
             given = {"dtype": torch.float32, **(options or {})}
-            self.model = load(AutoModel.from_pretrained, model_name, **given)
+            given["output_loading_info"] = True
+            found = load(AutoModel.from_pretrained, model_name, **given)
+            self.model, report = found if isinstance(found, tuple) else (found, {})
+            _warn_of_chance(self, report, pooling)
+            check_no_adapters(self.model, model_name)
         if not frozen:
             self.model.config.use_cache = False  # nothing is generated
         if depth is not None:
             own_weights(self)  # others may need the layers that go
             _keep_layers(self.model, depth)
         if not reader:
-            asked = hub_options(options or {})
+            asked = hub_options(options or {}) | self.code
             make = AutoTokenizer.from_pretrained
             self.tokenizer = load(make, model_name, **asked)
         self.skip = reader.skip if reader else None  # passed over at the end of a text
         self.frame = tokenizer_frame(self.tokenizer) if reader and reader.pair else None
+        if reader and reader.pair and self.frame is None:
+            raise InputError(
+                f"the tokenizer of {self.model_name} makes no token of a letter or a "
+                "digit: its special tokens cannot be found"
+            )
         if not getattr(self.model, "hf_device_map", None):
             self.model.to(target)
         _add_missing_rows(self)
@@ -614,6 +657,18 @@ def position_limit(
         limits.append((5 + 2 * config.num_random_blocks) * config.block_size)
     known = [limit for limit in limits if limit is not None and limit > 0]
     return min(known, default=None) if known else None
+
+
+def check_table(
+    encoder: "TextEncoder",  # in use
+) -> None:  # raises `InputError`
+    "Look whether the table of embeddings has a row for each token of the tokenizer."
+    rows = encoder.model.get_input_embeddings().weight.shape[0]
+    if (size := len(encoder.tokenizer)) > rows:
+        raise InputError(
+            f"the tokenizer has {size} tokens and the model {rows}: after new tokens, "
+            f"call model.model.resize_token_embeddings({size})"
+        )
 
 
 def _add_missing_rows(

@@ -9,14 +9,15 @@ __all__ = ['QUESTION', 'PairwiseJudge', 'Cost', 'read_verdict']
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import combinations, groupby
-from typing import Callable, MutableMapping
+from typing import Any, Callable, MutableMapping
 
 import torch
 
 from ..config import InputError
-from ..encoding.batches import in_threads
+from .conversations import answer_of, prompt_of
 from ..help.usage import count_of
 from ..show import arguments_in_help
 
@@ -51,6 +52,8 @@ class PairwiseJudge:
         threads: int = 1,  # questions at a time; `ask` is called from threads
         price: tuple[float, float] = (0.0, 0.0),  # of a million characters, in and out
     ):  # raises `InputError` for a question without the three names
+        if threads < 1:
+            raise InputError(f"threads is {threads}; it must be at least 1")
         names = ("{prompt}", "{first}", "{second}")
         if missing := [name for name in names if name not in question]:
             raise InputError(f"the question has no {missing[0]}: put it in")
@@ -62,17 +65,18 @@ class PairwiseJudge:
     def score(
         self,
         prompts: list[str] | str,  # one for each completion, or one for all
-        completions: list[str],  # one that is alone in its prompt has 0.5
+        completions: list[str],  # the only one of its prompt has 0.5
     ) -> torch.Tensor:  # (n, 1) in 0 to 1: the share of the others that each one beats
-        "Compare the completions of each prompt, those that follow one another."
+        "Compare the completions of a prompt that follow one another, or stand alone."
         if isinstance(prompts, str):
             prompts = [prompts] * len(completions)
         if isinstance(completions, str) or len(prompts) != len(completions):
             raise InputError(
                 "give a list of completions, and a prompt for each or for all"
             )
-        places = range(len(prompts))
-        groups = [list(group) for _, group in groupby(places, key=prompts.__getitem__)]
+        prompts = [_text(one, prompt_of, "prompt") for one in prompts]
+        completions = [_text(one, answer_of, "completion") for one in completions]
+        groups = _groups(prompts)
         pairs = [pair for group in groups for pair in combinations(group, 2)]
         texts = [(prompts[i], completions[i], completions[j]) for i, j in pairs]
         won = torch.zeros(len(prompts), 1)
@@ -90,7 +94,7 @@ class PairwiseJudge:
         pairs: list[tuple[str, str, str]],  # prompt, one completion, another
     ) -> list[float]:  # 1: the first is better, 0: the second, 0.5: neither or unsure
         "Ask about each pair in both orders; InputError where the budget is too small."
-        orders = [((p, a, b), (p, b, a)) for p, a, b in pairs]
+        orders = [((p, a, b), (p, b, a)) for p, a, b in map(_texts, pairs)]
         asked = {one: self._question(*one) for both in orders for one in both}
         asked = {one: text for one, text in asked.items() if one[1] != one[2]}
         open_ = [x for x in dict.fromkeys(asked.values()) if x not in self.cache]
@@ -101,7 +105,12 @@ class PairwiseJudge:
                 f"of {self.budget}: raise it, or compare fewer answers; what was asked "
                 "so far stays in the cache"
             )
-        in_threads(self._ask, open_, self.threads)
+        if self.threads > 1:  # a question waits for its answer, and needs no core
+            with ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(self._ask, open_))
+        else:
+            for question in open_:
+                self._ask(question)
         self.counts.cached += len(asked) - len(open_)
         found = []
         for one, other in orders:
@@ -140,6 +149,34 @@ class PairwiseJudge:
         into, out = self.counts.characters_in, self.counts.characters_out
         cost = (into * self.price[0] + out * self.price[1]) / 1e6
         return {**asdict(self.counts), "cost": round(cost, 6)}
+
+
+def _text(value: Any, simplify: Callable, what: str) -> str:
+    "Take a text or messages; `InputError` for anything else."
+    try:
+        if not isinstance(value, (str, dict, list, tuple)):
+            raise ValueError(f"expected a text or messages, got {value!r:.40}")
+        return simplify(value)
+    except ValueError as error:
+        raise InputError(f"a {what} cannot be judged: {error}") from error
+
+
+def _texts(pair: tuple) -> tuple[str, str, str]:
+    "Take prompt, completion and completion as texts."
+    prompt, *answers = pair
+    one, other = (_text(answer, answer_of, "completion") for answer in answers)
+    return _text(prompt, prompt_of, "prompt"), one, other
+
+
+def _groups(prompts: list[str]) -> list[list[int]]:  # places
+    "Group the places of a prompt that follow one another, and those that stand alone."
+    places = range(len(prompts))
+    groups = [list(group) for _, group in groupby(places, key=prompts.__getitem__)]
+    alone: dict[str, list[int]] = {}
+    for group in groups:
+        if len(group) == 1:
+            alone.setdefault(prompts[group[0]], []).extend(group)
+    return [group for group in groups if len(group) > 1] + list(alone.values())
 
 
 @arguments_in_help

@@ -11,13 +11,15 @@ import json
 import logging
 import math
 import random
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 from ..config import InputError
 from ..files import reason_of
 from .columns import Candidates, read_row
+from .conversations import answer_of, prompt_of
 from ..show import Bar, arguments_in_help, html_table
 from .sources import Unreadable, name_of, read_rows
 from ..help.usage import count_of
@@ -28,8 +30,8 @@ from ..help.usage import count_of
 class Ranking:
     "Completions of one prompt, each with a judge's score (else ValueError)."
 
-    prompt: str  # or a `Conversation`, which is a text that remembers its messages
-    completions: list[str]  # of the prompt
+    prompt: str  # or messages, which become a `Conversation` that remembers them
+    completions: list[str]  # of the prompt, texts or messages
     scores: list[float]  # finite; higher is better; compared within the prompt only
     names: list[str] | None = None  # who wrote each completion
     source: str | None = None  # where the prompt comes from
@@ -40,13 +42,20 @@ class Ranking:
             raise ValueError(
                 f"completions are a list of texts, got {self.completions!r:.40}"
             )
+        if not isinstance(self.prompt, str):
+            self.prompt = prompt_of(self.prompt)
+        self.completions = [
+            one if isinstance(one, str) else answer_of(one) for one in self.completions
+        ]
+        self.names = None if self.names is None else list(self.names)
+        self.margins = None if self.margins is None else list(self.margins)
         count, names = len(self.completions), self.names or self.completions
         sizes = {"scores": len(self.scores), "names": len(names)}
         if self.margins is not None:
             sizes["margins"] = len(self.margins)
-        for field, size in sizes.items():
+        for what, size in sizes.items():
             if size != count:
-                raise ValueError(f"a ranking of {count} completions has {size} {field}")
+                raise ValueError(f"a ranking of {count} completions has {size} {what}")
         self.scores = [float(score) for score in self.scores]
         if not all(map(math.isfinite, self.scores)):
             raise ValueError(f"scores are finite numbers, got {self.scores}")
@@ -119,17 +128,22 @@ class Report:
     "Counts of what was read, and what of it was dropped."
 
     rows: int = 0  # lines with content
-    rankings: int = 0  # prompts kept
+    rankings: int = 0  # kept, one for each row or prompt
     empty: int = 0  # completions without a text
     repeated: int = 0  # completions with the text of an earlier one of the same prompt
     single: int = 0  # prompts with fewer than two completions left
     bad: int = 0  # rows that could not be read and were passed over
     first_bad: str = ""  # place of the first of them, and what is wrong with it
     contradicted: int = 0  # pairs whose scores do not say that the chosen one is better
+    prompts: int = field(default=0, compare=False, repr=False)  # of all rankings
+    unread: Counter = field(default_factory=Counter, compare=False, repr=False)  # rows
 
     def __str__(self) -> str:
+        kept = count_of(self.rankings, "prompt")
+        if 0 < self.prompts < self.rankings:
+            kept = f"{self.rankings} rankings of {count_of(self.prompts, 'prompt')}"
         text = (
-            f"{count_of(self.rankings, 'prompt')} from {count_of(self.rows, 'row')}; "
+            f"{kept} from {count_of(self.rows, 'row')}; "
             f"dropped: {count_of(self.empty, 'empty completion')}, "
             f"{count_of(self.repeated, 'repeated completion')}, "
             f"{count_of(self.single, 'prompt')} with fewer than two completions"
@@ -142,6 +156,11 @@ class Report:
                 f"; {count_of(self.contradicted, 'pair')} whose scores do not say that "
                 "the chosen one is better: it counts as better"
             )
+        if self.unread:
+            columns = [f"{name} ({rows})" for name, rows in self.unread.most_common(8)]
+            more = len(self.unread) - len(columns)
+            text += f"; columns that are not read (rows): {', '.join(columns)}"
+            text += f" and {more} more" if more else ""
         return text
 
 
@@ -237,6 +256,7 @@ def _collect(
             report.first_bad = report.first_bad or f"{place}: {error}"
             continue
         report.contradicted += candidates.contradicted
+        report.unread.update(set(candidates.unread) - _NOTED)
         if len(ranking) == 1 and "responses" not in row:
             if ranking.prompt in alone:
                 _join(alone[ranking.prompt], ranking)
@@ -248,12 +268,25 @@ def _collect(
     else:
         rankings = [kept for ranking in found if (kept := clean(ranking, report))]
     report.rankings += len(rankings)
+    report.prompts += len({ranking.prompt for ranking in rankings})
     if not rankings:
         raise InputError(
             f"{source} holds no prompt with two different completions ({report})"
         )
     logging.getLogger(__name__).info("%s: %s", source, report)
     return rankings
+
+
+_NOTED = {"source", "id", "prompt_id", "uid", "question_id"}  # of no use for a prompt
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    "Make a dict of the keys of a JSON object, of which none may stand there twice."
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(k for k, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise InputError(f"the key {key!r} stands there twice")
+    return found
 
 
 def decoded(
@@ -263,7 +296,9 @@ def decoded(
     if isinstance(row, Unreadable):
         raise ValueError(row.reason)
     try:
-        return json.loads(row) if isinstance(row, str) else row
+        return json.loads(row, object_pairs_hook=_once) if isinstance(row, str) else row
+    except InputError:
+        raise
     except json.JSONDecodeError as error:
         column = min(error.pos, len(row.rstrip())) + 1
         raise ValueError(f"not JSON from column {column} on") from error

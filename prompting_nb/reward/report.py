@@ -38,6 +38,9 @@ def write_report(
             f"{count_of(history.equal, 'pair')} became equal by cutting: dropped.",
             "",
         ]
+    if history.undecided:
+        open_ = count_of(history.undecided, "ranking")
+        lines += [f"{open_} left out: all completions have one score.", ""]
     figures: dict = {"training": history.to_dict()}
     if evaluation is not None:
         figures["evaluation"] = evaluation.to_dict()

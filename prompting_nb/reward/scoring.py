@@ -80,9 +80,11 @@ def score_rows_of(
         if not batch:
             break
         texts = [(one["prompt"], c) for one in batch for c in one["completions"]]
-        rewards, cuts = exchange.gather(model, texts, batch_size)
-        found.lines, found.texts = found.lines + len(batch), found.texts + len(texts)
+        rewards, cuts, faults = exchange.gather(model, texts, batch_size)
         found.cuts = found.cuts + cuts
+        if lines:
+            rewards = _mark(batch, rewards, faults, found, skip_bad)
+        found.lines, found.texts = found.lines + len(batch), found.texts + len(rewards)
         if lines:
             lines.write(batch, rewards, found)
     if lines:
@@ -102,9 +104,37 @@ def _read(place: str, row: Any, pass_over: bool) -> dict:
     except ValueError as error:
         if not pass_over:
             raise InputError(f"{place}: {error}") from error
-        reason = f"{place}: {error}"
-        return {"id": name, "prompt": None, "completions": [], "error": reason}
-    return {"id": name, "prompt": found.prompt, "completions": found.completions}
+        return {"id": name, **_bad(place, error)}
+    texts = {"prompt": found.prompt, "completions": found.completions}
+    return {"id": name, "place": place, **texts}
+
+
+def _bad(place: str, reason: Any) -> dict:
+    "Make the line of a row without a reward."
+    return {"prompt": None, "completions": [], "error": f"{place}: {reason}"}
+
+
+def _mark(
+    batch: list[dict],  # rows; those with a fault lose their texts
+    rewards: list[float],  # of the texts of all rows
+    faults: dict[int, str],  # why a text has none, by its place
+    found: Scored,  # counts them
+    skip_bad: int,  # rows of that kind in all; `InputError` for more
+) -> list[float]:  # of the other rows
+    "Say of a row with a text that cannot be read by the model what is wrong with it."
+    kept, start = [], 0
+    for row in batch:
+        end = start + len(row["completions"])
+        reason = next((faults[i] for i in range(start, end) if i in faults), None)
+        if reason is None:
+            kept += rewards[start:end]
+        elif found.bad >= skip_bad:
+            raise InputError(f"{row['place']}: {reason}")
+        else:
+            found.bad += 1
+            row.update(_bad(row["place"], reason))
+        start = end
+    return kept
 
 # %% ../../nbs/reward/16_scoring.ipynb #r010
 class _Exchange:
@@ -127,21 +157,42 @@ class _Exchange:
 
     def gather(
         self, model: RewardModel, texts: list[tuple[str, str]], batch_size: int
-    ) -> tuple[list[float], Cuts]:
+    ) -> tuple[list[float], Cuts, dict[int, str]]:  # and the texts without a reward
         "Score every n-th text in each of n processes; all get all rewards."
         mine = texts[self.rank :: self.processes]
-        tokens = model.encode_texts([p for p, _ in mine], [c for _, c in mine])
+        tokens, faults = _encode(model, mine)
+        read = [i for i in range(len(mine)) if i not in faults]
         cuts = cuts_of(tokens, model.max_length)
-        rewards = model.score_rows(tokens, batch_size).flatten().tolist()
+        known = model.score_rows(tokens, batch_size).flatten().tolist()
+        rewards = [0.0] * len(mine)
+        for place, reward in zip(read, known, strict=True):
+            rewards[place] = reward
         if self.processes == 1:
-            return rewards, cuts
+            return rewards, cuts, faults
         from accelerate.utils import gather_object
 
-        together, found = [0.0] * len(texts), Cuts()
-        for rank, (part, cut) in enumerate(gather_object([(rewards, cuts)])):
+        together, found, wrong = [0.0] * len(texts), Cuts(), {}
+        for rank, (part, cut, bad) in enumerate(
+            gather_object([(rewards, cuts, faults)])
+        ):
             together[rank :: self.processes] = part
             found = found + cut
-        return together, found
+            wrong |= {rank + i * self.processes: reason for i, reason in bad.items()}
+        return together, found, wrong
+
+
+def _encode(model: RewardModel, texts: list) -> tuple[list, dict[int, str]]:
+    "Make tokens of prompts with completions; say of each that has none why."
+    try:
+        return model.encode_texts([p for p, _ in texts], [c for _, c in texts]), {}
+    except InputError:  # one of them, or more: which?
+        tokens, faults = [], {}
+    for place, (prompt, completion) in enumerate(texts):
+        try:
+            tokens += model.encode_texts([prompt], [completion])
+        except InputError as error:
+            faults[place] = str(error)
+    return tokens, faults
 
 # %% ../../nbs/reward/16_scoring.ipynb #r012
 class _Lines:

@@ -10,7 +10,10 @@ import ast
 import csv
 import json
 import logging
+import re
 import sys
+import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
@@ -19,6 +22,7 @@ from typing import Any, Iterable, Iterator, Mapping
 
 from ..config import InputError
 from ..files import read_lines, reason_of
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/reward/15_sources.ipynb #s009
@@ -54,6 +58,13 @@ def name_of(
     return "the data"
 
 
+def _differ(titles: Iterable[str], where: str) -> None:
+    "Refuse a table with two columns of the same title, of which one would be lost."
+    found = Counter(title for title in titles if title)
+    if twice := [title for title, count in found.items() if count > 1]:
+        raise InputError(f"{where} has two columns {twice[0]!r}: rename one")
+
+
 def _numbered(name: str, rows: Iterable) -> Iterator[tuple[str, Any]]:
     "Number rows from 0, as data sets do."
     return ((f"{name} {number}", row) for number, row in enumerate(rows))
@@ -61,8 +72,13 @@ def _numbered(name: str, rows: Iterable) -> Iterator[tuple[str, Any]]:
 
 def _rows_of(data: Any) -> Iterable:
     "Iterate over rows in memory."
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
-        return data.to_dict("records")
+    if hasattr(data, "to_dicts"):  # a DataFrame of polars
+        return data.to_dicts()
+    if hasattr(data, "to_pylist") and hasattr(data, "column_names"):  # a table of Arrow
+        return data.to_pylist()
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # one of pandas
+        _differ(map(str, data.columns), "the table")
+        return data.astype(object).where(data.notna(), None).to_dict("records")
     if isinstance(data, Mapping):  # a `DatasetDict`, or one row without a list
         raise InputError(
             f"rows come as a list, got a {type(data).__name__} with the keys "
@@ -110,10 +126,20 @@ def _read_path(name: str) -> Iterator[tuple[str, Any]]:
 def _lines(name: str) -> Iterator[tuple[str, Any]]:
     "Read JSON lines; the caller decodes them."
     if name == "-":
-        lines = enumerate(sys.stdin, 1)
-        kept = ((number, line.removeprefix("\ufeff")) for number, line in lines)
-        return ((f"line {number}", line) for number, line in kept if line.strip())
+        return _standard_input()
     return ((f"{name}:{number}", line) for number, line in read_lines(name))
+
+
+def _standard_input() -> Iterator[tuple[str, Any]]:
+    "Read lines in UTF-8, whatever the locale says."
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), 1):
+        try:
+            text = line if isinstance(line, str) else line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield f"line {number}", Unreadable(reason_of(error))
+            continue
+        if (text := text.removeprefix("\ufeff")).strip():
+            yield f"line {number}", text
 
 
 def _read_json(name: str) -> Iterator[tuple[str, Any]]:
@@ -148,6 +174,7 @@ def _read_table(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
         raise InputError(
             f"{path}: the first line does not hold the titles: {error}"
         ) from error
+    _differ(table.fieldnames or (), f"{path}")
     for number in count():
         try:
             row = next(table)
@@ -213,7 +240,28 @@ def _read_folder(folder: Path, split: str | None) -> Iterator[tuple[str, Any]]:
         raise InputError(
             f"{folder} holds no data set and no file that ends in {', '.join(_KINDS)}"
         )
+    _warn_of_others(folder, files)
     return chain.from_iterable(_read_path(str(path)) for path in files)
+
+
+def _warn_of_others(folder: Path, files: list[Path]) -> None:
+    "Warn of data in a folder that is not read, and of splits that are read as one."
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    names = [str(path.relative_to(folder)) for path in found if path not in files]
+    said = (".md", ".txt", ".lock")
+    others = [x for x in names if x[0] != "." and not x.lower().endswith(said)]
+    if others:
+        few = ", ".join(others[:4]) + (" ..." if len(others) > 4 else "")
+        count = count_of(len(others), "file")
+        warnings.warn(f"{folder}: not read: {count} ({few})", stacklevel=5)
+    of_split = re.compile(r"(?:^|[^a-z])(train|test|valid|val|dev|eval)")
+    splits = {hit[1] for path in files if (hit := of_split.search(path.name.lower()))}
+    if len(splits) > 1:
+        warnings.warn(
+            f"{folder}: the files of several splits ({', '.join(sorted(splits))}) are "
+            "read as one: name the files that you want",
+            stacklevel=5,
+        )
 
 
 def _read_hub(name: str) -> Iterator[tuple[str, Any]]:

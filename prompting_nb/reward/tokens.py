@@ -149,8 +149,11 @@ def encode(
 
     A conversation is a list of messages with the keys `role` and `content`; its last
     message is the completion."""
+    texts, completions = _listed(texts), _listed(completions)
     if completions is not None:
         return encode_pairs(tokenizer, texts, completions, max_length, frame)
+    if texts is None:
+        raise InputError("there are no texts: give a list of them")
     if isinstance(texts, (str, dict)) or len({isinstance(t, str) for t in texts}) > 1:
         raise InputError(
             "give a list of texts or a list of conversations, "
@@ -165,12 +168,32 @@ def encode(
         return encode_pairs(tokenizer, prompts, answers, max_length, frame)
     start, end = frame.alone if frame else _frame(tokenizer)[::2]
     room = _room(max_length, start + end)
-    return [
+    rows = [
         Row(start + row[:room] + end, max(0, len(row) - room))
         for row in _tokens(tokenizer, _texts(texts, "text", prompt_of))
     ]
+    return _not_empty(rows)
 
 # %% ../../nbs/reward/02_tokens.ipynb #t102
+def _listed(values: Any) -> Any:
+    "Make a list of an array, a column of a table or a generator."
+    if values is None or isinstance(values, (str, bytes, dict, list, tuple)):
+        return values
+    if not isinstance(values, Iterable) or isinstance(values, (set, frozenset)):
+        raise InputError(f"texts come as a list, got {values!r:.40}")
+    return list(values)
+
+
+def _not_empty(rows: list[Row]) -> list[Row]:
+    "Refuse a row without a token, of which no model makes anything."
+    if not all(rows):
+        place = next(number for number, row in enumerate(rows) if not row)
+        raise InputError(
+            f"text {place} has no token, and the tokenizer adds none: leave it out"
+        )
+    return rows
+
+
 def _texts(values: Any, what: str, simplify: Any) -> list[str]:
     "Check a list of texts or of messages; `InputError` says which one is neither."
     if isinstance(values, (str, bytes, dict)):
@@ -217,14 +240,31 @@ class _Template:
             except InputError:
                 continue
             if "prompt" in shown and "completion" in shown:
+                self._check_dates(probe, shown)
                 return
         self.parts = ()  # its errors are those of the real messages
+
+    def _check_dates(self, probe: list[dict], shown: str) -> None:
+        "Warn of a template that writes the date of the day."
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" not in template:
+            return
+        day = "{% macro strftime_now(form) %}another day{% endmacro %}"
+        other = self.write(probe, chat_template=day + template)
+        if other.lower() != shown:
+            warnings.warn(
+                "the tokenizer's chat template writes today's date: the same text has "
+                "another reward on another day; put a fixed date into "
+                "tokenizer.chat_template",
+                stacklevel=5,
+            )
 
     def write(
         self,
         messages: list[dict],
         tools: list[dict] | None = None,
         asks: bool = False,  # whether an answer is asked for
+        **options: Any,  # for the tokenizer
     ) -> str:  # raises `InputError` for what the template does not take
         "Write messages as the template does."
         as_parts = lambda content: [{"type": "text", "text": content}]
@@ -234,7 +274,8 @@ class _Template:
             else message
             for message in messages
         ]
-        options: dict[str, Any] = {"tools": tools} if tools else {}
+        if tools:
+            options["tools"] = tools
         if asks:
             options["add_generation_prompt"] = True
         try:
@@ -271,21 +312,45 @@ class _Template:
         return _common(whole, changed)
 
     def _check(self, whole: str, messages: list, answer: list, tools: Any) -> None:
-        "Look for the prompt's messages: warn of what the template leaves out."
-        for place, message in enumerate(messages):
-            if message["role"] not in ("user", "system", "developer"):
-                continue
-            if message["content"].strip() in whole:
-                continue
-            other = {**message, "content": _OTHER}
-            rest = [*messages[:place], other, *messages[place + 1 :], *answer]
-            if self.write(rest, tools) == whole:
-                _warn(f"messages with the role {message['role']!r}")
+        "Look for all that was said: warn of what the template leaves out."
+        every = [*messages, *answer]
+        for place, message in enumerate(every):
+            for part in ("content", "tool_calls", "reasoning_content"):
+                if part not in message or _shows(whole, message[part]):
+                    continue
+                changed = [*every[:place], _without(message, part), *every[place + 1 :]]
+                if self._writes(changed, tools) == whole:
+                    what = "messages" if part == "content" else f"{part!r} of messages"
+                    _warn(f"{what} with the role {message['role']!r}")
+                elif part == "content" and place >= len(messages):
+                    _warn("a part of completions, such as what was thought before")
         if tools and self.write(messages + answer) == whole:
             _warn("tools")
 
+    def _writes(self, messages: list[dict], tools: Any) -> str | None:
+        "Write messages that a template may refuse."
+        try:
+            return self.write(messages, tools)
+        except InputError:
+            return None
+
 
 _OTHER = "\ue000"  # an answer that nobody gives: from Unicode's private use area
+
+
+def _shows(whole: str, part: Any) -> bool:
+    "Say whether a text has all of a content, or all calls; spaces may differ."
+    if not isinstance(part, str):
+        called = [call.get("function", call).get("name") for call in part]
+        return all(str(name) in whole for name in called)
+    return part.strip() in whole or "".join(part.split()) in "".join(whole.split())
+
+
+def _without(message: dict, part: str) -> dict:
+    "Take another content, or leave out a part that a message need not have."
+    if part == "content":
+        return {**message, "content": _OTHER}
+    return {key: value for key, value in message.items() if key != part}
 
 
 def _common(one: str, other: str) -> int:
@@ -348,7 +413,10 @@ def encode_pairs(
     frame: Any = None,  # special tokens in place of ours
 ) -> list[Row]:
     "Make token ids of each prompt with its completion."
-    completions = _texts(completions, "completion", answer_of)
+    prompts = _listed(prompts)
+    completions = _texts(_listed(completions), "completion", answer_of)
+    if prompts is None:
+        raise InputError("there are no prompts: give a list of them, or one for all")
     if isinstance(prompts, str) or _is_conversation(prompts):
         prompts = [prompts] * len(completions)
     if len(prompts) != len(completions):
@@ -365,16 +433,20 @@ def encode_pairs(
         pairs = [template.split(*pair) for pair in zip(prompts, completions)]
         prompts, completions = (list(side) for side in zip(*pairs))
     room = _room(max_length, start + middle + end)
+    begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} if has_template else set()
     rows = []
     for before, text in zip(
         _tokens(tokenizer, prompts), _tokens(tokenizer, completions)
     ):
-        prompt, completion = _fit(before, text, room)
+        # the template's first mark, without which some models read nothing right
+        first = before[:1] if before and before[0] in begins else []
+        prompt, completion = _fit(before[len(first) :], text, room - len(first))
+        prompt = first + prompt
         if not end:  # the template's last token, where a long completion was cut
             completion[-1:] = text[-1:]
         lost = len(before) - len(prompt), len(text) - len(completion)
         rows.append(Row(start + prompt + middle + completion + end, sum(lost), lost[0]))
-    return rows
+    return _not_empty(rows)
 
 
 def _is_conversation(prompts: Any) -> bool:

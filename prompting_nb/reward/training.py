@@ -59,7 +59,7 @@ from prompting_nb.reward.fast.packing import (
     shares_prefix,
 )
 from .loss import RankingLoss, decided_pairs
-from .model import RewardModel
+from .model import RewardModel, check_table
 from ..show import arguments_in_help, html_table
 from .tokens import cuts_of, pad
 from prompting_nb.reward.preferences import (
@@ -138,7 +138,8 @@ def train(
 ) -> "History":  # raises `InputError` for bad data, RuntimeError for a loss not finite
     "Train a reward model on rankings. The same seed gives the same model."
     config, watch = config or TrainConfig(), Stopwatch(clock)
-    rankings = decided(rankings_of(rankings))
+    given = rankings_of(rankings)
+    rankings = decided(given)
     watched = [] if eval_rankings is None else rankings_of(eval_rankings)
     if watched:
         decided(watched, "there is nothing to evaluate")
@@ -147,10 +148,14 @@ def train(
             "patience needs eval_rankings: "
             "without an evaluation nothing says when to stop"
         )
+    if config.eval_every and not watched:
+        raise InputError("eval_every needs eval_rankings, which are evaluated then")
+    check_table(model.encoder)
     rows = tokenise(model, rankings)
     cuts = cuts_of((row for texts in rows for row in texts), model.max_length)
     used, rows, equal = drop_equal(rankings, rows)
-    _tell(cuts, equal, bool(used))
+    undecided = len(given) - len(rankings)
+    _tell(cuts, equal, undecided, bool(used))
     processes = Processes(model.device, trackers, log_folder)
     learner = _make_learner(model, config, processes)
     sized = choose_steps(config, used, rows, batching(learner))
@@ -159,18 +164,20 @@ def train(
     evaluation = Evaluation(watched, config.eval_every, config.patience)
     saved, every = None, config.checkpoint_every
     if checkpoint:
-        saved = Checkpoint(checkpoint, run_digest(config, rankings, model), every)
+        digest = run_digest(config, rankings, model, watched)
+        saved = Checkpoint(checkpoint, digest, every)
     tracker = Tracker(processes, trackers, config)
     parts = prepared, plan, optimiser, processes, evaluation, saved, tracker, watch
     run = Run(sized, *parts)
     run.history.cuts, run.history.equal = cuts.to_dict(), equal
+    run.history.undecided = undecided
     history = run.run(progress, on_step)
     run.hand_over(model)
     history.seconds = watch.seconds()
     return history
 
 
-def _tell(cuts: Any, equal: int, left: bool) -> None:
+def _tell(cuts: Any, equal: int, undecided: int, left: bool) -> None:
     "Warn of what was cut and of pairs that became equal; `InputError` if none is left."
     told = f"{count_of(equal, 'pair')} dropped: equal after cutting and tokenising"
     if not left:
@@ -178,10 +185,11 @@ def _tell(cuts: Any, equal: int, left: bool) -> None:
             f"there is nothing to learn: {told}; {cuts}: "
             "give a larger max_length, or other data"
         )
-    if cuts.tokens or equal:
-        texts = [f"texts are too long: {cuts}"] * bool(cuts.tokens) + [told] * bool(
-            equal
-        )
+    texts = [f"texts are too long: {cuts}"] * bool(cuts.tokens) + [told] * bool(equal)
+    if undecided:
+        one = count_of(undecided, "ranking")
+        texts += [f"{one} left out, whose completions all have one score"]
+    if texts:
         warnings.warn("; ".join(texts), stacklevel=3)
 
 # %% ../../nbs/reward/05_training.ipynb #c054
@@ -203,6 +211,7 @@ class History:
     tokens_per_batch: int = 4096  # as given, or as chosen from the data
     cuts: dict = field(default_factory=dict)  # what was too long, as `Cuts.to_dict`
     equal: int = 0  # pairs that were dropped because cutting made them equal
+    undecided: int = 0  # rankings that were left out: all completions have one score
 
     def trend(self) -> tuple[float, float] | None:  # `None` for fewer than two steps
         "Compute the mean loss of the first quarter of the steps, and of the last."
@@ -649,7 +658,8 @@ def _make_learner(
     if not hasattr(model.model, recomputes):
         recomputes = "is_gradient_checkpointing"
     keeps = not getattr(model.model, recomputes, False)
-    packs = config.packed and keeps and can_pack(model) and not config.encoder_dropout
+    drops = config.encoder_dropout or bool(_adapter_dropout(model.model))
+    packs = config.packed and keeps and can_pack(model) and not drops
     bf16 = bf16_pays(model.device) if config.bf16 == "auto" else bool(config.bf16)
     trained = copy.deepcopy(model) if processes.sharded else model
     return Learner(trained, packs and not processes.by_layers, bf16)
@@ -714,6 +724,10 @@ def parameter_groups(
     trainable = [p for p in model.parameters() if p.requires_grad]
     pretrained = [p for p in trainable if id(p) in inside]
     others = [p for p in trainable if id(p) not in inside]
+    if not trainable:
+        raise InputError(
+            "no weight of this model learns: call requires_grad_(True) on what should"
+        )
     groups = ((pretrained, 1.0), (others, (config.head_lr or config.lr) / config.lr))
     return [
         {"params": part, "lr": config.lr * share, "share": share}
@@ -741,6 +755,13 @@ def prepare(
     return prepared, Optimiser(optimizer, prepared, table, processes, config.clip)
 
 # %% ../../nbs/reward/05_training.ipynb #c051
+def _adapter_dropout(transformer: torch.nn.Module) -> list[torch.nn.Module]:
+    "List the layers in front of adapters that drop something in training."
+    named = transformer.named_modules()
+    parts = [part for name, part in named if ".lora_dropout." in name]
+    return [part for part in parts if getattr(part, "p", 0) > 0]
+
+
 @contextmanager
 def training_mode(
     model: RewardModel,  # changed in place
@@ -755,6 +776,8 @@ def training_mode(
             for part in model.model.modules():  # such layers look at their own mode
                 if getattr(part, "gradient_checkpointing", False):
                     part.training = True
+            for part in _adapter_dropout(model.model):
+                part.train()
             yield
         finally:
             model.train(was_training)

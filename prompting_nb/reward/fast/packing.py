@@ -45,7 +45,7 @@ def packed_rewards(
 
 def score_packed(
     model: RewardModel,  # in any mode; dropout is off
-    prompts: list[str],  # one for each completion
+    prompts: list[str] | str,  # one for each completion, or one for all
     completions: list[str],  # n of them
     bf16: bool = False,  # compute in bfloat16
     budget: int = 65536,  # tokens of a batch
@@ -55,7 +55,10 @@ def score_packed(
         return model.score(prompts, completions, bf16=bf16)
     batches, tokens, before = [[]], 0, None
     rows = model.encode_texts(prompts, completions)
-    for prompt, row in zip(prompts, rows):
+    model.tell_cuts(rows)
+    alone = isinstance(prompts, str) or all(isinstance(p, dict) for p in prompts)
+    asked = [""] * len(rows) if alone else prompts  # one prompt for all
+    for prompt, row in zip(asked, rows, strict=True):
         if prompt != before:
             if tokens > budget:
                 batches.append([])
