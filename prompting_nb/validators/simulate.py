@@ -636,6 +636,11 @@ class Run:
     rewards: np.ndarray  # (steps, uids) without noise
     distinct: np.ndarray  # (steps,) different answers among the k
 
+    def __repr__(self) -> str:  # not the arrays
+        steps, uids = self.grades.shape
+        k = self.uids.shape[1]
+        return f"Run(seed {self.seed}, {steps} steps, {k} of {uids} uids at each)"
+
     def got(self) -> np.ndarray:  # (steps,)
         "Return the mean grade of those asked at each step."
         return np.take_along_axis(self.grades, self.uids, 1).mean(1)
