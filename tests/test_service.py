@@ -33,7 +33,7 @@ from prompting_nb.loop.follow import Follower
 from prompting_nb.loop import journal as journal_module
 from prompting_nb.loop.journal import Journal
 from prompting_nb.loop.network import Network, WorkerMiner
-from prompting_nb.loop.service import NotReady, Service, ServiceSettings
+from prompting_nb.loop.service import ChainWatch, NotReady, Service, ServiceSettings
 from prompting_nb.loop.state import read_about, resume
 from prompting_nb.loop.tasks import Worker
 from prompting_nb.network.chain_server import read_token
@@ -192,6 +192,30 @@ def test_a_chain_that_goes_back(network, tmp_path, caplog):
         network.chain.register("a newcomer")
         until(lambda: service.validator.left_out == 1)  # it was seen; the gate has five rows
     assert "the chain went back from block 501 to 20" in caplog.text
+
+
+def test_a_node_that_shows_nobody_makes_the_gate_forget_nothing(network, monkeypatch):
+    validator = Validator(network.wallet, network.client, by_length, policy=Policy(k=2, timeout=30))
+    before, nobody = validator.gate(PROMPTS[0]).tolist(), SimpleNamespace(hotkeys=[], neurons=[])
+    with pytest.raises(RuntimeError, match="shows nobody on subnet 1, where there were 5 uids"):
+        validator.sync(nobody)
+    validator.client = SimpleNamespace(subnets=SimpleNamespace(metagraph=lambda netuid: None))
+    with pytest.raises(RuntimeError, match="shows nobody"):
+        validator.sync()
+    assert validator.gate(PROMPTS[0]).tolist() == before and len(validator.serving()) == 4
+
+
+def test_a_chain_that_stands_still_is_a_problem():
+    now, client = [0.0], SimpleNamespace(block=7)
+    watch = ChainWatch(client, clock=lambda: now[0])
+    for now[0] in (1.0, 300.0, 302.0):
+        watch.look()
+    assert watch.problem() == "the chain has had no block after 7 for 301 s"
+    client.block = 8
+    watch.look()
+    assert watch.problem() is None
+    now[0] += 61
+    assert watch.problem() == "no news of the chain for 61 s"
 
 
 def test_prompts_that_cannot_be_read_end_the_asking_and_are_reported(network, tmp_path, caplog):

@@ -499,23 +499,28 @@ class ChainWatch:
         client: Any,  # a `bittensor.SyncClient`
         patience: float = 60.0,  # seconds without news
         clock: Callable[[], float] = time.monotonic,  # in seconds
+        still: float = 300.0,  # seconds without a new block
     ):
         self.client, self.patience, self.clock = client, patience, clock
-        self.block = 0
-        self.heard_at = clock()
+        self.block, self.still = 0, still
+        self.heard_at = self.moved_at = clock()
 
     def look(self) -> int:
         "Read the block number."
-        self.block = int(self.client.block)
-        self.heard_at = self.clock()
-        return self.block
+        block, self.heard_at = int(self.client.block), self.clock()
+        if block != self.block:
+            self.block, self.moved_at = block, self.heard_at
+        return block
 
     def problem(self) -> Optional[str]:  # `None`: there is none
-        "Say for how long the chain has been away."
+        "Say for how long the chain has been away, or has stood still."
         silent = self.clock() - self.heard_at
-        if silent <= self.patience:
-            return None
-        return f"no news of the chain for {silent:.0f} s"
+        if silent > self.patience:
+            return f"no news of the chain for {silent:.0f} s"
+        stood = self.heard_at - self.moved_at
+        if stood > self.still:
+            return f"the chain has had no block after {self.block} for {stood:.0f} s"
+        return None
 
 # %% ../../nbs/loop/10_service.ipynb #c016
 @arguments_in_help

@@ -50,6 +50,7 @@ from prompting_nb.validators.selection import (
     thompson,
     ucb,
 )
+from ..help.usage import count_of
 from ..show import arguments_in_help
 
 # %% ../../nbs/validators/07_validator.ipynb #v009
@@ -317,9 +318,18 @@ class Validator:
         self,
         metagraph: Any = None,  # the new one; `None` reads it from the chain
     ) -> list[int]:  # the uids whose hotkey has changed
-        "Read the metagraph again; the gate keeps what it knows about each hotkey."
+        """Read the metagraph again; the gate keeps what it knows about each hotkey.
+
+        Raises RuntimeError, before any change, when everybody is gone at once: a node
+        that does not know its subnet must not make the gate forget.
+        """
         before = self.metagraph
         found = metagraph or self.client.subnets.metagraph(self.netuid)
+        if len(before.hotkeys) and not len(getattr(found, "hotkeys", ())):
+            raise RuntimeError(
+                f"the chain shows nobody on subnet {self.netuid}, where there were "
+                f"{count_of(len(before.hotkeys), 'uid')}"
+            )
         self.metagraph = self._covered(found)
         self.gate.resync(before, self.metagraph)
         old = dict(enumerate(before.hotkeys))
