@@ -817,6 +817,7 @@ def test_idle_time_is_short_when_nearly_all_places_are_taken():
         held = [connect(axon) for _ in range(18)]
         for line in held:
             line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert [read_status(line) for line in held] == [404] * 18  # all of them are there, at first
         until(lambda: axon._server.connections <= 15)
         for line in held:
             line.close()
@@ -863,6 +864,58 @@ def test_large_answers_that_nobody_reads():
         assert axon.metrics.registry.get_sample_value("axon_connections_refused_total", reason) == 3
         for line in lines:
             line.close()
+
+
+def test_the_rest_of_an_answer_that_nobody_reads():
+    """A caller reads nothing, and what is left of the last answer is small.
+    Older server: keeps the connection as if it were idle."""
+    asked = []
+
+    async def forward(synapse):
+        asked.append(1)
+        synapse.completion = "x" * 150_000
+        return synapse
+
+    with Axon(MINER, limits=Limits(write_timeout=0.3)).attach(forward) as axon, socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect((axon.host, axon.port))
+        unsent = lambda: [c for c in axon._server.crowd if c._transport.get_write_buffer_size()]
+        for number in range(200):  # until the system takes no more
+            line.sendall(request())
+            until(lambda: len(asked) > number and axon.health()["running"] == 0)
+            time.sleep(0.02)
+            if unsent():
+                break
+        assert number < 199
+        refused = lambda: axon.metrics.registry.get_sample_value("axon_connections_refused_total", {"reason": "unread"})
+        until(lambda: axon._server.connections == 0)
+        assert refused() == 1
+
+
+def test_a_server_that_waits_while_it_sends():
+    """Another ASGI server than ours waits until a slow caller has taken the answer.
+    Older server: -"""
+    axon, sending, taken = Axon(MINER, workers=1).attach(aecho), asyncio.Event(), asyncio.Event()
+
+    async def receive():
+        return {"type": "http.request", "body": BODY}
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            sending.set()
+            await taken.wait()
+
+    headers = [(key.lower().encode(), value.encode()) for key, value in sign().items()]
+    scope = {"type": "http", "method": "POST", "path": "/Prompting", "raw_path": b"/Prompting", "query_string": b"", "headers": headers}
+
+    async def check():
+        serving = asyncio.ensure_future(axon(scope, receive, send))
+        await asyncio.wait_for(sending.wait(), SECONDS)
+        assert axon.health()["running"] == 0  # the worker is free
+        taken.set()
+        await serving
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])
