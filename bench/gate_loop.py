@@ -3,10 +3,15 @@
 Every arena is divided anew for a seed, as `prompting-nb loop` divides it: what the reward model learns from, what
 calibrates the judge, what the loop asks. The gate and its rivals then run in the simulator, three uids asked, the most
 asked uid given to a newcomer half-way; what counts is the last third, by the recorded grades.
+
+`--parts audits`: nothing is known of the authors, and an expensive judge (the recorded grades) audits some answers. Rules and
+constants were chosen on one half of the prompts (`--half tuning`) and are reported on the other.
 """
 
 import argparse
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +28,14 @@ from prompting_nb.loop.teach import calibrate, teach
 from prompting_nb.pretrained import MINILM
 from prompting_nb.reward.ensemble import fit_head
 from prompting_nb.reward.preferences import decided, score_rankings
+from prompting_nb.validators.audits import AuditedPolicy
+from prompting_nb.validators.offsets import Offsets
+from prompting_nb.validators.policies import MeanPerUid
 from prompting_nb.validators.simulate import Favourites, GatePolicy, Replace, figure_of, simulate
 
 
-PARTS = ("recorded", "built-in")
+PARTS = ("recorded", "built-in")  # and "audits", where it is asked for
+HALVES = ("tuning", "untouched")
 
 
 class Lookup:
@@ -50,11 +59,25 @@ def text_features(data: str, work: str) -> tuple[list, dict]:
                       for text, row in zip(r.completions, rows)}
 
 
-def recorded_arena(data: str, seed: int, features: dict):
+def half_of(rankings: list, half: str) -> list:
+    "One of two halves of the prompts, the same for all seeds."
+    prompts = sorted({r.prompt for r in rankings})
+    random.Random("gap-halves").shuffle(prompts)
+    tuning = set(prompts[:len(prompts) // 2])
+    return [r for r in rankings if (r.prompt in tuning) == (half == "tuning")]
+
+
+def recorded_arena(data: str, seed: int, features: dict, half: str | None = None):
     "An arena, and a stand-in for a reward model whose head is fitted to its training rankings."
     from prompting_nb.reward.preferences import read_rankings
 
-    arena = recorded(read_rankings(data, keep_all=True), seed=seed)
+    rankings = read_rankings(data, keep_all=True)
+    if half is None:
+        arena = recorded(rankings, seed=seed)
+    else:
+        arena = recorded(half_of(rankings, half), seed=seed, steps=142)
+        rest = arena.test + arena.train
+        arena = replace(arena, test=rest[:50], train=rest[50:])
     learn = decided(arena.train)
     rows = lambda r: torch.stack([features[r.prompt, text.strip()] for text in r.completions])
     head = fit_head([rows(r) for r in learn], [r.scores for r in learn])
@@ -111,6 +134,51 @@ def recorded_loop(data: str, seeds: list[int], work: str, progress=print) -> dic
     return {name: compared(subnets, seeds, moves) for name, moves in (("moves", True), ("stays", False))}
 
 
+BANDITS = {"mean per uid": lambda subnet, seed: MeanPerUid(subnet.metagraph, seed=seed), "gate": GatePolicy}
+AUDITS = {  # name -> options of `AuditedPolicy`; all spend as much, at most 72 of 510 answers
+    "first answers, plain offsets": dict(rule="first", first=3, share=0.03, plain=True),
+    "first answers": dict(rule="first", first=3, share=0.03),
+    "largest doubt": dict(rule="doubt", first=2, share=0.06),
+    "value of the choice": dict(rule="choice", first=2, share=0.06),
+}
+
+
+def audited_loop(data: str, seeds: list[int], work: str, half: str | None, progress=print) -> dict:
+    "The recorded loop without authors known before: a bandit without context and our gate, and rules of audits."
+    _, features = text_features(data, work)
+    known: dict[str, torch.Tensor] = {}
+    encoder, subnets, found = Encoder(MINILM), {}, {}
+
+    def encode(texts):
+        known.update(zip(new, encoder(new)) if (new := [text for text in texts if text not in known]) else ())
+        return torch.stack([known[text] for text in texts])
+
+    for seed in seeds:
+        arena, model = recorded_arena(data, seed, features, half)
+        scores = score_rankings(lambda prompts, texts: [model.scores[p, t.strip()] for p, t in zip(prompts, texts)], arena.test)
+        subnets[seed] = subnet_of(arena, encode, calibrate(model, arena, scores, False))
+        subnets[seed].known, subnets[seed].known_embeddings = [], None
+    progress(f"audits: tables of {len(seeds)} divisions of {half or 'all'} prompts")
+    for bandit, make in BANDITS.items():
+        for name, options in {"none": None, **AUDITS}.items():
+            made = []
+
+            def audited(subnet, seed):
+                if options is None:
+                    return make(subnet, seed)
+                more = dict(options)
+                plain = Offsets() if more.pop("plain", False) else None
+                made.append(AuditedPolicy(make(subnet, seed), subnet, offsets=plain, **more))
+                return made[-1]
+
+            run = simulate(lambda seed: subnets[seed], {name: audited}, seeds, events=[Replace()])
+            counts = [policy.audits for policy in made]
+            figure = run.figure(name, "lead")
+            found[f"{bandit}: {name}"] = figure._asdict() | {"audits": float(np.mean(counts)) if counts else 0.0}
+            progress(f"{bandit}: {name}: {figure}, {np.mean(counts) if counts else 0:.0f} audits")
+    return found
+
+
 def built_in_loop(seeds: list[int], progress=print) -> dict:
     "The built-in tasks with a reward model trained as `prompting-nb loop` does."
     encoder, subnets = Encoder(MINILM), {}
@@ -126,13 +194,17 @@ def built_in_loop(seeds: list[int], progress=print) -> dict:
 
 
 def measure(data: str, quick: bool = False, work: str = str(quality.WORK), progress=lambda text: None, parts=PARTS,
-            built_in_seeds: int = 3) -> dict:
+            built_in_seeds: int = 3, halves=("untouched", None)) -> dict:
     "Everything, or a part of it, with the keys of the benchmark."
     found = {}
     if Path(data).is_file() and "recorded" in parts:
         found["loop"] = recorded_loop(data, list(range(2 if quick else 10)), work, progress)
         for key in ("now", "corrected", "warm", "rule"):
             found[f"loop_gap_{key}"] = found["loop"]["moves"][key]["mean"]
+    if Path(data).is_file() and "audits" in parts:
+        for half in halves:
+            seeds = list(range(900, 902 if quick else 910)) if half else list(range(2 if quick else 10))
+            found.setdefault("audits", {})[half or "all"] = audited_loop(data, seeds, work, half, progress)
     if "built-in" in parts:
         found["built_in"] = built_in_loop(list(range(1 if quick else built_in_seeds)), progress)
         found["builtin_ahead"] = found["built_in"]["warm"]["mean"]
@@ -143,6 +215,7 @@ def show(found: dict, console) -> None:
     "Print the tables."
     titles = {"moves": "Recorded loop, the most asked uid changes hands", "stays": "Recorded loop, nobody moves"}
     parts = {title: found["loop"][name] for name, title in titles.items() if "loop" in found}
+    parts |= {f"Audits, {half} prompts": rows for half, rows in found.get("audits", {}).items()}
     if "built_in" in found:
         parts["Built-in tasks, trained reward model"] = found["built_in"]
     for title, rows in parts.items():
@@ -158,13 +231,15 @@ def show(found: dict, console) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default=str(quality.DATA), help="prompts-responses.jsonl.gz (default: %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "audits"), default=PARTS, help="default: recorded and built-in")
+    parser.add_argument("--half", choices=HALVES, help="of the prompts, for audits; default: the untouched one, and all of them")
     parser.add_argument("--quick", action="store_true", help="one or two seeds: does it run at all?")
     parser.add_argument("--built-in-seeds", type=int, default=3, metavar="N", help="each trains a model, a minute or two (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="put the figures into this file; figures of a part that is not run stay")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = measure(args.data, args.quick, progress=print, parts=args.parts, built_in_seeds=args.built_in_seeds)
+    result = measure(args.data, args.quick, progress=print, parts=args.parts, built_in_seeds=args.built_in_seeds,
+                     halves=(args.half,) if args.half else ("untouched", None))
     show(result, Console(width=120))
     print({key: round(value, 4) for key, value in result.items() if isinstance(value, float)})
     if args.json:

@@ -65,13 +65,17 @@ TUNED = {
     64: {"LinUCB": dict(width=1.0), "LinTS": dict(width=0.6), "kNN-40": dict(share=0.0, steps=1000)},
     256: {"LinUCB": dict(width=1.0), "LinTS": dict(width=0.6), "kNN-40": dict(share=0.0, steps=1000)},
 }
-RIDGES = (0.25, 0.5, 2.0, 4.0)  # beside 1.0, which the widths above them have
+TUNING_SEEDS = [900, 901]
+RIDGES = (0.1, 0.25, 0.5, 2.0, 4.0, 8.0)  # beside 1.0, which the widths above them have
+COMPONENTS = (8, 12, 24, 32)  # beside 16
+# what `--tune` tries: every width and share, and beside the best of them every ridge and number of components
 GRID = {
-    "LinUCB": [dict(width=w, components=c) for w in (0.5, 1.0, 2.0, 3.0) for c in (16, 32)]
-    + [dict(width=1.0, ridge=r) for r in RIDGES],
-    "LinTS": [dict(width=w, components=c) for w in (0.3, 0.6, 1.0) for c in (16, 32)]
-    + [dict(width=0.6, ridge=r) for r in RIDGES],
-    "kNN-40": [dict(share=e, steps=s) for e in (0.0, 0.005, 0.02, 0.05) for s in (300, 1000, 2000)],
+    "LinUCB": [dict(width=w) for w in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)]
+    + [dict(width=1.0, ridge=r) for r in RIDGES] + [dict(width=1.0, components=c) for c in COMPONENTS],
+    "LinTS": [dict(width=w) for w in (0.1, 0.2, 0.3, 0.45, 0.6, 1.0)]
+    + [dict(width=0.6, ridge=r) for r in RIDGES] + [dict(width=0.6, components=c) for c in COMPONENTS],
+    "kNN-40": [dict(share=e, steps=1000) for e in (0.0, 0.001, 0.002, 0.005, 0.02)]
+    + [dict(share=0.0, steps=s) for s in (150, 300, 600, 1500, 2000)],
 }
 
 
@@ -120,16 +124,22 @@ def synthetic(pool, quick: bool) -> dict:
     return out
 
 
-def tune(pool) -> None:
-    "The best settings of the peers, on seeds and templates of their own."
+def tune(pool, path: str | None) -> None:
+    "The best settings of the peers, on seeds and templates of their own; rows go into a file one by one, and are not repeated."
+    file = Path(path) if path else None
+    found = json.loads(file.read_text()) if file and file.is_file() else []
+    known = {(row["uids"], row["method"], str(row["settings"])) for row in found}
     _, x, topics = learning.embedded(report=False)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/prompts.pt"
         torch.save((x, x, topics), path)
-        jobs = [(path, n, name, [900, 901], learning.STEPS, settings)
-                for name, grid in GRID.items() for settings in grid for n in (64, 256)]
+        jobs = [(path, n, name, TUNING_SEEDS, learning.STEPS, settings) for n in (64, 256)
+                for name, grid in GRID.items() for settings in grid if (n, name, str(settings)) not in known]
         for job, (n, name, _, before, after) in zip(jobs, pool.map(_simulate, jobs)):
             print(n, name, job[-1], f"{before.mean():.3f} {after.mean():.3f}", flush=True)
+            found.append({"uids": n, "method": name, "settings": job[-1], "before": before.tolist(), "after": after.tolist()})
+            if file:
+                file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def on_records(pool, path: str, quick: bool) -> dict:
@@ -269,7 +279,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--quick", action="store_true", help="two seeds and few steps: does it run at all?")
     parser.add_argument("--scores", default=str(SCORES), help="prompts-scores.csv.gz (default: %(default)s)")
-    parser.add_argument("--tune", action="store_true", help="print what settings of the peers are best, and stop")
+    parser.add_argument("--tune", action="store_true", help="print how the settings of the peers do, and stop; --json FILE keeps them")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure only these; other figures of --json FILE stay")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
     args = parser.parse_args()
@@ -278,7 +288,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with ProcessPoolExecutor(args.workers) as pool:
         if args.tune:
-            tune(pool)
+            tune(pool, args.json)
             return 0
         wanted, part = set(args.parts), stopwatch()
         results = json.loads(Path(args.json).read_text()) if wanted < set(PARTS) else {"seconds": {}}

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['MINILM', 'Backend', 'load', 'check_name', 'no_bars', 'hub_answers', 'minilm_path', 'resolve', 'word_tokenizer',
-           'known_device', 'is_sentence_model', 'load_sentences', 'encode_sentences', 'count_cut']
+           'known_device', 'is_sentence_model', 'load_sentences', 'encode_sentences', 'embedding_size', 'reading_limit',
+           'count_cut']
 
 # %% ../nbs/03_pretrained.ipynb #c002
 import difflib
 import functools
 import hashlib
+import json
+import math
 import importlib.util
 import logging
 import socket
@@ -66,7 +69,9 @@ def _fault(loader: Callable, folder: str, error: Exception) -> str:
     kind = getattr(getattr(loader, "__self__", None), "__name__", "")
     of_tokenizer = "Tokenizer" in kind
     if isinstance(error, ImportError):
-        return f"it needs a package that is not installed: pip install {error.name}"
+        if error.name:
+            return f"it needs a package that is not installed: pip install {error.name}"
+        return f"it needs code that cannot be imported ({error})"
     wanted = (not of_tokenizer, of_tokenizer or not kind.startswith("Auto"))
     return fault_of(folder, *wanted, error) or (
         f"loading it ends with {type(error).__name__}, though its files look whole: "
@@ -274,6 +279,13 @@ def load_sentences(
 ) -> Any:  # a `SentenceTransformer`; raises `InputError` for what does not fit
     "Load a sentence model with the library, for evaluation."
     _check_backend(backend)
+    _check_kind(name)
+    if truncate_dim is not None and not (
+        isinstance(truncate_dim, int) and truncate_dim > 0
+    ):
+        raise InputError(
+            f"truncate_dim is a number of numbers to keep, 1 or more: {truncate_dim!r}"
+        )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -289,18 +301,54 @@ def load_sentences(
     try:
         with no_bars():
             model = load(loader, name)
-    except (KeyError, TypeError, ImportError, AttributeError) as error:
-        raise InputError(
-            f"cannot load the sentence model {name!r} ({type(error).__name__}: "
-            f"{error}): its modules.json may need another version of the library, or "
-            "code of its own"
-        ) from error
+    except InputError as error:
+        cause = error.__cause__
+        whole = "though its files look whole" in str(error)
+        if cause is None or not whole:
+            raise
+        said = f"{type(cause).__name__}: {str(cause).splitlines()[0][:200]}"
+        why = "its modules.json may need another version of the library, or own code"
+        if backend != "torch":
+            why = f"the backend {backend!r} does not run it; backend 'torch' may"
+        text = f"cannot load the sentence model {name!r} ({said}): {why}"
+        raise InputError(text) from cause
     if prompt_name and prompt_name not in model.prompts:
         known = ", ".join(sorted(model.prompts)) or "none"
         raise InputError(
             f"the model {name!r} has no prompt {prompt_name!r}; its prompts: {known}"
         )
     return model.eval().requires_grad_(False)
+
+
+def _check_kind(name: str) -> None:
+    "Raise `InputError` for a model of the library's other kinds, as far as it is here."
+    parts = Path(name) / "modules.json"
+    try:
+        rows = json.loads(parts.read_text("utf-8")) if parts.is_file() else []
+        right = all(isinstance(row, dict) and "type" in row for row in [*rows])
+    except ValueError:
+        right = False
+    if not right:
+        raise InputError(f"{parts} holds no list of modules: copy or download it again")
+    file = Path(name) / "config_sentence_transformers.json"
+    if not Path(name).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(name, file.name)
+        except HFValidationError:  # loading it will say what is wrong
+            return
+        file = Path(found) if isinstance(found, str) else file
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):  # the library's to judge
+        return
+    if kind not in (None, "SentenceTransformer"):
+        raise InputError(
+            f"the model {name!r} is a {kind}, which does not make one vector of fixed "
+            "length for a text: give a SentenceTransformer"
+        )
 
 
 def _check_backend(backend: str) -> None:
@@ -310,16 +358,35 @@ def _check_backend(backend: str) -> None:
         raise InputError(
             f"the backend of an encoder is one of {known}, not {backend!r}"
         )
-    needs = {"torch": (), "onnx": ("optimum", "onnxruntime")}
-    needs["openvino"] = ("optimum", "openvino")
     missing = [
-        part for part in needs[backend] if importlib.util.find_spec(part) is None
+        package
+        for part, package in _BACKENDS.get(backend, {}).items()
+        if not _is_there(part)
     ]
     if missing:
+        from importlib.metadata import version
+
         raise InputError(
-            f"the backend {backend!r} needs {' and '.join(missing)}: "
-            f"pip install 'sentence-transformers[{backend}]'"
+            f"the backend {backend!r} needs {' and '.join(missing)}, which are not "
+            f"installed: pip install 'sentence-transformers[{backend}]' in an "
+            f"environment of its own, since {missing[-1]} may want an older "
+            f"transformers than the {version('transformers')} that is here; or take "
+            "the backend 'torch', which needs nothing more"
         )
+
+
+_BACKENDS = {  # module that is imported -> package that has it
+    "onnx": {"onnxruntime": "onnxruntime", "optimum.onnxruntime": "optimum-onnx"},
+    "openvino": {"openvino": "openvino", "optimum.intel": "optimum-intel"},
+}
+
+
+def _is_there(module: str) -> bool:
+    "Tell whether a module can be found; what it is in may be missing, too."
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def encode_sentences(
@@ -327,7 +394,7 @@ def encode_sentences(
     texts: list[str],  # none of them empty, else `InputError`
     prompt_name: str = "",  # empty: the model's default
 ) -> "torch.Tensor":  # (n, size) float32 at least
-    "Embed texts as the library does."
+    "Embed texts as the library does; raise `InputError` for what it cannot embed."
     if not all(text.strip() for text in texts):
         raise InputError("the message is empty: there is nothing to encode")
     # JSON can carry a lone surrogate, half a character; a tokenizer refuses it.
@@ -335,9 +402,62 @@ def encode_sentences(
     options: dict[str, Any] = dict(convert_to_tensor=True, show_progress_bar=False)
     import torch
 
+    try:
+        with torch.no_grad():
+            found = model.encode(texts, prompt_name=prompt_name or None, **options)
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        raise InputError(
+            f"the sentence model cannot embed {texts[0][:40]!r} or one of the "
+            f"{len(texts) - 1} texts with it ({said}): no word of it may be known, it "
+            "may be longer than the model reads, or the model has to be told a task"
+        ) from error
+    plain = isinstance(found, torch.Tensor) and found.layout == torch.strided
+    if not plain or found.shape[:1] != (len(texts),) or found.ndim != 2:
+        kind = getattr(found, "layout", type(found).__name__)
+        raise InputError(
+            f"the sentence model gives no vector for each text, but {kind}: it may be "
+            "a sparse one, or one with a vector for each token"
+        )
     with torch.no_grad():
-        found = model.encode(texts, prompt_name=prompt_name or None, **options)
         return found.to(torch.promote_types(found.dtype, torch.float32)).clone()
+
+
+def embedding_size(
+    model: Any,  # a `SentenceTransformer`
+    prompt_name: str = "",  # empty: the model's default
+) -> int:  # raises `InputError` for a model that embeds nothing
+    "Find out how long the embeddings are, by embedding a word that the model knows."
+    vocabulary = getattr(_reader(model)[0], "get_vocab", list)()
+    known = [word for word in list(vocabulary)[:200] if word.strip()]
+    for text in ("a", " ".join(known) or "a"):
+        try:
+            return encode_sentences(model, [text], prompt_name).shape[1]
+        except InputError as error:
+            fault = error
+    raise fault
+
+
+def reading_limit(
+    model: Any,  # a `SentenceTransformer`
+) -> int:  # 0: any length
+    "Return how many tokens of a text a sentence model reads."
+    return _reader(model)[1]
+
+
+def _reader(model: Any) -> tuple[Any, int]:
+    "Return the tokenizer that reads texts, and how many tokens are read; 0: all."
+    part = next(iter(model), None)
+    routes = getattr(part, "sub_modules", None)  # one for each task
+    if routes is not None and (route := getattr(part, "default_route", None)):
+        part = routes[route][0]
+    tokenizer = getattr(part, "tokenizer", None)
+    own = getattr(tokenizer, "truncation", None)  # of `tokenizers`, which cuts itself
+    limit = getattr(part, "max_seq_length", None) or 0
+    limit = own["max_length"] if isinstance(own, dict) else limit
+    return tokenizer, 0 if math.isinf(limit) else int(limit)
 
 
 def count_cut(
@@ -346,13 +466,20 @@ def count_cut(
     prompt_name: str = "",  # empty: the model's default
 ) -> int:
     "Count the texts of which a sentence model reads only the first part."
-    tokenizer: Any = model.tokenizer
-    limit = getattr(model, "max_seq_length", None)
-    if not limit or not hasattr(tokenizer, "pad"):  # it reads texts of any length
-        return 0
-    if 4 * max(map(len, texts)) + 400 < limit:  # a character makes four tokens at most
-        return 0
-    prompt = model.prompts.get(prompt_name or model.default_prompt_name, "")
+    tokenizer, limit = _reader(model)
+    prompt = model.prompts.get(prompt_name or model.default_prompt_name) or ""
     whole = [prompt + text.encode("utf-8", "replace").decode() for text in texts]
-    rows = tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+    if hasattr(tokenizer, "encode_batch"):  # of `tokenizers`, which cuts by itself
+        rows = tokenizer.encode_batch(whole, add_special_tokens=False)
+        return sum(bool(row.overflowing) for row in rows)
+    if not limit:  # it reads texts of any length
+        return 0
+    if 4 * max(map(len, whole)) + 400 < limit:  # a character makes four tokens at most
+        return 0
+    if hasattr(tokenizer, "pad"):
+        rows = tokenizer(whole, truncation=False, verbose=False)["input_ids"]
+    elif hasattr(tokenizer, "tokenize"):  # the library's own, of words
+        rows = [tokenizer.tokenize(text) for text in whole]
+    else:
+        return 0
     return sum(len(row) > limit for row in rows)

@@ -18,6 +18,7 @@ import httpx
 import pytest
 from bittensor.result import RpcConnectionError
 
+from prompting_nb.baseminer.subnet import open_wallet
 from prompting_nb.config import InputError
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.chain_server import ChainServer, read_token
@@ -366,6 +367,16 @@ def test_a_chain_that_the_disk_does_not_take_is_not_said_to_be_none(tmp_path):
     with ended(program("chain", "--dir", tmp_path, "--step", 1, preexec_fn=full)) as process:
         assert process.wait(SECONDS) == 2
         assert "chain.sqlite cannot be used (" in process.stderr.read()
+
+
+@pytest.mark.parametrize("key", ["garbage", "", "{}", "[]", '{"secretSeed": 5}', '{"ss58Address": "x"}'])
+def test_a_hotkey_that_is_none_is_bad_input(tmp_path, key):
+    local_wallet(tmp_path, "me")
+    (tmp_path / "me" / "hotkeys" / "default").write_text(key)
+    with pytest.raises(InputError, match="hotkey default of wallet me in .* cannot be opened .*: choose another with --wallet.name"):
+        open_wallet("me", "default", str(tmp_path))
+    with pytest.raises(InputError, match="the wallet .*me is damaged .*: delete it"):
+        local_wallet(tmp_path, "me")
 
 
 def test_names_are_registered_all_or_none_and_who_is_pruned_is_said(tmp_path):

@@ -145,9 +145,10 @@ def test_brackets_are_no_markup(runs, tmp_path):
     one, two = tmp_path / "one [red]", tmp_path / "two"
     shutil.copytree(runs[0], one)
     shutil.copytree(runs[1], two)
-    summary = json.loads((two / "summary.json").read_text())
-    summary["settings"]["gate"], summary["graded_by"] = "[/x]", "[bold]nobody"
-    (two / "summary.json").write_text(json.dumps(summary))
+    for folder, gate, graded_by in ((one, "bayes", "the judge"), (two, "[/x]", "[bold]nobody")):
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["settings"]["gate"], summary["graded_by"] = gate, graded_by
+        (folder / "summary.json").write_text(json.dumps(summary))
     text = StringIO()
     compare_runs([one, two]).print(Console(file=text, width=300, force_jupyter=False))
     assert "one [red]" in text.getvalue() and "[/x]" in text.getvalue() and "[bold]nobody" in text.getvalue()

@@ -1,6 +1,9 @@
 """The judge: whom it flatters, ties, what it is told of itself, and judges of other libraries."""
 
+import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +14,12 @@ from sklearn.isotonic import IsotonicRegression
 from prompting_nb.config import InputError
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.tasks import Worker
-from prompting_nb.validators.audits import Auditor, Audits
+from prompting_nb.validators.audits import AuditedPolicy, Auditor, Audits, choice_value
+from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with
-from prompting_nb.validators.offsets import Offsets, drift
+from prompting_nb.validators.offsets import Offsets, Usual, drift
+from prompting_nb.validators.policies import MeanPerUid
+from prompting_nb.validators.simulate import Delay, GatePolicy, Lazy, Replace, Subnet, made_up, run_policy, simulate
 from prompting_nb.validators.validator import Policy, Validator
 from prompting_nb.validators.watch import Watch, agreement, by_author
 from toys import letter_tokenizer, save_model
@@ -290,3 +296,181 @@ def test_a_validator_has_answers_audited():
     uids = {miner.worker.name: uid for uid, miner in network.miners.items()} or {"good": 1, "bad": 2}
     last = dict(zip(events[-1].uids, events[-1].rewards))
     assert last[uids["good"]] == pytest.approx(0.9, abs=0.02) and last[uids["bad"]] == pytest.approx(0.1, abs=0.02)
+
+
+def test_an_audit_is_worth_what_it_may_change_of_the_choice():
+    levels, steps, k = np.array([0.6, 0.5, 0.48, 0.2]), np.array([0.05, 0.05, 0.05, 0.05]), 2
+    draw, found = np.random.default_rng(0), choice_value(levels, steps, k)
+    for i in range(4):
+        moved = np.tile(levels, (40_000, 1))
+        moved[:, i] += steps[i] * draw.standard_normal(len(moved))
+        rise = np.sort(moved, axis=1)[:, -k:].sum(1).mean() - levels[:k].sum()
+        assert found[i] == pytest.approx(rise, abs=6e-4)
+    assert found[1] == found[2] > found[0] > found[3]
+    assert choice_value([0.1, 0.9], [1.0, 1.0], 2).tolist() == [0, 0], "both are asked in any case"
+
+
+@pytest.mark.parametrize("rule", ["first", "doubt", "choice"])
+def test_a_rule_keeps_to_its_budget_whatever_the_judge_does(rule):
+    auditor = Auditor(Offsets(usual=Usual()), first=3, share=0.1, rule=rule, k=1)
+    keys, picked = ["5A", "5B"], 0
+    for _ in range(100):
+        picked += len(auditor.pick(keys, [0.5, 0.4]))  # no grade ever comes
+    assert picked in (2 * 3 + 19, 2 * 3 + 20), "and an expensive judge that fails is not asked for ever"
+    assert auditor.pick([], []) == [] and auditor.pick(["5New"] * 2, [0.1, 0.1]) == [0, 1]
+    with pytest.raises(InputError, match="rule of audits"):
+        Auditor(Offsets(), rule="all")
+
+
+def test_audits_go_to_those_who_contend():
+    known = Offsets({key: [0.0, 0.1] * 3 for key in ("5Best", "5Second", "5Third", "5Last")}, usual=Usual())
+    auditor = Auditor(known, first=0, share=0.25, rule="choice", k=2)
+    rewards, counts = [0.9, 0.52, 0.5, 0.1], {0: 0, 1: 0, 2: 0, 3: 0}
+    for _ in range(40):
+        for place in auditor.pick([*known.errors], rewards):
+            counts[place] += 1
+    assert counts[1] + counts[2] == 40
+
+
+def test_few_errors_are_read_with_care():
+    two = {"5A": [0.30, 0.31], "5B": [-0.1, 0.2], "5C": [0.0, 0.1]}
+    known = Offsets(two, usual=Usual())
+    assert known.certainty("5A")[1] > 100 * Offsets(two).certainty("5A")[1], "two equal errors are luck"
+    assert known.doubt("5A") > 2 * Offsets(two).doubt("5A")
+    assert Offsets({"5A": [0.5]}, usual=Usual())["5A"] > 0.03 > Offsets({"5A": [0.5]})["5A"]
+    draw = np.random.default_rng(0)
+    many = {f"5{i}": 0.1 * draw.standard_normal() + 0.3 * draw.standard_normal(400) for i in range(30)}
+    for key in many:
+        assert Offsets(many)[key] == pytest.approx(Offsets(many, usual=Usual())[key], abs=0.003)
+    doubts = [Offsets({"5A": [0.1, 0.4] * n}, usual=Usual()).doubt("5A") for n in (1, 4, 16)]
+    assert doubts == sorted(doubts, reverse=True) and Offsets(usual=Usual()).doubt("5New") == pytest.approx(0.03**0.5)
+
+
+def test_a_correction_is_a_line_that_can_be_undone():
+    draw = np.random.default_rng(1)
+    rewards = {f"5{i}": draw.random(9) for i in range(4)}
+    found = Offsets({key: 0.2 - 1.0 * r for key, r in rewards.items()}, rewards)
+    for key in (*rewards, "5New"):
+        shift, factor = found.line(key)
+        assert factor >= 0.05
+        for reward in (0.1, 0.6):
+            assert shift + factor * reward == pytest.approx(reward + found.correction(key, reward), abs=0.05)
+
+
+
+def test_what_a_gate_was_told_follows_the_corrections():
+    network = SimpleNamespace(hotkeys=["5A", "5B", "5C"])
+    gate = BayesianGatingModel(network, {"gating": {"topics": 2}}, "minilm", num_uids=3)
+    audits = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]), first=3, share=0.0)
+    draw, plain = np.random.default_rng(2), {}
+    for n in range(12):
+        audits.follow(gate)
+        texts = [f"{draw.random():.4f} {grade}" for grade in (0.2, 0.5, 0.8)]
+        plain[f"question {n}"] = [float(text.split()[0]) for text in texts]
+        rewards = audits(f"question {n}", texts, network.hotkeys)
+        gate.backward(gate(f"question {n}"), rewards)
+    audits.follow(gate)
+    kept = {n: q for n, q in zip(plain, gate.memory.questions.values())}
+    for name, question in kept.items():
+        lines = [audits.told.line(key) for key in network.hotkeys]
+        wanted = [shift + factor * reward for (shift, factor), reward in zip(lines, plain[name])]
+        assert question.rewards.tolist() == pytest.approx(wanted, abs=1e-4), "as if it had been so from the start"
+    mean = gate("question 3").tolist()
+    assert mean[0] < mean[1] - 0.05 and mean[1] < mean[2] - 0.05
+
+
+def test_several_threads_have_answers_audited():
+    audits = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]), first=20, share=0.2)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda n: audits("x", ["0.5 0.9", "0.5 0.1"], [f"5A{n % 7}", f"5B{n % 7}"]), range(400)))
+    assert audits.answers == 800 and audits.graded == sum(map(len, audits.offsets.errors.values()))
+    assert all(rewards.isfinite().all() for rewards in found)
+
+
+def test_audits_of_a_judge_that_is_not_corrected_are_refused():
+    with pytest.raises(InputError, match="would change nothing"):
+        Audits(Judge(Numbers(), correct=False), lambda *_: 0.5)
+    with pytest.raises(InputError, match="as many hotkeys: 1"):
+        Audits(Judge(Numbers()), lambda *_: 0.5)("x", ["0.1", "0.2"], ["5A"])
+
+
+def flattered(seed, names=None):
+    subnet = made_up(uids=10, topics=2, seed=seed, spare=1, level=0.08, own=0.02)
+    bias = 0.2 * np.random.default_rng(seed).standard_normal(11)
+    return Subnet(subnet.grades, 0.5 * subnet.grades + 0.225 + bias, subnet.embeddings, subnet.prompts, subnet.topics, 10, names)
+
+
+@pytest.mark.parametrize("rule", ["first", "doubt", "choice"])
+@pytest.mark.parametrize("kind", ["gate", "mean"])
+def test_audits_help_any_policy(kind, rule):
+    make = {"gate": GatePolicy, "mean": lambda subnet, seed: MeanPerUid(subnet.metagraph, seed=seed)}[kind]
+    made = []
+
+    def audited(subnet, seed):
+        made.append(AuditedPolicy(make(subnet, seed), subnet, rule=rule))
+        return made[-1]
+
+    found = simulate(flattered, {"alone": make, "audited": audited}, 3, steps=120, events=[Replace()])
+    assert found.figure("audited", "lead", minus="alone").mean > 0.02
+    assert all(policy.audits <= 11 * 4 + 0.05 * 360 for policy in made)
+
+
+def test_audits_grade_the_answer_that_was_given():
+    "Whoever gave it, under whatever name, and late."
+    names = [f"model {i} (7b)" for i in range(11)]
+    events = [Replace([0], 40, silent=True), Replace([1], 60), Lazy([2], 0, share=0.0), Delay(5)]
+    seen = []
+
+    class Spy(AuditedPolicy):
+        def learn_graded(self, prompt, uids, rewards, grades):
+            seen.extend((self.policy.hotkeys[u], g) for u, g in zip(uids.tolist(), grades.tolist()))
+            super().learn_graded(prompt, uids, rewards, grades)
+
+    subnet = flattered(0, names)
+    spy = Spy(MeanPerUid(subnet.metagraph), subnet, first=3)
+    run = run_policy(subnet, spy, k=3, steps=100, events=events)
+    assert {grade for key, grade in seen if key == names[2]} == {0.0}, "a lazy answer is worth nothing"
+    true = {round(float(value), 6) for value in run.grades.ravel()}
+    assert spy.audits and {round(grade, 6) for _, grade in seen} <= true
+
+
+def test_a_memory_that_forgets_is_not_corrected():
+    policy = MeanPerUid(SimpleNamespace(hotkeys=["5A"]), half_life=10.0)
+    with pytest.raises(InputError, match="half forgotten"):
+        policy.correct({0: (0.1, 1.0)})
+
+
+def test_audits_go_on_where_they_stopped(tmp_path):
+    network, grade = SimpleNamespace(hotkeys=["5A", "5B"]), lambda _, text: float(text.split()[1])
+    make = lambda: BayesianGatingModel(network, {"gating": {"topics": 2}}, "minilm", num_uids=2)
+    gate, audits = make(), Audits(Judge(Numbers()), grade, first=3)
+    for n in range(6):
+        audits.follow(gate)
+        gate.backward(gate(f"question {n}"), audits(f"question {n}", ["0.5 0.9", "0.6 0.1"], network.hotkeys))
+    audits.follow(gate)
+    gate.save(tmp_path / "gate")
+    audits.judge.save(tmp_path / "judge.json")
+    again, other = Audits(Judge.load(tmp_path / "judge.json", Numbers()), grade, first=3), make()
+    again.restore(json.loads(json.dumps(audits.state())))
+    other.load(tmp_path / "gate")
+    again.follow(other)
+    told = [question.rewards.tolist() for question in gate.memory.questions.values()]
+    assert [question.rewards.tolist() for question in other.memory.questions.values()] == told, "not corrected twice"
+    assert again.auditor.credit == audits.auditor.credit and again.graded == audits.graded > 0
+    texts = ["0.5 0.9", "0.6 0.1"]
+    assert again("x", texts, network.hotkeys).tolist() == audits("x", texts, network.hotkeys).tolist()
+
+
+def test_a_state_holds_alarms_and_a_smaller_memory_keeps_the_newest(tmp_path):
+    network = SimpleNamespace(hotkeys=["5A", "5B"])
+    make = lambda memory: BayesianGatingModel(network, {"gating": {"memory": memory}}, "minilm", num_uids=2)
+    gate = make(100)
+    for n in range(8):
+        gate.backward(gate(f"question {n}")[[0]], torch.tensor([0.5]))
+    gate.watch.mean[1], gate.watch.count[1] = -2.0, 30.0
+    gate.save(tmp_path / "gate")
+    small = make(3)
+    small.load(tmp_path / "gate")
+    assert small.watch.alarmed == [1] and small.watch.count.tolist() == [8, 30]
+    kept = [question.at for question in small.memory.questions.values()]
+    assert kept == [5, 6, 7]

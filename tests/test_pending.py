@@ -148,6 +148,36 @@ def test_the_curve_goes_from_the_best_to_the_cheapest():
     with pytest.raises(InputError, match="should be"):
         cost_curve(grades, grades[:, :3], price)
 
+
+def test_numbers_are_never_given_twice_and_rewards_reach_their_own_question():
+    policy = MeanPerUid(NETWORK)
+    pending = Pending(policy)
+    assert pending.add("a", [0], id=3) == 3 and pending.add("b", [1]) == 4
+    with pytest.raises(InputError, match="waits for its rewards already"):
+        pending.add("c", [2], id=4)
+    assert pending.reward(4, {"1": 0.9}) == 1, "uids from JSON are texts"
+    assert pending.add("d", [1]) == 5 and pending.reward(4, {1: 0.1}) == 0
+    for uids, hotkeys in (([0, 0], None), ([7], None), ([0, 1], ["k0"])):
+        with pytest.raises(InputError, match="different uids with a hotkey each"):
+            pending.add("e", uids, hotkeys=hotkeys)
+    for wrong in ({0.5: 1.0}, {"one": 1.0}, {0: float("inf")}):
+        with pytest.raises((TypeError, ValueError)):
+            pending.reward(3, wrong)
+    state = pending.state()
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        pending.restore({"open": [[1, "x"]], "number": 0, "counts": {}})
+    assert pending.state() == state, "what cannot be read changes nothing"
+
+
+def test_prices_that_buy_nothing_are_refused():
+    for wrong, text in ((dict(worth=math.nan), "finite and greater than 0"), (dict(budget=math.inf), "finite and greater than 0"),
+                        (dict(budget=0.5), "buys nothing"), (dict(worth=1.0, rate=math.nan), "rate")):
+        with pytest.raises(InputError, match=text):
+            Prices({"k0": 1.0, "k1": 4.0}, **wrong)
+    with pytest.raises(InputError, match="finite and at least 0"):
+        Prices({"k0": "1"}, worth=1.0)
+    assert Prices({"k0": 1.0}, budget=2.0).paid([]) == 0.0
+
 # ---------------------------------------------------------------- in a validator
 
 

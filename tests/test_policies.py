@@ -108,3 +108,25 @@ def test_scores_alone_are_enough_and_nothing_is_refused():
     assert ask(scored, "", 1, available=[0, 2], epsilon=0).uids.tolist() == [2]
     with pytest.raises(InputError, match="SimpleNamespace has neither"):
         ask(SimpleNamespace(), "", 1)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_nothing_wrong_is_learned(name):
+    policy = MAKE[name]()
+    nan, inf = float("nan"), float("inf")
+    for uids, rewards in (([0, 1], [0.5, nan]), ([0], [inf]), ([2, 2], [0.1, 0.2]), ([N], [0.5]), ([-1], [0.5]), ([0, 1], [0.5])):
+        with pytest.raises(ValueError, match="rewards"):
+            policy.learn("0 1", torch.tensor(uids), torch.tensor(rewards))
+    uids = ask(policy, "0 1", K).uids
+    policy.learn("0 1", uids, torch.tensor([1, 0]))  # whole numbers are rewards, too
+    assert ask(policy, "0 1", K).propensities.isfinite().all()
+    with pytest.raises(InputError, match="only 1 of"):
+        ask(policy, "0 1", 2, [3])
+
+
+def test_a_ridge_that_is_none_is_refused():
+    for wrong in (dict(ridge=0.0), dict(noise=-1.0), dict(half_life=float("nan"))):
+        with pytest.raises(InputError, match="a ridge regression needs"):
+            LinTS(NETWORK, encoder, PROMPTS, **wrong)
+    with pytest.raises(InputError, match="some prompts"):
+        LinTS(NETWORK, encoder, [])

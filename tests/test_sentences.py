@@ -1,15 +1,24 @@
 "Sentence models of many kinds: the encoder's embeddings are those of the library, and gates and miners use them."
 
+import importlib.util
 import logging
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.models import CNN, LSTM, BoW, Dense, Normalize, Pooling, Router, StaticEmbedding, Transformer
+from sentence_transformers.models import WordEmbeddings, WordWeights
+from sentence_transformers.models.tokenizer import WhitespaceTokenizer
+from sentence_transformers.sparse_encoder.models import MLMTransformer, SpladePooling
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from toys import LETTERS, letter_tokenizer, save_model
 
 from prompting_nb.baseminer.miners import sentence_encoder
@@ -196,3 +205,86 @@ def test_without_the_library_the_error_says_what_to_install(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(InputError, match="pip install sentence-transformers"):
         Encoder(folder)
+
+
+def words(limit=10**6):
+    vocab = sorted({word for text in TEXTS for word in text.split()})
+    numbers = np.random.default_rng(0).normal(size=(len(vocab) + 1, 8)).astype("float32")
+    return WordEmbeddings(WhitespaceTokenizer([*vocab, "PADDING_TOKEN"], stop_words=()), numbers, max_seq_length=limit)
+
+
+def static(limit=None):
+    ids = {word: i for i, word in enumerate(["[UNK]", *sorted({word for text in TEXTS for word in text.split()})])}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    if limit:
+        tokenizer.enable_truncation(limit)
+    return StaticEmbedding(tokenizer, embedding_dim=8)
+
+
+ROUTES = {"query": (16, "cls"), "document": (48, "mean")}
+OTHERS = {  # name -> (modules of a transformer's folder, texts of TEXTS that are cut)
+    "bag of words": (lambda bert: [BoW([*"gate", "gate", "miners"], {"gate": 3.0})], 0),
+    "words": (lambda bert: [words(), Pooling(8)], 0),
+    "words, cut": (lambda bert: [words(3), Pooling(8)], 2),
+    "weighted words": (lambda bert: [words(), WordWeights(words().tokenizer.get_vocab(), {"gate": 9.0}), Pooling(8)], 0),
+    "lstm": (lambda bert: [words(), LSTM(8, 6), Pooling(12)], 0),
+    "cnn": (lambda bert: [Transformer(bert, max_seq_length=32), CNN(16, 8, [1, 3]), Pooling(16)], 1),
+    "static": (lambda bert: [static()], 0),
+    "static, cut": (lambda bert: [static(4)], 2),
+    "router": (lambda bert: [Router({name: [Transformer(bert, max_seq_length=length), Pooling(16, pooling_mode=mode)]
+                                     for name, (length, mode) in ROUTES.items()}, default_route="query")], 2),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_of_modules(kind, bert, tmp_path):
+    torch.manual_seed(2)
+    make, cut = OTHERS[kind]
+    SentenceTransformer(modules=make(bert), device="cpu").save(str(tmp_path))
+    encoder = Encoder(str(tmp_path))
+    same(encoder(TEXTS), library(str(tmp_path)))
+    assert encoder.cut == cut and encoder.hidden_size == encoder("gate").numel()
+    check_encoder(str(tmp_path))
+
+
+def test_what_has_no_vector_for_a_text_is_refused(bert, tmp_path):
+    torch.manual_seed(2)
+    both = {name: [Transformer(bert), Pooling(16)] for name in ROUTES}
+    parts = {"tasks": [Router(both, allow_empty_key=False)], "words": [words(), LSTM(8, 6), Pooling(12)]}
+    for name, modules in parts.items():
+        SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / name))
+    shutil.copytree(tmp_path / "words", tmp_path / "damaged")
+    (tmp_path / "damaged" / "modules.json").write_text("[oops")
+    with pytest.raises(InputError, match="told a task"):
+        Encoder(str(tmp_path / "tasks"))
+    torch.manual_seed(2)
+    config = transformers.BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "mlm")
+    letter_tokenizer(bert=True).save_pretrained(tmp_path / "mlm")
+    SparseEncoder(modules=[MLMTransformer(str(tmp_path / "mlm")), SpladePooling("max")], device="cpu").save(str(tmp_path / "sparse"))
+    for load in (Encoder, check_encoder):
+        with pytest.raises(InputError, match="is a SparseEncoder"):
+            load(str(tmp_path / "sparse"))
+    encoder = Encoder(str(tmp_path / "words"))
+    same(encoder(["zzz"]), library(str(tmp_path / "words"), ["zzz"]))  # no word of it is known
+    with pytest.raises(InputError, match="no list of modules"):
+        Encoder(str(tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize("dim", [0, -3, 2.5, "8"])
+def test_a_size_that_is_none_is_refused(make, dim):
+    with pytest.raises(InputError, match="1 or more"):
+        Encoder(make(), truncate_dim=dim)
+
+
+@pytest.mark.parametrize("backend, package", [("onnx", "optimum-onnx"), ("openvino", "optimum-intel")])
+def test_a_backend_that_is_half_installed_is_named(make, monkeypatch, backend, package):
+    "With the runtime alone, or with a base package that lacks the part."
+    found = importlib.util.find_spec
+    runtimes = ("onnxruntime", "openvino")
+    half = lambda name: sys if name in runtimes else None if "optimum" in name else found(name)
+    monkeypatch.setattr(importlib.util, "find_spec", half)
+    wanted = f"needs {package}, .* pip install 'sentence-transformers.{backend}.' in an environment of its own"
+    with pytest.raises(InputError, match=wanted):
+        Encoder(make(), backend=backend)

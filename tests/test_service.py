@@ -265,6 +265,17 @@ def test_that_no_weights_are_set_is_said(network, tmp_path, caplog):
     assert network.chain.weights == {} and caplog.text.count("none are set") == 1
 
 
+def test_a_uid_that_changed_hands_a_block_ago_inherits_no_weight(network, tmp_path):
+    network.chain.step(20)
+    settings = dict(prompts=None, no_set_weights=False, weights_every=1000, sync_every=10_000)
+    with service_of(network, tmp_path, k=4, **settings) as service:
+        service.step("Is 1 a number?")
+        network.chain.replace(2, "a newcomer")
+        network.chain.step(1000)
+        until(lambda: network.chain.weights)
+    assert 2 not in network.chain.weights[0] and len(network.chain.weights[0]) == 3
+
+
 def test_weights_are_committed_and_revealed_and_carry_the_version_key(network, tmp_path, caplog):
     rules = network.chain.subnet.rules
     network.chain.subnet.tempo = 10
@@ -467,6 +478,14 @@ def test_a_service_waits_while_files_may_not_grow(tmp_path):
     found = [e["step"] for e in events(tmp_path)]
     assert found == list(range(int(out.stdout))) and "an event waits to be written" in out.stderr
     assert read_about(tmp_path)["step"] == len(found) and not list(tmp_path.glob(".state-*"))
+
+
+def test_an_event_that_is_being_written_is_no_problem(network, tmp_path, monkeypatch):
+    with service_of(network, tmp_path, prompts=None) as service:
+        append, seen = service.journal.append, []
+        monkeypatch.setattr(service.journal, "append", lambda event: (seen.append(service.problems()), append(event)))
+        service.step("Is 1 a number?")
+    assert seen == [[]]
 
 
 def test_a_log_on_a_full_device(network, tmp_path, caplog):

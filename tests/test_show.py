@@ -239,3 +239,18 @@ def test_what_holds_a_model_is_one_line():
 
     assert repr(Encoder("minilm")) == "Encoder('minilm', 384 dimensions, windows of 256 tokens)"
     assert repr(TextEncoder("minilm", device="cpu")) == "TextEncoder('minilm', mean pooling, 384 dimensions, at most 512 tokens)"
+
+
+def test_records_of_runs_do_not_grow_with_their_steps():
+    from prompting_nb.network.incentives import Honest, Laboratory, Steady
+    from prompting_nb.reward.training import History
+    from prompting_nb.validators.simulate import Always, made_up, simulate
+
+    run = Laboratory({"ann": Honest()}, [1], {"good": Steady(0.9)}).run(50)
+    assert repr(run) == "Run(50 epochs, validators ['ann'], miners ['good'])"
+    steps = [{"step": n, "loss": 0.5} for n in range(50)]
+    assert repr(History(steps)).startswith("History(50 steps in 1 epoch") and len(repr(History(steps))) < 250
+    policies = {"always": lambda subnet, seed: Always([0, 1])}
+    found = simulate(lambda seed: made_up(uids=4, topics=2, seed=seed), policies, seeds=2, steps=9, k=2)
+    one = found.runs["always"][0]
+    assert repr(one) == f"Run(seed {one.seed}, 9 steps, 2 of {len(one.grades[0])} uids at each)"

@@ -239,3 +239,99 @@ def test_policies_of_the_package_and_those_with_scores_alone_can_run():
     (run, _) = results.runs["lowest"]
     assert (run.uids == [0, 1, 2]).all(1).mean() > 0.9 and run.scores[5].tolist() == [-i for i in range(12)]
     assert 0.9 < np.median(run.propensities) <= run.propensities.max() <= 1
+
+
+def test_another_miner_starts_without_what_was_done_to_the_old():
+    lazy = run_policy(flat(spare=1), Always([3]), k=1, events=[Replace([3], 20), Lazy([3], 0, share=0.0)])
+    assert (lazy.grades[:20, 3] == 0).all() and (lazy.grades[20:, 3] == 0.4).all(), "a newcomer is not lazy"
+    silent = run_policy(flat(spare=1), Always([3]), k=1, events=[Replace([3], 20, silent=True), Lazy([3], 0, share=0.0)])
+    assert (silent.grades[20:, 3] == 0.4).all()
+    copies = run_policy(flat(spare=1), Always([1, 2, 3]), k=3, events=[Copies([1, 2, 3]), Replace([1], 20)])
+    assert copies.grades[19].tolist() == pytest.approx([0, 0.1, 0.1, 0.1]) and copies.distinct[19] == 1
+    assert copies.grades[20].tolist() == pytest.approx([0, 0.4, 0.2, 0.2]), "the next of them is copied"
+    assert copies.distinct[20] == 2
+
+
+def test_a_newcomer_drifts_from_its_own_skill():
+    subnet = Subnet(np.tile([[0.2, 0.5, 0.8, 0.5]], (400, 1)), uids=3)
+    for order in ([Replace([0], 200), Drift(1.0)], [Drift(1.0), Replace([0], 200)]):
+        run = run_policy(subnet, Always([0]), k=1, events=order)
+        assert np.allclose(run.grades[:200], [0.2, 0.5, 0.8]) and np.allclose(run.grades[200:], 0.5 * np.array([1, 1, 1.6]))
+    gone = run_policy(subnet, Always([0]), k=1, events=[Drift(0.0), Replace([0], 200)])
+    assert gone.grades.std(0).min() > 0.1 and np.isfinite(gone.grades).all()
+
+
+def test_drift_needs_no_prompt_of_every_topic():
+    grades = np.random.default_rng(0).random((40, 5))
+    run = run_policy(Subnet(grades, topics=[0, 2] * 20), Always([0]), k=1, events=[Drift(0.9)])
+    assert np.isfinite(run.grades).all() and run.grades.std(0).min() > 0
+
+
+def test_events_of_a_kind_add_up():
+    two = run_policy(flat(prompts=200), Always([1]), k=1, events=[Delay(2), _late])
+    once = run_policy(flat(prompts=200), Recorder(flat()), k=2, events=[_late, Delay(0)])
+    assert np.isnan(once.told[-3:]).all() and np.isfinite(once.told[:-3]).all(), "3 steps and none"
+    assert np.isfinite(two.told[0]).all()
+    chain = run_policy(flat(), Always([0, 1, 2]), k=3, events=[Copies([0, 1]), Copies([1, 2], 20)])
+    assert chain.distinct.tolist() == [2] * 20 + [1] * 20 and chain.grades[30].tolist() == pytest.approx([0, 0, 0, 0.3])
+    turned = run_policy(flat(), Always([1, 2, 3]), k=3, events=[Copies([2, 3]), Copies([1, 2], 20)])
+    assert turned.grades[30].tolist() == pytest.approx([0, 0.1, 0.1, 0.1]), "who copies a copy copies its source"
+    shifted = run_policy(made_up(8, 2, 60), Always([0]), k=1, events=[Drift(0.9), Drift(0.9)])
+    single = run_policy(made_up(8, 2, 60), Always([0]), k=1, events=[Drift(0.9)])
+    assert shifted.grades.std(0).mean() > single.grades.std(0).mean()
+
+
+def test_every_event_at_once_and_an_event_used_twice():
+    events = [Drift(0.99), Replace(0.25), Replace("most asked", 0.3, silent=True), Lazy(0.5, 0.2), Copies(0.5, 0.4), Noise(0.2, 2.0),
+              Noise(outliers=0.1), Delay(9, lost=0.2)]
+    one, other = (simulate(subnets, {"any": Recorder}, [4], steps=50, events=events).runs["any"][0] for _ in range(2))
+    assert np.isfinite(one.grades).all() and ((one.grades >= 0) & (one.grades <= 1)).all()
+    assert np.array_equal(one.grades, other.grades) and np.array_equal(one.told, other.told, equal_nan=True)
+    lazy = Lazy([3], 20, share=0.0)
+    for _ in range(2):
+        run = run_policy(flat(), Always([3]), k=1, events=[lazy])
+        assert (run.grades[:20, 3] == 0.3).all() and (run.grades[20:, 3] == 0).all(), "nothing is left from the run before"
+
+
+def test_a_hotkey_is_never_given_twice():
+    subnet = Subnet(flat(3, spare=1).grades, uids=3, names=["a", "b", "c", "a (2)"])
+    policy = Recorder(subnet)
+    run_policy(subnet, policy, k=2, events=[Replace(3, step) for step in range(5, 30)])
+    seen = ["a", "b", "c"] + [key for before, now in policy.moves for key in now if key not in before]
+    assert len(set(seen)) == len(seen) == 3 + 25 * 3
+
+
+WRONG = {
+    "rho": lambda: Drift(1.1), "rho nan": lambda: Drift(np.nan), "lazy share": lambda: Lazy(share=-0.1), "sd": lambda: Noise(-1.0),
+    "freedom": lambda: Noise(freedom=0.0), "outliers": lambda: Noise(outliers=2.0), "most": lambda: Delay(-1),
+    "lost": lambda: Delay(lost=1.5),
+    "sd inf": lambda: Noise(np.inf), "name": lambda: Replace("best"), "mask": lambda: Replace([True, False, False, True]),
+    "halves": lambda: Replace([0.5, 1.0]), "twice": lambda: Replace([1, 1]), "share": lambda: Replace(1.5), "nan": lambda: Replace(np.nan),
+    "when": lambda: Replace(0.25, np.nan), "too many": lambda: Copies(5)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_events_are_named(name):
+    with pytest.raises(InputError, match="event|must be a number|outside"):
+        run_policy(flat(), Recorder(flat()), k=1, events=[WRONG[name]()])
+
+
+def test_wrong_runs_and_tables_are_named():
+    always = {"a": lambda *_: Always([0])}
+    for wrong, text in ((dict(steps=0), "a step or more"), (dict(steps=-5), "a step or more"), (dict(seeds=[3, 3]), "come twice"),
+                        (dict(seeds=[-1]), "from 0 on"), (dict(last=0.0), "share of the run"),
+                        (dict(policies={"a": Always([0])}), "must be a function")):
+        with pytest.raises(InputError, match=text):
+            simulate(flat(), **({"policies": always, "seeds": 1, "k": 1} | wrong))
+    for wrong, text in ((dict(topics=[0, -1]), "topics"), (dict(topics=[0.5, 1]), "topics"), (dict(embeddings=[[np.nan], [1]]), "finite")):
+        with pytest.raises(InputError, match=text):
+            Subnet([[0.1], [0.2]], **wrong)
+    with pytest.raises(InputError, match="a prompt at least"):
+        Subnet(np.zeros((0, 3)))
+    with pytest.raises(InputError, match="two embeddings"):
+        Subnet([[0.1], [0.2]], embeddings=np.eye(2), prompts=["x", "x"]).encoder()
+    assert Subnet([[0.1], [0.2]], prompts=np.array(["x", "y"]), names=np.array(["z"])).prompts == ["x", "y"]
+    unsure = Always([0])
+    unsure.choose = lambda *_: Selection(torch.tensor([0]), torch.zeros(1))
+    with pytest.raises(InputError, match="propensities"):
+        run_policy(flat(), unsure, k=1)

@@ -173,6 +173,11 @@ def test_titles_are_rendered(site):
     assert soup(site / "loop" / "subnet.html").h1.code.get_text() == "subnet"
 
 
+def test_no_flag_became_a_dash(site):
+    "Pandoc makes a dash of two hyphens, also in `--out` where a docstring names it."
+    assert [(p.name, found) for p in pages(site) if (found := re.findall(r"\s\u2013[a-z][a-z-]*", soup(p).get_text()))] == []
+
+
 def test_links_to_the_repository_and_the_sitemap(site):
     tree = soup(site / "loop" / "run.html")
     links = {a.get_text(): a["href"] for a in tree.select(".repo-actions a")}
@@ -585,7 +590,7 @@ QUESTIONS = {  # what is asked: what is among the first three
     "event log format": "validators/event",
     "early stopping": "reward/training",
     "compare two runs": "loop/compare",
-    "why was a uid asked": "explain|loop/ask",
+    "explain why a uid was asked": "explain",
 }
 
 

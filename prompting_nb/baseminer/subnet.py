@@ -171,9 +171,17 @@ def open_wallet(
     try:
         _ = wallet.hotkey
     except OSError as error:
-        another = "choose another with --wallet.name and --wallet.hotkey"
-        raise InputError(f"{error}: create it, or {another}") from None
+        raise InputError(f"{error}: create it, or {_ANOTHER}") from None
+    except Exception as error:  # of a file that holds no key, or a locked one
+        why = " ".join(str(error).split())
+        if isinstance(error, EOFError):
+            why = "it has a password, and there is no terminal to type it"
+        place = f"the hotkey {hotkey} of wallet {name} in {path}"
+        raise InputError(f"{place} cannot be opened ({why}): {_ANOTHER}") from None
     return wallet
+
+
+_ANOTHER = "choose another with --wallet.name and --wallet.hotkey"
 
 
 def open_client(

@@ -19,8 +19,9 @@ from .batches import micro_batches, pad_rows
 from .pooling import mean_direction, mean_pooling
 from .weights import frozen_model, own_weights
 from .windows import context_size, windows
-from ..pretrained import count_cut, encode_sentences
-from ..pretrained import is_sentence_model, load, load_sentences, resolve
+from ..pretrained import count_cut, embedding_size, encode_sentences
+from ..pretrained import is_sentence_model, load, load_sentences
+from ..pretrained import reading_limit, resolve
 from ..help.usage import count_of
 from ..show import arguments_in_help
 
@@ -59,7 +60,7 @@ class Encoder(torch.nn.Module):
         self.pool, self.combine = pool, combine
         self.max_windows, self.cache = max_windows, EmbeddingCache(cache_size)
         # a model that says how its tokens become one vector, unless `pool` does
-        wanted = bool(prompt_name or truncate_dim or backend != "torch")
+        wanted = bool(prompt_name or truncate_dim is not None or backend != "torch")
         known = wanted or is_sentence_model(model_name)
         self.sentences = pool is mean_pooling and known
         if wanted and not self.sentences:
@@ -98,9 +99,9 @@ class Encoder(torch.nn.Module):
             )
         if precision == "bfloat16":
             self.model.bfloat16()
-        self.tokenizer = self.model.tokenizer
-        self.window = getattr(self.model, "max_seq_length", None) or 0  # 0: any length
-        self._size = encode_sentences(self.model, ["a"], self.prompt_name).shape[1]
+        self.tokenizer = getattr(self.model, "tokenizer", None)
+        self.window = reading_limit(self.model)  # 0: any length
+        self._size = embedding_size(self.model, self.prompt_name)
 
     def train(
         self,

@@ -437,7 +437,8 @@ def _alike(run: RunFolder) -> Optional[str]:  # `None`: not known
     same = {k: v for k, v in flags.items() if k not in ("seed", *_PLACES)}
     if flags.get("prompts"):  # a file that moved is the same file
         same["prompts"] = None
-    listed = data.get("files") if isinstance(data.get("files"), list) else []
+    listed = data.get("files")
+    listed = listed if isinstance(listed, list) else []
     files = [file.get("sha256") for file in listed if isinstance(file, dict)]
     if isinstance(flags.get("miners"), str):
         same["miners"] = None

@@ -226,7 +226,8 @@ class Service:
             found.append("it is stopping")
         if not self.validator.serving():
             found.append("no miner of the subnet serves")
-        if self._unwritten:
+        # while an event is being written it waits for a moment, and nothing is wrong
+        if self._unwritten and self._said.get("disk"):
             found.append(
                 f"{count_of(len(self._unwritten), 'event')} could not be written"
             )
@@ -401,9 +402,11 @@ class Service:
 
     def _set_weights(self, block: int) -> None:
         "Set weights; where the chain refuses, once more at the next block."
+        weights = self._weights()
+        if weights and self._synced_at < block:  # a uid may have changed hands since
+            self._sync(block)
+            weights = self._weights()
         try:
-            with self._lock:
-                weights = self.validator.weights()
             if weights:
                 self.validator.set_weights(weights, self.settings.version_key)
                 self.weights, self._tried_at = weights, block
@@ -416,6 +419,10 @@ class Service:
         except RuntimeError as error:
             self.metrics.weights.labels("refused").inc()
             self._say("weights", f"{error}; another attempt at the next block")
+
+    def _weights(self) -> dict[int, float]:
+        with self._lock:
+            return self.validator.weights()
 
     def _say(self, subject: str, text: str) -> None:
         "Log a condition once, and once more when it is over."

@@ -24,6 +24,7 @@ from ..config import InputError
 from ..files import reason_of
 from .journal import Journal
 from ..show import arguments_in_help
+from ..validators.audits import Audits
 from ..validators.judge import Judge
 from ..validators.validator import Validator
 from ..help.usage import count_of
@@ -61,8 +62,8 @@ def save_state(
     try:
         draft.mkdir(parents=True)
         validator.gate.save(draft / "gate.safetensors")
-        if isinstance(validator.judge, Judge):
-            validator.judge.save(draft / "judge.json")
+        if (judge := _judge_of(validator)) is not None:
+            judge.save(draft / "judge.json")
         averages = validator.averages
         content = {
             "format": _FORMAT,
@@ -74,6 +75,8 @@ def save_state(
             "counts": dict(averages.counts),
             "pending": validator.pending.state(),
             "price_weight": validator.prices.weight if validator.prices else None,
+            "copies": validator.copies.state(),
+            "audits": audits.state() if (audits := _audits_of(validator)) else None,
             "about": about,
         }
         with open(draft / "validator.json", "w", encoding="utf-8") as file:
@@ -135,7 +138,13 @@ def resume(
     prices = validator.prices
     if prices and prices.budget and saved.get("price_weight") is not None:
         prices.weight = saved["price_weight"]  # that the budget was met with
-    _judge_again(validator.judge, path / "judge.json")
+    _judge_again(_judge_of(validator), path / "judge.json")
+    try:
+        validator.copies.restore(saved.get("copies") or [])
+        if (audits := _audits_of(validator)) and saved.get("audits"):
+            audits.restore(saved["audits"])
+    except _ODD:
+        raise _damaged(path, "copies or audits") from None
     found = Saved(path, saved["step"], saved["about"])
     late = deque(journal.late(start=saved["about"].get("late_rewards", 0)))
     for entry in journal.read(start=saved["step"]):
@@ -187,8 +196,9 @@ def _learn_event(validator: Validator, entry: dict) -> None:
     if len({len(row) for row in given[1:]}) > 1:
         raise ValueError("it has more uids, hotkeys or rewards than the others")
     validator.observe(*given)
-    if (counts := entry.get("watched")) and isinstance(validator.judge, Judge):
-        watch = validator.judge.watch
+    counts, judge = entry.get("watched"), _judge_of(validator)
+    if counts and judge is not None:
+        watch = judge.watch
         watch.seen, watch.below, watch.above = counts
 
 
@@ -282,12 +292,23 @@ def _damaged(path: Path, name: str) -> InputError:
     )
 
 # %% ../../nbs/loop/09_state.ipynb #c016
+def _audits_of(validator: Validator) -> Optional[Audits]:
+    "Return a validator's judge if it is one with audits."
+    return validator.judge if isinstance(validator.judge, Audits) else None
+
+
+def _judge_of(validator: Validator) -> Optional[Judge]:
+    "Return the judge that has corrections; with audits it is the one behind them."
+    judge = getattr(_audits_of(validator), "judge", validator.judge)
+    return judge if isinstance(judge, Judge) else None
+
+
 def _judge_again(
-    judge: Any,  # of the validator; changed in place
+    judge: Optional[Judge],  # of the validator; changed in place
     path: Path,  # what was saved of it; there may be nothing
 ) -> None:  # raises `InputError` for a file that holds no judge
     "Give a judge the corrections and counts that it had."
-    if not isinstance(judge, Judge) or not path.exists():
+    if judge is None or not path.exists():
         return
     before = Judge.load(path, judge.model)
     curve = lambda one: (list(one.scores), list(one.grades), one.ties)
@@ -295,4 +316,5 @@ def _judge_again(
         text = "%s has another curve: corrections and counts of the judge begin anew"
         _log.warning(text, path)
         return
+    before.offsets.usual = judge.offsets.usual
     judge.offsets, judge.watch = before.offsets, before.watch

@@ -246,10 +246,11 @@ class SubnetProcesses:
         # the processes of a subnet that was killed hold theirs for some seconds more
         deadline = time.monotonic() + timeout
         for name in names:
-            port = self._ports.get(name)
-            while port and not (free := is_free(port)) and time.monotonic() < deadline:
+            if (port := self._ports.get(name)) is None:
+                continue
+            while not (free := is_free(port)) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            if port and not free:
+            if not free:
                 del self._ports[name]
                 self.say(f"port {port} of {name} is taken: it gets another one")
 

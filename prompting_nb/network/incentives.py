@@ -176,6 +176,10 @@ class Run:
     bonds: np.ndarray  # (epochs, validators, uids)
     stake: np.ndarray  # (epochs, validators), shares, as each epoch began
 
+    def __repr__(self) -> str:  # not the arrays
+        names = f"validators {self.validators}, miners {self.miners}"
+        return f"Run({len(self.quality)} epochs, {names})"
+
     def yields(
         self,
         last: float = 0.5,  # share of the epochs, from the end

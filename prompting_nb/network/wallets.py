@@ -92,7 +92,7 @@ def local_wallet(
     folder: str | Path,  # of the wallets, made if it is missing
     name: str,  # of the wallet
     hotkey: str = "default",  # name of one of its hotkeys
-) -> bt.Wallet:  # raises `InputError` for a name that is no name of a file
+) -> bt.Wallet:  # raises `InputError` for a name of no file, and a damaged wallet
     "Open a wallet of a local subnet, and make the keys that it lacks."
     check_names(name, hotkey)
     path = Path(folder).expanduser() / name
@@ -105,4 +105,9 @@ def local_wallet(
         wallet.regenerate_coldkey(seed=os.urandom(32), use_password=False)
     if not (path / "hotkeys" / hotkey).exists():
         wallet.regenerate_hotkey(seed=os.urandom(32), use_password=False)
+    try:
+        _ = wallet.hotkey, wallet.coldkeypub
+    except Exception as error:  # of a file that holds no key
+        why = " ".join(str(error).split())
+        raise InputError(f"the wallet {path} is damaged ({why}): delete it") from None
     return wallet

@@ -213,6 +213,9 @@ class History:
     equal: int = 0  # pairs that were dropped because cutting made them equal
     undecided: int = 0  # rankings that were left out: all completions have one score
 
+    def __repr__(self) -> str:  # not the record of every step
+        return f"History({self.summary()}; {self.stopped})"
+
     def trend(self) -> tuple[float, float] | None:  # `None` for fewer than two steps
         "Compute the mean loss of the first quarter of the steps, and of the last."
         losses = [step["loss"] for step in self.steps]

@@ -240,7 +240,7 @@ class BayesianGatingModel(BaseGatingModel):
     ) -> None:
         "Write posteriors, prior, topics, memory and hotkeys to a safetensors file."
         tensors = {"centres": self.centres} | self.beliefs.tensors()
-        tensors |= self.memory.tensors()
+        tensors |= self.memory.tensors() | self.watch.tensors()
         counts = {"seen": str(self.seen), "review": str(self.review)}
         counts["known"] = json.dumps(self.known)
         save_rows(path, tensors, self._identity(), self.hotkeys, **counts)
@@ -261,6 +261,7 @@ class BayesianGatingModel(BaseGatingModel):
         self.centres = saved.tensors["centres"].to(self.centres)
         self.beliefs.set_tensors(saved.tensors)
         self.memory.set_tensors(saved.tensors, like=self.centres)
+        self.watch.set_tensors(saved.tensors)
         self.seen, self.review = int(saved.about["seen"]), int(saved.about["review"])
         self.known = Counter(json.loads(saved.about.get("known", "{}")))
         self._follow(saved.sources)
@@ -682,6 +683,19 @@ class Watch:
         kept = [torch.from_numpy(self.mean), torch.from_numpy(self.count)]
         move_rows(kept, sources)  # in place
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        "Name all tensors, for a file."
+        kept = {"watch_mean": self.mean, "watch_count": self.count}
+        return {name: torch.from_numpy(value) for name, value in kept.items()}
+
+    def set_tensors(
+        self,
+        tensors: dict[str, torch.Tensor],  # as `tensors` returns them
+    ) -> None:
+        "Take over saved tensors; older files have none, and watching begins anew."
+        for name, value in self.tensors().items():
+            value.copy_(tensors.get(name, torch.zeros(())))
+
 # %% ../../nbs/validators/01_bayes.ipynb #c024
 _GROWTH = 1.3
 
@@ -745,7 +759,10 @@ class Memory:
             rewards = torch.cat([earlier.rewards[others], rewards])
         self.questions[key] = Question(x, uids, rewards, self.clock)
         self.clock += 1
-        if len(self) > self.size:
+        self._make_room()
+
+    def _make_room(self) -> None:
+        while len(self) > self.size:
             self.questions.popitem(last=False)  # the oldest
 
     def embeddings(self) -> torch.Tensor:  # (questions, hidden)
@@ -811,6 +828,7 @@ class Memory:
             for question in map(Question, x, uids, rewards, at):
                 key = _question_key(question.x)
                 self.questions[key if self.once else (key, question.at)] = question
+            self._make_room()  # for a larger memory, it may have been
 
 
 def _question_key(

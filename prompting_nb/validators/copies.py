@@ -74,6 +74,17 @@ class Copies:
             found.setdefault(find(hotkey), []).append(hotkey)
         return [group for group in found.values() if len(group) > 1]
 
+    def state(self) -> list:
+        "Return the pairs that gave an equal answer, as plain values, for JSON."
+        return [[*pair, *counts] for pair, counts in self.met.items() if counts[1]]
+
+    def restore(
+        self,
+        state: Sequence,  # as `state` returned it
+    ) -> None:
+        "Take over a state."
+        self.met = OrderedDict(((a, b), (met, equal)) for a, b, met, equal in state)
+
     def one_each(
         self,
         hotkeys: Mapping[int, str],  # of the uids

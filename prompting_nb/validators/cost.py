@@ -7,6 +7,7 @@ __all__ = ['Prices', 'PriceSettings', 'read_prices', 'Point', 'cost_curve', 'hul
 
 # %% ../../nbs/validators/18_cost.ipynb #c003
 import json
+import numbers
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple, Optional, Sequence
@@ -35,15 +36,26 @@ class Prices:
             raise InputError(
                 "prices need either the worth of a point of grade or a budget"
             )
-        bad = [h for h, price in self.prices.items() if not 0 <= price < float("inf")]
+        bad = [h for h, price in self.prices.items() if not _is_amount(price)]
         if bad or not self.prices:
             raise InputError(
-                f"prices must be finite and at least 0, for one hotkey: {bad}"
+                "prices must be finite and at least 0, for one hotkey at least: "
+                f"{bad or 'there is none'}"
             )
-        if (self.worth or self.budget or 0) <= 0:
-            raise InputError("worth and budget must be greater than 0")
+        wish = self.budget if self.worth is None else self.worth
+        if not _is_amount(wish) or not wish:
+            raise InputError(
+                f"worth and budget must be finite and greater than 0, not {wish}"
+            )
+        if not _is_amount(self.rate) or not self.rate:
+            raise InputError(f"rate must be finite and greater than 0: {self.rate}")
         self.prices = dict(self.prices)
-        self.most = max(self.prices.values())
+        self.most, least = max(self.prices.values()), min(self.prices.values())
+        if self.budget is not None and self.budget < least:
+            raise InputError(
+                f"a budget of {self.budget:g} buys nothing: the cheapest answer costs "
+                f"{least:g}"
+            )
         self.weight = 1 / self.worth if self.worth else 0.0
 
     def wish(self) -> dict[str, Any]:
@@ -83,11 +95,18 @@ class Prices:
         hotkeys: Sequence[str],  # that were asked
     ) -> float:  # the mean price
         "Take note of what was paid; with a budget the worth moves towards it."
+        if not hotkeys:
+            return 0.0
         mean = float(np.mean(self.of(hotkeys)))
         if self.budget is not None and self.most > 0:
             off = (mean - self.budget) / self.most
             self.weight = max(0.0, self.weight + self.rate * off / self.most)
         return mean
+
+
+def _is_amount(value: Any) -> bool:
+    "Tell whether a value is a finite number from 0 on."
+    return isinstance(value, numbers.Real) and 0 <= float(value) < float("inf")
 
 # %% ../../nbs/validators/18_cost.ipynb #c015
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ __all__ = ['Asked', 'Pending', 'finite', 'later', 'teach']
 
 # %% ../../nbs/validators/16_pending.ipynb #q003
 import math
+import operator
 from collections import Counter, OrderedDict
 from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
 
@@ -51,16 +52,25 @@ class Pending:
         uids: Sequence[int],  # that were asked
         id: Any = None,  # `None`: a number that was not used before
         hotkeys: Optional[Sequence[str]] = None,  # of the uids; `None`: as they are now
-    ) -> Any:  # the id; raises `InputError` for one that waits already
+    ) -> Any:  # the id; raises `InputError` for one that waits already, or wrong uids
         "Remember a question until its rewards come."
-        while id is None or (id in self.open and isinstance(id, int)):
-            id, self.number = self.number, self.number + 1
+        id = self.number if id is None else id
         if id in self.open:
             raise InputError(f"the question {id!r} waits for its rewards already")
         asked = torch.as_tensor(uids).tolist()
         now = self.learner.hotkeys
-        held = dict(zip(asked, hotkeys or [now[uid] for uid in asked]))
+        if hotkeys is None:
+            at = dict(now) if isinstance(now, Mapping) else dict(enumerate(now))
+            hotkeys = [at[uid] for uid in asked if uid in at]
+        held = dict(zip(asked, hotkeys))
+        if not len(held) == len(asked) == len(hotkeys):
+            raise InputError(
+                f"a question needs different uids with a hotkey each: {asked}, of "
+                f"which {len(hotkeys)} have one"
+            )
         self.open[id] = prompt, held
+        if isinstance(id, int):  # and this number is never given again
+            self.number = max(self.number, id + 1)
         while len(self.open) > self.size:
             _, (_, waiting) = self.open.popitem(last=False)
             self.counts["expired"] += len(waiting)
@@ -91,7 +101,9 @@ class Pending:
             self.counts["unknown"] += len(given)
             return 0
         prompt, held = self.open[id]
-        at = {hotkey: uid for uid, hotkey in self.learner.hotkeys.items()}
+        now = self.learner.hotkeys
+        known = now.items() if isinstance(now, Mapping) else enumerate(now)
+        at = {hotkey: uid for uid, hotkey in known}
         there = {at[held[u]]: r for u, r in given.items() if held.get(u) in at}
         if there:
             teach(self.learner, prompt, list(there), list(there.values()))
@@ -129,17 +141,19 @@ class Pending:
         state: Mapping,  # as `state` returned it
     ) -> None:
         "Take over a state."
-        self.open.clear()
+        found: OrderedDict[Any, tuple[str, dict[int, str]]] = OrderedDict()
         for id, prompt, uids, hotkeys in state["open"]:
-            self.open[id] = prompt, dict(zip(uids, hotkeys))
-        self.number, self.counts = state["number"], Counter(state["counts"])
+            found[id] = prompt, dict(zip(uids, hotkeys))
+        number, counts = int(state["number"]), Counter(state["counts"])
+        self.open, self.number, self.counts = found, number, counts
 
 
 def finite(
     rewards: Mapping[int, Optional[float]],  # by uid; `None`: not yet
 ) -> dict[int, float]:  # those that are there; raises ValueError for NaN and inf
-    "Check rewards before anything learns from them."
-    given = {uid: float(r) for uid, r in rewards.items() if r is not None}
+    "Check rewards before anything learns from them; JSON has uids as texts."
+    number = lambda uid: int(uid) if isinstance(uid, str) else operator.index(uid)
+    given = {number(uid): float(r) for uid, r in rewards.items() if r is not None}
     if bad := [uid for uid, r in given.items() if not math.isfinite(r)]:
         raise ValueError(f"rewards must be finite, that of uid {bad[0]} is not")
     return given

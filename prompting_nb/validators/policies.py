@@ -6,7 +6,7 @@
 __all__ = ['Bandit', 'ask', 'Components', 'Ridge', 'Linear', 'LinTS', 'LinUCB', 'NearestAnswers', 'MeanPerUid', 'BestFixed']
 
 # %% ../../nbs/validators/14_policies.ipynb #p003
-from typing import Any, Callable, Optional, Protocol, Sequence, Union
+from typing import Any, Callable, Mapping, Optional, Protocol, Sequence, Union
 from typing import runtime_checkable
 
 import torch
@@ -79,6 +79,10 @@ class Components:
         scale: float = 3.0,  # of the components
     ):
         self.encoder, self.scale = encoder, scale
+        if not len(prompts):
+            raise InputError(
+                "components need some prompts to be found in: there is none"
+            )
         if not torch.is_tensor(prompts):
             prompts = torch.stack([encoder(prompt) for prompt in prompts])
         self.centre = prompts.mean(0)
@@ -108,6 +112,11 @@ class Ridge:
         learned_prior: bool = False,  # learn `ridge`, `noise`, `start` from all answers
         memory: int = 8192,  # questions that are remembered
     ):
+        if not (ridge > 0 and noise > 0 and half_life >= 0):
+            raise InputError(
+                "a ridge regression needs ridge and noise above 0 and a half_life from "
+                f"0 on, got {ridge}, {noise} and {half_life}"
+            )
         self.features, self.hotkeys = features, uid_hotkeys(metagraph)
         d, self.n = len(features.axes) + 1, max(self.hotkeys, default=-1) + 1
         prior = Prior(
@@ -133,7 +142,8 @@ class Ridge:
         rewards: torch.Tensor,  # (k,) of their answers
     ) -> None:
         "Learn from the rewards of one question."
-        x, rewards = self.features.encoder(prompt), rewards.float()
+        uids, rewards = _checked(uids, rewards, self.n)
+        x = self.features.encoder(prompt)
         phi, earlier = self.features(x[None])[0], self.memory.earlier(x, uids)
         self.beliefs.learn(phi, uids, rewards, earlier)
         self.memory.add(x, uids, rewards)
@@ -153,6 +163,20 @@ class Ridge:
         )
         self.beliefs.move(sources)
         self.memory.move(sources)
+
+
+def _checked(uids: Any, rewards: Any, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Return uids and rewards to learn from; raise ValueError for wrong ones."
+    asked, earned = torch.as_tensor(uids).long(), torch.as_tensor(rewards).float()
+    different = len(asked.unique()) == len(asked) and asked.shape == earned.shape
+    if asked.ndim != 1 or not different or ((asked < 0) | (asked >= n)).any():
+        raise ValueError(
+            f"rewards need a uid each, different ones from 0 to {n - 1}: got "
+            f"{asked.tolist()} and {tuple(earned.shape)} rewards"
+        )
+    if not earned.isfinite().all():
+        raise ValueError(f"rewards must be finite, got {earned.tolist()}")
+    return asked, earned
 
 # %% ../../nbs/validators/14_policies.ipynb #p015
 @arguments_in_help
@@ -277,11 +301,12 @@ class NearestAnswers:
         rewards: torch.Tensor,  # (k,) of their answers
     ) -> None:
         "Remember the answers; the oldest make room."
+        uids, rewards = _checked(uids, rewards, self.n)
         x = self.encoder(prompt)
         if self.x is None:
             self.x = torch.zeros(self.n, self.last, len(x))
         place = self.count[uids] % self.last
-        self.x[uids, place], self.rewards[uids, place] = x, rewards.float()
+        self.x[uids, place], self.rewards[uids, place] = x, rewards
         self.count[uids] += 1
         self.seen += 1
 
@@ -334,9 +359,23 @@ class MeanPerUid:
         rewards: torch.Tensor,  # (k,) of their answers
     ) -> None:
         "Count the rewards."
-        rewards = rewards.float()
+        uids, rewards = _checked(uids, rewards, self.n)
         new = torch.full_like(rewards, torch.nan)
-        self.beliefs.learn(torch.ones(1), torch.as_tensor(uids), rewards, new)
+        self.beliefs.learn(torch.ones(1), uids, rewards, new)
+
+    @torch.no_grad()
+    def correct(
+        self,
+        changes: Mapping[int, tuple[float, float]],  # by uid: shift and factor
+    ) -> None:  # raises `InputError` where it forgets
+        "Correct the rewards so far: each becomes shift + factor * reward."
+        beliefs = self.beliefs
+        if beliefs.keep < 1:
+            raise InputError("what is half forgotten cannot be corrected any more")
+        for uid, (shift, factor) in changes.items():
+            answers = beliefs.squares[uid, 0]
+            beliefs.products[uid] = factor * beliefs.products[uid] + shift * answers
+        beliefs.update()
 
     def resync(
         self,

@@ -9,6 +9,7 @@ __all__ = ['Subnet', 'Lookup', 'made_up', 'Now', 'Replace', 'Drift', 'Lazy', 'Co
 
 # %% ../../nbs/validators/09_simulate.ipynb #s002
 import copy
+import numbers
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -54,10 +55,16 @@ class Subnet:
                 f"miner, got {self.grades.shape} and {self.rewards.shape}"
             )
         n, miners = self.grades.shape
-        self.prompts = list(prompts or (f"prompt {i}" for i in range(n)))
-        self.names = list(names or (f"miner {i}" for i in range(miners)))
+        given = lambda texts, kind, size: list(
+            (f"{kind} {i}" for i in range(size)) if texts is None else texts
+        )
+        self.prompts = given(prompts, "prompt", n)
+        self.names = given(names, "miner", miners)
         self.uids = miners if uids is None else uids
-        self.topics = np.zeros(n, int) if topics is None else np.asarray(topics, int)
+        groups = np.zeros(n, int) if topics is None else np.asarray(topics)
+        if not np.array_equal(groups, np.abs(groups.astype(int))):
+            raise InputError("topics must be whole numbers from 0 on")
+        self.topics = groups.astype(int)
         matrix = lambda x: None if x is None else np.asarray(x, dtype=np.float32)
         self.embeddings, self.known = matrix(embeddings), list(known)
         self.known_embeddings = matrix(known_embeddings)
@@ -65,9 +72,14 @@ class Subnet:
 
     def _check(self, prompts: int, miners: int) -> None:
         "Raise `InputError` where the tables do not fit together."
+        if not prompts:
+            raise InputError("a subnet needs a prompt at least: grades have no row")
         for name, table in {"grades": self.grades, "rewards": self.rewards}.items():
             if not np.isfinite(table).all():
                 raise InputError(f"{name} must be finite: no answer is worth 0")
+        for table in (self.embeddings, self.known_embeddings):
+            if table is not None and not np.isfinite(table).all():
+                raise InputError("embeddings must be finite")
         if not 1 <= self.uids <= miners:
             raise InputError(f"{self.uids} uids need as many columns, got {miners}")
         sizes = {"prompts": len(self.prompts), "topics": len(self.topics)}
@@ -101,6 +113,10 @@ class Subnet:
         texts = [*self.prompts, *(ranking.prompt for ranking in self.known)]
         tables = [x for x in (self.embeddings, self.known_embeddings) if x is not None]
         table = torch.as_tensor(np.concatenate(tables))
+        first = {text: i for i, text in reversed([*enumerate(texts)])}
+        for i, text in enumerate(texts):
+            if not torch.allclose(table[first[text]], table[i], atol=1e-4):
+                raise InputError(f"the prompt {text[:60]!r} has two embeddings")
         free = (hidden_size or table.shape[1]) - table.shape[1]
         if free < 0:
             raise InputError(
@@ -165,8 +181,10 @@ class Now:
     draw: np.random.Generator  # the same draws for every policy
     step: int = 0  # from 0
     column: np.ndarray = field(init=False)  # (uids,) of the tables, that answers
+    miner: np.ndarray = field(init=False)  # (uids,) another number for each that comes
     hotkeys: list[str] = field(init=False)  # (uids,)
     names: Counter = field(init=False)  # of miners that were ever there -> hotkeys
+    ever: set = field(init=False)  # all hotkeys so far
     asked: Counter = field(default_factory=Counter)  # hotkey -> times
     shift: np.ndarray = field(init=False)  # (topics, uids), added to all grades
     worth: np.ndarray = field(init=False)  # (uids,) factor of this step's grades
@@ -178,8 +196,9 @@ class Now:
     def __post_init__(self):
         uids, miners = self.subnet.uids, self.subnet.grades.shape[1]
         self.column, self.spare = np.arange(uids), list(range(uids, miners))
+        self.miner = np.arange(uids)
         self.hotkeys = list(self.subnet.names[:uids])
-        self.names = Counter(self.hotkeys)
+        self.names, self.ever = Counter(self.hotkeys), set(self.hotkeys)
         self.shift = np.zeros((1 + int(self.subnet.topics.max()), uids))
         self.copied = np.arange(uids)
 
@@ -188,28 +207,45 @@ class Now:
         at: Union[int, float],  # a step, or a fraction of the run
     ) -> bool:
         "Tell whether this is the step; `InputError` for one outside the run."
-        when = int(at * self.steps) if isinstance(at, float) else at
+        when = at * self.steps if isinstance(at, float) else at
         if not 0 <= when < self.steps:
             raise InputError(f"an event at {at} is outside a run of {self.steps} steps")
-        return self.step == when
+        return self.step == int(when)
 
     def pick(
         self,
         who: Any,  # uids, their number or share, or "most asked"
-    ) -> np.ndarray:  # uids; raises `InputError` for too many
+    ) -> np.ndarray:  # uids; raises `InputError` for others than there are
         "Find the uids that an event names."
+        size = len(self.column)
         if isinstance(who, str) and who == "most asked":
             counts = [self.asked[hotkey] for hotkey in self.hotkeys]
             return np.array([int(np.argmax(counts))])
-        if isinstance(who, (int, float)):
-            count = who if isinstance(who, int) else round(who * len(self.column))
-            if not 0 <= count <= len(self.column):
-                raise InputError(f"an event means {who} of {len(self.column)} uids")
-            return self.draw.permutation(len(self.column))[:count]
-        uids = np.asarray(who, dtype=int)
-        if len(uids) and not (0 <= uids.min() and uids.max() < len(self.column)):
-            raise InputError(f"an event means uids {who} of {len(self.column)}")
-        return uids
+        if isinstance(who, numbers.Real):
+            whole, share = isinstance(who, numbers.Integral), float(who)
+            if not 0 <= share <= (size if whole else 1):
+                raise InputError(f"an event means {who} of {size} uids")
+            count = int(share) if whole else round(share * size)
+            return self.draw.permutation(size)[:count]
+        uids = np.asarray(who)
+        right = uids.ndim == 1 and (uids.dtype.kind in "iu" or not uids.size)
+        if not right or not np.isin(uids, range(size)).all():
+            raise InputError(f"an event means uids {who!r} of {size}")
+        if len(np.unique(uids)) < len(uids):
+            raise InputError(f"an event means a uid twice: {who!r}")
+        return uids.astype(int)
+
+    def come(
+        self,
+        uid: int,  # whose miner leaves
+        column: int,  # of the grades, of the one that answers from now on
+    ) -> None:
+        "Let another miner answer for a uid, without what was done to the old one."
+        self.column[uid], self.shift[:, uid] = column, 0.0
+        self.miner[uid] = self.miner.max() + 1
+        copying = np.flatnonzero(self.copied == uid)
+        self.copied[copying] = next((u for u in copying if u != uid), uid)
+        self.copied[uid] = uid
 
     def hotkey_of(
         self,
@@ -218,7 +254,12 @@ class Now:
         "Make a hotkey for a newcomer, with a number where its name was there before."
         name = self.subnet.names[column]
         self.names[name] += 1
-        return name if self.names[name] == 1 else f"{name} ({self.names[name]})"
+        number = self.names[name]
+        found = name if number == 1 else f"{name} ({number})"
+        if found in self.ever:  # a miner may have such a name by itself
+            return self.hotkey_of(column)
+        self.ever.add(found)
+        return found
 
     def newcomer(self) -> int:
         "Take a spare column, or any one where none is left."
@@ -253,7 +294,7 @@ class Replace:
             return
         for uid in now.pick(self.who):
             column = now.newcomer()
-            now.column[uid], now.shift[:, uid] = column, 0.0
+            now.come(uid, column)
             if not self.silent:
                 now.hotkeys[uid] = now.hotkey_of(column)
 
@@ -268,6 +309,9 @@ class Drift:
 
     rho: float = 0.9985  # what is left of a deviation after a step
 
+    def __post_init__(self):
+        _check_range(self, rho=(0, 1))
+
     def __call__(
         self,
         now: Now,  # changed in place
@@ -275,23 +319,43 @@ class Drift:
         "Move every miner's skill in every topic."
         if now.step == 0:
             self._begin(now)
+        self._welcome(now)
         draw, size = now.draw, self.start.shape
         fresh = self.level * draw.standard_normal(size[1])
         fresh = fresh + self.own * draw.standard_normal(size)
         self.walk = self.rho * self.walk + np.sqrt(1 - self.rho**2) * fresh
-        now.shift = (self.rho ** (now.step + 1) - 1) * self.start + self.walk
+        age = now.step + 1 - self.since
+        moved = (self.rho**age - 1) * self.start + self.walk
+        now.shift = now.shift + moved - self.moved  # beside that of other events
+        self.moved = moved
 
     def _begin(self, now: Now) -> None:
         "Measure how far skills are spread."
-        subnet, topics = now.subnet, now.shift.shape[0]
-        groups = [subnet.grades[subnet.topics == t] for t in range(topics)]
-        means = np.stack([group[:, now.column].mean(0) for group in groups])
-        self.start = means - means.mean()
-        between = self.start.mean(0).var()
-        within = self.start.var(0).mean() * topics / max(topics - 1, 1)
+        found = self._means(now, now.column)
+        self.centre = found.mean()
+        start, topics = found - self.centre, len(found)
+        between = start.mean(0).var()
+        within = start.var(0).mean() * topics / max(topics - 1, 1)
         self.own = np.sqrt(within)
         self.level = np.sqrt(max(between - within / topics, 0.0))
-        self.walk = np.zeros_like(self.start)
+        self.start, self.walk, self.moved = (np.zeros_like(now.shift) for _ in range(3))
+        self.miner, self.since = np.full_like(now.miner, -1), np.zeros_like(now.miner)
+
+    def _means(self, now: Now, columns: Any) -> np.ndarray:  # (topics, miners)
+        "Average the grades of columns over the prompts of each topic that has some."
+        subnet = now.subnet
+        groups = [subnet.topics == topic for topic in np.unique(subnet.topics)]
+        return np.stack([subnet.grades[g][:, columns].mean(0) for g in groups])
+
+    def _welcome(self, now: Now) -> None:
+        "Begin anew where another miner has come."
+        new = np.flatnonzero(self.miner != now.miner)
+        if len(new):
+            there = np.unique(now.subnet.topics)
+            means = self._means(now, now.column[new]) - self.centre
+            self.start[np.ix_(there, new)] = means
+            self.walk[:, new] = self.moved[:, new] = 0.0
+            self.since[new], self.miner = now.step, now.miner.copy()
 
 
 @arguments_in_help
@@ -304,16 +368,24 @@ class Lazy:
     share: float = 0.5  # of the prompts that they care about
     worth: float = 0.0  # factor of the grade of the others
     uids: Any = field(default=(), init=False, repr=False)  # who they are
+    miners: Any = field(default=(), init=False, repr=False)  # at these uids then
+
+    def __post_init__(self):
+        _check_range(self, share=(0, 1), worth=(0, np.inf))
 
     def __call__(
         self,
         now: Now,  # changed in place
     ) -> None:
-        "Decide which of them care about this prompt."
+        "Decide which of them care about this prompt; who comes after them is not lazy."
+        if now.step == 0:
+            self.uids = ()
         if now.begins(self.at):
             self.uids = now.pick(self.who)
+            self.miners = now.miner[self.uids]
         if len(self.uids):
             careless = now.draw.random(len(self.uids)) >= self.share
+            careless &= now.miner[self.uids] == self.miners
             now.worth[self.uids[careless]] *= self.worth
 
 
@@ -329,10 +401,11 @@ class Copies:
         self,
         now: Now,  # changed in place
     ) -> None:
-        "Let them copy."
-        if now.begins(self.at):
-            uids = now.pick(self.who)
-            now.copied[uids] = uids[:1]
+        "Let them copy, and whoever copies one of them."
+        if now.begins(self.at) and len(uids := now.pick(self.who)):
+            first = now.copied[uids[0]]
+            now.copied[np.isin(now.copied, uids)] = first
+            now.copied[uids] = first
 
 
 @arguments_in_help
@@ -344,6 +417,11 @@ class Noise:
     freedom: Optional[float] = None  # degrees, of Student's t; `None`: normal
     outliers: float = 0.0  # share of rewards that are any number from 0 to 1
     cut: bool = True  # to [0, 1]
+
+    def __post_init__(self):
+        _check_range(self, sd=(0, np.inf), outliers=(0, 1))
+        if self.freedom is not None:
+            _check_range(self, freedom=(1e-3, np.inf))
 
     def __call__(
         self,
@@ -374,17 +452,32 @@ class Delay:
     most: int = 20  # steps; a delay is anything from 0 to this, evenly
     lost: float = 0.0  # share of rewards that never come
 
+    def __post_init__(self):
+        _check_range(self, most=(0, np.inf), lost=(0, 1))
+
     def __call__(
         self,
         now: Now,  # changed in place
     ) -> None:
-        "Begin at the first step."
+        "Begin at the first step; the delays of several such events add up."
         if now.step == 0:
-            now.wait = self._wait
+            others, own = now.wait, self._wait
+            both = lambda k, draw: others(k, draw) + own(k, draw) if others else None
+            now.wait = both if others else own
 
     def _wait(self, k: int, draw: np.random.Generator) -> np.ndarray:
         steps = draw.integers(self.most + 1, size=k).astype(float)
         return np.where(draw.random(k) < self.lost, np.inf, steps)
+
+
+def _check_range(event: Any, **bounds: tuple[float, float]) -> None:
+    "Raise `InputError` for a setting of an event that is outside its bounds, or NaN."
+    for name, (low, high) in bounds.items():
+        if not low <= (value := getattr(event, name)) <= high or value == np.inf:
+            raise InputError(
+                f"{type(event).__name__}: {name} must be a number, {low} to {high}, "
+                f"not {value}"
+            )
 
 # %% ../../nbs/validators/09_simulate.ipynb #s031
 @arguments_in_help
@@ -543,6 +636,11 @@ class Run:
     rewards: np.ndarray  # (steps, uids) without noise
     distinct: np.ndarray  # (steps,) different answers among the k
 
+    def __repr__(self) -> str:  # not the arrays
+        steps, uids = self.grades.shape
+        k = self.uids.shape[1]
+        return f"Run(seed {self.seed}, {steps} steps, {k} of {uids} uids at each)"
+
     def got(self) -> np.ndarray:  # (steps,)
         "Return the mean grade of those asked at each step."
         return np.take_along_axis(self.grades, self.uids, 1).mean(1)
@@ -586,6 +684,10 @@ def run_policy(
     "Let a policy choose and learn."
     if not 1 <= k <= subnet.uids:
         raise InputError(f"k = {k} uids cannot be asked: the subnet has {subnet.uids}")
+    if seed < 0 or (steps is not None and steps < 1):
+        raise InputError(
+            f"a run has a step or more, and a seed from 0 on: {steps}, {seed}"
+        )
     draw = np.random.default_rng([seed, 314159])
     dice = torch.Generator().manual_seed(seed)  # of policies that have only scores
     order = draw.permutation(len(subnet.prompts))
@@ -608,12 +710,12 @@ def run_policy(
         rewards = told = now.values(subnet.rewards, prompt)
         for disturb in now.noise:
             told = disturb(told, draw)
-        told = told[uids]
+        told, grades = told[uids], now.values(subnet.grades, prompt)
         wait = now.wait(k, draw) if now.wait else np.zeros(k)
         owners = [now.hotkeys[uid] for uid in uids]
         for when in np.unique(wait[np.isfinite(wait)]):
-            some = wait == when
-            answers = [(owner, r) for owner, r, s in zip(owners, told, some) if s]
+            rows_of = zip(owners, told, grades[uids], wait == when)
+            answers = [(owner, r, grade) for owner, r, grade, some in rows_of if some]
             due.setdefault(now.step + int(when), []).append((text, answers))
         for earlier, answers in due.pop(now.step, []):
             _teach(policy, earlier, answers, now.hotkeys)
@@ -621,10 +723,10 @@ def run_policy(
         arrives = now.step + wait < steps
         row = (
             uids,
-            np.asarray(chosen.propensities, dtype=float),
+            _chances(chosen.propensities, k),
             np.where(arrives, told, np.nan),
             _scores(policy, text, subnet.uids),
-            now.values(subnet.grades, prompt),
+            grades,
             rewards,
             len(set(now.copied[uids].tolist())),
         )
@@ -649,6 +751,17 @@ def _checked(chosen: Any, k: int, uids: int) -> np.ndarray:
     return found
 
 
+def _chances(found: Any, k: int) -> np.ndarray:
+    "Return the propensities of a policy; raise `InputError` for impossible ones."
+    chances = np.asarray(found, dtype=float)
+    if chances.shape != (k,) or not ((chances > 0) & (chances < 1 + 1e-6)).all():
+        raise InputError(
+            f"a policy must give {k} propensities above 0 and up to 1, got "
+            f"{chances.tolist()}"
+        )
+    return chances
+
+
 def _scores(policy: Any, prompt: str, uids: int) -> np.ndarray:
     "Return the scores that a policy chose by, or zeros."
     scores = getattr(policy, "scores", None)
@@ -658,13 +771,16 @@ def _scores(policy: Any, prompt: str, uids: int) -> np.ndarray:
 
 
 def _teach(policy: Any, prompt: str, answers: list, hotkeys: list[str]) -> None:
-    "Tell a policy rewards of those that are still there."
+    "Tell a policy rewards of those that are still there; one with audits gets grades."
     at = {hotkey: uid for uid, hotkey in enumerate(hotkeys)}
-    there = [(at[owner], reward) for owner, reward in answers if owner in at]
+    there = [(at[owner], *values) for owner, *values in answers if owner in at]
     if there:
-        uids, rewards = zip(*there)
-        rewards = torch.tensor(rewards, dtype=torch.float32)
-        policy.learn(prompt, torch.tensor(uids), rewards)
+        uids, rewards, grades = zip(*there)
+        told = torch.tensor(uids), torch.tensor(rewards, dtype=torch.float32)
+        if hasattr(policy, "learn_graded"):
+            policy.learn_graded(prompt, *told, torch.tensor(grades))
+        else:
+            policy.learn(prompt, *told)
 
 # %% ../../nbs/validators/09_simulate.ipynb #s051
 @arguments_in_help
@@ -831,6 +947,18 @@ def simulate(
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or not policies:
         raise InputError("a simulation needs a policy and a seed at least")
+    if len(set(seeds)) < len(seeds):
+        raise InputError(
+            f"seeds come twice, and intervals would be too narrow: {seeds}"
+        )
+    for name, make in policies.items():
+        if not callable(make):
+            raise InputError(
+                f"the policy {name!r} must be a function of subnet and seed that makes "
+                f"one for each run, not a {type(make).__name__}"
+            )
+    if not 0 < last <= 1:
+        raise InputError(f"what counts is a share of the run up to 1, not {last}")
     work = joblib.Parallel(n_jobs=jobs)
     one = joblib.delayed(_one)
     found: Any = work(

@@ -105,6 +105,8 @@ class Validator:
         k: Optional[int] = None,  # uids to ask; `None`: as many as the policy says
     ) -> "Round":  # raises `InputError` when fewer miners serve
         "Choose whom to ask, and ask nobody yet."
+        if follow := getattr(self.judge, "follow", None):  # of a judge with audits
+            follow(self.gate)
         posterior = getattr(self.gate, "posterior", None)
         # (network_size,), with gradient; a posterior has standard deviations as well
         scores, sd = posterior(prompt) if posterior else (self.gate(prompt), None)

@@ -13,6 +13,7 @@ from typing import Any, Iterable, Mapping, NamedTuple
 
 import torch
 
+from ..config import InputError
 from ..help.usage import count_of
 from ..show import arguments_in_help
 
@@ -69,12 +70,17 @@ def judged_answers(
     rankings: Iterable[Any],  # each has `prompt`, `scores` and `names`
     hotkeys: Mapping[str, str] | None,  # name -> hotkey; `None`: names are hotkeys
     uids: Mapping[int, str],  # the hotkey of each uid
-) -> tuple[list[Judged], Known]:
+) -> tuple[list[Judged], Known]:  # `InputError`: a ranking lacks names or grades
     "Find the uids of those who are named in rankings; count what is left out."
     at, known, found = {hotkey: uid for uid, hotkey in uids.items()}, Known(), []
-    for ranking in rankings:
+    for number, ranking in enumerate(rankings):
         grades: dict[int, list[float]] = {}
         known.unnamed += not ranking.names
+        if ranking.names and len(ranking.names) != len(ranking.scores):
+            raise InputError(
+                f"ranking {number} has {count_of(len(ranking.names), 'name')} and "
+                f"{count_of(len(ranking.scores), 'grade')}: each answer needs both"
+            )
         for name, grade in zip(ranking.names or (), ranking.scores):
             hotkey = name if hotkeys is None else hotkeys.get(name)
             if hotkey not in at:

@@ -188,9 +188,10 @@ def _described(text: str) -> dict[str, str]:
 
 
 def _straight(text: str) -> str:
-    "Quotes as they are: in a docstring they hold values more often than speech."
+    "Quotes as they are: in a docstring they hold values more often than speech. Flags are code, not dashes."
+    flags = lambda part: re.sub(r"(?<![\w`-])--[a-z][\w.-]*\w", r"`\g<0>`", part)
     parts = re.split(r"(`[^`]*`|\$[^$\n]*\$)", text)
-    return "".join(re.sub(r"(?<!\\)(['\"])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
+    return "".join(flags(re.sub(r"(?<!\\)(['\"])", r"\\\1", part)) if i % 2 == 0 else part for i, part in enumerate(parts))
 
 
 def _tabled(text: str) -> str:
