@@ -572,13 +572,13 @@ def test_a_quarter_of_a_megabyte_in_small_parts(what, monkeypatch):
         assert status(axon) == 200
 
 
-def test_a_body_in_small_chunks_of_its_own_length(axon):
-    """A question in chunks of one byte, and one in chunks of 200.
+def test_a_body_in_small_chunks_of_its_own_length():
+    """A question in chunks of one byte, and one in 2000 chunks of 100.
     Older server: takes both."""
-    for body, size in ((BODY, 1), (write_body(Prompting.ask("x" * 40_000)), 200)):
+    for body, size in ((BODY, 1), (write_body(Prompting.ask("x" * 200_000)), 100)):
         chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + size] for i in range(0, len(body), size)))
-        lines = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items()).encode()
-        with connect(axon) as line:
+        with Axon(MINER).attach(echo) as axon, connect(axon) as line:
+            lines = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items()).encode()
             line.sendall(CHUNKED[:-2] + lines + b"\r\n" + chunks + b"0\r\n\r\n")
             assert read_status(line) == 200
 
@@ -960,6 +960,42 @@ def test_caller_that_hangs_up_while_a_long_question_is_worked_on(size):
             line.sendall(request(body))
             assert begun.wait(SECONDS)
         until(lambda: axon.health()["running"] == 0)
+
+
+def test_caller_of_a_long_question_is_heard_after_it():
+    """The whole of a long question arrives at once, and its caller may hang up afterwards.
+    Older server: -"""
+
+    class Line(asyncio.Transport):
+        reading, ended = True, False
+        pause_reading = lambda self: setattr(self, "reading", False)
+        resume_reading = lambda self: setattr(self, "reading", True)
+        close = abort = lambda self: setattr(self, "ended", True)
+        is_closing = lambda self: self.ended
+        set_write_buffer_limits = lambda self, high: None
+
+    async def check():
+        taken, gone = asyncio.Event(), asyncio.Event()
+
+        async def app(scope, receive, send):
+            assert len((await receive())["body"]) == 200_000
+            scope["extensions"]["connection.on_leave"](gone.set)
+            taken.set()
+            await asyncio.wait_for(gone.wait(), SECONDS)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body"})
+
+        tasks, line = set(), Line()
+        served = connection.Connection(app, connection.Crowd(Limits()), tasks)
+        served.connection_made(line)
+        served.data_received(b"POST / HTTP/1.1\r\ncontent-length: 200000\r\n\r\n" + b"x" * 200_000)
+        assert not line.reading
+        await asyncio.wait_for(taken.wait(), SECONDS)
+        assert line.reading
+        served.eof_received()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(check())
 
 
 def test_generator_that_never_waits():
