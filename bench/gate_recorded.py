@@ -153,7 +153,7 @@ def _chosen(make, options, x, scores, inner, seed):
 
 
 # ridge and width
-RIDGES = ((0.1, 0.5), (0.3, 0.5), (1, 0.5), (3, 0.5), (10, 0.5), (30, 0.5), (100, 0.5), (300, 0.5), (3, 1.5))
+RIDGES = ((0.01, 0.5), (0.03, 0.5), (0.1, 0.5), (0.3, 0.5), (1, 0.5), (3, 0.5), (10, 0.5), (30, 0.5), (100, 0.5), (300, 0.5), (3, 1.5))
 
 
 def one_split(seed: int, x: torch.Tensor, scores: torch.Tensor) -> dict:
@@ -162,7 +162,7 @@ def one_split(seed: int, x: torch.Tensor, scores: torch.Tensor) -> dict:
     order = torch.randperm(len(x), generator=generator)
     held, train, n = order[:len(x) // 5], order[len(x) // 5:], scores.shape[1]
     makes = {
-        "kNN": (lambda option, part: Average(x, n, seed, option), (20, 40, 80)),
+        "kNN": (lambda option, part: Average(x, n, seed, option), (5, 10, 20, 40, 80, 160)),
         "LinUCB": (lambda option, part: Ridge(x, n, seed, part, "ucb", *option), RIDGES),
         "LinTS": (lambda option, part: Ridge(x, n, seed, part, "ts", *option), RIDGES),
     }

@@ -572,13 +572,13 @@ def test_a_quarter_of_a_megabyte_in_small_parts(what, monkeypatch):
         assert status(axon) == 200
 
 
-def test_a_body_in_small_chunks_of_its_own_length(axon):
-    """A question in chunks of one byte, and one in chunks of 200.
+def test_a_body_in_small_chunks_of_its_own_length():
+    """A question in chunks of one byte, and one in 2000 chunks of 100.
     Older server: takes both."""
-    for body, size in ((BODY, 1), (write_body(Prompting.ask("x" * 40_000)), 200)):
+    for body, size in ((BODY, 1), (write_body(Prompting.ask("x" * 200_000)), 100)):
         chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + size] for i in range(0, len(body), size)))
-        lines = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items()).encode()
-        with connect(axon) as line:
+        with Axon(MINER).attach(echo) as axon, connect(axon) as line:
+            lines = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items()).encode()
             line.sendall(CHUNKED[:-2] + lines + b"\r\n" + chunks + b"0\r\n\r\n")
             assert read_status(line) == 200
 
@@ -817,6 +817,7 @@ def test_idle_time_is_short_when_nearly_all_places_are_taken():
         held = [connect(axon) for _ in range(18)]
         for line in held:
             line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert [read_status(line) for line in held] == [404] * 18  # all of them are there, at first
         until(lambda: axon._server.connections <= 15)
         for line in held:
             line.close()
@@ -865,6 +866,58 @@ def test_large_answers_that_nobody_reads():
             line.close()
 
 
+def test_the_rest_of_an_answer_that_nobody_reads():
+    """A caller reads nothing, and what is left of the last answer is small.
+    Older server: keeps the connection as if it were idle."""
+    asked = []
+
+    async def forward(synapse):
+        asked.append(1)
+        synapse.completion = "x" * 150_000
+        return synapse
+
+    with Axon(MINER, limits=Limits(write_timeout=0.3)).attach(forward) as axon, socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect((axon.host, axon.port))
+        unsent = lambda: [c for c in axon._server.crowd if c._transport.get_write_buffer_size()]
+        for number in range(200):  # until the system takes no more
+            line.sendall(request())
+            until(lambda: len(asked) > number and axon.health()["running"] == 0)
+            time.sleep(0.02)
+            if unsent():
+                break
+        assert number < 199
+        refused = lambda: axon.metrics.registry.get_sample_value("axon_connections_refused_total", {"reason": "unread"})
+        until(lambda: axon._server.connections == 0)
+        assert refused() == 1
+
+
+def test_a_server_that_waits_while_it_sends():
+    """Another ASGI server than ours waits until a slow caller has taken the answer.
+    Older server: -"""
+    axon, sending, taken = Axon(MINER, workers=1).attach(aecho), asyncio.Event(), asyncio.Event()
+
+    async def receive():
+        return {"type": "http.request", "body": BODY}
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            sending.set()
+            await taken.wait()
+
+    headers = [(key.lower().encode(), value.encode()) for key, value in sign().items()]
+    scope = {"type": "http", "method": "POST", "path": "/Prompting", "raw_path": b"/Prompting", "query_string": b"", "headers": headers}
+
+    async def check():
+        serving = asyncio.ensure_future(axon(scope, receive, send))
+        await asyncio.wait_for(sending.wait(), SECONDS)
+        assert axon.health()["running"] == 0  # the worker is free
+        taken.set()
+        await serving
+
+    asyncio.run(check())
+
+
 @pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])
 def test_stream_that_nobody_reads(plain):
     """A stream without end that is not read.
@@ -907,6 +960,42 @@ def test_caller_that_hangs_up_while_a_long_question_is_worked_on(size):
             line.sendall(request(body))
             assert begun.wait(SECONDS)
         until(lambda: axon.health()["running"] == 0)
+
+
+def test_caller_of_a_long_question_is_heard_after_it():
+    """The whole of a long question arrives at once, and its caller may hang up afterwards.
+    Older server: -"""
+
+    class Line(asyncio.Transport):
+        reading, ended = True, False
+        pause_reading = lambda self: setattr(self, "reading", False)
+        resume_reading = lambda self: setattr(self, "reading", True)
+        close = abort = lambda self: setattr(self, "ended", True)
+        is_closing = lambda self: self.ended
+        set_write_buffer_limits = lambda self, high: None
+
+    async def check():
+        taken, gone = asyncio.Event(), asyncio.Event()
+
+        async def app(scope, receive, send):
+            assert len((await receive())["body"]) == 200_000
+            scope["extensions"]["connection.on_leave"](gone.set)
+            taken.set()
+            await asyncio.wait_for(gone.wait(), SECONDS)
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body"})
+
+        tasks, line = set(), Line()
+        served = connection.Connection(app, connection.Crowd(Limits()), tasks)
+        served.connection_made(line)
+        served.data_received(b"POST / HTTP/1.1\r\ncontent-length: 200000\r\n\r\n" + b"x" * 200_000)
+        assert not line.reading
+        await asyncio.wait_for(taken.wait(), SECONDS)
+        assert line.reading
+        served.eof_received()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(check())
 
 
 def test_generator_that_never_waits():

@@ -486,6 +486,8 @@ def _reason(status: int, body: bytes) -> str:
 def _one_line(said: str, most: int = 200) -> str:
     "Make one line of what a stranger says, of characters that can be printed."
     words = " ".join(said[: 10 * most].split())[:most]
+    if words.isprintable():
+        return words
     return "".join(c if c.isprintable() else "\ufffd" for c in words)
 
 

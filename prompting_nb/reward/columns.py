@@ -239,7 +239,7 @@ def _earlier(row: Mapping, key: str) -> list[dict]:
     told = row.get("history") if key != "history" else None
     if not told:
         return []
-    turns = told if isinstance(told, (list, tuple)) else [None]
+    turns: list[Any] = list(told) if isinstance(told, (list, tuple)) else [None]
     if all(isinstance(turn, Mapping) for turn in turns):
         return check_messages(told)
     both = lambda turn: isinstance(turn, (list, tuple)) and len(turn) == 2
