@@ -33,7 +33,7 @@ READ = (2, 4, 8, 16)  # answers of a prompt that heads are fitted to, in the com
 CHUNK = 64  # prompts whose texts are read in one job
 MODEL = dict(pooling="layers", depth=4, length=1.0, max_length=256)
 TRAIN = dict(lr=2e-4, head_lr=1e-2, epochs=1, tokens_per_batch=4096)
-RATES = (1e-4, 3e-4, 6e-4)  # learning rates that TRL is tried with, of which the first is its default
+RATES = (1e-4, 3e-5, 3e-4, 6e-4)  # learning rates that TRL is tried with, of which the first is its default
 FITTED = {"ours": "RewardModel, fitted head (all pairs of a ranking)", "pairs": "fitted head, from disjoint pairs of a ranking",
           "no_length": "fitted head, without the length term", "no_prompt": "fitted head, without the prompt"}
 TRAINED = {"trained_pairs": "RewardModel, train (two disjoint pairs)",
