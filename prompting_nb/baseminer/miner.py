@@ -337,7 +337,11 @@ class Miner(abc.ABC):
         return f"{still}, {old}" if (still := self._stands_still()) else ""
 
     def _stands_still(self) -> str:
-        "Say that the chain makes no blocks; empty if it does."
+        "Say that the chain makes no blocks; empty if it does, or makes them by hand."
+        from prompting_nb.network.chain import is_embedded
+
+        if is_embedded(self.subnet.client):
+            return ""
         block, first, last = self._newest
         still = f"the chain has had no block after {block} for {last - first:.0f} s"
         return still if last - first >= _STILL else ""
