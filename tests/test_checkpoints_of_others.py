@@ -46,6 +46,8 @@ def test_segments_are_those_of_the_tokenizer(tmp_path):
     assert 1 in tokenizer("a", "b")["token_type_ids"]
     model = RewardModel.from_pretrained(name, device="cpu")
     close(scores(model), as_transformers(classifier, tokenizer), 1e-5)
+    with pytest.warns(UserWarning, match=r"1 prompt of 2 hold \[SEP\], with which a prompt ends"):
+        model.score(["a[SEP]b", "ab"], ["c", "[SEP]"])
     model.save_pretrained(tmp_path / "saved")
     close(scores(RewardModel.from_pretrained(tmp_path / "saved", device="cpu")), scores(model), 1e-6)
 

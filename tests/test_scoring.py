@@ -19,7 +19,7 @@ from toys import letter_tokenizer, save_model
 from prompting_nb.cli import main
 from prompting_nb.config import InputError
 from prompting_nb.reward.command import reward_parser, run_reward
-from prompting_nb.reward.evaluation import confusion_by_length, evaluate
+from prompting_nb.reward.evaluation import confusion_by_length, evaluate, table
 from prompting_nb.reward.model import RewardModel
 from prompting_nb.reward.preferences import Ranking
 from prompting_nb.reward.scoring import score_rows_of
@@ -113,6 +113,21 @@ def test_rows_are_read_as_they_are_needed(model, tmp_path):
     assert max(ahead) <= 8 and len(lines_of(out)) == 50
 
 
+def test_two_runs_do_not_write_the_same_file(model, tmp_path):
+    out = tmp_path / "out.jsonl"
+
+    def rows():
+        for n in range(20):
+            if n == 10:  # while this one is at work
+                with pytest.raises(InputError, match="another process writes .*out.jsonl: wait for it"):
+                    score_rows_of(model, read_rows([{"prompt": "q", "completion": "other"}]), out)
+            yield {"prompt": "p", "completion": str(n)}
+
+    score_rows_of(model, read_rows(rows()), out, chunk=4)
+    assert [line["completions"] for line in lines_of(out)] == [[str(n)] for n in range(20)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl"]
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     "The rewards of a million texts would be as many objects; a model that costs nothing shows that they are not kept."
@@ -194,6 +209,12 @@ def test_an_evaluation_says_what_was_cut_and_names_a_file_without_a_pair(model, 
     assert "ties.jsonl: there is nothing to evaluate: no prompt has two" in capsys.readouterr().err
     with pytest.raises(InputError, match="nothing to evaluate"):
         evaluate(model, [Ranking("p", ["a", "b"], [1.0, 1.0])])
+
+
+def test_a_figure_of_no_pair_is_no_number(model):
+    found = evaluate(model, [Ranking("p", ["a", "longer than it"], [0.0, 1.0])])
+    assert found.n_shorter == 0 and "no pair" in table({"m": found})
+    assert "nan" not in table({"m": found}) and "nan" not in found._repr_html_()
 
 
 def test_pairs_that_cutting_made_equal_are_counted(model):

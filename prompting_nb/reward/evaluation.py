@@ -160,7 +160,10 @@ class RewardEvaluation:
             ("of the judge's own choice", self.oracle, ""),
             ("calibration error (ECE)", self.ece, "0 is best"),
         ]
-        shown = [(what, Bar(value, value), note) for what, value, note in rows]
+        shown = [
+            (what, "" if math.isnan(value) else Bar(value, value), note)
+            for what, value, note in rows
+        ]
         return html_table("Reward evaluation", ("what", "value", "note"), shown)
 
 # %% ../../nbs/reward/06_evaluation.ipynb #c054
@@ -172,9 +175,10 @@ def table(
     lines = [f"{'':{width}}  accuracy  95 % interval   shorter preferred  best of all"]
     for name, e in evaluations.items():
         low, high = e.interval
+        shorter = f"{e.shorter_accuracy:.3f}" if e.n_shorter else "no pair"
         lines.append(
             f"{name:{width}}  {e.accuracy:8.3f}  {low:.3f} to {high:.3f}"
-            f"  {e.shorter_accuracy:17.3f}  {e.best_of:11.3f}"
+            f"  {shorter:>17}  {e.best_of:11.3f}"
         )
     return "\n".join(lines)
 

@@ -215,9 +215,22 @@ class _Lines:
                 raise self._other("cannot be read") from error
             if self.state.get("model") != digest or self.part.stat().st_size < size:
                 raise self._other("is of another model")
-        self.stream = self.part.open("r+b" if self.state else "w+b")
+        self.stream = open(os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._lock()
         self.stream.truncate(size)
         self.stream.seek(size)
+
+    def _lock(self) -> None:
+        "Keep other processes from writing the same file until this one ends."
+        import fcntl
+
+        try:
+            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.stream.close()
+            raise InputError(
+                f"another process writes {self.out}: wait for it, or give another file"
+            ) from None
 
     def _other(self, what: str) -> InputError:
         return InputError(
@@ -270,9 +283,9 @@ class _Lines:
         "Give the file its name."
         if self.stream is sys.stdout:
             return
-        self.stream.close()
         os.replace(self.part, self.out)
         self.state_file.unlink(missing_ok=True)
+        self.stream.close()  # and with it the lock
 
 
 def _written(value: Any) -> Any:

@@ -434,7 +434,8 @@ def encode_pairs(
         prompts, completions = (list(side) for side in zip(*pairs))
     room = _room(max_length, start + middle + end)
     begins = {tokenizer.bos_token_id, tokenizer.cls_token_id} if has_template else set()
-    rows = []
+    rows: list[Row] = []
+    marked = 0  # prompts that hold the mark at which a model parts the two texts
     for before, text in zip(
         _tokens(tokenizer, prompts), _tokens(tokenizer, completions)
     ):
@@ -446,6 +447,14 @@ def encode_pairs(
             completion[-1:] = text[-1:]
         lost = len(before) - len(prompt), len(text) - len(completion)
         rows.append(Row(start + prompt + middle + completion + end, sum(lost), lost[0]))
+        marked += bool(frame and frame.segments and middle[-1] in prompt)
+    if marked:
+        mark = tokenizer.convert_ids_to_tokens(middle[-1])
+        warnings.warn(
+            f"{count_of(marked, 'prompt')} of {len(rows)} hold {mark}, with which a "
+            "prompt ends: the model takes what follows it for the completion",
+            stacklevel=3,
+        )
     return _not_empty(rows)
 
 
