@@ -31,6 +31,7 @@ from ..config import Config, InputError, add_settings, read_config
 from ..config import settings_of
 from ..network.axon import Axon
 from ..network.isolation import Isolated
+from ..network.limited import BlockWatch
 from ..network.store import Store, StoredMetrics, StoredNonces
 from ..network.store import StoredPrompts, StoredQuota
 from ..protocol import Prompting, Synapse
@@ -39,7 +40,6 @@ from ..help.usage import count_of
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
 _log = logging.getLogger(__name__)
-_STILL = 300.0  # seconds without a new block; Bittensor makes one in 12 s
 
 
 @arguments_in_help
@@ -81,8 +81,7 @@ class Miner(abc.ABC):
         limit = settings.subtensor.timeout
         self.subnet = Subnet(wallet, subtensor, settings.netuid, limit)
         self._unpublished = True  # since the start, or the latest epoch
-        self._newest = -1, 0.0, 0.0  # block, and when it was seen first and last
-        self._told = False  # that there is no newer one
+        self._newest = BlockWatch(self.subnet.client)
         self.sync()  # a miner that is not registered does not listen
         store = settings.axon.store
         self.store = Store(store, self.hotkey) if store else None  # shared by processes
@@ -334,30 +333,17 @@ class Miner(abc.ABC):
         )
         if failures >= 3:
             return f"the chain has failed {count_of(failures, 'time')} in a row, {old}"
-        return f"{still}, {old}" if (still := self._stands_still()) else ""
-
-    def _stands_still(self) -> str:
-        "Say that the chain makes no blocks; empty if it does, or makes them by hand."
-        from prompting_nb.network.chain import is_embedded
-
-        if is_embedded(self.subnet.client):
-            return ""
-        block, first, last = self._newest
-        still = f"the chain has had no block after {block} for {last - first:.0f} s"
-        return still if last - first >= _STILL else ""
+        still = self._newest.problem()
+        return f"{still}, {old}" if still else ""
 
     def _notice(self, block: int) -> None:
         "Log that the chain stands still, once, and that it goes on."
-        (newest, first, _), now = self._newest, self.clock()
-        self._newest = block, first if block == newest else now, now
-        if block != newest:
-            if self._told:
-                _log.warning(
-                    "%s: the chain goes on at block %d", self.runner.name, block
-                )
-            self._told = False
-        elif not self._told and (still := self._stands_still()):
-            self._told = True
+        told = self._newest.problem()
+        if self._newest.look(block, self.clock()):
+            if told:
+                text = "%s: the chain goes on at block %d"
+                _log.warning(text, self.runner.name, block)
+        elif not told and (still := self._newest.problem()):
             _log.error("%s: %s", self.runner.name, still)
 
     def _each_block(self) -> int:

@@ -32,6 +32,7 @@ from prompting_nb.config import (
 )
 from .journal import Journal
 from .state import Saved, resume, save_state
+from ..network.limited import BlockWatch
 from ..validators.event import Event
 from ..validators.pending import finite
 from ..validators.validator import Round, Validator
@@ -502,28 +503,21 @@ class ChainWatch:
         still: float = 300.0,  # seconds without a new block
     ):
         self.client, self.patience, self.clock = client, patience, clock
-        from prompting_nb.network.chain import is_embedded
-
-        by_hand = is_embedded(client)  # where blocks may be made by hand, as in a test
-        self.block, self.still = 0, math.inf if by_hand else still
-        self.heard_at = self.moved_at = clock()
+        self.block, self.newest = 0, BlockWatch(client, still)
+        self.heard_at = clock()
 
     def look(self) -> int:
         "Read the block number."
-        block, self.heard_at = int(self.client.block), self.clock()
-        if block != self.block:
-            self.block, self.moved_at = block, self.heard_at
-        return block
+        self.block, self.heard_at = int(self.client.block), self.clock()
+        self.newest.look(self.block, self.heard_at)
+        return self.block
 
     def problem(self) -> Optional[str]:  # `None`: there is none
         "Say for how long the chain has been away, or has stood still."
         silent = self.clock() - self.heard_at
         if silent > self.patience:
             return f"no news of the chain for {silent:.0f} s"
-        stood = self.heard_at - self.moved_at
-        if stood > self.still:
-            return f"the chain has had no block after {self.block} for {stood:.0f} s"
-        return None
+        return self.newest.problem() or None
 
 # %% ../../nbs/loop/10_service.ipynb #c016
 @arguments_in_help
