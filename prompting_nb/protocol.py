@@ -8,9 +8,11 @@ __all__ = ['Terminal', 'Synapse', 'Prompting', 'StreamPrompting', 'write_body', 
 
 # %% ../nbs/02_protocol.ipynb #c002
 import json
+import re
 from typing import Any, ClassVar, Mapping, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
 from .show import html_table
 
@@ -133,17 +135,16 @@ _COMPLAINTS = {  # by the start of pydantic's name for it
 }
 
 
-_write = json.JSONEncoder(ensure_ascii=False).encode  # made once, not at each call
-
-
 def _encoded(values: dict) -> bytes:
     "Write JSON in UTF-8. ValueError for a lone surrogate, which no reader takes."
     try:
-        return _write(values).encode()
-    except UnicodeEncodeError as error:
-        bad = error.object[error.start]
+        return to_json(values)
+    except PydanticSerializationError as error:
+        bad = re.search("[\ud800-\udfff]", json.dumps(values, ensure_ascii=False))
+        if bad is None:
+            raise ValueError(f"this cannot be written as JSON: {error}") from None
         raise ValueError(
-            f"a text holds a lone surrogate ({bad!a}), which is half a character: "
+            f"a text holds a lone surrogate ({bad[0]!a}), which is half a character: "
             "repair or drop it"
         ) from None
 

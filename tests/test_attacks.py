@@ -998,6 +998,49 @@ def test_caller_of_a_long_question_is_heard_after_it():
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("parts, arrived", [
+    ([b"POST / HTTP/1.1\r\ncontent-length: 4\r\n\r\nbody"], True),
+    ([b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n"], True),
+    ([b"POST / HTTP/1.1\r\ncontent-length: 4\r\n\r\nbo", b"dy"], False),
+    ([b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n4\r\nbody\r\n", b"0\r\n\r\n"], False),
+    ([b"POST / HTTP/1.1\r\ncontent-length: 4\r\nexpect: 100-continue\r\n\r\n", b"body"], False),
+])  # fmt: skip
+def test_only_a_body_that_is_here_needs_no_time_limit(parts, arrived):
+    """A body is read without a clock only when all of it has come: a slow one has to keep `body_timeout`.
+    Older server: -"""
+
+    class Line(asyncio.Transport):
+        pause_reading = resume_reading = close = abort = write_eof = lambda self: None
+        write = lambda self, data: None
+        is_closing = can_write_eof = lambda self: False
+        get_write_buffer_size = lambda self: 0
+        set_write_buffer_limits = lambda self, high: None
+
+    async def check():
+        seen = []
+
+        async def app(scope, receive, send):
+            seen.append(scope["extensions"]["connection.arrived"]())
+            more = True
+            while more:
+                more = (await receive())["more_body"]
+            seen.append(scope["extensions"]["connection.arrived"]())
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body"})
+
+        tasks = set()
+        served = connection.Connection(app, connection.Crowd(Limits()), tasks)
+        served.connection_made(Line())
+        for part in parts:
+            served.data_received(part)
+            for _ in range(5):
+                await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.gather(*tasks), SECONDS)
+        assert seen == [arrived, True]
+
+    asyncio.run(check())
+
+
 def test_generator_that_never_waits():
     """An asynchronous generator that yields without waiting, read slowly, quickly, or put together for a whole answer.
     Older server: -"""

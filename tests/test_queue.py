@@ -1,6 +1,7 @@
 """The request queue: order, bounds and ageing, slots and their holders, and handlers of every kind."""
 
 import asyncio
+import gc
 import threading
 import time
 from contextlib import suppress
@@ -437,6 +438,43 @@ async def test_a_coroutine_is_cancelled_with_its_caller_and_holds_the_slot_until
         assert place.holders == 2
         let_go.set()
         await until(lambda: place.holders == 1)
+
+
+@run
+async def test_a_coroutine_that_cancels_itself_ends_its_request():
+    async def give_up(_):
+        await asyncio.sleep(0)
+        raise asyncio.CancelledError
+
+    async with Place() as place:
+        asking = asyncio.ensure_future(place.work(give_up))
+        await asyncio.wait([asking], timeout=SECONDS)
+        assert asking.cancelled()
+        await until(lambda: place.holders == 1)
+
+
+def test_a_coroutine_that_fails_after_its_caller_has_left_is_forgotten(caplog):
+    "Nobody waits for its error, which is no error of the event loop's."
+    let_go = asyncio.Event()
+
+    async def fail_later(_):
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await let_go.wait()
+        raise SystemExit("too late")
+
+    async def test():
+        async with Place() as place:
+            asking = asyncio.ensure_future(place.work(fail_later))
+            await turns()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            let_go.set()
+            await until(lambda: place.holders == 1)
+
+    run(test)()
+    gc.collect()
+    assert not caplog.records
 
 
 def leave(_=None):

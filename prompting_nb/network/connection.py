@@ -563,7 +563,10 @@ class _Exchange:
     ):
         self._connection, self._scope = connection, scope
         self._on_leave: Optional[Callable[[], None]] = None
-        scope["extensions"]["connection.on_leave"] = self.on_leave
+        scope["extensions"] |= {
+            "connection.on_leave": self.on_leave,
+            "connection.arrived": self.arrived,
+        }
         self.keep_alive, self._continue = keep_alive, asks
         self._body, self.complete, self._gone = bytearray(), False, False
         self._news: Optional[asyncio.Future] = None  # of the body, or of the caller
@@ -607,6 +610,10 @@ class _Exchange:
         self._on_leave = call
         if self._gone and call is not None:
             call()
+
+    def arrived(self) -> bool:
+        "Tell whether the whole body is here, so that `receive` does not wait."
+        return self.complete
 
     def _tell(self) -> None:
         if self._news is not None and not self._news.done():

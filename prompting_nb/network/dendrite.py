@@ -470,6 +470,8 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
         if len(body) > limit:
             response.close()
             raise _Failure(413, f"the answer is larger than {limit} bytes")
+        if response.content.at_eof():
+            break
     return bytes(body)
 
 

@@ -370,23 +370,41 @@ def _call_in_loop(loop: asyncio.AbstractEventLoop, fn: Callable, _: Any = None) 
 
 
 async def _in_task(slot: Slot, awaitable: Awaitable) -> Any:
-    "Await in a task of its own, which holds the slot until it has ended."
+    """Await in a task of its own, which holds the slot until it has ended.
+
+    A cancellation is passed on to the task and not waited for.
+    """
+    loop = asyncio.get_running_loop()
     slot.hold()
-    working = asyncio.ensure_future(_without_exit(awaitable))
-    working.add_done_callback(lambda _: slot.release())
+    outcome = loop.create_future()
+    working = loop.create_task(_tell(outcome, awaitable))
+    working.add_done_callback(partial(_ended, slot, outcome))
     try:
-        return await asyncio.shield(working)
+        return await outcome
     except asyncio.CancelledError:
         working.cancel()
         raise
 
 
-async def _without_exit(awaitable: Awaitable) -> Any:
-    "Await; an exit becomes an ordinary exception, since it would end the event loop."
+async def _tell(outcome: asyncio.Future, awaitable: Awaitable) -> None:
+    "Await, and hand on result or exception, unless nobody waits for it any more."
     try:
-        return await awaitable
-    except (KeyboardInterrupt, SystemExit) as error:
-        raise _not_an_exit(error) from error
+        result = await awaitable
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # an exit would end the event loop
+        if not outcome.done():
+            exits = isinstance(error, (KeyboardInterrupt, SystemExit))
+            outcome.set_exception(_not_an_exit(error) if exits else error)
+    else:
+        if not outcome.done():
+            outcome.set_result(result)
+
+
+def _ended(slot: Slot, outcome: asyncio.Future, working: asyncio.Task) -> None:
+    slot.release()
+    if working.cancelled() and not outcome.done():
+        outcome.cancel()
 
 # %% ../../nbs/network/05_queue.ipynb #c027
 _END = object()  # what `next` returns at the end of a generator
