@@ -14,6 +14,7 @@ from prompting_nb.baseminer.miner import Miner
 from prompting_nb.config import add_argument, read_config
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.server import freeze_loaded
 from prompting_nb.protocol import Prompting
 
 ANSWER = "The meaning of life is a question that every generation asks anew, and answers in its own way. ".ljust(100) * 15
@@ -70,6 +71,7 @@ def ours(settings: dict) -> None:
     "Our miner: signatures, blacklist, rate limit, priority, cache, both generations, signed answers."
     logging.disable()
     with make_miner(settings) as miner:
+        freeze_loaded()  # as `prompting-nb miner` does
         print(json.dumps({"port": miner.axon.port, "hotkey": miner.hotkey}), flush=True)
         for _ in sys.stdin:
             print(json.dumps({"cpu": time.process_time(), "served": list(served)}), flush=True)
