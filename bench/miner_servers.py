@@ -15,7 +15,7 @@ from prompting_nb.baseminer.miner import Miner
 from prompting_nb.config import add_argument, read_config
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
-from prompting_nb.network.server import Limits, open_files
+from prompting_nb.network.server import Limits, freeze_loaded, open_files
 from prompting_nb.protocol import Prompting
 
 ANSWER = "The meaning of life is a question that every generation asks anew, and answers in its own way. ".ljust(100) * 15
@@ -88,6 +88,7 @@ def ours(settings: dict) -> None:
     if "connections" in settings:
         settings["connections"] = min(settings["connections"], files)
     with make_miner(settings) as miner:
+        freeze_loaded()  # as `prompting-nb miner` does
         print(json.dumps({"port": miner.axon.port, "hotkey": miner.hotkey, **settings}), flush=True)
         for _ in sys.stdin:
             state = {"cpu": time.process_time(), "served": list(served), "closed": closed_by_limits(miner)}

@@ -998,6 +998,42 @@ def test_caller_of_a_long_question_is_heard_after_it():
     asyncio.run(check())
 
 
+def test_answered_request_leaves_nothing_in_memory():
+    """Requests that are over are freed at once, with their bodies, and do not wait for the garbage collector.
+    Older server: -"""
+
+    class Line(asyncio.Transport):
+        pause_reading = resume_reading = close = abort = write_eof = lambda self: None
+        write = lambda self, data: None
+        is_closing = can_write_eof = lambda self: False
+        get_write_buffer_size = lambda self: 0
+        set_write_buffer_limits = lambda self, high: None
+
+    async def check():
+        with Axon(MINER).attach(aecho) as axon:
+            tasks = set()
+            served = connection.Connection(axon, connection.Crowd(Limits()), tasks)
+            served.connection_made(Line())
+            asked = [request(), b"GET /nothing HTTP/1.1\r\n\r\n", request(headers={}), request()]
+            gc.collect()
+            gc.set_debug(gc.DEBUG_SAVEALL)  # keeps what the collector finds
+            for data in asked:
+                served.data_received(data)
+                while tasks:
+                    await asyncio.gather(*tasks)
+            gc.collect()
+
+    gc.disable()
+    try:
+        asyncio.run(check())
+        ours = [o for o in gc.garbage if type(o).__module__.startswith("prompting_nb")]
+        assert ours == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
 @pytest.mark.parametrize("parts, arrived", [
     ([b"POST / HTTP/1.1\r\ncontent-length: 4\r\n\r\nbody"], True),
     ([b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n"], True),

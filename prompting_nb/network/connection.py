@@ -539,6 +539,8 @@ class _Exchange:
     __slots__ = (
         "_connection",
         "_scope",
+        "_method",
+        "_version",
         "keep_alive",
         "_continue",
         "_body",
@@ -562,6 +564,7 @@ class _Exchange:
         asks: bool,  # whether the caller waits to be told to go on with its body
     ):
         self._connection, self._scope = connection, scope
+        self._method, self._version = scope["method"], scope["http_version"]
         self._on_leave: Optional[Callable[[], None]] = None
         scope["extensions"] |= {
             "connection.on_leave": self.on_leave,
@@ -622,7 +625,10 @@ class _Exchange:
     async def run(self, app: Callable) -> None:
         "Call the application. An error of its own is a 500, or ends the connection."
         try:
-            await app(self._scope, self.receive, self.send)
+            # the scope refers to this object: kept here, it would make a circle, which
+            # stays in memory with the request until the garbage collector comes by
+            scope, self._scope = self._scope, {}
+            await app(scope, self.receive, self.send)
         except BaseException as error:
             if not isinstance(error, asyncio.CancelledError):
                 _log.exception("the application failed")
@@ -702,7 +708,7 @@ class _Exchange:
     def _start(self, message: dict) -> None:
         if self._head is not None:
             raise RuntimeError("the answer has begun already")
-        status, method = message["status"], self._scope["method"]
+        status, method = message["status"], self._method
         closes, lines = False, [_STATUS.get(status) or _status_line(status)]
         for name, value in message.get("headers", ()):
             name = name.lower()
@@ -715,7 +721,7 @@ class _Exchange:
             lines.append(b"%s: %s" % (name, value))
         self._no_body = method == "HEAD" or status in (204, 304) or status < 200
         if self._left < 0 and not self._no_body:
-            self._chunked = self._scope["http_version"] == "1.1"
+            self._chunked = self._version == "1.1"
             if self._chunked:
                 lines.append(b"transfer-encoding: chunked")
             else:
