@@ -2,8 +2,10 @@
 
 Idle strangers have had an answer to `GET /`. Slow writers send a byte of a header each second. Slow readers are permitted callers that
 ask for a long answer (`miner_servers.LONG`) and take 64 bytes of it each second; with the small segments and the small buffer that
-they allow, the system of the miner holds little of the answer, and the rest waits at the miner. They come one after the other within
-`ramp` seconds, and who is sent away comes back after `pause` seconds.
+they allow, the system of the miner holds little of the answer, and the rest waits at the miner.
+
+Strangers and slow writers come within a tenth of `ramp` seconds, so that many are sent away at the same moment and come back together
+after `pause` seconds; the slow readers, whose questions are work, come one after the other within `ramp` seconds.
 
 A line says when all have come; each line on stdin is answered with how many hold on, how often they came back, and how many bytes of
 answers the slow readers have not taken; the end of stdin ends it.
@@ -88,9 +90,12 @@ class Held:
 async def main(port: int, hotkey: str, settings: dict) -> None:
     held, loop = Held(port, hotkey), asyncio.get_running_loop()
     kinds = [kind for kind in ("idle", "writers", "readers") for _ in range(settings[kind])]
-    steps = [settings["ramp"] * (7919 * i % len(kinds)) / len(kinds) for i in range(len(kinds))]  # the kinds come mixed
-    holders = [asyncio.ensure_future(held.hold(kind, i, delay, settings["pause"])) for i, (kind, delay) in enumerate(zip(kinds, steps))]
-    await asyncio.sleep(settings["ramp"] + 2.0)
+    ramp, holders = settings["ramp"], []
+    for i, kind in enumerate(kinds):
+        within = ramp if kind == "readers" else ramp / 10
+        delay = within * (7919 * i % len(kinds)) / len(kinds)
+        holders.append(asyncio.ensure_future(held.hold(kind, i, delay, settings["pause"])))
+    await asyncio.sleep(ramp + 2.0)
     print(json.dumps(held.state()), flush=True)
     while await loop.run_in_executor(None, sys.stdin.readline):
         print(json.dumps(held.state()), flush=True)
