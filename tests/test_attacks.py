@@ -5,6 +5,7 @@ Dendrite says about it, a dash where it says nothing. The table on the page abou
 """
 
 import asyncio
+import errno
 import gc
 import http.client
 import json
@@ -42,7 +43,7 @@ from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite, _discard, _read_stream
 from prompting_nb.network.isolation import Isolated
 from prompting_nb.network.legacy import legacy_headers
-from prompting_nb.network.server import Limits, Server, listen
+from prompting_nb.network.server import Door, Limits, Server, listen
 from prompting_nb.network.store import Store, StoredNonces
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
 from test_store import REDIS, Redis
@@ -999,7 +1000,7 @@ def test_caller_of_a_long_question_is_heard_after_it():
 
 
 def test_answered_request_leaves_nothing_in_memory():
-    """Requests that are over are freed at once, with their bodies, and do not wait for the garbage collector.
+    """Requests and connections that are over are freed at once, with their bodies, and do not wait for the garbage collector.
     Older server: -"""
 
     class Line(asyncio.Transport):
@@ -1022,16 +1023,124 @@ def test_answered_request_leaves_nothing_in_memory():
                 while tasks:
                     await asyncio.gather(*tasks)
             gc.collect()
+            assert not [o for o in gc.garbage if type(o).__module__.startswith("prompting_nb")]
+            served.connection_lost(None)
+            for end in (b"", b"GET / HTTP/1.1\r\nx: ", b"this is no HTTP", request()[:-9], request()):
+                leaving = connection.Connection(axon, connection.Crowd(Limits()), tasks)
+                leaving.connection_made(Line())
+                leaving.data_received(end)
+                await asyncio.sleep(0)
+                leaving.connection_lost(None)
+                del leaving
+                while tasks:
+                    await asyncio.gather(*tasks)
+            gc.collect()
 
     gc.disable()
     try:
         asyncio.run(check())
         ours = [o for o in gc.garbage if type(o).__module__.startswith("prompting_nb")]
-        assert ours == []
+        assert not ours, " ".join(type(o).__qualname__ for o in ours)
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+def test_thousands_of_strangers_wait_for_each_other_and_known_callers_do_not_wait_for_them():
+    """Strangers who all ask at once are served a few at a time, and in between a caller who is known.
+    Older server: -"""
+
+    class Line(asyncio.Transport):
+        pause_reading = resume_reading = close = abort = write_eof = lambda self: None
+        write = lambda self, data: None
+        is_closing = can_write_eof = lambda self: False
+        get_write_buffer_size = lambda self: 0
+        set_write_buffer_limits = lambda self, high: None
+
+    async def check():
+        served, tasks, crowd, turns = [], set(), connection.Crowd(Limits()), connection.Turns()
+
+        async def app(scope, receive, send):
+            served.append(scope["path"])
+            if scope["path"] == "/known":
+                scope["extensions"]["connection.permit"]()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body"})
+
+        def came():
+            line = connection.Connection(app, crowd, tasks, turns)
+            line.connection_made(Line())
+            return line
+
+        async def until_done():
+            while tasks or len(turns):
+                await asyncio.sleep(0)
+
+        known = came()
+        known.data_received(b"GET /known HTTP/1.1\r\n\r\n")
+        await until_done()
+        for _ in range(50):
+            came().data_received(b"GET /stranger HTTP/1.1\r\n\r\n")
+        for _ in range(3):
+            known.data_received(b"GET /known HTTP/1.1\r\n\r\n")
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await until_done()
+        assert served.count("/stranger") == 50
+        assert [i for i, path in enumerate(served) if path == "/known"][-1] < 12
+
+    asyncio.run(check())
+
+
+def test_door_lets_in_a_few_at_a_time_and_waits_where_the_system_has_no_connection(caplog, monkeypatch):
+    """The system has no file left for another connection, for a while: it is said once, and all come in later.
+    Older server: the loop stands still while thousands are let in"""
+    monkeypatch.setattr("prompting_nb.network.server._PAUSE", 0.01)
+
+    class Lines:
+        "A listening socket that gives no connection at first."
+        refused, turn, most = 3, 0, 0
+
+        def __init__(self, sock):
+            self.sock = sock
+            self.fileno, self.setblocking, self.close = sock.fileno, sock.setblocking, sock.close
+
+        def accept(self):
+            if self.refused:
+                self.refused -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            found = self.sock.accept()
+            self.turn += 1
+            self.most = max(self.most, self.turn)
+            return found
+
+    async def check():
+        lines, made = Lines(listen("127.0.0.1", 0)), []
+
+        class Guest(asyncio.Protocol):
+            def connection_made(self, transport):
+                made.append(transport)
+
+        door = Door(lines, Guest)
+        callers = [socket.create_connection(lines.sock.getsockname()) for _ in range(40)]
+        door.open()
+        address, end = lines.sock.getsockname(), time.monotonic() + SECONDS
+        while len(made) < 40 and time.monotonic() < end:
+            await asyncio.sleep(0)
+            lines.turn = 0
+        await door.close()
+        assert len(made) == 40 and 1 < lines.most <= 8
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        for line in (*callers, *made):
+            line.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(check())
+    assert [record.message for record in caplog.records].count(
+        "no new connection can be accepted: [Errno 24] Too many open files"
+    ) == 1
 
 
 @pytest.mark.parametrize("parts, arrived", [

@@ -375,6 +375,7 @@ class _Endpoint:
             status, kind = 500, "internal"
             await request.refuse(Refusal(500, "internal error", "internal"))
         finally:
+            request.deadline.refusal = None  # refers to frames that refer to it
             self._metrics.count(status, kind, request.seconds)
 
     async def _serve(self, request: "_Exchange") -> None:

@@ -9,6 +9,7 @@ __all__ = ['Connection']
 import asyncio
 import logging
 from collections import deque
+from functools import partial
 from http import HTTPStatus
 from math import inf
 from typing import Any, Callable, Optional
@@ -16,7 +17,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from .limits import Crowd, Limits, share_of
+from .limits import Crowd, Limits, Turns, share_of
 from ..help.usage import count_of
 from ..show import arguments_in_help
 
@@ -35,9 +36,10 @@ class Connection(asyncio.Protocol):
         app: Callable,  # ASGI application
         crowd: Crowd,  # of the server, with its limits
         tasks: Optional[set] = None,  # the server's, to which those of requests go
+        turns: Optional[Turns] = None,  # for requests of strangers; None: at once
     ):
         self._app, self._crowd, self._limits = app, crowd, crowd.limits
-        self._tasks = set() if tasks is None else tasks
+        self._tasks, self._turns = set() if tasks is None else tasks, turns
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
         self._clock = _Clock(self._limits, self._loop.time)
@@ -112,6 +114,8 @@ class Connection(asyncio.Protocol):
         self._crowd.leave(self)
         self._hung_up()
         self.resume_writing()
+        self._reader.close()
+        self._serving = None
 
     def _hung_up(self) -> None:
         for exchange in (self._serving, *self._ahead):
@@ -189,6 +193,14 @@ class Connection(asyncio.Protocol):
     def _serve(self, exchange: "_Exchange") -> None:
         self._serving = exchange
         self._clock.wait("app")
+        if self._turns is not None and self._crowd.is_stranger(self):
+            self._turns.add(partial(self._start, exchange))
+        else:
+            self._start(exchange)
+
+    def _start(self, exchange: "_Exchange") -> None:
+        if self._transport.is_closing():
+            return  # while it waited for its turn
         task = self._loop.create_task(exchange.run(self._app))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -344,8 +356,9 @@ class _Reader:
     "Makes requests out of bytes."
 
     def __init__(self, connection: Connection, limits: Limits):
-        self._connection, self._limits = connection, limits
-        self._parser = httptools.HttpRequestParser(self)
+        self._limits = limits
+        self._connection: Any = connection  # both are None when it is closed
+        self._parser: Any = httptools.HttpRequestParser(self)
         self.part = ""  # of an unfinished request that is received: "head" or "body"
         self.size = 0  # bytes of it, of which those that came first may be missing
         self._begun, self._deaf, self._stopped = 0, False, False
@@ -400,6 +413,10 @@ class _Reader:
     def stop(self) -> None:
         "Read nothing more, not even what was received already."
         self._stopped = True
+
+    def close(self) -> None:
+        "Let go of connection and parser, which refer to this object: a circle."
+        self._connection = self._parser = self._exchange = None
 
     # Called by the parser
 
