@@ -1413,6 +1413,98 @@ def test_handler_that_hangs():
         until(lambda: axon.health()["running"] == 0)
 
 
+STUBBORN = ["goes on", "hangs in its finally", "yields first", "is a coroutine"]
+
+
+@pytest.mark.parametrize("what", STUBBORN)
+@pytest.mark.parametrize("path", ["/Prompting", "/StreamPrompting"])
+def test_handler_that_does_not_let_itself_be_cancelled(path, what, caplog):
+    """An asynchronous generator or a coroutine that catches its cancellation, or hangs in its clean-up.
+    Older server: no time limit ends a handler."""
+    free = []
+
+    async def wait():
+        while not free:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    async def goes_on(synapse):
+        await wait()
+        yield "x"
+
+    async def hangs(synapse):
+        try:
+            await asyncio.sleep(99)
+            yield "x"
+        finally:
+            await wait()
+
+    async def yields(synapse):
+        yield "x"
+        await wait()
+
+    async def coroutine(synapse):
+        await wait()
+
+    forward = dict(zip(STUBBORN, (goes_on, hangs, yields, coroutine)))[what]
+    body = write_body(Prompting.ask("x", timeout=0.2))
+    with Axon(MINER, workers=1, drain=0.1).attach(forward) as axon:
+        if what == "yields first" and path == "/StreamPrompting":  # the head is sent by then
+            with connect(axon) as line:
+                line.sendall(request(body, sign(body, path=path), path))
+                until(lambda: b"no answer within" in line.recv(65536))
+        else:
+            assert post(axon, body, sign(body, path=path), path)[0] == 504
+        until(lambda: http_get(axon, "/ready")[0] == 503)
+        assert axon.health()["stuck"] == axon.health()["running"] == 1
+        until(lambda: any("all 1 workers are held" in r.getMessage() for r in caplog.records))
+        free.append(1)
+        until(lambda: axon.health()["running"] == 0)
+        assert http_get(axon, "/ready")[0] == 200
+
+
+def test_stop_with_a_handler_that_does_not_end(caplog):
+    """A handler goes on for ever, whatever it is told, and the miner is stopped.
+    Older server: -"""
+    begun = threading.Event()
+
+    async def for_ever(synapse):
+        while True:
+            begun.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        yield "x"
+
+    axon = Axon(MINER, workers=1, drain=0.1).attach(for_ever).start()
+    server = axon._server
+    with connect(axon) as line:
+        line.sendall(request())
+        assert begun.wait(SECONDS)
+        axon.stop()
+        assert read_status(line) == 503
+    assert not server.alive and server.loop.is_closed()
+    assert [r.getMessage() for r in caplog.records if r.levelname == "ERROR" and "given up" in r.getMessage()] == [
+        "1 task did not end when cancelled: given up"]  # fmt: skip
+    with axon:
+        begun.clear()
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "coroutine"])
+def test_handler_that_cancels_itself(plain):
+    """A handler that raises `CancelledError`.
+    Older server: -"""
+
+    def cancel(synapse):
+        raise asyncio.CancelledError
+
+    async def cancel_async(synapse):
+        cancel(synapse)
+
+    with Axon(MINER).attach(cancel if plain else cancel_async) as axon:
+        assert status(axon) == 500 and axon.metrics.totals() == {"failed": 1}
+        assert status(axon, OLD, old()) == 500 and axon.metrics.totals() == {"failed": 2}
+
+
 def test_error_of_a_handler_stays_in_the_log(caplog):
     """A handler whose error holds a key and a path.
     Older server: 500 without the reason."""
