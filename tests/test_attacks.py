@@ -809,6 +809,38 @@ def test_strangers_do_not_push_out_a_permitted_caller():
                 line.close()
 
 
+HALVES = ["older format without a body", "older format with half a body", "half a body", "a stream that is not read"]
+
+
+@pytest.mark.parametrize("what", HALVES)
+def test_permitted_callers_that_hold_on_to_their_connections(what):
+    """Permitted callers sign one head after the other and send no body, or ask for large answers and do not read them.
+    Older server: has no bound."""
+    long, most, lines, asked = "x" * 8_000_000, 10, [], []
+
+    def forward(synapse):
+        synapse.completion = long if isinstance(synapse, StreamPrompting) else synapse.prompt
+        return synapse
+
+    few = dict(workers=2, max_queue=4, limits=Limits(max_connections=most))
+    with Axon(MINER, **few).attach(forward, lambda synapse: asked.append(synapse)) as axon:
+        try:
+            for n in range(1, 3 * most):
+                if what == HALVES[3]:
+                    lines.append(unread(axon, "/StreamPrompting"))
+                    until(lambda: axon.health()["running"] == axon.health()["waiting"] == 0)
+                else:
+                    whole = request(*(OLD, old()) if "older" in what else (BODY, sign()))
+                    lines.append(connect(axon))
+                    lines[-1].sendall(whole[: whole.index(b"\r\n\r\n") + (4 if what == HALVES[0] else 9)])
+                    until(lambda n=n: len(asked) == n or "older" not in what)
+            until(lambda: axon._server.connections <= most)
+            assert status(axon) == status(axon, OLD, old()) == 200
+        finally:
+            for line in lines:
+                line.close()
+
+
 def test_idle_time_is_short_when_nearly_all_places_are_taken():
     """Idle connections that take up most places.
     Older server: -"""

@@ -383,10 +383,10 @@ class _Endpoint:
         try:
             caller = await self._identify(request)
             await _permit(self._attached.blacklist, caller)
-            request.permit()
             priority = await _priority(self._attached.priority, caller)
             self._admission.admit(deadline, priority)
             synapse = await self._parse(request, caller)
+            request.permit()  # nothing more is waited for that the caller has to send
             await self._worker.answer(request, synapse, priority)
         except asyncio.CancelledError:
             if deadline.refusal is None:

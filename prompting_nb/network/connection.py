@@ -123,6 +123,8 @@ class Connection(asyncio.Protocol):
         "Start to wait: the caller takes less than is written."
         self._full = self._loop.create_future()
         self._clock.write()
+        if not self._crowd.is_stranger(self):  # it may have to make room meanwhile
+            self._crowd.rest(self)
 
     def resume_writing(self) -> None:
         "Resume writing: the caller has taken most of what was written."
@@ -133,6 +135,8 @@ class Connection(asyncio.Protocol):
                 self._next()
             else:
                 self._clock.written()
+                if self._serving.permitted:
+                    self._crowd.permit(self)
 
     # Called by the reader
 
@@ -266,6 +270,8 @@ class Connection(asyncio.Protocol):
 
     def permit(self) -> None:
         "Keep the connection as long as the present request is worked on."
+        if self._serving is not None:
+            self._serving.permitted = True
         self._crowd.permit(self)
 
     # Called by the server and the crowd
@@ -554,6 +560,7 @@ class _Exchange:
         "_no_body",
         "_ended",
         "_on_leave",
+        "permitted",
     )
 
     def __init__(
@@ -576,7 +583,7 @@ class _Exchange:
         self._ended = False  # whether the application has the whole body
         self._head: Optional[bytes] = None  # of the answer
         self._chunked, self._left = False, -1  # bytes of an announced answer to come
-        self.answered, self._no_body = False, False
+        self.answered, self._no_body, self.permitted = False, False, False
 
     @property
     def begun(self) -> bool:

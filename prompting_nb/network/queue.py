@@ -460,7 +460,7 @@ async def _steps(
 
 
 async def _made_apart(generator: Any, slot: Slot) -> AsyncGenerator[Any, None]:
-    "Yield an async generator's items, made in a task that holds the slot until it ends."
+    "Yield an async generator's items, made in a task that holds the slot to its end."
     loop, wishes = asyncio.get_running_loop(), asyncio.Queue()
     slot.hold()
     maker = loop.create_task(_make(generator, wishes, slot))
