@@ -1557,6 +1557,65 @@ def test_error_of_a_handler_stays_in_the_log(caplog):
             assert any(word in r.getMessage() and "sk-secret" in str(r.exc_info) for r in caplog.records)
 
 
+WAITS = ["blacklist", "priority", "check", "nonces"]
+
+
+@pytest.mark.parametrize("stubborn", [False, True], ids=["", "and catches its cancellation"])
+@pytest.mark.parametrize("what", WAITS)
+def test_miner_that_waits_before_it_admits(what, stubborn):
+    """What a request waits for before it takes a place never answers: a coroutine of the miner, the store of nonces.
+    Older server: waits."""
+    free, asked = [], []
+
+    async def hang(*args):
+        asked.append(args)
+        while stubborn and not free:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        if not stubborn:
+            await asyncio.Event().wait()
+
+    def plain(*args):  # an async function in a decorator that is not
+        return hang(*args)
+
+    functions = [plain if name == what else None for name in WAITS[:3]]
+    nonces = SimpleNamespace(accept=hang, close=lambda: None) if what == "nonces" else None
+    with Axon(MINER, body_timeout=0.3, nonces=nonces).attach(echo, *functions) as axon:
+        for body, headers in ((BODY, sign()), (OLD, old())):
+            code, answer, told = post(axon, body, headers)
+            assert (code, answer["error"]) == (503, "the miner could not decide in time whether to answer")
+            assert told["retry-after"] == "1"
+        assert axon.metrics.totals() == {"overloaded": 2}
+        axon._application._endpoints["/Prompting"]._btauth.patience = 60.0
+        with connect(axon) as line:
+            line.sendall(request())
+            until(lambda: len(asked) == 3)
+            assert axon._server._tasks
+        until(lambda: not axon._server._tasks)  # its caller has hung up
+        assert axon.metrics.totals() == {"overloaded": 2, "left": 1}
+        free.append(1)
+
+
+@pytest.mark.parametrize("what", ["blacklist", "priority", "check"])
+def test_function_of_the_miner_that_cancels_itself_or_exits(what, caplog):
+    """A function that is asked before a request is admitted raises `CancelledError` or `SystemExit`, at once or awaited.
+    Older server: -"""
+    for error in (asyncio.CancelledError, SystemExit, KeyboardInterrupt):
+
+        def plain(synapse, error=error):
+            raise error
+
+        async def coroutine(synapse, error=error):
+            raise error
+
+        for function in (plain, coroutine):
+            functions = [function if name == what else None for name in WAITS[:3]]
+            with Axon(MINER).attach(echo, *functions) as axon:
+                code, expected = status(axon), 403 if (what, function) == ("blacklist", coroutine) else 500
+                until(lambda: axon.metrics.totals())
+                assert (code, axon.metrics.totals()) == (expected, {"refused" if expected == 403 else "failed": 1})
+
+
 def test_every_worker_hangs(caplog):
     """Handlers that hang in every worker.
     Older server: looks well from outside."""
