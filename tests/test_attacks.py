@@ -32,6 +32,7 @@ from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from prompting_nb.baseminer.blacklist import Verdict
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.subnet import NotRegisteredError
 from prompting_nb.config import read_config
@@ -994,6 +995,31 @@ def test_caller_that_hangs_up_while_a_long_question_is_worked_on(size):
         until(lambda: axon.health()["running"] == 0)
 
 
+@pytest.mark.parametrize("how", ["closes", "resets", "shuts down"])
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_caller_that_hangs_up_behind_requests_sent_ahead(ahead, how):
+    """A caller sends several requests at once, and leaves while the first is worked on.
+    Older server: works on."""
+    begun = threading.Event()
+
+    async def forward(synapse):
+        begun.set()
+        await asyncio.sleep(100)
+
+    body = write_body(Prompting.ask("x", timeout=100))
+    with Axon(MINER, workers=1, limits=Limits(idle_timeout=0.4)).attach(forward) as axon, connect(axon) as line:
+        line.sendall(b"".join(request(body) for _ in range(1 + ahead)))
+        assert begun.wait(SECONDS)
+        line.sendall(request(body)[:-5])  # what nobody reads for the present
+        if how == "shuts down":
+            line.shutdown(socket.SHUT_WR)
+        else:
+            linger = struct.pack("ii", how == "resets", 0)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            line.close()
+        until(lambda: axon.health()["running"] == 0 and axon._server.connections == 0)
+
+
 def test_caller_of_a_long_question_is_heard_after_it():
     """The whole of a long question arrives at once, and its caller may hang up afterwards.
     Older server: -"""
@@ -1652,6 +1678,33 @@ def test_handlers_that_hang_for_ever_in_processes():
         assert [status(axon) for _ in range(3)] == [200] * 3
 
 
+def test_process_of_a_request_that_has_waited(tmp_path):
+    """A handler hangs in a process, for a request that has used up most of its time in the queue.
+    Older server: -"""
+    seconds = []
+
+    def hang(synapse):
+        threading.Event().wait()
+
+    with Isolated(hang, grace=0.1) as isolated:
+        take = isolated._take
+
+        def noted():
+            worker = take()
+            call = worker.call
+            worker.call = lambda synapse, limit: seconds.append(limit) or call(synapse, limit)
+            return worker
+
+        isolated._take = noted
+        with Axon(MINER, workers=1).attach(isolated) as axon, ThreadPoolExecutor(2) as pool:
+            first = pool.submit(status, axon, write_body(Prompting.ask("first", timeout=0.6)))
+            until(lambda: axon.health()["running"] == 1)
+            second = pool.submit(status, axon, write_body(Prompting.ask("second", timeout=0.9)))
+            assert [first.result(), second.result()] == [504, 504]
+            until(lambda: axon.health()["running"] == 0)
+    assert len(seconds) == 2 and 0.1 <= seconds[1] < 0.9 - 0.6 + 0.1  # and not from the start of its call
+
+
 def test_overload_is_refused_and_told_when_to_come_back():
     """More requests than the queue holds.
     Older server: has no bound; its priority queue orders a task that does nothing, not the handlers."""
@@ -1920,6 +1973,30 @@ def test_odd_targets_among_many(dendrite):
     assert all(a.dendrite.status_message.isprintable() and (a.axon.hotkey or "").isprintable() for a in answers)
 
 
+@pytest.mark.parametrize("method", ["__hash__", "__len__", "__bool__", "__eq__", "__str__", "__getattribute__"])
+def test_target_whose_methods_fail(dendrite, method):
+    """Entries of the metagraph, addresses and hotkeys whose classes fail when they are compared, hashed, measured or shown.
+    Older client: -"""
+
+    class Worse(RuntimeError):
+        def __str__(self):
+            raise self
+
+    for error in (RuntimeError("no"), Worse()):
+
+        def fail(*_, error=error):
+            raise error
+
+        Text, Thing = (type("Odd", (kind,), {method: fail}) for kind in (str, object))
+        odd = [SimpleNamespace(hotkey=ME, axon=make) for make in (Text("127.0.0.1:x"), Thing())]
+        odd += [SimpleNamespace(hotkey=make, axon="127.0.0.1:x") for make in (Text(ME), Thing())]
+        odd += [SimpleNamespace(hotkey=ME, address=Thing()), Text("x"), Thing()]
+        with Axon(MINER).attach(echo) as axon:
+            answers = dendrite.query([*odd, axon], QUESTION)
+            assert [a.dendrite.status_code for a in answers] == [503] * len(odd) + [200]
+            assert dendrite.query(odd[0], QUESTION)[0].dendrite.status_code == 503
+
+
 def test_300_silent_miners(dendrite):
     """300 miners accept a connection and say nothing, asked together with an honest one.
     Older client: -"""
@@ -2156,6 +2233,22 @@ def test_deregistration_while_running(chain, caplog):
     assert any("is not registered" in r.getMessage() for r in caplog.records)
 
 
+def test_rule_that_is_a_coroutine(chain):
+    """The operator adds a rule that is a coroutine function to the blacklist.
+    Older server: awaits a blacklist function that is one; it has no rules."""
+
+    async def banned(caller):
+        await asyncio.sleep(0)
+        return Verdict(True, "hotkey is banned") if caller.hotkey == STRANGER.hotkey.ss58_address else None
+
+    chain.register(STRANGER)
+    with chain.client() as client, Echo(wallet=MINER, subtensor=client) as miner:
+        miner.rules.append(banned)
+        miner.rules.append(lambda caller: None)
+        assert [post(miner.axon)[0], post(miner.axon, BODY, sign(wallet=STRANGER))[:2]] == [
+            200, (403, {"error": "hotkey is banned"})]  # fmt: skip
+
+
 def test_rate_limit_says_when_to_come_back(chain):
     """A registered caller that asks too often.
     Older server: has no rate limit."""
@@ -2182,7 +2275,8 @@ def test_sigterm_under_load(tmp_path):
     code = f"""
         import logging, sys, time
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-        from prompting_nb.baseminer.miner import Miner
+        from prompting_nb.baseminer.blacklist import Verdict
+from prompting_nb.baseminer.miner import Miner
         from prompting_nb.config import read_config
         from prompting_nb.network.chain import EmbeddedChain, make_wallet
         done = open({str(tmp_path / "done")!r}, "a", buffering=1)

@@ -649,7 +649,8 @@ class _Worker:
         self, request: "_Exchange", synapse: Prompting, held: "_Held"
     ) -> None:
         "Call the handler and send what it makes, whole or in pieces."
-        result = await work(self._forward, synapse, held.slot, self._threads)
+        work_for = self._forward, synapse, held.slot, self._threads, held.until
+        result = await work(*work_for)
         if not is_stream(result):
             result = _finished(result)
         elif self._kind is StreamPrompting:
@@ -681,10 +682,10 @@ class _Worker:
 class _Held:
     "A request's hold on a slot, which is given back once."
 
-    __slots__ = ("slot", "_queue", "_until", "_released")
+    __slots__ = ("slot", "until", "_queue", "_released")
 
     def __init__(self, slot: Slot, queue: WorkQueue, until: float):
-        self.slot, self._queue, self._until = slot, queue, until
+        self.slot, self._queue, self.until = slot, queue, until
         self._released = False
 
     def release(self) -> None:
@@ -692,7 +693,7 @@ class _Held:
         if not self._released:
             self._released = True
             self.slot.release()
-            self._queue.outlive(self.slot, self._until)
+            self._queue.outlive(self.slot, self.until)
 
 
 def _failure(error: Exception) -> Refusal:

@@ -8,6 +8,7 @@ __all__ = ['Connection']
 # %% ../../nbs/network/13_connection.ipynb #h003
 import asyncio
 import logging
+import select
 from collections import deque
 from http import HTTPStatus
 from math import inf
@@ -289,6 +290,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         "Close the connection if its caller takes too long."
         clock = self._clock
+        if self._ahead and _has_hung_up(self.fileno()):  # behind what is not read yet
+            self._transport.abort()
         if clock.write_due <= now:
             if self._transport.get_write_buffer_size():
                 self._crowd.refused("unread")
@@ -312,6 +315,20 @@ class Connection(asyncio.Protocol):
         else:
             self._ending = True
             self._serving.keep_alive = False
+
+
+_GONE = getattr(select, "POLLRDHUP", 0)  # Linux: also with bytes that are not read
+
+
+def _has_hung_up(
+    number: int,  # of a socket that nothing is read from at present
+) -> bool:
+    "Tell whether the peer has closed the connection."
+    if number < 0 or not hasattr(select, "poll"):  # closed; Windows
+        return False
+    poll = select.poll()
+    poll.register(number, _GONE)
+    return bool(poll.poll(0))
 
 # %% ../../nbs/network/13_connection.ipynb #h010
 class _Clock:
