@@ -8,6 +8,7 @@ __all__ = ['Connection']
 # %% ../../nbs/network/13_connection.ipynb #h003
 import asyncio
 import logging
+import select
 from collections import deque
 from functools import partial
 from http import HTTPStatus
@@ -127,6 +128,8 @@ class Connection(asyncio.Protocol):
         "Start to wait: the caller takes less than is written."
         self._full = self._loop.create_future()
         self._clock.write()
+        if not self._crowd.is_stranger(self):  # it may have to make room meanwhile
+            self._crowd.rest(self)
 
     def resume_writing(self) -> None:
         "Resume writing: the caller has taken most of what was written."
@@ -137,6 +140,8 @@ class Connection(asyncio.Protocol):
                 self._next()
             else:
                 self._clock.written()
+                if self._serving.permitted:
+                    self._crowd.permit(self)
 
     # Called by the reader
 
@@ -278,6 +283,8 @@ class Connection(asyncio.Protocol):
 
     def permit(self) -> None:
         "Keep the connection as long as the present request is worked on."
+        if self._serving is not None:
+            self._serving.permitted = True
         self._crowd.permit(self)
 
     # Called by the server and the crowd
@@ -295,6 +302,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         "Close the connection if its caller takes too long."
         clock = self._clock
+        if self._ahead and _has_hung_up(self.fileno()):  # behind what is not read yet
+            self._transport.abort()
         if clock.write_due <= now:
             if self._transport.get_write_buffer_size():
                 self._crowd.refused("unread")
@@ -318,6 +327,20 @@ class Connection(asyncio.Protocol):
         else:
             self._ending = True
             self._serving.keep_alive = False
+
+
+_GONE = getattr(select, "POLLRDHUP", 0)  # Linux: also with bytes that are not read
+
+
+def _has_hung_up(
+    number: int,  # of a socket that nothing is read from at present
+) -> bool:
+    "Tell whether the peer has closed the connection."
+    if number < 0 or not hasattr(select, "poll"):  # closed; Windows
+        return False
+    poll = select.poll()
+    poll.register(number, _GONE)
+    return bool(poll.poll(0))
 
 # %% ../../nbs/network/13_connection.ipynb #h010
 class _Clock:
@@ -571,6 +594,7 @@ class _Exchange:
         "_no_body",
         "_ended",
         "_on_leave",
+        "permitted",
     )
 
     def __init__(
@@ -593,7 +617,7 @@ class _Exchange:
         self._ended = False  # whether the application has the whole body
         self._head: Optional[bytes] = None  # of the answer
         self._chunked, self._left = False, -1  # bytes of an announced answer to come
-        self.answered, self._no_body = False, False
+        self.answered, self._no_body, self.permitted = False, False, False
 
     @property
     def begun(self) -> bool:

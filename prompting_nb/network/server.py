@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Callable, Coroutine, Optional
 
 from .connection import Connection
+from ..help.usage import count_of
 from .limits import Crowd, Limits, Turns
 from ..show import arguments_in_help
 
@@ -26,6 +27,7 @@ from ..show import arguments_in_help
 _log = logging.getLogger(__name__)
 _BACKLOG = 4096  # connections that wait to be accepted, if the system allows as many
 _TURN = 32  # connections that are checked, or closed, before others have a turn
+_MOMENT = 1.0  # seconds that what was cancelled has for its clean-up
 _servers: "weakref.WeakSet[Server]" = weakref.WeakSet()  # of this process
 
 
@@ -61,10 +63,14 @@ class Server:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_until_complete(self._serve())
-            if left := asyncio.all_tasks(self.loop):  # wait for threads that hang
+            if left := asyncio.all_tasks(self.loop):  # they wait, or go on for ever
                 for task in left:
                     task.cancel()
-                self.loop.run_until_complete(asyncio.wait(left))
+                waiting = asyncio.wait(left, timeout=_MOMENT)
+                _, stubborn = self.loop.run_until_complete(waiting)
+                if stubborn:
+                    given_up = count_of(len(stubborn), "task")
+                    _log.error("%s did not end when cancelled: given up", given_up)
         except Exception:
             _log.exception("the server failed")
         finally:
