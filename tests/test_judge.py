@@ -379,6 +379,30 @@ def test_what_a_gate_was_told_follows_the_corrections():
     assert mean[0] < mean[1] - 0.05 and mean[1] < mean[2] - 0.05
 
 
+@pytest.mark.parametrize("missing", [None, ""])
+def test_what_was_not_answered_earns_nothing_after_a_correction(missing, tmp_path):
+    "Nor after the gate was saved; an answer whose reward is 0 is one, and is corrected."
+    network = SimpleNamespace(hotkeys=["5A", "5B"])
+    make = lambda: BayesianGatingModel(network, {"gating": {"topics": 2}}, "minilm", num_uids=2)
+    gate = make()
+    audits = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]), first=6, share=0.0)
+    for n in range(12):
+        audits.follow(gate)
+        texts = [missing if n % 2 else "-3 0.9", "0.5 0.5"]
+        gate.backward(gate(f"question {n}"), audits(f"question {n}", texts, network.hotkeys))
+    audits.follow(gate)
+    gate.save(tmp_path / "gate")
+    again = make()
+    again.load(tmp_path / "gate")
+    for one in (gate, again):
+        audits.offsets.add("5A", 0.9, 0.0)
+        audits.told.least = 1e-6
+        audits.follow(one)
+        kept = [question.rewards[0].item() for question in one.memory.questions.values()]
+        assert kept[1::2] == [0.0] * 6, "no answer"
+        assert kept[::2] == pytest.approx([0.9] * 6, abs=0.1), "answers without a reward before they were audited"
+
+
 def test_several_threads_have_answers_audited():
     audits = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]), first=20, share=0.2)
     with ThreadPoolExecutor(8) as pool:

@@ -172,6 +172,7 @@ class Told:
 def shift_rewards(
     gate: Any,  # with `memory` and `reflect`, as the Bayesian one
     changes: Mapping[int, Union[float, Line]],  # by uid: a shift, perhaps with a factor
+    failed: Optional[float] = None,  # what no answer was worth, which stays as it is
 ) -> None:
     "Correct the rewards that a gate remembers, and let it review them."
     # the last place: uids that left
@@ -180,9 +181,16 @@ def shift_rewards(
         shift[uid], factor[uid] = change if isinstance(change, tuple) else (change, 1.0)
     for key, q in gate.memory.questions.items():
         rewards = shift.to(q.rewards)[q.uids] + factor.to(q.rewards)[q.uids] * q.rewards
+        if failed is not None:  # an answer that is worth as much does not become one
+            rewards = rewards.where(rewards != failed, failed + _NEXT)
+            rewards = rewards.where(q.rewards != failed, q.rewards)
         gate.memory.questions[key] = q._replace(rewards=rewards)
     if gate.memory.questions:
         gate.reflect()
+
+
+_FAILED = 0.0  # the reward of no answer
+_NEXT = 1e-9  # what tells the reward of an answer from that of none
 
 # %% ../../nbs/validators/11_audits.ipynb #a021
 @arguments_in_help
@@ -247,6 +255,8 @@ class Audits:
             for i, key, reward in zip(given, who, plain):
                 shift, factor = line(key)
                 rewards[i] = shift + factor * reward
+                if rewards[i] == _FAILED:  # nothing else is worth exactly that
+                    rewards[i] = _FAILED + _NEXT
         return rewards
 
     def follow(
@@ -259,7 +269,7 @@ class Audits:
             changes = self.told.renew(self.offsets, gate.hotkeys)
         # what a gate knew before it began are grades, which need no correction
         if changes and hasattr(gate, "memory") and not gate.known:
-            shift_rewards(gate, changes)
+            shift_rewards(gate, changes, failed=_FAILED)
 
     def offset(
         self,
