@@ -403,6 +403,55 @@ def test_what_was_not_answered_earns_nothing_after_a_correction(missing, tmp_pat
         assert kept[::2] == pytest.approx([0.9] * 6, abs=0.1), "answers without a reward before they were audited"
 
 
+@pytest.mark.parametrize("when", ["first", "later", "resumed"])
+def test_a_gate_that_began_warm_is_corrected_but_for_its_grades(when, tmp_path):
+    "Newcomers and those it knew alike, wherever the judged rankings came from, and after a restart."
+    network = SimpleNamespace(hotkeys=["5Known", "5New"])
+    make = lambda: BayesianGatingModel(network, {"gating": {"topics": 2}}, "minilm", num_uids=2)
+    judged = [SimpleNamespace(prompt=f"judged {n}", scores=[0.25], names=["5Known"]) for n in range(3)]
+    grade = lambda _, text: float(text.split()[1])
+    gate, audits = make(), Audits(Judge(Numbers()), grade, first=4, share=0.0)
+
+    def ask(name, prompts):
+        for n in range(prompts):
+            audits.follow(gate)
+            texts = ["0.8 0.4", "0.3 0.7"]
+            gate.backward(gate(f"{name} {n}"), audits(f"{name} {n}", texts, network.hotkeys))
+        audits.follow(gate)
+
+    if when == "later":
+        ask("early", 2)
+    gate.learn_from(judged)
+    ask("question", 3)
+    if when == "resumed":
+        gate.save(tmp_path / "gate")
+        audits.judge.save(tmp_path / "judge.json")
+        state, audits = json.dumps(audits.state()), Audits(Judge.load(tmp_path / "judge.json", Numbers()), grade, first=4, share=0.0)
+        audits.restore(json.loads(state))
+        gate = make()
+        gate.load(tmp_path / "gate")
+    ask("late", 5)
+    shift, factor = audits.told.line("5New")  # asked again: a newcomer's answer beside a grade
+    gate.backward(gate("judged 2")[[1]], torch.tensor([shift + factor * 0.3]))
+    for _ in range(30):
+        audits.offsets.add("5New", 0.4, 0.3)
+    audits.told.least = 1e-6
+    audits.follow(gate)
+    shown = {key: audits.told.line(key) for key in network.hotkeys}
+    wanted = {key: shift + factor * reward for (key, (shift, factor)), reward in zip(shown.items(), (0.8, 0.3))}
+    assert wanted["5Known"] < 0.6 and wanted["5New"] > 0.6
+    got = []
+    for question in gate.memory.questions.values():
+        for uid, reward in zip(question.uids.tolist(), question.rewards.tolist()):
+            got.append((network.hotkeys[uid], reward))
+    grades = [reward for key, reward in got if key == "5Known" and reward == 0.25]
+    assert len(grades) == 3, "grades stay"
+    told = [(key, reward) for key, reward in got if reward != 0.25]
+    assert len(told) == 2 * (8 + 2 * (when == "later")) + 1
+    late = [abs(reward - wanted[key]) for key, reward in told]
+    assert max(late) < 1e-4
+
+
 def test_several_threads_have_answers_audited():
     audits = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]), first=20, share=0.2)
     with ThreadPoolExecutor(8) as pool:
