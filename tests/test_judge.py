@@ -164,10 +164,26 @@ def test_a_saved_judge_is_the_same(tmp_path):
         assert again("", texts, who).tolist() == judge("", texts, who).tolist()
 
 
+@pytest.mark.parametrize("usual", [None, Usual(), Usual(spread=0.2, hotkeys=1, variance=0.02, answers=3)])
+def test_a_saved_judge_keeps_what_is_usual(tmp_path, usual):
+    "One graded answer counts as much as before, and audits go on with what was assumed."
+    judge = Judge(Numbers(), offsets=Offsets({"5A": [0.3]}, usual=usual))
+    judge.save(tmp_path / "judge.json")
+    again = Judge.load(tmp_path / "judge.json", Numbers())
+    assert again.offsets.usual == usual and again.offsets["5A"] == judge.offsets["5A"]
+    assert Audits(again, lambda *_: None).offsets.usual == (usual or Usual())
+    state = json.loads((tmp_path / "judge.json").read_text())
+    del state["usual"]  # as earlier versions wrote it
+    (tmp_path / "old.json").write_text(json.dumps(state))
+    assert Judge.load(tmp_path / "old.json", Numbers()).offsets.usual is None
+
+
 _CURVE = '{"scores": [0, 1], "grades": [0, 1], "correct": true, "watch": {}, '
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", _CURVE + '"ties": 5, "errors": {}}', _CURVE + '"ties": null, "errors": {"5A": ["x"]}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", _CURVE + '"ties": 5, "errors": {}}', _CURVE + '"ties": null, "errors": {"5A": ["x"]}}',
+                                  _CURVE + '"ties": null, "errors": {}, "usual": {"spread": NaN}}', _CURVE + '"ties": null, "errors": {}, "usual": {"odd": 1}}',
+                                  _CURVE + '"ties": null, "errors": {}, "usual": 5}'])
 def test_a_file_that_holds_no_judge_is_named(tmp_path, text):
     (tmp_path / "judge.json").write_text(text)
     with pytest.raises(InputError, match="judge.json holds no judge"):

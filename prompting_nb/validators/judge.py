@@ -8,7 +8,7 @@ __all__ = ['Judge', 'watched_by', 'reward_with', 'CrossEncoderScorer']
 # %% ../../nbs/validators/05_judge.ipynb #j003
 import inspect
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
 
@@ -19,7 +19,7 @@ from ..config import InputError
 from ..files import reason_of, write_file
 from ..pretrained import load
 from ..show import arguments_in_help
-from .offsets import Offsets
+from .offsets import Offsets, Usual
 from .watch import Watch, agreement, by_author
 
 # %% ../../nbs/validators/05_judge.ipynb #c013
@@ -160,6 +160,7 @@ class Judge:
             "correct": self.correct,
             "errors": self.offsets.errors,
             "rewards": self.offsets.rewards,
+            "usual": self.offsets.usual and asdict(self.offsets.usual),
             "watch": {n: _finite(v) for n, v in vars(self.watch).items()},
         }
         write_file(Path(path), json.dumps(state, allow_nan=False) + "\n")
@@ -177,8 +178,10 @@ class Judge:
             middle, width = state["ties"] or (0.0, 0.0)
             ties = (float(middle), float(width)) if state["ties"] else None
             scores, grades = ([*map(float, state[name])] for name in _CURVE)
-            # older files have no rewards
-            offsets = Offsets(state["errors"], state.get("rewards", {}))
+            # older files have no rewards, and do not say what is usual
+            usual = state.get("usual")
+            usual = usual and Usual(**{n: _number(v) for n, v in usual.items()})
+            offsets = Offsets(state["errors"], state.get("rewards", {}), usual)
             correct = bool(state["correct"])
             return cls(model, scores, grades, ties, offsets, correct, Watch(**watch))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -192,6 +195,13 @@ _CURVE = ("scores", "grades")
 def _finite(value: Any) -> Any:
     "Return `None` for an infinite bound."
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _number(value: Any) -> float:
+    "Return what a file says must be a number, finite and not negative; or raise."
+    if type(value) not in (int, float) or not 0 <= value < np.inf:
+        raise ValueError(f"{value!r} is no number from 0 on")
+    return float(value)
 
 
 def _check_examples(scores: Sequence, grades: Sequence) -> None:
