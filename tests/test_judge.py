@@ -131,6 +131,36 @@ def test_audits_teach_a_slope_too():
     assert low == pytest.approx(0.3, abs=0.03) and high == pytest.approx(0.3, abs=0.03)
 
 
+@pytest.mark.parametrize("nobody", [None, "", float("nan")])
+def test_an_answer_without_a_name_teaches_nothing_about_anybody(nobody, tmp_path):
+    scores, grades, names = graded(30)
+    some = [[nobody if i == n % 5 else name for i, name in enumerate(row)] for n, row in enumerate(names)]
+    judge = Judge.fitted(Numbers(), scores, grades, some)
+    assert set(judge.offsets.errors) == set(names[0]) and all(len(rows) == 24 for rows in judge.offsets.errors.values())
+    assert judge("", ["0.5 x"], [nobody]).tolist() == judge("", ["0.5 x"]).tolist()
+    judge.save(tmp_path / "judge.json")
+    assert Judge.load(tmp_path / "judge.json", Numbers()).offsets.errors == judge.offsets.errors
+    means = by_author(grades, some)
+    assert all(np.isnan(row[n % 5]) and np.isfinite(row).sum() == 4 for n, row in enumerate(means))
+    assert by_author(grades[:2], [[nobody] * 5, []])[1] == pytest.approx([np.nan] * 5, nan_ok=True)
+
+
+@pytest.mark.parametrize("odd", [["5A"], ["5A", "5B", "5C"]])
+def test_names_that_do_not_fit_change_nothing(odd):
+    judge, rows = Judge(Numbers()), [[0.1, 0.2], [0.3, 0.4]]
+    for names in ([["5A", "5B"], odd], [["5A", "5B"]]):
+        for work in (judge.know, lambda scores, grades, names: by_author(grades, names), judge.offsets.learn):
+            with pytest.raises(InputError, match="name"):
+                work(rows, rows, names)
+    with pytest.raises(InputError, match="finite"):
+        judge.offsets.learn(rows, [[0.1, 0.2], [0.3, float("nan")]], [["5A", "5B"]] * 2)
+    with pytest.raises(InputError, match="prompt 1 has no names for 2 and 1 answers"):
+        judge.offsets.learn(rows, [[0.1, 0.2], [0.3]], [["5A", "5B"], None])
+    with pytest.raises(InputError, match="each grade needs a prediction"):
+        agreement([[0.1]], [[0.1, 0.2]])
+    assert len(judge.offsets) == 0 and judge.watch == Watch()
+
+
 def test_corrected_rewards_are_not_cut_and_missing_answers_stay_zero():
     judge = Judge(Numbers(), offsets=Offsets({"5Up": [0.5] * 9, "5Down": [-0.5] * 9}))
     rewards = judge("", ["0.9 x", "0.1 x", None, ""], ["5Up", "5Down", "5Up", "5Down"]).tolist()

@@ -19,7 +19,7 @@ from ..config import InputError
 from ..files import reason_of, write_file
 from ..pretrained import load
 from ..show import arguments_in_help
-from .offsets import Offsets, Usual
+from .offsets import Offsets, Usual, check_names
 from .watch import Watch, agreement, by_author
 
 # %% ../../nbs/validators/05_judge.ipynb #c013
@@ -70,8 +70,9 @@ class Judge:
         scores: Sequence[Sequence[float]],  # as for `fitted`
         grades: Sequence[Sequence[float]],  # as for `fitted`
         names: Sequence,  # who gave them, a list or `None` a prompt
-    ) -> None:
+    ) -> None:  # raises `InputError`, before any change, for what does not fit
         "Learn whom the judge flatters, from answers that it was not trained on."
+        check_names(names, scores, grades)
         rewards = [self.expected(row).tolist() for row in scores]
         self.offsets.learn(rewards, grades, names)
         self.watch.by_text = agreement(rewards, grades)

@@ -14,8 +14,9 @@ from typing import Optional, Sequence
 
 import numpy as np
 
+from ..config import InputError
 from ..show import arguments_in_help
-from .offsets import Offsets, drift
+from .offsets import Offsets, check_names, drift, is_named
 
 _log = logging.getLogger(__name__)
 
@@ -89,12 +90,18 @@ _FAR = 4.0  # standard errors: chance reaches that once in 16000 hotkeys
 # %% ../../nbs/validators/12_watch.ipynb #w021
 def by_author(
     grades: Sequence[Sequence[float]],  # a row a prompt
-    names: Sequence[Optional[Sequence[str]]],  # who gave the answers
+    names: Sequence[Optional[Sequence[Optional[str]]]],  # who gave the answers
 ) -> list[list[float]]:  # predictions for the same answers; nan for an unknown author
     "Predict each grade by the author's mean grade over the other prompts."
+    check_names(names, grades)
     total: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
-    rows = [[*zip(who or [""] * len(row), row)] for row, who in zip(grades, names)]
+    nobody = lambda row: [None] * len(row)
+    known = lambda who, row: nobody(row) if who is None or not len(who) else who
+    rows = [
+        [(n if is_named(n) else "", grade) for n, grade in zip(known(who, row), row)]
+        for row, who in zip(grades, names)
+    ]
     for row in rows:
         for name, grade in row:
             total[name] += grade
@@ -118,6 +125,8 @@ def agreement(
     grades: Sequence[Sequence[float]],  # of the same completions
 ) -> Optional[float]:  # `None` where no pair is decided
     "Compute the share of pairs that predictions order as grades do; a tie is half."
+    if [*map(len, predicted)] != [*map(len, grades)]:
+        raise InputError("each grade needs a prediction, prompt by prompt")
     right = pairs = 0.0
     for row, true in zip(predicted, grades):
         p, g = np.asarray(row, dtype=float), np.asarray(true, dtype=float)
