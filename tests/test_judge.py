@@ -177,8 +177,27 @@ def test_the_raw_score_breaks_ties_of_the_curve_and_nothing_else():
     assert judge.expected(x).min() >= 0 and judge.expected(x).max() <= 1
     texts = [f"{value} x" for value in x]
     assert (judge("", texts).diff() >= 0).all()
+    for far in (np.geomspace(1, 1e300, 40), np.linspace(x.max(), 1000 * x.max(), 300)):
+        assert (np.diff(judge.expected(far)) > 0).all() and (np.diff(judge.expected(-far)) < 0).all()
     new, worth, _ = graded(seed=1)
     assert agreement([judge.expected(row) for row in new], worth) > agreement([flat.predict(row) for row in new], worth)
+
+
+@pytest.mark.parametrize("scores", [[10, 20, 10, 11], [5e5, 1e6, -1e6, -2e6], [0.3, 0.3 + 1e-12, 0.3 - 1e-12, 0.3], [1e308, 1.7e308, -1e308, -1.7e308], [3, 3, 3, 3]])
+@pytest.mark.parametrize("flat", [0.0, 0.1, 1.0])
+def test_order_within_a_plateau_is_that_of_the_raw_scores(scores, flat):
+    "Also in float32, at both ends of the curve and however far away; equal scores have equal rewards."
+    low = [*np.linspace(0, 0.7, 8), 10, 20]
+    judge = Judge.fitted(Numbers(), [low], [[flat] * 8 + [max(flat, 0.9)] * 2])
+    class Exact(Numbers):
+        def score(self, prompts, completions):
+            return np.array([[float(text.split()[0])] for text in completions])
+
+    judge.model = Exact()
+    exact = judge("", [f"{score!r} x" for score in np.array(scores, dtype=float).tolist()]).numpy()
+    right = np.sign(np.subtract.outer(scores, scores))
+    assert (np.sign(np.subtract.outer(exact, exact)) == right).all() and exact.dtype == np.float32
+    assert 0 <= exact.min() and exact.max() <= 1
 
 
 def test_a_saved_judge_is_the_same(tmp_path):

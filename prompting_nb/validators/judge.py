@@ -93,9 +93,7 @@ class Judge:
         found = np.asarray(scores, dtype=float)
         worth = np.interp(found, self.scores, self.grades)
         if self.ties is not None:
-            middle, width = self.ties
-            order = 0.5 * (1 + np.tanh((found - middle) / width))
-            worth = (1 - _TIE) * worth + _TIE * order
+            worth = (1 - _TIE) * worth + _TIE * _place(found, *self.ties)
         return worth
 
     def __call__(
@@ -124,6 +122,8 @@ class Judge:
                 raise InputError(f"the judge's score of {text[:60]!r} is not finite")
             self.watch.look(scores)
             worth = self.expected(scores)
+            if self.ties is not None:
+                worth = _apart(scores, worth)
             if hotkeys is not None:
                 who = [hotkeys[i] for i in given]
                 worth = worth + list(map(self.correction, who, worth.tolist()))
@@ -191,6 +191,32 @@ class Judge:
 # %% ../../nbs/validators/05_judge.ipynb #j020
 _TIE = 1e-3  # of a reward is its place among the raw scores
 _CURVE = ("scores", "grades")
+
+
+def _place(scores: np.ndarray, middle: float, width: float) -> np.ndarray:
+    "Map scores to (0, 1), rising, and steep enough to tell apart those far away too."
+    with np.errstate(over="ignore"):
+        far = np.nan_to_num((scores - middle) / width)  # an infinite one: the largest
+    far = np.sign(far) * np.log1p(np.abs(far))
+    return 0.5 * (1 + far / (1 + np.abs(far)))
+
+
+def _apart(scores: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    "Round rewards to float32, so that those of different scores stay different."
+    order = np.argsort(scores, kind="stable")
+    found = worth.astype(np.float32)
+    new = np.diff(scores[order]) > 0
+    if not (new & (np.diff(found[order]) <= 0)).any():
+        return found
+    up, down = np.float32(np.inf), np.float32(-np.inf)
+    for is_new, low, high in zip(new, order, order[1:]):
+        least = np.nextafter(found[low], up) if is_new else found[low]
+        found[high] = max(found[high], least)
+    found[order[-1]] = min(found[order[-1]], np.float32(1))
+    for is_new, low, high in reversed([*zip(new, order, order[1:])]):
+        most = np.nextafter(found[high], down) if is_new else found[high]
+        found[low] = min(found[low], most)
+    return found
 
 
 def _finite(value: Any) -> Any:
