@@ -21,7 +21,7 @@ from prompting_nb.validators.offsets import Offsets, Usual, drift
 from prompting_nb.validators.policies import MeanPerUid
 from prompting_nb.validators.simulate import Delay, GatePolicy, Lazy, Replace, Subnet, made_up, run_policy, simulate
 from prompting_nb.validators.validator import Policy, Validator
-from prompting_nb.validators.watch import Watch, agreement, by_author
+from prompting_nb.validators.watch import Watch, agreement, by_author, decided
 from toys import letter_tokenizer, save_model
 
 
@@ -249,6 +249,24 @@ def test_the_watch_sees_that_the_author_says_as_much_as_the_text():
     predicted = by_author(worth, names)
     others = np.delete(worth, 7, axis=0).mean(0)
     assert predicted[7] == pytest.approx(others.tolist()), "the prompt itself is left out"
+
+
+def test_who_answered_and_the_text_are_compared_on_the_same_pairs():
+    "Pairs of strangers count for neither, and a handful of pairs is no evidence."
+    scores, grades, names = graded(60, flattery=0.0)
+    order = np.sort(grades, axis=1)
+    two = [None] * 58 + [["A", "B", None, None, None]] * 2
+    judge = Judge.fitted(Numbers(), scores, order, two)
+    assert judge.watch.by_who == 1 and judge.watch.pairs == 2 and judge.findings() == []
+    assert judge.watch.by_text in (0, 0.5, 1), "of two pairs"
+    half = [row if n < 30 else None for n, row in enumerate(names)]
+    wrong = np.where(np.arange(60)[:, None] < 30, scores, -scores)  # on the nameless prompts the text misleads
+    judge = Judge(Numbers(), [-2, 2], [0, 1])
+    judge.know(wrong, grades, half)
+    assert judge.watch.by_text > 0.8 and judge.watch.pairs == decided([grades[0]] * 30, grades[:30]) == 300
+    assert judge.findings() == []
+    few = Watch(by_text=0.5, by_who=0.9)
+    assert few.findings(), "a file of an earlier version does not say of how many pairs"
 
 
 def test_the_watch_logs_once_that_scores_leave_the_range(caplog):

@@ -20,7 +20,7 @@ from ..files import reason_of, write_file
 from ..pretrained import load
 from ..show import arguments_in_help
 from .offsets import Offsets, Usual, check_names
-from .watch import Watch, agreement, by_author
+from .watch import Watch
 
 # %% ../../nbs/validators/05_judge.ipynb #c013
 @arguments_in_help
@@ -75,8 +75,7 @@ class Judge:
         check_names(names, scores, grades)
         rewards = [self.expected(row).tolist() for row in scores]
         self.offsets.learn(rewards, grades, names)
-        self.watch.by_text = agreement(rewards, grades)
-        self.watch.by_who = agreement(by_author(grades, names), grades)
+        self.watch.compare(rewards, grades, names)
 
     def named(
         self,
