@@ -195,7 +195,7 @@ def test_order_within_a_plateau_is_that_of_the_raw_scores(scores, flat):
 
     judge.model = Exact()
     exact = judge("", [f"{score!r} x" for score in np.array(scores, dtype=float).tolist()]).numpy()
-    right = np.sign(np.subtract.outer(scores, scores))
+    right = np.greater.outer(scores, scores).astype(int) - np.less.outer(scores, scores)
     assert (np.sign(np.subtract.outer(exact, exact)) == right).all() and exact.dtype == np.float32
     assert 0 <= exact.min() and exact.max() <= 1
 

@@ -204,7 +204,7 @@ def _apart(scores: np.ndarray, worth: np.ndarray) -> np.ndarray:
     "Round rewards to float32, so that those of different scores stay different."
     order = np.argsort(scores, kind="stable")
     found = worth.astype(np.float32)
-    new = np.diff(scores[order]) > 0
+    new = scores[order][1:] > scores[order][:-1]
     if not (new & (np.diff(found[order]) <= 0)).any():
         return found
     up, down = np.float32(np.inf), np.float32(-np.inf)
