@@ -16,7 +16,7 @@ from prompting_nb.loop.network import Network
 from prompting_nb.loop.tasks import Worker
 from prompting_nb.validators.audits import AuditedPolicy, Auditor, Audits, choice_value
 from prompting_nb.validators.bayes import BayesianGatingModel
-from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with
+from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with, watched_by
 from prompting_nb.validators.offsets import Offsets, Usual, drift
 from prompting_nb.validators.policies import MeanPerUid
 from prompting_nb.validators.simulate import Delay, GatePolicy, Lazy, Replace, Subnet, made_up, run_policy, simulate
@@ -281,6 +281,45 @@ def test_the_watch_logs_once_that_scores_leave_the_range(caplog):
     assert len(caplog.records) == 1 and "outside the range" in caplog.text
     (finding,) = judge.findings()
     assert "40 of 100 raw scores" in finding and "(20 below, 20 above)" in finding
+
+
+@pytest.mark.parametrize("restart", [None, "file", "events"])
+@pytest.mark.parametrize("score", [9.0, -9.0])
+def test_the_watch_sees_a_change_after_a_long_time_inside(tmp_path, caplog, score, restart):
+    "As well after a restart in the middle of it; a score now and then is none."
+    judge = Judge(Numbers(), watch=Watch(0, 1))
+    for n in range(2000):
+        judge.watch.look([0.5] * 4 + [score if n % 200 == 0 else 0.5])
+    assert not judge.watch.left_range and judge.findings() == []
+    judge.watch.look([score] * 8)
+    assert not judge.watch.left_range
+    before = judge
+    if restart == "file":
+        judge.save(tmp_path / "judge.json")
+        judge = Judge.load(tmp_path / "judge.json", Numbers())
+    elif restart == "events":
+        judge = Judge(Numbers(), watch=Watch(0, 1))
+        judge.watch.go_on(10_000, *watched_by(before)[1:])
+        judge.watch.go_on(*watched_by(before))
+    assert watched_by(judge) == watched_by(before)
+    with caplog.at_level(logging.WARNING):
+        judge.watch.look([score] * 60)
+        judge.watch.look([score] * 60)
+    assert judge.watch.left_range and len(caplog.records) == 1
+    (finding,) = judge.findings()
+    assert "of the latest 200" in finding
+
+
+def test_counts_of_an_earlier_version_go_on(tmp_path):
+    judge = Judge(Numbers(), watch=Watch(0, 1, seen=500, above=3))
+    judge.save(tmp_path / "judge.json")
+    state = json.loads((tmp_path / "judge.json").read_text())
+    del state["watch"]["latest"], state["watch"]["pairs"]
+    (tmp_path / "judge.json").write_text(json.dumps(state))
+    again = Judge.load(tmp_path / "judge.json", Numbers())
+    assert again.watch == Watch(0, 1, seen=500, above=3)
+    again.watch.go_on(10, 0, 4)  # of a judge that began anew
+    assert watched_by(again) == [10, 0, 4] and again.watch.left_range
 
 
 def test_the_watch_sees_an_offset_that_drifts():

@@ -183,6 +183,7 @@ class Judge:
             usual = usual and Usual(**{n: _number(v) for n, v in usual.items()})
             offsets = Offsets(state["errors"], state.get("rewards", {}), usual)
             correct = bool(state["correct"])
+            watch["latest"] = [int(np.sign(n)) for n in watch.get("latest", ())]
             return cls(model, scores, grades, ties, offsets, correct, Watch(**watch))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} holds no judge: {reason_of(error)}") from error

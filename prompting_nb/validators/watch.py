@@ -9,7 +9,7 @@ __all__ = ['Watch', 'by_author', 'agreement', 'decided']
 import logging
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional, Sequence
 
 import numpy as np
@@ -34,23 +34,44 @@ class Watch:
     below: int = 0  # of them, below the range
     above: int = 0  # of them, above it
     pairs: Optional[int] = None  # that both shares are of; `None`: not known
+    latest: list[int] = field(default_factory=list)  # scores: -1 below, 0, 1 above it
 
     @property
     def left_range(self) -> bool:
         "Tell whether raw scores are outside the fitted range more often than chance."
-        outside = self.below + self.above
-        return outside >= _FEW and outside > _SHARE * self.seen
+        outside, lately = self.below + self.above, sum(map(abs, self.latest))
+        often = outside >= _FEW and outside > _SHARE * self.seen
+        return often or lately > _LATELY * _WINDOW
 
     def look(
         self,
         scores: Sequence[float],  # raw ones, of the completions of a prompt
     ) -> None:  # logs a warning when they begin to leave the range
         "Count scores that the curve knows nothing about."
-        before = self.left_range
         values = np.asarray(scores, dtype=float)
-        self.seen += values.size
-        self.below += int((values < self.low).sum())
-        self.above += int((values > self.high).sum())
+        places = (values > self.high).astype(int) - (values < self.low)
+        self._count(places.ravel().tolist())
+
+    def go_on(
+        self,
+        seen: int,  # raw scores up to a later step
+        below: int,  # of them, below the range
+        above: int,  # of them, above it
+    ) -> None:  # logs a warning as `look` does
+        "Take over the counts that another process wrote down."
+        low, high = below - self.below, above - self.above
+        inside = seen - self.seen - low - high
+        if min(low, high, inside) < 0:  # it has begun anew
+            self.seen = self.below = self.above = 0
+            self.latest, low, high, inside = [], below, above, seen - below - above
+        self._count([0] * inside + [-1] * low + [1] * high)
+
+    def _count(self, places: list[int]) -> None:
+        before = self.left_range
+        self.seen += len(places)
+        self.below += places.count(-1)
+        self.above += places.count(1)
+        self.latest = [*self.latest, *places][-_WINDOW:]
         if self.left_range and not before:
             _log.warning("the judge: %s", self._range())
 
@@ -97,14 +118,17 @@ class Watch:
         return found
 
     def _range(self) -> str:
+        lately = sum(map(abs, self.latest))
         return (
             f"{self.below + self.above} of {self.seen} raw scores lie outside the "
             f"range that the curve was fitted on, {self.low:.3g} to {self.high:.3g} "
-            f"({self.below} below, {self.above} above): calibrate it anew"
+            f"({self.below} below, {self.above} above), {lately} of the latest "
+            f"{len(self.latest)}: calibrate it anew"
         )
 
 
 _SHARE, _FEW = 0.02, 4  # of scores outside: with 1000 to fit, chance gives 0.002
+_LATELY, _WINDOW = 0.05, 200  # share of the latest, however many came before
 _MARGIN = 0.01  # of pairwise accuracy
 _PAIRS = 50  # fewer say nothing: the margin of error of their share is 0.14
 _FAR = 4.0  # standard errors: chance reaches that once in 16000 hotkeys
