@@ -14,7 +14,7 @@ from sklearn.isotonic import IsotonicRegression
 from prompting_nb.config import InputError
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.tasks import Worker
-from prompting_nb.validators.audits import AuditedPolicy, Auditor, Audits, choice_value
+from prompting_nb.validators.audits import AuditedPolicy, Auditor, Audits, choice_value, gain
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with, watched_by
 from prompting_nb.validators.offsets import Offsets, Usual, drift
@@ -466,6 +466,27 @@ def test_few_errors_are_read_with_care():
         assert Offsets(many)[key] == pytest.approx(Offsets(many, usual=Usual())[key], abs=0.003)
     doubts = [Offsets({"5A": [0.1, 0.4] * n}, usual=Usual()).doubt("5A") for n in (1, 4, 16)]
     assert doubts == sorted(doubts, reverse=True) and Offsets(usual=Usual()).doubt("5New") == pytest.approx(0.03**0.5)
+
+
+@pytest.mark.parametrize("errors", [{"5A": [0.5, 0.5]}, {"5A": [0.5, 0.5], "5B": [0.5] * 3}, {"5A": [0.1] * 2, "5B": [0.3] * 2}, {"5A": [0.0]}, {}])
+@pytest.mark.parametrize("usual", [None, Usual(), Usual(spread=0.0, variance=0.0), Usual(answers=0.0, hotkeys=0.0)])
+def test_equal_errors_leave_doubt_about_others(errors, usual):
+    known = Offsets(errors, usual=usual)
+    assert all(np.isfinite(known.doubt(key)) for key in ("5A", "5New"))
+    assert known.doubt("5New") >= known.doubt("5A") >= 0
+    for rule in ("first", "doubt", "choice"):
+        auditor = Auditor(known, first=0, share=1.0, rule=rule, k=1)
+        assert auditor.pick(["5New", "5A"], [0.5, 0.5]) == [0, 1]
+        assert np.isfinite([gain(known, "5New"), gain(known, "5A")]).all()
+    if "5B" not in errors and errors and usual is None:
+        assert known.doubt("5New") == pytest.approx(0.01), "the least spread of offsets"
+
+
+def test_one_error_shows_no_drift():
+    with pytest.raises(InputError, match="two errors at least"):
+        drift([0.1, 0.2, 0.3], latest=1)
+    with pytest.raises(InputError, match="latest=1"):
+        Audits(Judge(Numbers()), lambda *_: 0.5, latest=1)
 
 
 def test_a_correction_is_a_line_that_can_be_undone():

@@ -254,12 +254,14 @@ class Audits:
         rule: Rule = "choice",  # as for `Auditor`
         k: int = 3,  # as for `Auditor`
         least: float = 0.02,  # change of a reward that a gate is told of later
-    ):  # raises `InputError` for a judge that does not correct
+    ):  # raises `InputError` for a judge that does not correct, fewer than two errors
         if not judge.correct:
             raise InputError(
                 "audits correct a judge, and this one has correct=False: their grades "
                 "would change nothing"
             )
+        if latest < 2:
+            raise InputError(f"audits keep two errors at least, not latest={latest}")
         self.judge, self.grade = judge, grade
         if judge.offsets.usual is None:  # so that a few errors are read with care
             judge.offsets.usual = Usual()

@@ -273,7 +273,7 @@ class Offsets:
         self.by_hotkey()
         return (
             self._spread,
-            self._own.get(hotkey, self._pooled),
+            max(self._own.get(hotkey, self._pooled), _LEAST_VARIANCE),
             len(self.errors.get(hotkey, ())),
         )
 
@@ -352,6 +352,7 @@ def _check_finite(error: float, reward: float | None) -> None:
 
 
 _COLUMNS = ("hotkey", "offset", "95 % interval", "graded answers")
+_LEAST_VARIANCE = 1e-12  # of an error: graded answers may have equal ones
 _VARIANCE = 0.1  # of an error, where no hotkey has two: grades lie between 0 and 1
 
 # %% ../../nbs/validators/10_offsets.ipynb #o021
@@ -371,6 +372,8 @@ def drift(
     latest: int = 12,  # errors that are compared with all earlier ones
 ) -> float:  # in standard errors (Welch's t); 0 for fewer than `latest` earlier ones
     "Tell how far the latest errors have moved."
+    if latest < 2:
+        raise InputError(f"drift is seen in two errors at least, not in {latest}")
     if len(errors) < 2 * latest:
         return 0.0
     old, new = np.asarray(errors[:-latest]), np.asarray(errors[-latest:])
