@@ -1,5 +1,6 @@
 """The judge: whom it flatters, ties, what it is told of itself, and judges of other libraries."""
 
+import io
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from rich.console import Console
 from sklearn.isotonic import IsotonicRegression
 
 from prompting_nb.config import InputError
 from prompting_nb.loop.network import Network
-from prompting_nb.loop.tasks import Worker
+from prompting_nb.loop.report import Recorder, knowledge, make_folder, print_tables
+from prompting_nb.loop.run import Loop
+from prompting_nb.loop.tasks import Arena, Worker
 from prompting_nb.validators.audits import AuditedPolicy, Auditor, Audits, choice_value, gain
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with, watched_by
@@ -183,7 +187,10 @@ def test_the_raw_score_breaks_ties_of_the_curve_and_nothing_else():
     assert agreement([judge.expected(row) for row in new], worth) > agreement([flat.predict(row) for row in new], worth)
 
 
-@pytest.mark.parametrize("scores", [[10, 20, 10, 11], [5e5, 1e6, -1e6, -2e6], [0.3, 0.3 + 1e-12, 0.3 - 1e-12, 0.3], [1e308, 1.7e308, -1e308, -1.7e308], [3, 3, 3, 3]])
+_CLOSE, _HUGE = [0.3, 0.3 + 1e-12, 0.3 - 1e-12, 0.3], [1e308, 1.7e308, -1e308, -1.7e308]
+
+
+@pytest.mark.parametrize("scores", [[10, 20, 10, 11], [5e5, 1e6, -1e6, -2e6], _CLOSE, _HUGE, [3, 3, 3, 3]])
 @pytest.mark.parametrize("flat", [0.0, 0.1, 1.0])
 def test_order_within_a_plateau_is_that_of_the_raw_scores(scores, flat):
     "Also in float32, at both ends of the curve and however far away; equal scores have equal rewards."
@@ -231,7 +238,8 @@ _CURVE = '{"scores": [0, 1], "grades": [0, 1], "correct": true, "watch": {}, '
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", _CURVE + '"ties": 5, "errors": {}}', _CURVE + '"ties": null, "errors": {"5A": ["x"]}}',
-                                  _CURVE + '"ties": null, "errors": {}, "usual": {"spread": NaN}}', _CURVE + '"ties": null, "errors": {}, "usual": {"odd": 1}}',
+                                  _CURVE + '"ties": null, "errors": {}, "usual": {"spread": NaN}}',
+                                  _CURVE + '"ties": null, "errors": {}, "usual": {"odd": 1}}',
                                   _CURVE + '"ties": null, "errors": {}, "usual": 5}'])
 def test_a_file_that_holds_no_judge_is_named(tmp_path, text):
     (tmp_path / "judge.json").write_text(text)
@@ -267,6 +275,14 @@ def test_who_answered_and_the_text_are_compared_on_the_same_pairs():
     assert judge.findings() == []
     few = Watch(by_text=0.5, by_who=0.9)
     assert few.findings(), "a file of an earlier version does not say of how many pairs"
+
+
+def test_what_a_calibration_finds_is_logged(caplog):
+    draw = np.random.default_rng(1)
+    worth = np.clip(np.linspace(0.1, 0.9, 5) + 0.05 * draw.standard_normal((66, 5)), 0, 1)
+    with caplog.at_level(logging.WARNING):
+        judge = Judge.fitted(Numbers(), worth + 0.3 * draw.standard_normal(worth.shape), worth, [[*"abcde"]] * 66)
+    assert [record.getMessage() for record in caplog.records] == [f"the judge: {finding}" for finding in judge.findings()] != []
 
 
 def test_the_watch_logs_once_that_scores_leave_the_range(caplog):
@@ -468,7 +484,10 @@ def test_few_errors_are_read_with_care():
     assert doubts == sorted(doubts, reverse=True) and Offsets(usual=Usual()).doubt("5New") == pytest.approx(0.03**0.5)
 
 
-@pytest.mark.parametrize("errors", [{"5A": [0.5, 0.5]}, {"5A": [0.5, 0.5], "5B": [0.5] * 3}, {"5A": [0.1] * 2, "5B": [0.3] * 2}, {"5A": [0.0]}, {}])
+_EQUAL = [{"5A": [0.5, 0.5]}, {"5A": [0.5, 0.5], "5B": [0.5] * 3}, {"5A": [0.1] * 2, "5B": [0.3] * 2}, {"5A": [0.0]}, {}]
+
+
+@pytest.mark.parametrize("errors", _EQUAL)
 @pytest.mark.parametrize("usual", [None, Usual(), Usual(spread=0.0, variance=0.0), Usual(answers=0.0, hotkeys=0.0)])
 def test_equal_errors_leave_doubt_about_others(errors, usual):
     known = Offsets(errors, usual=usual)
@@ -593,6 +612,69 @@ def test_a_gate_that_began_warm_is_corrected_but_for_its_grades(when, tmp_path):
     assert len(told) == 2 * (8 + 2 * (when == "later")) + 1
     late = [abs(reward - wanted[key]) for key, reward in told]
     assert max(late) < 1e-4
+
+
+def test_an_offset_that_drifted_is_remembered():
+    "After its old errors are forgotten, after a restart, and under another name."
+    audits, grades = Audits(Judge(Numbers()), lambda _, text: float(text.split()[1]), first=99), [0.5] * 12 + [0.1] * 12 + [0.8] * 12
+    for n, grade in enumerate(grades):
+        audits("x", [f"{0.5 + 0.01 * (-1) ** n:.2f} {grade}", "0.5 0.5"], ["5A", "5B"])
+    (finding,) = audits.findings()
+    assert finding.startswith("the offset of 5A drifted 2 times, at last by +"), finding
+    again = Audits(Judge(Numbers()), audits.grade)
+    again.restore(json.loads(json.dumps(audits.state())))
+    assert again.findings() == [finding]
+    named = audits.named({"5A": "ann"})
+    assert named.findings() == [finding.replace("5A", "ann")] and named.graded == audits.graded == 72
+    assert named.told.lines.keys() <= {"ann", "5B"} and named.auditor.asked == {"ann": 36, "5B": 36}
+    old = {name: part for name, part in audits.state().items() if name not in ("drifted", "judged", "clock", "known")}
+    again.restore(old)
+    assert again.findings() == []
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    "A run of sixty steps: one miner gets worse half-way, the judge begins to flatter another, and some audits fail."
+    at = lambda prompt: int(prompt.split()[-1])
+    workers = [Worker("good", lambda prompt: "0.6 0.7"), Worker("turncoat", lambda prompt: "0.9 0.9" if at(prompt) < 30 else "0.1 0.1"),
+               Worker("smooth", lambda prompt: "0.5 0.5" if at(prompt) < 20 else "0.5 0.1")]
+    grade = lambda _, text: float(text.split()[1])
+    arena = Arena("audited", [f"number {n}" for n in range(60)], workers, workers[0], [], [], grade=grade)
+    failing = lambda prompt, text: grade(prompt, text) if at(prompt) != 5 else None
+    folder = make_folder(tmp_path_factory.mktemp("run") / "out")
+    recorder = Recorder(folder)
+    judge = Audits(Judge(Numbers(), watch=Watch(0.0, 0.8)), failing, first=99)
+    loop = Loop(arena, judge, Policy(k=3, timeout=20.0), on_event=recorder.event, churn=0)
+    loop.run(progress=False)
+    return loop, recorder.close(loop), folder
+
+
+def test_a_run_with_audits_reports_what_they_found(audited):
+    loop, summary, folder = audited
+    rows = {row["hotkey"]: row["value"] for row in summary["judge_offsets"]}
+    assert rows.keys() == {"good", "turncoat", "smooth"} and rows["smooth"] < -0.2 and summary["judge_corrected"]
+    assert summary["audits"] == {"answers": 180, "graded": 177, "failed": 3}
+    found = " | ".join(summary["judge_findings"])
+    assert "the offset of smooth drifted 1 time" in found and "3 audits failed" in found and "30 of 180 raw scores lie outside" in found
+    said = "177 of 180 answers were audited by a better judge, and 3 audits failed"
+    page = (folder / "report.html").read_text()
+    assert said in page and said in knowledge(summary) and "knew nothing of them either" not in page
+    assert all(finding.split(":")[0] in page for finding in summary["judge_findings"])
+    hotkey = next(holder.hotkey for holder in loop.trace.holders if holder.name == "smooth")
+    assert hotkey in json.loads((folder / "judge.json").read_text())["errors"]
+    assert summary["judging"]["kind"] == "Audits" and summary["judging"]["audits"]["first"] == 99
+    assert json.loads((folder / "events.jsonl").read_text().splitlines()[-1])["watched"] == [180, 0, 30]
+    console = Console(file=io.StringIO(), width=500)
+    print_tables(summary, console)
+    assert "note: the offset of smooth drifted 1 time" in console.file.getvalue()
+
+
+def test_opinions_of_a_run_without_grades_cost_no_audits():
+    workers = [Worker("good", lambda prompt: "0.6 0.7"), Worker("bad", lambda prompt: "0.2 0.1")]
+    arena = Arena("ungraded", ["a", "b", "c"], workers, workers[0], [], [])
+    loop = Loop(arena, Audits(Judge(Numbers()), lambda *_: 0.5, first=1, share=0.0), Policy(k=1, timeout=20.0), churn=0)
+    trace = loop.run(progress=False)
+    assert np.allclose(trace.truth, [[0.6, 0.2]] * 3) and loop.validator.judge.answers == 3
 
 
 def test_several_threads_have_answers_audited():

@@ -88,7 +88,8 @@ def test_track_records_have_the_best_first():
 
 @pytest.mark.parametrize("nobody", [None, "", math.nan])
 def test_answers_without_a_name_are_counted(nobody):
-    rows = [ranking("a", [0.9, 0.2], ["ann", nobody]), ranking("b", [0.5, 0.1], [nobody, nobody]), ranking("c", [0.5, 0.1], ["eve", nobody])]
+    rows = [ranking("a", [0.9, 0.2], ["ann", nobody]), ranking("b", [0.5, 0.1], [nobody, nobody])]
+    rows.append(ranking("c", [0.5, 0.1], ["eve", nobody]))
     gate = bayes()
     known = gate.learn_from(rows, NAMES)
     assert (known.rankings, known.unnamed, known.nameless, known.strangers) == (1, 1, 2, {"eve": 1})

@@ -22,6 +22,7 @@ from ..config import InputError
 from .service import NotReady, Service, is_text
 from ..show import arguments_in_help
 from ..validators.event import Event
+from ..validators.judge import findings_of
 from ..validators.validator import Round, Validator
 
 # %% ../../nbs/loop/11_endpoint.ipynb #c010
@@ -253,6 +254,7 @@ def status_of(
         "block": service.chain.block,
         "problems": service.problems(),
         "left_out": validator.left_out,  # uids that the gate has no row for
+        "findings": findings_of(validator.judge),  # what speaks against the rewards
         "latest": None if event is None else json.loads(event.to_json()),
         "uids": uids,
     }

@@ -28,7 +28,7 @@ from .teach import Assessment
 from ..reward.tokens import cuts_text
 from ..show import arguments_in_help, shortened
 from ..validators.event import Event
-from ..validators.judge import Judge
+from ..validators.judge import Judge, findings_of, inner_judge
 from ..help.usage import count_of
 
 # %% ../../nbs/loop/03_report.ipynb #c024
@@ -91,8 +91,8 @@ class Recorder:
         summary["judge"] = judge or None
         if loop.validator is not None:
             loop.validator.gate.save(self.folder / "gate.safetensors")
-            if isinstance(loop.validator.judge, Judge):
-                loop.validator.judge.save(self.folder / "judge.json")
+            if isinstance(own := inner_judge(loop.validator.judge), Judge):
+                own.save(self.folder / "judge.json")
         write_file(self.folder / "curves.json", curves_as_json(loop.trace))
         write_file(self.folder / "report.html", render(loop, summary, assessment))
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
@@ -224,7 +224,8 @@ def _assessed(assessment: Assessment) -> dict:
 
 def _known(loop: Loop) -> dict:
     "Tell which knowledge the run used: of the gate, and of the judge."
-    known, judge = loop.trace.known, loop.judge
+    known, last = loop.trace.known, _last_judge(loop)
+    judge = inner_judge(last)
     found: dict[str, Any] = {
         "warm": known is not None,
         "known_rankings": known.rankings if known else 0,
@@ -240,8 +241,19 @@ def _known(loop: Loop) -> dict:
             }
             for row in map(asdict, judge.offsets.table())
         ]
-        found["judge_findings"] = judge.findings()
+    if hasattr(last, "findings"):
+        found["judge_findings"] = findings_of(last)
+    if isinstance(judge, Judge) and judge is not last:
+        counts = ("answers", "graded", "failed")
+        found["audits"] = {name: getattr(last, name) for name in counts}
     return found
+
+
+def _last_judge(loop: Loop) -> Any:
+    "Return the judge as it was at the end, with the names of miners for hotkeys."
+    judge: Any = loop.judge if loop.validator is None else loop.validator.judge
+    names = {holder.hotkey: holder.name for holder in loop.trace.holders}
+    return judge.named(names) if hasattr(judge, "named") else judge
 
 
 def _favourites(loop: Loop) -> dict:
@@ -504,14 +516,21 @@ def payment(
 def knowledge(
     summary: dict,  # as `summarise` makes it
 ) -> str:
-    "Say what gate and judge knew before the first question."
+    "Say what gate and judge knew before the first question, or learned from audits."
     if summary["warm"]:
         text = f"Before the first question the gate learned from {summary['known']}."
     else:
         text = "Before the first question the gate knew nothing of the miners."
     offsets = summary.get("judge_offsets") or []
+    if audits := summary.get("audits"):
+        text += (
+            f" {audits['graded']} of {count_of(audits['answers'], 'answer')} were "
+            f"audited by a better judge, and {count_of(audits['failed'], 'audit')} "
+            "failed."
+        )
     if not offsets:
-        return f"{text} The judge knew nothing of them either."
+        nothing = "has learned nothing" if audits else "knew nothing"
+        return f"{text} The judge {nothing} of them either."
     if not summary["judge_corrected"]:
         return f"{text} The judge's rewards are not corrected for who answered."
     values = [row["value"] for row in offsets]

@@ -26,6 +26,7 @@ from ..protocol import Prompting
 from .tasks import Arena, Worker
 from ..validators.cost import Point, Prices, aiq, cost_curve
 from ..validators.event import Event
+from ..validators.judge import inner_judge
 from ..validators.simulate import Standing, alternatives, compare
 from ..validators.validator import Policy, Validator, default_gate
 from ..validators.warm import Known, track_records
@@ -197,7 +198,8 @@ class Loop:
         prompt: str,
     ) -> None:
         "Take a step, and find out what the answers of all miners are worth."
-        trace, workers, judge = self.trace, network.workers, self.judge
+        trace, workers = self.trace, network.workers
+        judge = inner_judge(self.judge)  # whose opinion costs no audit
         round = validator.route(prompt)
         validator.ask(round)
         event = validator.learn(round)

@@ -268,6 +268,7 @@ class Audits:
         self.auditor = Auditor(judge.offsets, first, share, rule, k)
         self.far, self.latest, self.told = far, latest, Told(least)
         self.answers = self.graded = self.failed = 0
+        self.drifted: dict[str, list[float]] = {}  # hotkey -> by how much, each time
         self._lock = threading.Lock()  # a validator asks for several prompts at once
 
     @property
@@ -330,10 +331,20 @@ class Audits:
         self,
         hotkeys: Mapping[str, str],  # name -> hotkey
     ) -> "Audits":
-        "Return the same judge with offsets by hotkey."
+        "Return the same judge, with what it knows by hotkey."
         how = (self.auditor.first, self.auditor.share, self.far, self.latest)
         rest = (self.auditor.rule, self.auditor.k, self.told.least)
-        return Audits(self.judge.named(hotkeys), self.grade, *how, *rest)
+        found = Audits(self.judge.named(hotkeys), self.grade, *how, *rest)
+        state, name = self.state(), lambda key: hotkeys.get(key, key)
+        for part in (*_COUNTERS, "earned"):
+            sums: Counter[str] = Counter()
+            for key, value in state[part].items():
+                sums[name(key)] += value
+            state[part] = dict(sums)
+        for part in ("lines", "drifted"):
+            state[part] = {name(key): value for key, value in state[part].items()}
+        found.restore(state)
+        return found
 
     def state(self) -> dict:
         "Return what audits know beside the judge, as plain values, for JSON."
@@ -343,6 +354,7 @@ class Audits:
         told["earned"] = dict(auditor.earned)
         told |= {"clock": self.told.clock, "known": self.told.known}
         told["judged"] = sorted(self.told.judged)
+        told["drifted"] = {key: [*moves] for key, moves in self.drifted.items()}
         return {**counters, **told, "credit": auditor.credit, "count": count}
 
     def restore(
@@ -356,6 +368,9 @@ class Audits:
         auditor.earned = dict(state["earned"])
         auditor.credit = state["credit"]
         self.answers, self.graded, self.failed = state["count"]
+        self.drifted = {
+            key: [*map(float, moves)] for key, moves in state.get("drifted", {}).items()
+        }
         told.told = state["told"]
         # older states do not say what of a gate's memory was judged before
         told.clock, told.known = state.get("clock", 0), state.get("known", 0)
@@ -364,7 +379,15 @@ class Audits:
 
     def findings(self) -> list[str]:  # a sentence each; none is good
         "Say what speaks against the rewards."
-        found = self.judge.findings()
+        with self._lock:
+            found = self.judge.findings()
+            for hotkey, moves in self.drifted.items():
+                times = count_of(len(moves), "time")
+                found.append(
+                    f"the offset of {hotkey} drifted {times}, at last by "
+                    f"{moves[-1]:+.1f} standard errors: its earlier audits no longer "
+                    "count"
+                )
         if self.failed:
             found.append(
                 f"{count_of(self.failed, 'audit')} failed: no grade from the "
@@ -389,9 +412,9 @@ class Audits:
         self.offsets.add(hotkey, grade - reward, reward)
         moved = drift(self.offsets.errors[hotkey], self.latest)
         if abs(moved) > self.far:
-            _log.warning(
-                "the offset of %s drifts: earlier audits are forgotten", hotkey
-            )
+            text = "the offset of %s drifts by %+.1f standard errors: earlier audits "
+            _log.warning(text + "are forgotten", hotkey, moved)
+            self.drifted.setdefault(hotkey, []).append(moved)
             self.offsets.forget(hotkey, keep=self.latest)
 
 

@@ -165,9 +165,9 @@ class Offsets:
         "Take in graded answers of known authors."
         check_names(names, rewards, grades)
         found = [
-            (name, float(grade) - float(reward), float(reward))
+            (str(name), float(grade) - float(reward), float(reward))
             for row, right, who in zip(rewards, grades, names)
-            for name, reward, grade in zip(who if _any(who) else (), row, right)
+            for name, reward, grade in zip(() if who is None else who, row, right)
             if is_named(name)
         ]
         for _, error, reward in found:

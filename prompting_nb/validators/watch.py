@@ -142,12 +142,11 @@ def by_author(
     check_names(names, grades)
     total: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
-    nobody = lambda row: [None] * len(row)
-    known = lambda who, row: nobody(row) if who is None or not len(who) else who
-    rows = [
-        [(n if is_named(n) else "", grade) for n, grade in zip(known(who, row), row)]
-        for row, who in zip(grades, names)
-    ]
+    rows = []
+    for row, who in zip(grades, names):
+        known = who if who is not None and len(who) else [None] * len(row)
+        plain = [str(name) if is_named(name) else "" for name in known]
+        rows.append([*zip(plain, row)])
     for row in rows:
         for name, grade in row:
             total[name] += grade
