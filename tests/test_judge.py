@@ -16,7 +16,7 @@ from sklearn.isotonic import IsotonicRegression
 from prompting_nb.config import InputError
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.report import Recorder, knowledge, make_folder, print_tables
-from prompting_nb.loop.run import Loop
+from prompting_nb.loop.run import Holder, Loop, Trace
 from prompting_nb.loop.tasks import Arena, Worker
 from prompting_nb.validators.audits import AuditedPolicy, Auditor, Audits, choice_value, gain
 from prompting_nb.validators.bayes import BayesianGatingModel
@@ -667,6 +667,25 @@ def test_a_run_with_audits_reports_what_they_found(audited):
     console = Console(file=io.StringIO(), width=500)
     print_tables(summary, console)
     assert "note: the offset of smooth drifted 1 time" in console.file.getvalue()
+
+
+def test_a_run_reports_alarms_of_its_gate(audited):
+    loop, summary, folder = audited
+    (alarm,) = [row for row in summary["alarms"] if row["name"] == "turncoat"]
+    assert alarm["earns"] == "less" and 30 < alarm["step"] < 45 and not [row for row in summary["alarms"] if row["name"] == "good"]
+    said = f"at step {alarm['step']} the gate noticed that turncoat (uid {alarm['uid']}) earns less than was expected"
+    assert said in (folder / "report.html").read_text()
+    console = Console(file=io.StringIO(), width=500)
+    print_tables(summary, console)
+    assert f"note: {said}" in console.file.getvalue()
+
+
+def test_an_alarm_is_written_down_when_it_begins():
+    trace = Trace(1, holders=[Holder(1, "ann", "5A"), Holder(2, "bob", "5B"), Holder(1, "cy", "5C", since=3)])
+    for step, alarms in enumerate([{}, {1: "less"}, {1: "less", 2: "more"}, {2: "more"}, {1: "more"}]):
+        trace.note_alarms(step, alarms)
+    assert [(a.step, a.uid, a.name, a.earns) for a in trace.alarms] == [(1, 1, "cy", "less"), (2, 2, "bob", "more"), (4, 1, "cy", "more")]
+    assert trace.alarmed == {1: "more"}
 
 
 def test_opinions_of_a_run_without_grades_cost_no_audits():

@@ -452,6 +452,15 @@ def test_what_speaks_against_the_judge_is_said_at_the_start_and_in_the_status(ne
     assert next(iter(Journal(tmp_path).read()))["watched"][2] > 0
 
 
+def test_the_status_shows_alarms_of_the_gate(network, tmp_path):
+    with service_of(network, tmp_path, steps=2) as one:
+        assert one.join(SECONDS)
+        watch = one.validator.gate.watch
+        watch.mean[1], watch.count[1], watch.mean[2], watch.count[2] = -2.0, 30.0, 2.0, 30.0
+        rows = {row["uid"]: row["alarm"] for row in status_of(one)["uids"]}
+    assert rows == {uid: {1: "less", 2: "more"}.get(uid) for uid in rows}
+
+
 def test_a_full_disk_is_waited_out(network, tmp_path, caplog):
     with service_of(network, tmp_path, steps=0, save_every=1000) as service:
         until(lambda: service.validator.steps > 2)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recorder', 'check_folder', 'make_folder', 'summarise', 'curves_as_json', 'render', 'page_of', 'verdict', 'unanswered',
-           'payment', 'knowledge', 'cost', 'picture', 'print_tables']
+           'contradictions', 'payment', 'knowledge', 'cost', 'picture', 'print_tables']
 
 # %% ../../nbs/loop/03_report.ipynb #c002
 import base64
@@ -186,6 +186,7 @@ def summarise(
             "moved_uid": trace.moved,
             "moved_at": trace.moved_at,
             "overdue": trace.overdue,
+            "alarms": [asdict(alarm) for alarm in trace.alarms],
             "churn": len([holder for holder in trace.holders if holder.since]),
             "weights_error": trace.complaint,
             "validator_dividends": round(trace.dividends.get(0, 0.0), 4),
@@ -410,6 +411,10 @@ def render(
             "<h2>The miners</h2>",
             _table(summary["miners"], _MINER_TITLES),
             *(f"<p>{html.escape(text)}.</p>" for text in unanswered(summary)),
+            *(
+                f"<p><b>Note</b>: {html.escape(text)}.</p>"
+                for text in contradictions(summary)
+            ),
             *_moves(loop),
             *_sample(loop),
             *(_who_answered(loop) if loop.shows_answers else ()),
@@ -498,6 +503,17 @@ def unanswered(
         f"{row['name']} gave no answer to {row['failed']} of {row['questions']} "
         f"questions: {row['why']}"
         for row in summary.get("failures", [])
+    ]
+
+
+def contradictions(
+    summary: dict,  # as `summarise` makes it
+) -> list[str]:  # a sentence each
+    "Say which miners began to contradict what the gate expected of them, and when."
+    return [
+        f"at step {row['step']} the gate noticed that {row['name'] or 'a miner'} (uid "
+        f"{row['uid']}) earns {row['earns']} than was expected of it"
+        for row in summary.get("alarms", [])
     ]
 
 
@@ -903,7 +919,7 @@ def print_tables(
     for row in rows:
         table.add_row(*(Text(_shown(row[key])) for key in titles))
     console.print(table)
-    for text in unanswered(summary):
+    for text in unanswered(summary) + contradictions(summary):
         plain(f"note: {text}")
     plain(payment(summary))
     title = (
