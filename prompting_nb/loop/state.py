@@ -198,8 +198,7 @@ def _learn_event(validator: Validator, entry: dict) -> None:
     validator.observe(*given)
     counts, judge = entry.get("watched"), _judge_of(validator)
     if counts and judge is not None:
-        watch = judge.watch
-        watch.seen, watch.below, watch.above = counts
+        judge.watch.go_on(*counts)
 
 
 def _learn_late(validator: Validator, late: deque, folder: str | Path) -> None:
