@@ -22,7 +22,7 @@ from prompting_nb.validators.audits import AuditedPolicy, Auditor, Audits, choic
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with, watched_by
 from prompting_nb.validators.offsets import Offsets, Usual, drift
-from prompting_nb.validators.policies import MeanPerUid
+from prompting_nb.validators.policies import LinTS, MeanPerUid
 from prompting_nb.validators.simulate import Delay, GatePolicy, Lazy, Replace, Subnet, made_up, run_policy, simulate
 from prompting_nb.validators.validator import Policy, Validator
 from prompting_nb.validators.watch import Watch, agreement, by_author, decided
@@ -755,6 +755,65 @@ def test_a_memory_that_forgets_is_not_corrected():
     policy = MeanPerUid(SimpleNamespace(hotkeys=["5A"]), half_life=10.0)
     with pytest.raises(InputError, match="half forgotten"):
         policy.correct({0: (0.1, 1.0)})
+
+
+class OwnBandit:
+    "A policy with scores alone: no choice, no hotkeys."
+
+    def __init__(self, subnet, seed=0):
+        self.mean, self.count = torch.full((subnet.uids,), 1.0), torch.zeros(subnet.uids)
+
+    def scores(self, prompt):
+        return self.mean
+
+    def learn(self, prompt, uids, rewards):
+        self.count[uids] += 1
+        self.mean[uids] += (rewards - self.mean[uids]) / self.count[uids]
+
+    def resync(self, before, now):
+        new = [uid for uid, key in enumerate(now.hotkeys) if before.hotkeys[uid] != key]
+        self.mean[new], self.count[new] = 1.0, 0.0
+
+
+AUDITED = {
+    "own": OwnBandit,
+    "forgets": lambda subnet, seed: MeanPerUid(subnet.metagraph, half_life=50, seed=seed),
+    "LinTS": lambda subnet, seed: LinTS(subnet.metagraph, subnet.encoder(), torch.as_tensor(subnet.embeddings), components=2),
+    "a gate that forgets": lambda subnet, seed: GatePolicy(subnet, seed, config={"gating.half_life": 300.0}),
+}
+
+
+@pytest.mark.parametrize("kind", AUDITED)
+def test_audits_work_beside_any_policy(kind, caplog):
+    made = []
+
+    def audited(subnet, seed):
+        made.append(AuditedPolicy(AUDITED[kind](subnet, seed), subnet))
+        return made[-1]
+
+    with caplog.at_level("INFO"):
+        found = simulate(flattered, {"audited": audited}, 2, steps=80, events=[Replace()])
+    assert all(policy.audits and policy.told.lines for policy in made), "corrections have moved"
+    (run, _) = found.runs["audited"]
+    assert run.scores[40].std() > 0 and made[0].hotkeys[int(np.flatnonzero(run.grades.std(0) >= 0)[0])]
+    assert ("stays as it was told" in caplog.text) == (kind == "forgets")
+
+
+def test_whom_a_gate_knew_before_is_not_corrected_and_others_are():
+    names = [f"model {i}" for i in range(11)]
+    subnet = flattered(0, names)
+    known = AuditedPolicy(GatePolicy(subnet), subnet, first=3)
+    gate = known.policy.gate
+    gate.known.update({names[0]: 5})
+    x = gate.encoder(subnet.prompts[0])
+    gate.learn(x, torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))
+    for hotkey in names[:2]:
+        for reward in (0.2, 0.8) * 6:
+            known.offsets.add(hotkey, -0.3, reward)
+    known._pass_on()
+    (question,) = gate.memory.questions.values()
+    told = dict(zip(question.uids.tolist(), question.rewards.tolist()))
+    assert told[0] == 0.5 and told[1] < 0.4
 
 
 def test_audits_go_on_where_they_stopped(tmp_path):

@@ -54,6 +54,7 @@ def describe(
     "Say what a run was made with."
     gate = getattr(loop.validator, "gate", None)
     gating = None if gate is None else _describe_gate(gate)
+    width, least = loop.policy.widths(gate)  # as they are with this gate
     return {
         "command": command,
         "date": date,
@@ -62,7 +63,7 @@ def describe(
         "settings": None if settings is None else flatten(settings),
         "gating": gating,
         "rule": loop.policy.rule_of(hasattr(gate, "posterior")) if gate else None,
-        "policy": asdict(loop.policy),
+        "policy": asdict(loop.policy) | {"width": width, "least": least},
         "loss": (gating or {}).get("loss"),
         "learning_rate": (gating or {}).get("learning_rate"),
         "judging": _describe_judge(loop.judge) | (judging or {}),

@@ -29,6 +29,8 @@ from scipy.stats import norm
 from ..config import InputError
 from .judge import Judge
 from .offsets import Offsets, Usual, drift
+from .policies import ask_and_score
+from .rows import uid_hotkeys
 from .selection import Selection
 from .simulate import Subnet
 from ..show import arguments_in_help
@@ -437,7 +439,7 @@ class AuditedPolicy:
 
     def __init__(
         self,
-        policy: Any,  # a `GatePolicy`, `MeanPerUid` or another
+        policy: Any,  # a `GatePolicy`, `MeanPerUid` or another `Bandit`
         subnet: Subnet,  # its grades are the expensive judge's
         first: int = 4,  # as for `Auditor`
         share: float = 0.05,  # as for `Auditor`
@@ -445,18 +447,17 @@ class AuditedPolicy:
         least: float = 0.02,  # change of a reward that is passed on to the memory
         rule: Rule = "choice",  # as for `Auditor`
         k: int = 3,  # as for `Auditor`
+        seed: int = 0,  # of the choices of a policy that has only scores
     ):
         self.policy, self.subnet = policy, subnet
+        self.hotkeys = uid_hotkeys(subnet.metagraph)
+        self.scores: Optional[torch.Tensor] = None  # that the policy chose by last
+        self.generator = torch.Generator().manual_seed(seed)
         self.row = {prompt: i for i, prompt in enumerate(subnet.prompts)}
         self.column = {name: i for i, name in enumerate(subnet.names)}
         self.offsets = Offsets(usual=Usual()) if offsets is None else offsets
         self.auditor = Auditor(self.offsets, first, share, rule, k)
         self.told, self.audits = Told(least), 0
-
-    @property
-    def scores(self) -> torch.Tensor:
-        "Return the scores that the gate chose by."
-        return self.policy.scores
 
     def choose(
         self,
@@ -465,7 +466,18 @@ class AuditedPolicy:
         available: Sequence[int],  # that can be asked
     ) -> Selection:
         "Choose as the policy does."
-        return self.policy.choose(prompt, k, available)
+        given = (prompt, k, available, self.generator)
+        chosen, self.scores = ask_and_score(self.policy, *given)
+        return chosen
+
+    def see_answers(
+        self,
+        uids: torch.Tensor,  # (k,) that were asked the same prompt
+        completions: Sequence[str],  # of each; the same text for the same answer
+    ) -> None:
+        "Show answers to a policy that looks at them."
+        if hasattr(self.policy, "see_answers"):
+            self.policy.see_answers(uids, completions)
 
     def learn(
         self,
@@ -474,10 +486,10 @@ class AuditedPolicy:
         rewards: torch.Tensor,  # (k,) of their answers
     ) -> None:
         "Learn with grades that the tables have for those who were there at first."
-        hotkeys = [self.policy.hotkeys[uid] for uid in uids.tolist()]
+        hotkeys = [self.hotkeys[uid] for uid in uids.tolist()]
         columns = [self.column[hotkey] for hotkey in hotkeys]
-        grades = torch.tensor(self.subnet.grades[self.row[prompt], columns])
-        self.learn_graded(prompt, uids, rewards, grades)
+        grades = self.subnet.grades[self.row[prompt], columns].clip(0, 1)
+        self.learn_graded(prompt, uids, rewards, torch.tensor(grades))
 
     def learn_graded(
         self,
@@ -487,7 +499,7 @@ class AuditedPolicy:
         grades: torch.Tensor,  # (k,) of them; those of audited answers are looked at
     ) -> None:
         "Have some answers graded, and let the policy learn from corrected rewards."
-        hotkeys = [self.policy.hotkeys[uid] for uid in uids.tolist()]
+        hotkeys = [self.hotkeys[uid] for uid in uids.tolist()]
         given, right = rewards.tolist(), grades.tolist()
         for place in self.auditor.pick(hotkeys, given):
             reward = given[place]
@@ -504,17 +516,17 @@ class AuditedPolicy:
     ) -> None:
         "Follow the hotkeys."
         self.policy.resync(previous_metagraph, metagraph)
-        self.auditor.there = set(self._hotkeys().values())
-
-    def _hotkeys(self) -> dict[int, str]:
-        found = self.policy.hotkeys
-        return dict(found) if isinstance(found, Mapping) else dict(enumerate(found))
+        self.hotkeys = uid_hotkeys(metagraph)
+        self.auditor.there = set(self.hotkeys.values())
 
     def _pass_on(self) -> None:
         "Correct what the policy remembers, where corrections have changed enough."
-        changes = self.told.renew(self.offsets, self._hotkeys())
+        changes = self.told.renew(self.offsets, self.hotkeys)
         gate: Any = getattr(self.policy, "gate", None)
         if changes and hasattr(self.policy, "correct"):
-            self.policy.correct(changes)
+            try:
+                self.policy.correct(changes)
+            except InputError as error:  # it forgets, perhaps
+                _log.info("what was learned before stays as it was told: %s", error)
         elif hasattr(gate, "memory"):
             self.told.pass_on(gate, changes)
