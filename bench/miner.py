@@ -89,7 +89,7 @@ class Server(Process):
 
     def __init__(self, python, script, *arguments, **environment):
         super().__init__(python, HERE / script, *arguments, **environment)
-        found = self.read()
+        self.found = found = self.read()
         self.port, self.hotkey = found["port"], found["hotkey"]
 
     @property
@@ -369,30 +369,55 @@ def stock_order(client: StockClient, server: Server) -> float:
 
 
 HELD = {"idle": 4000, "writers": 500, "readers": 500}
+ROOM = 8192  # connections that the miner allows while all of them hold on; by default it allows fewer than they are
 
 
-def held(wallets: list, python: str, seconds: float, repetitions: int) -> dict:
-    "A quarter of the capacity asked by good callers: alone, and while strangers and slow callers hold on."
-    server, rows = Server(python, "miner_servers.py", "ours"), {"quiet": [], "held": []}
-    peer = Peer("ours", LoadClient(server, wallets), server)
-    try:
-        peer.once("closed", 16, seconds)
-        rate = 0.25 * peer.measure("closed", 16, seconds)["rate"]
-        for repetition in range(repetitions):
-            console.print(f"quiet, repetition {repetition + 1} of {repetitions}: {rate:.0f} a second")
-            rows["quiet"].append(peer.measure("open", poisson(rate, seconds, 200 + repetition)))
-        holders = Process(python, HERE / "miner_held.py", server.port, server.hotkey, *HELD.values())
+def held(wallets: list, python: str, seconds: float, repetitions: int, ramp: float) -> dict:
+    """A quarter of the capacity asked by good callers: alone, while strangers and slow callers hold on, and while they contend.
+
+    They hold on to a miner that has room for all of them, and come back at once when they are sent away. They contend for the places
+    of a miner with the usual limit, which has fewer, and come back after five seconds.
+    """
+    rate, rows, told = None, [], {}
+    for what, pause, settings in (("held", 0.2, {"connections": ROOM}), ("contended", 5.0, {})):
+        server = Server(python, "miner_servers.py", "ours", json.dumps(settings))
+        peer = Peer("ours", LoadClient(server, wallets), server)
         try:
-            holders.read()
-            for repetition in range(repetitions):
-                console.print(f"held, repetition {repetition + 1} of {repetitions}: {rate:.0f} a second")
-                rows["held"].append(peer.measure("open", poisson(rate, seconds, 200 + repetition)))
-            holding = holders.ask()
+            peer.once("closed", 16, seconds)
+            rate = rate or 0.25 * peer.measure("closed", 16, seconds)["rate"]
+            if not rows:
+                rows.append({"what": "quiet", "offered": rate, **middle(in_turns(peer, "quiet", rate, seconds, repetitions))})
+            crowd = Process(python, HERE / "miner_held.py", server.port, server.hotkey, json.dumps({**HELD, "ramp": ramp, "pause": pause}))
+            try:
+                states, before = [crowd.read()], server.ask()["closed"]
+                found = in_turns(peer, what, rate, seconds, repetitions, lambda: states.append(crowd.ask()))
+            finally:
+                crowd.close()
+            closed = {reason: count - before.get(reason, 0) for reason, count in server.ask()["closed"].items()}
+            rows.append({"what": what, "offered": rate, **middle(found)})
+            told[what] = {"places": server.found.get("connections"), "pause": pause, "closed": closed, **least(states)}
         finally:
-            holders.close()
-    finally:
-        server.close()
-    return {**HELD, **holding, "rows": [{"what": what, "offered": rate, **middle(found)} for what, found in rows.items()]}
+            server.close()
+    return {**HELD, "holding": told["held"]["holding"], "back": told["held"]["back"], "told": told, "rows": rows}
+
+
+def in_turns(peer, what: str, rate: float, seconds: float, repetitions: int, after=lambda: None) -> list[dict]:
+    "Repetitions of an open loop, with a call after each."
+    found = []
+    for repetition in range(repetitions):
+        console.print(f"{what}, repetition {repetition + 1} of {repetitions}: {rate:.0f} a second")
+        found.append(peer.measure("open", poisson(rate, seconds, 200 + repetition)))
+        after()
+    return found
+
+
+def least(states: list[dict]) -> dict:
+    "The least that held on at any look, of each kind and together, and how often they came back meanwhile."
+    kinds = states[0]["by_kind"]
+    return {"holding": min(state["holding"] for state in states),
+            "by_kind": {kind: min(state["by_kind"].get(kind, 0) for state in states) for kind in kinds},
+            "waiting_answers": min(state["waiting_answers"] for state in states),
+            "unread_mb": min(state["unread_mb"] for state in states), "back": states[-1]["back"] - states[0]["back"]}
 
 
 def policy(requests: int, repetitions: int) -> dict:
@@ -478,8 +503,12 @@ def report(found: dict) -> None:
             "refused": ("refused", "{:.1%}"), "refusal_p50": ("refusal p50 ms", "{:.2f}"),
             "refusal_p99": ("refusal p99 ms", "{:.2f}")}))
     holders = found["held"]
-    who = f"{holders['idle']} idle strangers, {holders['writers']} slow writers and {holders['readers']} slow readers hold on"
+    who = f"{holders['idle']} idle strangers, {holders['writers']} slow writers and {holders['readers']} slow readers"
     out.print(table(who, holders["rows"], {"what": ("", "{}"), "offered": ("offered/s", "{:,.0f}"), **LATENCY}))
+    for what, told in holders["told"].items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in told["by_kind"].items())
+        out.print(f"{what}: at least {told['holding']} held on ({kinds}; {told['waiting_answers']} with {told['unread_mb']:.0f} MB of "
+                  f"answers that they did not take), came back {told['back']} times; closed by limits: {told['closed']}")
     parts = found["policy"]
     out.print(f"policy with {parts['hotkeys']} hotkeys: blacklist and rate limit {parts['blacklist']:.1f} us, priority "
               f"{parts['priority']:.1f} us, cache {parts['cache']:.1f} us")
@@ -519,8 +548,9 @@ def summarize(found: dict) -> None:
     found["vs_starlette_16_bound"] = bound(pair["client_cpu"] / pair["rate"], found["signatures"])
     found["server_vs_starlette_16_bound"] = bound(alone["server_cpu"] / alone["rate"], found["signatures"])
     found["vs_bound_16"] = found["vs_starlette_16"] / found["vs_starlette_16_bound"]
-    quiet, busy = found["held"]["rows"]
+    quiet, busy, contended = found["held"]["rows"]
     found["held_success"], found["held_p99_ratio"] = busy["success"], busy["p99"] / quiet["p99"]
+    found["contended_success"], found["contended_p99_ratio"] = contended["success"], contended["p99"] / quiet["p99"]
     rows = {row["load"]: row for row in found["overload"]["rows"]}
     found["overload_p99_ratio"] = rows[2.0]["p99"] / rows[0.9]["p99"]
     found["refusal_ms"] = rows[2.0]["refusal_p99"]
@@ -569,7 +599,7 @@ def run(options) -> dict:
     found["inversions"] = our_order(python)
     found["overload"] = overload(wallets, python, False, 2 * seconds, repetitions)
     found["overload_rising"] = overload(wallets, python, True, 2 * seconds, repetitions)
-    found["held"] = held(wallets, python, 2 * seconds, repetitions)
+    found["held"] = held(wallets, python, 2 * seconds, repetitions, ramp=2.0 if options.quick else 20.0)
     summarize(found)
     found["seconds"], found["quick"] = time.time() - started, options.quick
     return found

@@ -7,6 +7,7 @@ stdin ends it.
 import asyncio
 import json
 import logging
+import resource
 import sys
 import time
 
@@ -14,9 +15,11 @@ from prompting_nb.baseminer.miner import Miner
 from prompting_nb.config import add_argument, read_config
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
+from prompting_nb.network.server import Limits, freeze_loaded, open_files
 from prompting_nb.protocol import Prompting
 
 ANSWER = "The meaning of life is a question that every generation asks anew, and answers in its own way. ".ljust(100) * 15
+LONG = ANSWER * 350  # 525 kB, of which a slow reader's system takes little
 
 
 def question(number: int) -> str:
@@ -32,7 +35,10 @@ POLICY = {  # everything on
 
 
 class BenchMiner(Miner):
-    "Answers at once, or after `--bench.seconds` of doing nothing, or after a second where it is asked to hold."
+    """Answers at once, or after `--bench.seconds` of doing nothing.
+
+    After a second where it is asked to hold, and at length where it is asked for a long answer.
+    """
 
     @classmethod
     def add_args(cls, parser):
@@ -47,11 +53,18 @@ class BenchMiner(Miner):
         seconds = 1.0 if synapse.prompt.startswith("Hold") else self.config.bench.seconds
         if seconds:
             await asyncio.sleep(seconds)
-        synapse.completion = ANSWER
+        synapse.completion = LONG if synapse.prompt.startswith("Long") else ANSWER
         return synapse
 
 
 served = []  # prompts in the order in which they were begun
+
+
+def raise_open_files() -> int:
+    "Let this process open as many files as the system allows; how many connections that makes."
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return open_files()
 
 
 def make_miner(settings: dict) -> BenchMiner:
@@ -61,6 +74,8 @@ def make_miner(settings: dict) -> BenchMiner:
     for number in range(settings.get("hotkeys", 4095)):
         chain.register(make_wallet(f"caller {number}"), stake=1.0 + number * rising, validator_permit=True)
     limits = {name: settings[name] for name in ("workers", "max_queue") if name in settings}
+    if "connections" in settings:
+        limits["limits"] = Limits(max_connections=settings["connections"])
     return BenchMiner({**POLICY, "bench.seconds": settings.get("seconds", 0.0),
                        "miner.priority.idle_factor": float(rising)}, Axon(wallet, **limits), wallet,
                       chain.client())
@@ -69,11 +84,22 @@ def make_miner(settings: dict) -> BenchMiner:
 def ours(settings: dict) -> None:
     "Our miner: signatures, blacklist, rate limit, priority, cache, both generations, signed answers."
     logging.disable()
+    files = raise_open_files()
+    if "connections" in settings:
+        settings["connections"] = min(settings["connections"], files)
     with make_miner(settings) as miner:
-        print(json.dumps({"port": miner.axon.port, "hotkey": miner.hotkey}), flush=True)
+        freeze_loaded()  # as `prompting-nb miner` does
+        print(json.dumps({"port": miner.axon.port, "hotkey": miner.hotkey, **settings}), flush=True)
         for _ in sys.stdin:
-            print(json.dumps({"cpu": time.process_time(), "served": list(served)}), flush=True)
+            state = {"cpu": time.process_time(), "served": list(served), "closed": closed_by_limits(miner)}
+            print(json.dumps(state), flush=True)
             served.clear()
+
+
+def closed_by_limits(miner: Miner) -> dict:
+    "How many connections each limit of the server has closed."
+    samples = [sample for metric in miner.axon.metrics.connections.collect() for sample in metric.samples]
+    return {sample.labels["reason"]: int(sample.value) for sample in samples if sample.name.endswith("_total")}
 
 
 def starlette(settings: dict) -> None:

@@ -1,6 +1,7 @@
 """The program `prompting-nb` as a person meets it: help, topics, completion, pipes that nobody reads, and errors in a line."""
 
 import fcntl
+import gc
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import sys
 import termios
 
 import pytest
+from prompting_nb.baseminer.miner import Miner
 from prompting_nb.cli import COMMANDS, command_parsers, main
 from prompting_nb.help.usage import completion_script
 
@@ -211,3 +213,24 @@ def test_no_colour_where_it_is_not_wanted_and_no_bars_where_it_is_quiet(tmp_path
     before, loud, quiet = text.split("NEXT")
     assert "\x1b[" in before and "5F" in before  # a table that was drawn anew
     assert "1 process):" in loud and "1 process):" not in quiet and "the model is in" in quiet
+
+
+def test_a_miner_that_serves_leaves_what_is_loaded_out_of_garbage_collections(monkeypatch, capsys):
+    "Each full collection of all that a miner has loaded would hold up its callers; one that is asked and ends needs none."
+    frozen, wait, before = [], Miner.wait_for_block, gc.get_threshold()
+
+    def stop(self, block=0, timeout=10.0):
+        if block:
+            frozen.append(gc.get_freeze_count())
+            raise KeyboardInterrupt
+        return wait(self, block, timeout)
+
+    monkeypatch.setattr(Miner, "wait_for_block", stop)
+    try:
+        main(["miner", "--axon.port", "0", "--ask", "why?"])
+        assert (frozen, gc.get_freeze_count()) == ([], 0)
+        main(["miner", "--axon.port", "0"])
+        assert frozen[0] > 10_000 and gc.get_threshold() > before
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)

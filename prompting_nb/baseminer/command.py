@@ -25,6 +25,7 @@ from ..config import check_settings, command_parser, merge
 from ..files import log_to_stderr
 from ..network.chain import EmbeddedChain, make_wallet
 from ..network.dendrite import Dendrite
+from ..network.server import freeze_loaded
 from ..protocol import Prompting
 
 _log = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def run_miner(
             if settings.ask is not None:
                 say(_ask(miner, settings.ask))
                 return
+            freeze_loaded()
             more, port = settings.axon.processes - 1, miner.axon.port
             with Followers(partial(_follow, settings, port), more):
                 while miner.is_running and not leader_is_gone():

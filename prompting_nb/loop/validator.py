@@ -301,6 +301,7 @@ def run_validator(
 def _run_alone(settings: Config, say: Callable[[str], None]) -> None:
     "Run a validator whose folder nobody else uses."
     from prompting_nb.loop.endpoint import Endpoint
+    from prompting_nb.network.server import freeze_loaded
 
     service = make_service(settings, say)
     validator, folder = service.validator, service.folder
@@ -314,6 +315,7 @@ def _run_alone(settings: Config, say: Callable[[str], None]) -> None:
             who = validator.wallet.hotkey.ss58_address
             where = f"subnet {validator.netuid} ({settings.subtensor.network})"
             say(f"validator {who} of {where}, POST to http://{endpoint.address}/prompt")
+            freeze_loaded()
             while service.prompts and not service.join(timeout=3600.0):
                 pass
             while not service.prompts:  # those that come over HTTP, until a signal
