@@ -106,8 +106,8 @@ class Watch:
                 which = "the" if self.pairs is None else f"{self.pairs}"
                 what = "corrected by who answered" if offsets else "not corrected"
                 found.append(
-                    f"who answered predicts {self.by_who:.1%} of {which} graded pairs, the "
-                    f"rewards {self.by_text:.1%}: the text tells little beyond its "
+                    f"who answered predicts {self.by_who:.1%} of {which} graded pairs, "
+                    f"the rewards {self.by_text:.1%}: the text tells little beyond its "
                     f"author (the rewards are {what})"
                 )
         for hotkey, errors in (offsets.errors if offsets else {}).items():
