@@ -49,8 +49,8 @@ class Watch:
     ) -> None:  # logs a warning when they begin to leave the range
         "Count scores that the curve knows nothing about."
         values = np.asarray(scores, dtype=float)
-        places = (values > self.high).astype(int) - (values < self.low)
-        self._count(places.ravel().tolist())
+        low, high = int((values < self.low).sum()), int((values > self.high).sum())
+        self._count(values.size - low - high, low, high)
 
     def go_on(
         self,
@@ -64,14 +64,15 @@ class Watch:
         if min(low, high, inside) < 0:  # it has begun anew
             self.seen = self.below = self.above = 0
             self.latest, low, high, inside = [], below, above, seen - below - above
-        self._count([0] * inside + [-1] * low + [1] * high)
+        self._count(inside, low, high)
 
-    def _count(self, places: list[int]) -> None:
+    def _count(self, inside: int, low: int, high: int) -> None:
         before = self.left_range
-        self.seen += len(places)
-        self.below += places.count(-1)
-        self.above += places.count(1)
-        self.latest = [*self.latest, *places][-_WINDOW:]
+        self.seen += inside + low + high
+        self.below += low
+        self.above += high
+        new = [0] * min(inside, _WINDOW) + [-1] * low + [1] * high
+        self.latest = [*self.latest, *new][-_WINDOW:]
         if self.left_range and not before:
             _log.warning("the judge: %s", self._range())
 
@@ -105,8 +106,8 @@ class Watch:
                 which = "the" if self.pairs is None else f"{self.pairs}"
                 what = "corrected by who answered" if offsets else "not corrected"
                 found.append(
-                    f"who answered predicts {self.by_who:.1%} of {which} graded pairs, the "
-                    f"rewards {self.by_text:.1%}: the text tells little beyond its "
+                    f"who answered predicts {self.by_who:.1%} of {which} graded pairs, "
+                    f"the rewards {self.by_text:.1%}: the text tells little beyond its "
                     f"author (the rewards are {what})"
                 )
         for hotkey, errors in (offsets.errors if offsets else {}).items():
@@ -201,6 +202,6 @@ def alarms_of(
     gate: Any,  # of any kind
 ) -> dict[int, str]:  # uid -> "less" or "more" than was expected of it
     "Tell which uids earn something else of late than a gate expected of them."
-    watch = getattr(gate, "watch", None)
+    watch: Any = getattr(gate, "watch", None)
     uids = getattr(watch, "alarmed", ())
     return {uid: "less" if watch.mean[uid] < 0 else "more" for uid in uids}
