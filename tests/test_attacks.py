@@ -2431,7 +2431,6 @@ def test_deregistration_while_running(chain, caplog):
     assert any("is not registered" in r.getMessage() for r in caplog.records)
 
 
-<<<<<<< HEAD
 def test_rule_that_is_a_coroutine(chain):
     """The operator adds a rule that is a coroutine function to the blacklist.
     Older server: awaits a blacklist function that is one; it has no rules."""
@@ -2446,7 +2445,8 @@ def test_rule_that_is_a_coroutine(chain):
         miner.rules.append(lambda caller: None)
         assert [post(miner.axon)[0], post(miner.axon, BODY, sign(wallet=STRANGER))[:2]] == [
             200, (403, {"error": "hotkey is banned"})]  # fmt: skip
-=======
+
+
 FAST = {"miner": {"poll_interval": 0.001, "blocks_per_epoch": 100}}
 
 
@@ -2627,7 +2627,6 @@ def test_process_that_cannot_be_started(monkeypatch, caplog):
     with pytest.raises(OSError, match="Cannot allocate"), Followers(lambda _: ["sleep", "60"], count=3):
         pass
     assert len(made) == 2 and all(process.poll() is not None for process in made)  # none is left behind
->>>>>>> nonces
 
 
 def test_rate_limit_says_when_to_come_back(chain):
