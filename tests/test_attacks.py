@@ -35,10 +35,11 @@ from hypothesis import strategies as st
 
 from prompting_nb.baseminer.blacklist import Verdict
 from prompting_nb.baseminer.miner import Miner
+from prompting_nb.baseminer.processes import Followers
 from prompting_nb.baseminer.subnet import NotRegisteredError
-from prompting_nb.config import read_config
+from prompting_nb.config import InputError, read_config
 from prompting_nb.network import addresses, auth, connection, legacy
-from prompting_nb.network.auth import FORGOTTEN, Refusal, sign_request
+from prompting_nb.network.auth import FORGOTTEN, FileNonces, MemoryNonces, Refusal, sign_request
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite, _discard, _read_stream
@@ -423,10 +424,10 @@ def test_clock_that_was_two_hours_ahead(where, restart, tmp_path, caplog):
     assert "has gone back by at least 7" in caplog.text and before
 
 
-def taken(nonces, nonce):
+def taken(nonces, nonce, hotkey="5x"):
     "Whether a store takes a nonce; the reason where it cannot know."
     try:
-        return nonces.check_and_store("5x", nonce)
+        return nonces.check_and_store(hotkey, nonce)
     except Refusal as refusal:
         return refusal.reason
 
@@ -503,6 +504,94 @@ def test_nonce_file_that_is_lost(what, tmp_path):
     with Axon(MINER, nonces=path).attach(aecho) as again:
         assert status(again, headers=recorded) == 401
         until(lambda: status(again) == 200)  # a damaged file may cost two seconds
+
+
+NEEDS_REDIS = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)")
+
+
+@pytest.fixture
+def store_of(tmp_path):
+    "Makes a store of nonces of a kind; one in Redis forgets a nonce after less than half a second."
+    opened = []
+
+    def make(where, clock):
+        if where == "memory":
+            made = MemoryNonces(clock)
+        elif where == "file":
+            made = FileNonces(tmp_path / "nonces", clock)
+        else:
+            opened.append(Redis(tmp_path))
+            made = StoredNonces(Store(opened[-1].url, ME, clock=clock), kept=0.4)
+            made.begin()
+        return made
+
+    yield make
+    for redis in opened:
+        redis.kill()
+
+
+@pytest.mark.parametrize("where", ["memory", "file", pytest.param("store", marks=NEEDS_REDIS)])
+def test_strangers_who_sign_while_the_clock_is_ahead(where, store_of):
+    """Strangers sign requests while the miner's clock is two hours ahead; it is corrected, and the time comes for which they signed.
+    Older server: keeps the last nonce of a hotkey: others are served."""
+    second, right = 10**9, time.time_ns() // 10**10 * 10**10
+    now = [right]
+    nonces = store_of(where, lambda: now[0])
+    take = lambda who: taken(nonces, now[0], who)
+    now[0] += 7200 * second
+    for _ in range(30):
+        assert take("5stranger") is True
+        now[0] += second
+    now[0] += 20 * second
+    assert take("5other") is True
+    if where == "store":
+        time.sleep(0.5)
+    now[0] = right + 100 * second
+    assert take("5validator") is True
+    for later in range(0, 30, 3):
+        now[0] = right + (7200 + later) * second
+        assert [take("5validator"), take("5validator")] == [True, False]
+        assert take("5stranger") == f"StaleRequest: {FORGOTTEN}"
+    nonces.close()
+
+
+def test_clock_that_was_behind_at_a_restart():
+    """A request is sent again after a restart with the clock an hour behind, as soon as the clock is right.
+    Older server: nonces are in memory only: answered, within 4 s plus the timeout that the header claims."""
+    shift = [0]
+    clock = lambda: time.time_ns() + shift[0]
+    with Axon(MINER, clock=clock).attach(echo) as first:
+        recorded, older = sign(), old()
+        assert [status(first, headers=recorded), status(first, OLD, older)] == [200, 200]
+    shift[0] = -3600 * 10**9
+    with Axon(MINER, clock=clock).attach(echo) as second:
+        assert status(second, headers=sign(nonce_ns=clock())) == 200
+        shift[0] = 0
+        assert [status(second, headers=recorded), status(second, OLD, older)] == [401, 401]
+        assert [status(second), status(second, OLD, old())] == [200, 200]  # at once
+
+
+@pytest.mark.parametrize("change", [
+    "DROP TABLE nonces; CREATE TABLE nonces (other TEXT)", "UPDATE floor SET nonce = NULL",
+    "INSERT INTO dropped VALUES (0, 9223372036854775807)", "INSERT INTO dropped VALUES (2, 1)",
+    "UPDATE floor SET nonce = 9223372036854775807", "INSERT INTO callers VALUES (-1, '5x')",
+])  # fmt: skip
+def test_nonce_file_with_another_content(change, tmp_path, caplog):
+    """The file of accepted nonces is a sound one at the start, but its tables are other ones or hold impossible times.
+    Older server: has none."""
+    path, shift = tmp_path / "nonces", [0]
+    clock = lambda: time.time_ns() + shift[0]
+    with Axon(MINER, nonces=path).attach(echo) as axon:
+        assert status(axon, headers=(recorded := sign())) == 200
+    with sqlite3.connect(path) as db:
+        db.executescript(change)
+    db.close()
+    for _ in range(2):
+        with Axon(MINER, nonces=path, clock=clock).attach(echo) as axon:
+            assert status(axon, headers=recorded) == 401
+            shift[0] += 2 * 10**9  # after a window of refusals
+            assert status(axon, headers=sign(nonce_ns=clock())) == 200
+    assert caplog.text.count("set aside as") == 1 and path.with_suffix(".damaged").exists()
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
@@ -2342,6 +2431,7 @@ def test_deregistration_while_running(chain, caplog):
     assert any("is not registered" in r.getMessage() for r in caplog.records)
 
 
+<<<<<<< HEAD
 def test_rule_that_is_a_coroutine(chain):
     """The operator adds a rule that is a coroutine function to the blacklist.
     Older server: awaits a blacklist function that is one; it has no rules."""
@@ -2356,6 +2446,188 @@ def test_rule_that_is_a_coroutine(chain):
         miner.rules.append(lambda caller: None)
         assert [post(miner.axon)[0], post(miner.axon, BODY, sign(wallet=STRANGER))[:2]] == [
             200, (403, {"error": "hotkey is banned"})]  # fmt: skip
+=======
+FAST = {"miner": {"poll_interval": 0.001, "blocks_per_epoch": 100}}
+
+
+class Failing(Echo):
+    "Fails at what is named in `fails`, once for each name."
+
+    def __init__(self, *args, fails=(), **more):
+        super().__init__(*args, **more)
+        self.fails, self.done = list(fails), []
+
+    def fail(self, what):
+        if what in self.fails:
+            self.fails.remove(what)
+            raise ConnectionError("the node hung up")
+        self.done.append(what)
+
+    def _publish(self):
+        self.fail("publish")
+        super()._publish()
+
+    def set_weights(self):
+        if "refusal" in self.fails:
+            self.fails.remove("refusal")
+            return False
+        self.fail("weights")
+        return super().set_weights()
+
+    def weights(self):
+        return {self.uid: 1.0}
+
+
+@pytest.mark.parametrize("fails", [["publish"], ["weights"], ["refusal"], ["publish", "refusal", "weights", "refusal"]])
+def test_epoch_in_which_the_chain_fails(chain, fails):
+    """The chain hangs up on a miner that publishes its address or sets its weights, or refuses the weights, once in an epoch.
+    Older miner: sets them in the next epoch."""
+    with chain.client() as client, Failing(FAST, wallet=MINER, subtensor=client) as miner:
+        miner.done.clear()
+        miner.fails = list(fails)
+        chain.step(100)
+        until(lambda: "weights" in miner.done and not miner.fails)
+        chain.step(50)
+        assert miner.wait_for_block(chain.block) and miner.runner.failures == 0
+    assert miner.done == ["publish", "weights"] and chain.weights == {0: {0: 1.0}}  # once each
+
+
+def test_chain_that_refuses_all_weights(chain):
+    """The chain refuses a miner's weights each time.
+    Older miner: sets them once in an epoch."""
+
+    class Refused(Echo):
+        tries = 0
+
+        def set_weights(self):
+            self.tries += 1
+            return False
+
+    with chain.client() as client, Refused(FAST, wallet=MINER, subtensor=client) as miner:
+        for epoch in (1, 2):
+            chain.step(100)
+            until(lambda: miner.tries == 10 * epoch)
+            chain.step(2), miner.wait_for_block(chain.block)
+            assert miner.tries == 10 * epoch and status(miner.axon) == 200
+
+
+class Panic(BaseException):
+    "As a client in another language raises it."
+
+
+def test_client_of_the_chain_that_panics(chain, caplog):
+    """The client of the chain raises an error that is no `Exception`.
+    Older miner: ends."""
+    with chain.client() as client, Echo(FAST, wallet=MINER, subtensor=client) as miner:
+        chain.fail(3, Panic("index out of bounds"))
+        chain.step()
+        assert miner.wait_for_block(chain.block) and miner.is_running and status(miner.axon) == 200
+    assert "the client failed with Panic: index out of bounds), retry 3 of 10" in caplog.text
+
+
+@pytest.mark.parametrize("ip", ["2001:4860::8888", "[2001:4860:0::8888]", "2001:4860::0:8888"])
+def test_ipv6_address_that_is_written_otherwise(chain, ip, monkeypatch):
+    """The chain writes the miner's IPv6 address otherwise than the miner does, at every epoch.
+    Older miner: -"""
+    published, serve = [], Axon.serve
+    monkeypatch.setattr(Axon, "serve", lambda *args: published.append(1) or serve(*args))
+    settings = {"axon.external_ip": ip, "miner": {"poll_interval": 0.001, "blocks_per_epoch": 1}}
+    with chain.client() as client, Echo(settings, wallet=MINER, subtensor=client) as miner:
+        for _ in range(3):
+            chain.step()
+            miner.wait_for_block(chain.block)
+    assert len(published) == 1
+
+
+def test_blacklist_that_returns_a_coroutine(chain):
+    """A plain `blacklist` and `priority` that return coroutines, as a decorator makes them.
+    Older miner: a coroutine is true: refuses everybody."""
+
+    class Around(Echo):
+        def blacklist(self, synapse):
+            return self.later(super().blacklist(synapse))
+
+        def priority(self, synapse):
+            return self.later(super().priority(synapse))
+
+        async def later(self, value):
+            await asyncio.sleep(0)
+            return value
+
+    with chain.client() as client, Around(wallet=MINER, subtensor=client) as miner:
+        assert [status(miner.axon), status(miner.axon, headers=sign(wallet=STRANGER))] == [200, 403]
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "[fe80::1]", "::ffff:10.0.0.1", "64:ff9b::a00:1", "224.0.0.1"])
+def test_private_address_that_is_to_be_published(chain, ip):
+    """A miner is told to publish a private address.
+    Older miner: publishes it."""
+    with chain.client() as client, pytest.raises(InputError, match="is not on the open internet .*add --axon.allow_private"):
+        Echo({"axon.external_ip": ip}, wallet=MINER, subtensor=client)
+
+
+@pytest.mark.parametrize("entry", ["", " ", "member", "5Member", "0x" + "00" * 32])
+def test_blacklist_entry_that_refuses_nobody(chain, entry):
+    """An entry of the blacklist with white space around it, and entries that are no address.
+    Older miner: they refuse nobody."""
+    key = STRANGER.hotkey.ss58_address
+    settings = lambda entry: {"miner.blacklist": {"blacklist": [entry], "allow_non_registered": True}}
+    with chain.client() as client:
+        with pytest.raises(InputError, match="miner.blacklist.blacklist: .* is no ss58 address"):
+            Echo(settings(entry), wallet=MINER, subtensor=client)
+        with Echo(settings(f"\t{key} \n"), wallet=MINER, subtensor=client) as miner:
+            assert [status(miner.axon), status(miner.axon, headers=sign(wallet=STRANGER))] == [200, 403]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_that_keeps_the_port():
+    """A program that forks goes on after the miner in it has stopped.
+    Older server: the child keeps the port."""
+    code = """
+        import os, socket, time, warnings
+        from prompting_nb.network.axon import Axon
+        from prompting_nb.network.chain import make_wallet
+        warnings.simplefilter("ignore")
+        with Axon(make_wallet("miner")).attach(lambda synapse: synapse) as axon:
+            child = os.fork()
+            if child == 0:
+                time.sleep(30)
+                os._exit(0)
+        while True:  # as soon as the child has begun
+            try:
+                socket.create_server((axon.host, axon.port)).close()
+                break
+            except OSError:
+                time.sleep(0.01)
+        print("free", os.waitpid(child, os.WNOHANG)[0])
+        os.kill(child, 9)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert run.stdout == "free 0\n", run.stdout + run.stderr
+
+
+def test_process_that_cannot_be_started(monkeypatch, caplog):
+    """A process of a miner with several ends while the system has no memory or no place for another.
+    Older miner: has one."""
+    popen, short = subprocess.Popen, [OSError(11, "Resource temporarily unavailable"), MemoryError()]
+
+    def start(*args, **more):
+        if len(made) >= 2 and short:
+            raise short.pop()
+        made.append(popen(*args, **more))
+        return made[-1]
+
+    made = []
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with Followers(lambda _: [sys.executable, "-c", "import time; time.sleep(60)"], count=2, pause=0.01) as followers:
+        made[1].kill()
+        until(lambda: len(made) == 3 and followers.running == 2)
+    assert caplog.text.count("could not be started") == 2 and all(process.poll() is not None for process in made)
+    made.clear(), short.append(OSError(12, "Cannot allocate memory"))
+    with pytest.raises(OSError, match="Cannot allocate"), Followers(lambda _: ["sleep", "60"], count=3):
+        pass
+    assert len(made) == 2 and all(process.poll() is not None for process in made)  # none is left behind
+>>>>>>> nonces
 
 
 def test_rate_limit_says_when_to_come_back(chain):

@@ -177,11 +177,23 @@ DAMAGE = {
     "nothing for a number": in_sql("UPDATE floor SET nonce = NULL"),
     "nonces of text": in_sql("INSERT INTO nonces VALUES ('x', 'a')"),
     "an index": in_sql("DROP TABLE floor; CREATE INDEX floor ON nonces (hotkey)"),
+    "refused for ever": in_sql(f"INSERT INTO dropped VALUES (0, {2**63 - 1})"),
+    "refused since 1970": in_sql(f"INSERT INTO dropped VALUES (0, {START + HOUR})"),
+    "refused backwards": in_sql(f"INSERT INTO dropped VALUES ({START + HOUR}, {START})"),
+    "refused before 1970": in_sql(f"INSERT INTO dropped VALUES ({-HOUR}, {START})"),
+    "a floor in 200 years": in_sql(f"UPDATE floor SET nonce = {200 * 365 * 24 * HOUR}"),
+    "a floor before 1970": in_sql("UPDATE floor SET nonce = -1"),
+    "nonces in 200 years": in_sql(f"INSERT INTO nonces VALUES ({2**63 - 1}, 'a')"),
+    "nonces before 1970": in_sql("INSERT INTO nonces VALUES (-1, 'a')"),
+    "callers of text": in_sql("INSERT INTO callers VALUES (1, x'00')"),
+    "callers in 200 years": in_sql(f"INSERT INTO callers VALUES ({2**40}, 'a')"),
     "schema": in_sql("PRAGMA writable_schema = on; UPDATE sqlite_master SET sql = 'CREATE TABLE x' WHERE name = 'nonces'"),
 }  # fmt: skip
 
 
-REASONS = {"no columns": "the table nonces is another one", "text for a number": "the table floor holds something else"}
+REASONS = {"no columns": "the table nonces is another one", "text for a number": "the table floor holds something else",
+           "refused for ever": "the table dropped holds impossible times", "callers of text": "the table callers holds something else",
+           "callers in 200 years": "the table callers holds impossible times"}  # fmt: skip
 
 
 def filled(path, clock):
@@ -407,6 +419,120 @@ def test_a_store_that_was_made_when_the_clock_was_ahead_serves_at_once(tmp_path,
             assert refused(nonces.check_and_store, "b", nonce).reason == GONE
         assert nonces.check_and_store("b", clock.now + SECOND)
         nonces.close()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_strangers_sign_while_the_clock_is_ahead_refuses_themselves_only(nonces, clock, restart, caplog):
+    clock.now = START + 2 * HOUR
+    for second in range(60):
+        assert all(nonces.check_and_store(f"stranger {i}", clock.now) for i in range(2))
+        clock.now += SECOND
+    clock.now += 20 * SECOND
+    assert nonces.check_and_store("stranger 0", clock.now)  # and what is older is dropped
+    clock.now = START + 100 * SECOND
+    if restart:
+        nonces = reopen(nonces, clock)
+    assert nonces.check_and_store("validator", clock.now)
+    for second in range(0, 60, 7):
+        clock.now = START + 2 * HOUR + second * SECOND
+        assert nonces.check_and_store("validator", clock.now) and not nonces.check_and_store("validator", clock.now)
+        for stranger in ("stranger 0", "stranger 1"):
+            assert refused(nonces.check_and_store, stranger, clock.now).reason == GONE
+        assert nonces.check_and_store("stranger 2", clock.now)
+    nonces.close()
+
+
+def test_traces_are_few_and_a_flood_spoils_its_own_seconds():
+    traces = auth.Traces(limit=100)
+    for second in range(40):
+        traces.add(second, {"validator"})
+    traces.add(20, {f"flood {i}" for i in range(70)})  # 110 pairs
+    gone = [second for second in range(40) if traces.has("somebody", second * SECOND)]
+    assert gone == [20] and all(traces.has("validator", second * SECOND) for second in range(40))
+    assert traces.last == 40 * SECOND - 1 and not traces.has("validator", 40 * SECOND)
+    for second in range(40, 110):
+        traces.add(second, {"validator"})
+    gone = [second for second in range(110) if traces.has("somebody", second * SECOND)]
+    assert gone == [*range(34)] or gone == [*range(len(gone))] and 20 < len(gone) < 60  # the oldest
+    assert all(traces.has("validator", second * SECOND) for second in range(110))
+    assert auth.Traces().last == 0 and not auth.Traces().has("a", 0)
+
+
+def test_a_file_forgets_who_asked_where_it_is_too_much(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(auth, "_PAIRS", 100)
+    store = FileNonces(tmp_path / "nonces", clock)
+    for second in range(60):
+        clock.now = START + second * SECOND
+        count = 90 if second == 30 else 1
+        assert all(store.check_and_store(f"a{i}", clock.now) for i in range(count))
+    clock.now += 20 * SECOND
+    assert store.check_and_store("a0", clock.now)
+    for second, free in ((29, True), (30, False), (31, True)):
+        clock.now = START + second * SECOND
+        assert refused(store.check_and_store, "a0", clock.now).reason == GONE
+        assert (taken(store, "b", clock.now) is True) == free
+    store.close()
+
+
+def taken(store, *nonce):
+    try:
+        return store.check_and_store(*nonce)
+    except Refusal:
+        return False
+
+
+def test_a_file_of_an_earlier_format_refuses_everybody_in_what_it_dropped(tmp_path, clock):
+    path = tmp_path / "nonces"
+    FileNonces(path, clock).close()
+    with sqlite3.connect(path) as db:
+        db.execute("DROP TABLE callers")
+        db.execute("INSERT INTO dropped VALUES (?, ?)", (START + HOUR, START + HOUR + 9 * SECOND))
+    db.close()
+    store = FileNonces(path, clock)
+    clock.now += HOUR + 5 * SECOND
+    assert refused(store.check_and_store, "a", clock.now).reason == GONE
+    clock.now += 5 * SECOND
+    assert store.check_and_store("a", clock.now)
+    store.close()
+
+
+def test_what_was_forgotten_is_copied_into_a_file_that_is_made_anew(tmp_path, clock):
+    path = tmp_path / "nonces"
+    store = FileNonces(path, clock)
+    assert store.check_and_store("a", START)
+    clock.now += 60 * SECOND
+    assert store.check_and_store("a", clock.now)
+    path.unlink()
+    clock.now = START
+    assert refused(store.check_and_store, "a", START).reason == GONE and store.check_and_store("b", START)
+    store.close()
+
+
+@pytest.mark.parametrize("behind, slack", [(HOUR, None), (5 * SECOND, SECOND)])
+def test_a_request_from_before_a_start_with_the_clock_behind_is_refused(clock, behind, slack):
+    steady = Clock(7)
+    clock.now = START - behind
+    nonces = MemoryNonces(clock, steady)
+    nonces._slack = slack or nonces._slack  # that of the machine's clock
+    assert nonces.check_and_store("b", clock.now)
+    clock.now, steady.now = START + 2 * SECOND, 7 + 2 * SECOND  # two seconds after the start it is set right
+    recorded = START - SECOND  # accepted before the restart
+    assert refused(nonces.check_and_store, "a", recorded).reason == EARLY
+    assert nonces.check_and_store("a", START) and nonces.check_and_store("a", clock.now)  # nobody else waits
+    clock.now, steady.now = START + 60 * SECOND, 7 + 60 * SECOND
+    assert nonces.check_and_store("a", clock.now - 9 * SECOND) and nonces.floor == START
+
+
+def test_a_clock_that_jumps_does_not_refuse_what_is_known(clock):
+    steady = Clock(7)
+    nonces = MemoryNonces(clock, steady)
+    clock.now, steady.now = START + HOUR, 7 + HOUR
+    assert nonces.check_and_store("a", clock.now)
+    clock.now += HOUR  # ahead: it has been there for an hour all the same
+    assert nonces.floor == START and nonces.check_and_store("a", clock.now - 9 * SECOND)
+    clock.now -= HOUR
+    assert refused(nonces.check_and_store, "a", clock.now).reason == GONE and nonces.floor == START
+    assert nonces.check_and_store("b", clock.now)
 
 
 def test_a_part_of_a_second_is_not_forgotten(nonces, clock):

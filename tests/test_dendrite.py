@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import aiohttp
@@ -28,6 +29,7 @@ from prompting_nb.validators.validator import Validator
 MINER, VALIDATOR = make_wallet("miner"), make_wallet("validator")
 ME = MINER.hotkey.ss58_address
 QUESTION = Prompting.ask("hello", timeout=10)
+ONE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
 def echo(synapse):
@@ -532,3 +534,64 @@ def test_a_forked_child_asks_with_a_loop_of_its_own(axon):
     run = [sys.executable, "-c", textwrap.dedent(code), ME, axon.address]
     found = subprocess.run(run, capture_output=True, text=True, timeout=60)
     assert found.stdout == "parent\nchild\n0 parent again\n", found.stderr
+
+
+def test_what_is_relied_on_in_aiohttp():
+    """`network.floods` stands between the connector and the protocol of aiohttp's client. These are the seams, in versions below 4:
+    `connect` of the connector, `transport` of what it returns, whose protocol can be replaced; that has a length, the answers that wait
+    to be read, and `set_exception` and `force_close`."""
+    settings = Path(__file__).resolve().parents[1] / "settings.ini"
+    assert "aiohttp>=3.10,<4 " in settings.read_text()
+    seen, handed = [], []
+
+    class Between(asyncio.Protocol):
+        def __init__(self, inner):
+            for name in ("eof_received", "connection_lost", "pause_writing", "resume_writing"):
+                setattr(self, name, getattr(inner, name))
+            self.inner = inner
+
+        def data_received(self, data):
+            handed.append(data)
+            self.inner.data_received(data)
+
+    class Looking(aiohttp.TCPConnector):
+        async def connect(self, *args, **kwargs):
+            connection = await super().connect(*args, **kwargs)
+            transport = connection.transport
+            protocol = transport.get_protocol()
+            if isinstance(protocol, Between):
+                protocol = protocol.inner
+            else:
+                transport.set_protocol(Between(protocol))
+            seen.append((transport, protocol))
+            if len(seen) == 3:
+                protocol.force_close()
+            return connection
+
+    async def twice(reader, writer):
+        while await reader.read(65536):
+            writer.write(2 * ONE if len(seen) == 4 else ONE)
+        writer.close()
+
+    async def look():
+        server = await asyncio.start_server(twice, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with aiohttp.ClientSession(connector=Looking()) as session:
+
+            async def get():
+                async with session.get(url) as answer:
+                    return await answer.read()
+
+            assert [await get(), await get()] == [b"ok", b"ok"] and seen[0] == seen[1]  # it was kept
+            assert b"".join(handed) == 2 * ONE and len(seen[0][1]) == 0
+            assert await get() == b"ok" and seen[2] == seen[0]
+            async with session.get(url):
+                assert seen[3][0] is not seen[2][0]  # it was not kept any more
+                assert len(seen[3][1]) == 1  # one more than was asked for
+                seen[3][1].set_exception(aiohttp.ClientPayloadError("a flood"))
+                seen[3][0].abort()
+            closing = [transport.is_closing() for transport, _ in seen]
+            assert closing == [True] * 4 and await get() == b"ok"
+        server.close()
+
+    asyncio.run(look())

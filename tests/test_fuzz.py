@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from bittensor import http_auth
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+import prompting_nb
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import make_wallet
 from prompting_nb.network.connection import Connection
@@ -29,6 +31,7 @@ from prompting_nb.network.legacy import legacy_headers
 from prompting_nb.network.limits import Crowd, Limits
 from prompting_nb.protocol import Prompting, StreamPrompting
 
+PACKAGE = Path(prompting_nb.__file__).parent
 WIRE = Path(__file__).resolve().parent / "data" / "wire"
 MINER, VALIDATOR = make_wallet("miner"), make_wallet("validator")
 ME = MINER.hotkey.ss58_address
@@ -195,6 +198,31 @@ def memory() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+class Growth:
+    """Memory over the inputs: in a short run what lines of the package itself have allocated and still keep, over its second half; in a
+    long one that of the whole process, of which hypothesis itself keeps some."""
+
+    def __init__(self, count: int):
+        self.short, self.every, self.sizes = count <= SHORT, count // 4 if count <= SHORT else 10_000, []
+
+    def look(self, inputs: int) -> None:
+        if inputs % self.every:
+            return
+        if not self.short:
+            self.sizes.append(memory())
+        elif inputs == self.every:
+            tracemalloc.start()
+        else:
+            gc.collect()
+            kept = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, f"{PACKAGE}/*")])
+            self.sizes.append(sum(line.size for line in kept.statistics("filename")) / 2**20)
+
+    def check(self) -> None:
+        tracemalloc.stop()
+        first, most = (0, 0.2) if self.short else (4, 60)  # MB
+        assert len(self.sizes) > first + 1 and self.sizes[-1] - self.sizes[first] < most, self.sizes
+
+
 @pytest.mark.parametrize("count", [SHORT, pytest.param(LONG, marks=pytest.mark.long)])
 def test_no_bytes_harm_the_server(count, caplog):
     """Requests of both formats, changed, joined and cut: no status 500, no hang, nothing is kept."""
@@ -205,7 +233,7 @@ def test_no_bytes_harm_the_server(count, caplog):
         return synapse
 
     axon = Axon(MINER, max_body=20_000, body_timeout=5.0).attach(aecho)
-    crowd, tasks, loop, sizes = Crowd(Limits()), set(), asyncio.new_event_loop(), []
+    crowd, tasks, loop, growth = Crowd(Limits()), set(), asyncio.new_event_loop(), Growth(count)
 
     def check(batch, seen):
         for parts, changes, cuts in batch:
@@ -214,8 +242,7 @@ def test_no_bytes_harm_the_server(count, caplog):
             assert not [s for s in found if s >= 500 and s != 504], (found, data)  # 504: a busy machine
             seen.update(found)
             seen["inputs"] += 1
-            if seen["inputs"] % 10_000 == 0:
-                sizes.append(memory())
+            growth.look(seen["inputs"])
 
     try:
         seen = run(count, inputs(REQUESTS), check)
@@ -225,8 +252,7 @@ def test_no_bytes_harm_the_server(count, caplog):
     assert (len(crowd), crowd.size, tasks) == (0, 0, set())
     assert axon.health()["running"] == axon.health()["waiting"] == 0
     assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
-    if len(sizes) > 5:
-        assert sizes[-1] - sizes[4] < 60, sizes  # MB; hypothesis itself keeps some
+    growth.check()
 
 
 class Miners:
@@ -248,7 +274,7 @@ def test_no_answer_harms_the_client(count, caplog):
     """Answers of every kind, changed, joined and cut: each costs its own answer only, and none is believed."""
     caplog.set_level(logging.ERROR)
     miners, loop, kinds = Miners(), asyncio.new_event_loop(), (Prompting, StreamPrompting)
-    sizes = []
+    growth = Growth(count)
     server = loop.run_until_complete(asyncio.start_server(miners, "127.0.0.1", 0))
     threading.Thread(target=loop.run_forever, daemon=True).start()
     address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -263,8 +289,7 @@ def test_no_answer_harms_the_client(count, caplog):
             assert answer.completion is None or kind is StreamPrompting
             seen[answer.dendrite.status_code] += 1
             seen["inputs"] += 1
-            if seen["inputs"] % 10_000 == 0:
-                sizes.append(memory())
+            growth.look(seen["inputs"])
 
     with Dendrite(VALIDATOR, max_answer=20_000, allow_private=True) as dendrite:
         seen = run(count, inputs(ANSWERS), check)
@@ -272,8 +297,7 @@ def test_no_answer_harms_the_client(count, caplog):
     loop.call_soon_threadsafe(loop.stop)
     assert seen["inputs"] >= count and seen[422] > count / 20, seen
     assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
-    if len(sizes) > 5:
-        assert sizes[-1] - sizes[4] < 60, sizes  # MB
+    growth.check()
 
 
 def test_the_corpus_is_whole():

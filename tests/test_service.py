@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import math
 import os
 import random
@@ -39,11 +40,13 @@ from prompting_nb.loop.tasks import Worker
 from prompting_nb.network.chain_server import read_token
 from prompting_nb.network.command import find_chain
 from prompting_nb.network.wallets import local_wallet
+from prompting_nb.validators.audits import Audits
 from prompting_nb.validators.copies import Copies
 from prompting_nb.validators.event import Event
 from prompting_nb.validators.judge import Judge
 from prompting_nb.validators.pending import later
 from prompting_nb.validators.validator import FirstUids, Policy, Validator, default_gate
+from prompting_nb.validators.watch import Watch
 
 ANSWERS = {"brief": "No.", "wordy": "Well, " * 9 + "yes.", "polite": "Yes, please do.", "odd": "Perhaps, or not."}
 PROMPTS = [f"Is {n} a number?" for n in range(7)]
@@ -432,6 +435,31 @@ def test_corrections_of_the_judge_are_saved(network, tmp_path):
         assert second.watch.seen >= first.watch.seen > 0
         assert service.join(SECONDS)
     assert second.watch.seen == sum(len(e["uids"]) for e in events(tmp_path))
+
+
+@pytest.mark.parametrize("audited", [False, True])
+def test_what_speaks_against_the_judge_is_said_at_the_start_and_in_the_status(network, tmp_path, caplog, audited):
+    judge = Judge(SimpleNamespace(score=lambda prompt, texts: torch.tensor([[float(len(text))] for text in texts])))
+    judge.watch = Watch(-2, -1, by_text=0.7, by_who=0.8, seen=10, above=0)
+    judge = Audits(judge, lambda prompt, text: None) if audited else judge
+    with caplog.at_level(logging.WARNING):
+        with service_of(network, tmp_path, judge, steps=3) as one:
+            assert sum("the judge: who answered predicts 80.0%" in record.getMessage() for record in caplog.records) == 1
+            assert one.join(SECONDS)
+            found = status_of(one)["findings"]
+    assert ["who answered" in text for text in found].count(True) == 1 and any("raw scores lie outside" in text for text in found)
+    assert any("audits failed" in text for text in found) == audited
+    assert json.loads(json.dumps(found)) == found
+    assert next(iter(Journal(tmp_path).read()))["watched"][2] > 0
+
+
+def test_the_status_shows_alarms_of_the_gate(network, tmp_path):
+    with service_of(network, tmp_path, steps=2) as one:
+        assert one.join(SECONDS)
+        watch = one.validator.gate.watch
+        watch.mean[1], watch.count[1], watch.mean[2], watch.count[2] = -2.0, 30.0, 2.0, 30.0
+        rows = {row["uid"]: row["alarm"] for row in status_of(one)["uids"]}
+    assert rows == {uid: {1: "less", 2: "more"}.get(uid) for uid in rows}
 
 
 def test_a_full_disk_is_waited_out(network, tmp_path, caplog):

@@ -53,6 +53,7 @@ class Miner(abc.ABC):
 
     clock: Callable[[], float] = staticmethod(time.monotonic)  # seconds
     longest_pause: float = 300.0  # seconds between two attempts to reach the chain
+    weight_tries: int = 10  # times that weights are set in an epoch, until they are
     Settings: ClassVar[Any] = None  # dataclass of what can be set on this kind of miner
     section: ClassVar[str] = ""  # of these settings; "": named after the dataclass
 
@@ -81,6 +82,7 @@ class Miner(abc.ABC):
         limit = settings.subtensor.timeout
         self.subnet = Subnet(wallet, subtensor, settings.netuid, limit)
         self._unpublished = True  # since the start, or the latest epoch
+        self._unweighed = 0  # tries that are left to set the weights of the epoch
         self._newest = BlockWatch(self.subnet.client)
         self.sync()  # a miner that is not registered does not listen
         store = settings.axon.store
@@ -360,12 +362,15 @@ class Miner(abc.ABC):
             self.sync()
         leads = not self.settings.axon.follower
         self._unpublished |= epoch or first
+        if epoch and not loop.no_set_weights:
+            self._unweighed = self.weight_tries
         if leads and self._unpublished and not stopping.is_set():
             self._publish()
             self._unpublished = False  # what fails is tried again at the next look
-        weighs = leads and epoch and not loop.no_set_weights
-        if weighs and not stopping.is_set():
-            self.set_weights()
+        if leads and self._unweighed and not stopping.is_set():
+            self._unweighed -= 1
+            if self.set_weights() is not False:
+                self._unweighed = 0
         return block
 
     # Running

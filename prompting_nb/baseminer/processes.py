@@ -47,8 +47,13 @@ class Followers:
         return sum(process.poll() is None for process in self._processes)
 
     def __enter__(self) -> Self:
-        for _ in range(self.count):
-            self._processes.append(self._start())
+        try:
+            for _ in range(self.count):
+                self._processes.append(self._start())
+        except BaseException:  # those that were started would be left behind
+            end_processes(self._processes, 15.0)
+            self._folder.cleanup()
+            raise
         if self.count:
             self._watch.start()
         return self
@@ -64,7 +69,11 @@ class Followers:
                 if (status := process.poll()) is not None:
                     failed = "process %d of %d ended with status %d and is restarted"
                     _log.error(failed, i + 2, self.count + 1, status)
-                    self._processes[i] = self._start()
+                    try:
+                        self._processes[i] = self._start()
+                    except Exception as error:  # no memory, no place for a process
+                        what = "process %d of %d could not be started (%s): once more"
+                        _log.error(what, i + 2, self.count + 1, error)
 
     def __exit__(self, *_) -> None:
         "End the processes: each lets admitted requests finish."

@@ -22,7 +22,7 @@ from .run import Loop
 from .tasks import Arena
 from ..reward.preferences import Ranking
 from ..validators.gating import GatingSettings
-from ..validators.judge import Judge
+from ..validators.judge import Judge, inner_judge
 from ..validators.validator import GATES
 
 # %% ../../nbs/loop/24_record.ipynb #rec008
@@ -102,13 +102,18 @@ def _describe_judge(
     judge: Any,  # a `Judge`, or any function
 ) -> dict:
     "Say what gives the rewards."
-    if not isinstance(judge, Judge):
+    own, auditor = inner_judge(judge), getattr(judge, "auditor", None)
+    if not isinstance(own, Judge):
         return {"kind": getattr(judge, "__name__", type(judge).__name__)}
-    return {
+    found: dict[str, Any] = {
         "kind": type(judge).__name__,
-        "model": type(judge.model).__name__,
-        "corrected": bool(judge.correct and len(judge.offsets)),
+        "model": type(own.model).__name__,
+        "corrected": bool(own.correct and len(own.offsets)),
     }
+    if auditor is not None:
+        names = ("first", "share", "rule", "k")
+        found["audits"] = {name: getattr(auditor, name) for name in names}
+    return found
 
 
 def _describe_data(

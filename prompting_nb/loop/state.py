@@ -200,8 +200,7 @@ def _learn_event(validator: Validator, entry: dict) -> None:
         validator.copies.see(entry["hotkeys"], entry["completions"])
     counts, judge = entry.get("watched"), _judge_of(validator)
     if counts and judge is not None:
-        watch = judge.watch
-        watch.seen, watch.below, watch.above = counts
+        judge.watch.go_on(*counts)
 
 
 def _learn_late(validator: Validator, late: deque, folder: str | Path) -> None:

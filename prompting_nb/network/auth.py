@@ -284,11 +284,15 @@ class MemoryNonces:
     def __init__(
         self,
         clock: Callable[[], int] = time.time_ns,  # nanoseconds since 1970
+        steady: Callable[[], int] = time.monotonic_ns,  # of a clock that nobody sets
     ):
         self.clock, self.floor, self._lock = clock, clock(), threading.Lock()
         self._seen: dict[int, set] = {}  # second -> pairs of hotkey and nonce
-        self._dropped, self._watch = Spans(), ClockWatch()
+        self._dropped, self._watch = Traces(), ClockWatch()
         self._second = self.floor // _SECOND  # in which was last looked what is old
+        self._began, self._steady = self.floor, steady
+        self._apart = self.floor - steady()  # of the two clocks at the beginning
+        self._slack = _SECOND if clock is time.time_ns else 60 * _SECOND
 
     def __len__(self) -> int:
         return sum(map(len, self._seen.values()))
@@ -301,9 +305,13 @@ class MemoryNonces:
         "Store a nonce unless it is known; `Refusal` 401 for one of another time."
         with self._lock:
             self._keep_time(now := self.clock())
-            check_time(nonce_ns, now, self.floor)
-            if nonce_ns in self._dropped:
+            check_time(nonce_ns, now, self._began)
+            if nonce_ns <= self._dropped.last and self._dropped.has(
+                hotkey_ss58, nonce_ns
+            ):
                 raise stale(FORGOTTEN)
+            if nonce_ns < self.floor:
+                raise stale(_TOO_EARLY)
             seen = self._seen.setdefault(nonce_ns // _SECOND, set())
             known = (hotkey_ss58, nonce_ns) in seen
             seen.add((hotkey_ss58, nonce_ns))
@@ -318,19 +326,20 @@ class MemoryNonces:
         return self.check_and_store(hotkey, nonce)
 
     def _keep_time(self, now: int) -> None:
-        "Drop what is no longer fresh; lower a floor that lies ahead of the clock."
+        "Drop what is no longer fresh; move the floor when the clock was set."
         if now // _SECOND == self._second:
             return
         self._second = now // _SECOND
         oldest = (now - _AGE) // _SECOND
         for second in [s for s in self._seen if s < oldest]:
-            del self._seen[second]
-            self._dropped.add(second * _SECOND, (second + 1) * _SECOND - 1)
+            self._dropped.add(second, {who for who, _ in self._seen.pop(second)})
         newest = max(max(self._seen, default=0) * _SECOND, self._dropped.last)
-        self._watch.look(now, max(newest, self.floor))
-        if self.floor > now + _SKEW:
-            self._dropped.add(self.floor - _AGE, self.floor)
-            self.floor = now
+        self._watch.look(now, max(newest, self._began))
+        if self._began > now + _SKEW:  # it was made when the clock was ahead
+            self._dropped.everybody.add(self._began - _AGE, self._began)
+            self._began, self._apart = now, now - self._steady()
+        set_by = now - self._steady() - self._apart  # since the beginning
+        self.floor = self._began + (set_by if set_by > self._slack else 0)
 
     def close(self) -> None:
         "Do nothing: the store lives as long as the object."
@@ -442,6 +451,71 @@ class Spans:
             room = [b - a for a, b in zip(self._lasts, self._firsts[1:])]
             close = room.index(min(room))
             del self._lasts[close], self._firsts[close + 1]
+
+
+class Traces:
+    """Who had a nonce accepted in which second, of nonces that are no longer kept.
+
+    Above `limit` pairs of second and caller some seconds become `everybody`: first
+    those with the most callers, if more than `crowded`, then the oldest.
+    """
+
+    crowded = 16  # callers in a second
+
+    def __init__(
+        self,
+        limit: int = 32_768,  # pairs of second and caller
+    ):
+        self.everybody = Spans()  # in which all callers are refused
+        self._callers: dict[int, set] = {}  # second -> hotkeys
+        self._limit, self._size, self._newest = limit, 0, -1
+
+    @property
+    def last(self) -> int:
+        "Return the latest nanosecond that is noted here, or 0."
+        return max(self.everybody.last, (self._newest + 1) * _SECOND - 1, 0)
+
+    def has(
+        self,
+        hotkey: str,  # of a caller
+        nonce: int,  # nanoseconds since 1970
+    ) -> bool:
+        "Tell whether a nonce of this caller may have been accepted in that second."
+        known = hotkey in self._callers.get(nonce // _SECOND, ())
+        return known or nonce in self.everybody
+
+    def add(
+        self,
+        second: int,  # since 1970
+        hotkeys: set,  # that had a nonce accepted in it
+    ) -> None:
+        "Note the callers of a second."
+        callers = self._callers.setdefault(second, set())
+        before = len(callers)
+        callers |= hotkeys
+        self._size += len(callers) - before
+        self._newest = max(self._newest, second)
+        if self._size > self._limit:
+            sizes = {second: len(who) for second, who in self._callers.items()}
+            for second in to_give_up(sizes, self._size, self._limit, self.crowded):
+                self._size -= len(self._callers.pop(second))
+                self.everybody.add(second * _SECOND, (second + 1) * _SECOND - 1)
+
+
+def to_give_up(
+    sizes: dict[int, int],  # second -> callers
+    size: int,  # the sum of these
+    limit: int,  # of which three quarters may stay, so that this is done seldom
+    crowded: int,  # callers, above which a second is given up before older ones
+) -> list[int]:
+    "Return the seconds of which nobody remembers any more who asked in them."
+    found, order = [], lambda one: (-max(sizes[one], crowded), one)
+    for second in sorted(sizes, key=order):
+        if 4 * size <= 3 * limit:
+            break
+        found.append(second)
+        size -= sizes[second]
+    return found
 
 
 class ClockWatch:
@@ -599,13 +673,34 @@ _TABLES = """
     CREATE TABLE IF NOT EXISTS floor
         (one INTEGER PRIMARY KEY CHECK (one = 1), nonce INTEGER);
     CREATE TABLE IF NOT EXISTS dropped (first INTEGER PRIMARY KEY, last INTEGER);
+    CREATE TABLE IF NOT EXISTS callers
+        (second INTEGER, hotkey TEXT, PRIMARY KEY (second, hotkey)) WITHOUT ROWID;
 """
 _PATIENCE = 5.0  # seconds in which other processes may hold a file that is opened
 _COLUMNS = {  # of the tables, each with its type
     "nonces": {"nonce": "integer", "hotkey": "text"},
     "floor": {"one": "integer", "nonce": "integer"},
-    "dropped": {"first": "integer", "last": "integer"},
+    "dropped": {"first": "integer", "last": "integer"},  # everybody is refused
+    "callers": {"second": "integer", "hotkey": "text"},  # as in `Traces`
 }
+_NOW, _YEARS = 1_760_000_000, 10 * 366 * 24 * 3600  # seconds: the least; that it counts
+_IMPOSSIBLE = {  # of what no clock can have written; the parameter is a nanosecond
+    "nonces": "nonce NOT BETWEEN 0 AND :latest",
+    "floor": "nonce NOT BETWEEN 0 AND :latest",
+    "dropped": "first NOT BETWEEN 0 AND last OR last > :latest OR last - first > :most",
+    "callers": f"second NOT BETWEEN 0 AND :latest / {_SECOND}",
+}
+_PAIRS = 32_768  # of second and caller that are kept
+
+
+_IS_DROPPED = """
+    SELECT 1 FROM callers WHERE hotkey = ? AND second = ?
+    UNION ALL SELECT 1 FROM dropped WHERE first <= ? AND last >= ?
+"""
+_NOTE_CALLERS = f"""
+    INSERT OR IGNORE INTO callers
+    SELECT DISTINCT nonce / {_SECOND}, hotkey FROM nonces WHERE nonce < ?
+"""
 
 
 def is_damage(
@@ -639,7 +734,7 @@ class NonceFile:
             self.db.executescript(_TABLES)
             self._check_tables()
             self.db.execute("INSERT OR IGNORE INTO floor VALUES (1, ?)", (floor,))
-            self._check_content()
+            self._check_content(floor)
             self.floor: int = self._one("SELECT nonce FROM floor")
         except sqlite3.Error:
             self.db.close()
@@ -690,19 +785,26 @@ class NonceFile:
                 rows = [row for row in known[1] if row not in skipped]
                 made.db.executemany(f"{into} nonces VALUES (?, ?)", rows)
                 made.db.executemany(f"{into} dropped VALUES (?, ?)", known[2])
+                made.db.executemany(f"{into} callers VALUES (?, ?)", known[3])
             else:
                 least = "UPDATE floor SET nonce = max(nonce, ?)"
                 made.db.execute(least, (floor,))
         made.floor = made._one("SELECT nonce FROM floor")
         return made
 
-    def _one(self, query: str) -> Any:
-        return self.db.execute(query).fetchone()[0]
+    def _one(self, query: str, values: Any = ()) -> Any:
+        return self.db.execute(query, values).fetchone()[0]
 
-    def _content(self) -> tuple[int, list, list]:
-        read = ("SELECT nonce, hotkey FROM nonces", "SELECT first, last FROM dropped")
-        nonces, dropped = (self.db.execute(query).fetchall() for query in read)
-        return self._one("SELECT nonce FROM floor"), nonces, dropped
+    def _content(self) -> tuple[int, list, list, list]:
+        nonces, dropped, callers = (
+            self.db.execute(f"SELECT {columns} FROM {table}").fetchall()
+            for columns, table in (
+                ("nonce, hotkey", "nonces"),
+                ("first, last", "dropped"),
+                ("second, hotkey", "callers"),
+            )
+        )
+        return self._one("SELECT nonce FROM floor"), nonces, dropped, callers
 
     def _check_tables(self) -> None:
         "Raise `sqlite3.DatabaseError` for tables other than ours."
@@ -713,7 +815,7 @@ class NonceFile:
             if self._one(kind) != "table" or not same:
                 raise sqlite3.DatabaseError(f"the table {table} is another one")
 
-    def _check_content(self) -> None:
+    def _check_content(self, now: int) -> None:
         "Raise `sqlite3.DatabaseError` for what is no nonce, or cannot be read."
         if (found := self._one("PRAGMA quick_check")) != "ok":
             raise sqlite3.DatabaseError(found)
@@ -721,6 +823,11 @@ class NonceFile:
             wrong = " OR ".join(f"typeof({c}) != '{t}'" for c, t in columns.items())
             if self._one(f"SELECT count(*) FROM {table} WHERE {wrong}"):
                 raise sqlite3.DatabaseError(f"the table {table} holds something else")
+        most = _YEARS * _SECOND
+        times = {"latest": max(now, _NOW * _SECOND) + most, "most": most}
+        for table, wrong in _IMPOSSIBLE.items():
+            if self._one(f"SELECT count(*) FROM {table} WHERE {wrong}", times):
+                raise sqlite3.DatabaseError(f"the table {table} holds impossible times")
 
     def _found(self) -> list:
         "Return what is at `path` now: file and log, each by its number on the disk."
@@ -757,8 +864,8 @@ class NonceFile:
             check_time(nonce, now, self.floor)
         except Refusal as refusal:
             return refusal
-        dropped = "SELECT 1 FROM dropped WHERE first <= ? AND last >= ?"
-        if self.db.execute(dropped, (nonce, nonce)).fetchone():
+        asked = hotkey, nonce // _SECOND, nonce, nonce
+        if self.db.execute(_IS_DROPPED, asked).fetchone():
             return stale(FORGOTTEN)
         insert = "INSERT OR IGNORE INTO nonces VALUES (?, ?)"
         return self.db.execute(insert, (nonce, hotkey)).rowcount == 1
@@ -771,14 +878,15 @@ class NonceFile:
         self.db.execute("BEGIN IMMEDIATE")
         with self.db:
             self.floor = self._one("SELECT nonce FROM floor")
-            query = "SELECT DISTINCT nonce FROM nonces WHERE nonce < ?"
-            old = [row[0] for row in self.db.execute(query, (now - _AGE,))]
             kept = set(self.db.execute("SELECT first, last FROM dropped"))
             latest = self._one("SELECT coalesce(max(nonce), 0) FROM nonces")
-            latest = max(latest, self.floor, *(last for _, last in kept), 0)
+            second = self._one("SELECT coalesce(max(second), 0) FROM callers")
+            latest = max(latest, self.floor, second * _SECOND)
+            latest = max(latest, *(last for _, last in kept), 0)
+            self.db.execute(_NOTE_CALLERS, (now - _AGE,))
             spans = Spans(sorted(kept))
-            for nonce in old:
-                spans.add(nonce, nonce)
+            for second in self._give_up():
+                spans.add(second * _SECOND, (second + 1) * _SECOND - 1)
             if self.floor > now + _SKEW:  # it was made when the clock was ahead
                 spans.add(self.floor - _AGE, self.floor)
                 self.floor = now
@@ -789,6 +897,18 @@ class NonceFile:
             self.db.executemany(one, sorted(gone))
             self.db.executemany("INSERT INTO dropped VALUES (?, ?)", sorted(new))
         return latest
+
+    def _give_up(self) -> list[int]:
+        "Forget who asked in which second where that is too much; return the seconds."
+        size = self._one("SELECT count(*) FROM callers")
+        if size <= _PAIRS:
+            return []
+        count = "SELECT second, count(*) FROM callers GROUP BY second"
+        sizes = dict(self.db.execute(count).fetchall())
+        found = to_give_up(sizes, size, _PAIRS, Traces.crowded)
+        forget = "DELETE FROM callers WHERE second = ?"
+        self.db.executemany(forget, [(second,) for second in found])
+        return found
 
     def close(self) -> None:
         "Close the file."

@@ -175,10 +175,25 @@ if not floor or floor > skewed then
   redis.call('set', KEYS[1], floor)
 end
 if nonce < floor then return 2 end
-local first = redis.call('zscore', KEYS[3], slot(nonce, 0))
-if first and time - first > 0.75 * fresh then return 3 end
-if not first then
-  redis.call('zadd', KEYS[3], time, slot(nonce, 0))
+local here = string.format('%d', slot(nonce, 0))
+local who = here .. ':' .. ARGV[6]
+local everybody = redis.call('zscore', KEYS[3], here)
+local caller = redis.call('zscore', KEYS[4], who)
+for _, first in pairs({everybody, caller}) do
+  if first and time - first > 0.75 * fresh then return 3 end
+end
+if not (everybody or caller) then
+  if redis.call('hincrby', KEYS[5], here, 1) > tonumber(ARGV[7]) then
+    redis.call('zadd', KEYS[3], time, here)
+  else
+    redis.call('zadd', KEYS[4], time, who)
+  end
+  while redis.call('zcard', KEYS[4]) > tonumber(ARGV[8]) do
+    local oldest = redis.call('zpopmin', KEYS[4])
+    local gone = string.match(oldest[1], '^%d+')
+    redis.call('zadd', KEYS[3], 'nx', oldest[2], gone)
+    redis.call('hdel', KEYS[5], gone)
+  end
   redis.call('zremrangebyscore', KEYS[3], '-inf', time - ARGV[5])
 end
 redis.call('pexpire', KEYS[3], ARGV[5])
@@ -187,6 +202,7 @@ return 0
 """
 _BEGIN = "return redis.call('set', KEYS[1], ARGV[1], 'nx')"
 _WEEK = 7 * 24 * 3_600_000  # milliseconds
+_CROWDED, _PAIRS = 256, 65_536  # callers in ten seconds; pairs of these and a caller
 _EARLY = "signed before the store of this miner began to remember what it accepted"
 
 
@@ -229,9 +245,11 @@ class StoredNonces:
             raise stale("the nonce is no time in nanoseconds")
         key, now = self.store.key, self.store.clock()
         keys = [key("began"), key("nonce", hotkey, nonce), key("seconds")]
+        keys += [key("callers"), key("asked")]
         times = nonce, now, now + int(MAX_SKEW * 1e9)
         texts = [f"{time:020}" for time in times]
-        return _ACCEPT, keys, [*texts, int(1000 * self.kept), _WEEK]
+        bounds = [int(1000 * self.kept), _WEEK, hotkey, _CROWDED, _PAIRS]
+        return _ACCEPT, keys, [*texts, *bounds]
 
     def close(self) -> None:
         "Close the store."
