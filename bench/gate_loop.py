@@ -6,9 +6,13 @@ asked uid given to a newcomer half-way; what counts is the last third, by the re
 
 `--parts audits`: nothing is known of the authors, and an expensive judge (the recorded grades) audits some answers. Rules and
 constants were chosen on one half of the prompts (`--half tuning`) and are reported on the other.
+
+`--parts apart`: where the gap of corrected rewards comes from, on either half: the gate with offsets alone, exploring less, and told
+what is less noisy.
 """
 
 import argparse
+import copy
 import json
 import random
 from dataclasses import replace
@@ -32,9 +36,10 @@ from prompting_nb.validators.audits import AuditedPolicy
 from prompting_nb.validators.offsets import Offsets
 from prompting_nb.validators.policies import MeanPerUid
 from prompting_nb.validators.simulate import Favourites, GatePolicy, Replace, figure_of, simulate
+from prompting_nb.validators.validator import Policy
 
 
-PARTS = ("recorded", "built-in")  # and "audits", where it is asked for
+PARTS = ("recorded", "built-in")  # and "audits" or "apart", where it is asked for
 HALVES = ("tuning", "untouched")
 
 
@@ -134,6 +139,45 @@ def recorded_loop(data: str, seeds: list[int], work: str, progress=print) -> dic
     return {name: compared(subnets, seeds, moves) for name, moves in (("moves", True), ("stays", False))}
 
 
+def told(subnet, rewards: np.ndarray):
+    "The same subnet, in which a policy is told other rewards."
+    made = copy.copy(subnet)
+    made.rewards = rewards
+    return made
+
+
+def gap_apart(data: str, seeds: list[int], work: str, half: str | None, progress=print) -> dict:
+    "The gate with corrected rewards, with offsets alone, with less exploration, and told what is less noisy."
+    _, features = text_features(data, work)
+    encoder, subnets = Encoder(MINILM), {}
+    for seed in seeds:
+        arena, model = recorded_arena(data, seed, features, half)
+        scores = score_rankings(lambda prompts, texts: [model.scores[p, t.strip()] for p, t in zip(prompts, texts)], arena.test)
+        judge, flat = (calibrate(model, arena, scores) for _ in range(2))
+        flat.offsets = Offsets(judge.offsets.errors)  # without the rewards no slope is learned
+        whole, alone = (subnet_of(arena, encoder, one) for one in (judge, flat))
+        each = lambda table: np.broadcast_to(table.mean(0), table.shape).copy()
+        subnets |= {(seed, "whole"): whole, (seed, "alone"): alone, (seed, "means"): told(alone, each(alone.rewards)),
+                    (seed, "truth"): told(alone, each(alone.grades))}
+    progress(f"apart: tables of {len(seeds)} divisions of {half or 'all'} prompts")
+    narrow = lambda subnet, seed: GatePolicy(subnet, seed, Policy(width=0.65, least=0.325))
+    rows = {  # name -> (rewards that are told, policy)
+        "offsets alone": ("alone", GatePolicy),
+        "the same, exploring half as widely": ("alone", narrow),
+        "the same, told the mean reward of each miner": ("means", GatePolicy),
+        "the same, told the true mean grade of each miner": ("truth", GatePolicy),
+        "offsets and slope": ("whole", GatePolicy),
+    }
+    found = {}
+    for name, (rewards, policy) in rows.items():
+        run = simulate(lambda seed: subnets[seed, rewards], {name: policy}, seeds, events=[Replace()])
+        found[name] = run.figure(name, "lead")._asdict()
+        if name in ("offsets alone", "offsets and slope"):
+            gaps = [ceilings(one)["fixed_by_reward"] - one.standing().best_fixed for one in run.runs[name]]
+            found[f"{name}: the three with the highest rewards"] = figure_of(gaps, seeds)._asdict()
+    return found
+
+
 BANDITS = {"mean per uid": lambda subnet, seed: MeanPerUid(subnet.metagraph, seed=seed), "gate": GatePolicy}
 AUDITS = {  # name -> options of `AuditedPolicy`; all spend as much, at most 72 of 510 answers
     "first answers, plain offsets": dict(rule="first", first=3, share=0.03, plain=True),
@@ -205,6 +249,10 @@ def measure(data: str, quick: bool = False, work: str = str(quality.WORK), progr
         for half in halves:
             seeds = list(range(900, 902 if quick else 910)) if half else list(range(2 if quick else 10))
             found.setdefault("audits", {})[half or "all"] = audited_loop(data, seeds, work, half, progress)
+    if Path(data).is_file() and "apart" in parts:
+        for half in HALVES if None in halves else halves:
+            seeds = list(range(900, 902 if quick else 910))
+            found.setdefault("apart", {})[half] = gap_apart(data, seeds, work, half, progress)
     if "built-in" in parts:
         found["built_in"] = built_in_loop(list(range(1 if quick else built_in_seeds)), progress)
         found["builtin_ahead"] = found["built_in"]["warm"]["mean"]
@@ -215,6 +263,7 @@ def show(found: dict, console) -> None:
     "Print the tables."
     titles = {"moves": "Recorded loop, the most asked uid changes hands", "stays": "Recorded loop, nobody moves"}
     parts = {title: found["loop"][name] for name, title in titles.items() if "loop" in found}
+    parts |= {f"Corrected rewards, {half} prompts": rows for half, rows in found.get("apart", {}).items()}
     parts |= {f"Audits, {half} prompts": rows for half, rows in found.get("audits", {}).items()}
     if "built_in" in found:
         parts["Built-in tasks, trained reward model"] = found["built_in"]
@@ -231,8 +280,9 @@ def show(found: dict, console) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default=str(quality.DATA), help="prompts-responses.jsonl.gz (default: %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "audits"), default=PARTS, help="default: recorded and built-in")
-    parser.add_argument("--half", choices=HALVES, help="of the prompts, for audits; default: the untouched one, and all of them")
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "audits", "apart"), default=PARTS, help="default: recorded and built-in")
+    parser.add_argument("--half", choices=HALVES,
+                        help="of the prompts, for audits and apart; default: the untouched one, and all of them (apart: both)")
     parser.add_argument("--quick", action="store_true", help="one or two seeds: does it run at all?")
     parser.add_argument("--built-in-seeds", type=int, default=3, metavar="N", help="each trains a model, a minute or two (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="put the figures into this file; figures of a part that is not run stay")

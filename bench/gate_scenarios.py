@@ -31,13 +31,10 @@ from gate_learning import K, NOISE, TOPICS, embedded
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.pending import Pending
 from prompting_nb.validators.policies import LinTS
-from prompting_nb.validators.selection import narrowing, thompson
 from prompting_nb.validators.copies import Copies
 from prompting_nb.validators.validator import MovingAverage, Policy, Validator
 
 UIDS, STEPS, RHO, HALF_LIFE = 64, 2400, 0.9985, 1500
-# A posterior that forgets stays wide by itself, so less is added to it than `narrowing` does by default.
-FORGETTING = {"start": 1.0, "least": 0.3}
 SCENARIOS = ("base", "drift", "silent", "t2", "outliers", "copies")
 
 
@@ -74,27 +71,27 @@ class World:
 
 
 class Ours:
-    "The Bayesian gate with Thompson sampling, as the loop uses it."
+    """The Bayesian gate and the policy of a validator, with its defaults for this gate.
+
+    All uids are here from the start and none is welcomed: the gate finds out by itself whom it does not know.
+    """
 
     def __init__(self, x: torch.Tensor, seed: int, distinct: bool = False, **gating):
         network = SimpleNamespace(hotkeys=[str(uid) for uid in range(UIDS)])
         self.gate = BayesianGatingModel(network, {"gating": {"model_name": "minilm", **gating}}, num_uids=UIDS)
-        self.x, self.answers, self.copies = x, 0, Copies() if distinct else None
+        self.x, self.steps, self.copies = x, 0, Copies()
+        self.policy = Policy(k=K, distinct=distinct)
         self.hotkeys, self.generator = dict(self.gate.hotkeys), torch.Generator().manual_seed(1000 + seed)
 
     def choose(self, prompt: int) -> torch.Tensor:
         mean, sd = self.gate.believe(self.x[prompt])
-        options = FORGETTING if self.gate.settings.half_life else {}
-        width, able = narrowing(self.answers / UIDS, **options), range(UIDS)
-        if self.copies and len(found := self.copies.one_each(self.hotkeys, able, self.generator).uids) >= K:
-            able = found
-        options = dict(width=width, epsilon=0.01, available=list(able), generator=self.generator)
-        return thompson(mean, sd, K, **options).uids
+        rest = (range(UIDS), (), self.steps, self.generator, self.gate, self.copies, self.hotkeys)
+        return self.policy.choose(mean, sd, *rest).uids
 
     def learn(self, prompt: int, uids: torch.Tensor, rewards: torch.Tensor, texts: list[str]) -> None:
-        self.answers += len(uids)
+        self.steps += 1
         self.gate.learn(self.x[prompt], uids, rewards)
-        if self.copies:
+        if self.policy.distinct:
             self.copies.see([self.hotkeys[uid] for uid in uids.tolist()], texts)
 
 

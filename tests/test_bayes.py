@@ -288,3 +288,34 @@ def test_a_silent_change_is_logged_once_and_can_be_forgotten(encoder, caplog):
     assert torch.isclose(sd[0], sd[2]) and not gate.watch.alarmed
     with pytest.raises(InputError, match="no uid has the hotkey 'key9'"):
         gate.forget("key9")
+
+
+def test_a_question_asked_twice_keeps_all_answers_without_a_half_life(encoder, tmp_path):
+    start = make(encoder, {uid: uid for uid in range(3)}, num_uids=3, half_life=50)
+    for uids, rewards in (([0, 1], [0.9, 0.2]), ([2], [0.6]), ([1], [0.4])):
+        start.backward(start(MESSAGES[0])[uids], torch.tensor(rewards), uids)
+    start.backward(start(MESSAGES[1])[[0]], torch.tensor([0.3]), [0])
+    start.save(tmp_path / "gate")
+    gate = make(encoder, {uid: uid for uid in range(3)}, num_uids=3)
+    gate.load(tmp_path / "gate")
+    kept = [dict(zip(q.uids.tolist(), q.rewards.tolist())) for q in gate.memory.questions.values()]
+    assert [{uid: round(reward, 3) for uid, reward in row.items()} for row in kept] == [{0: 0.9, 2: 0.6, 1: 0.4}, {0: 0.3}]
+    gate.backward(gate(MESSAGES[0])[[2]], torch.tensor([0.7]), [2])
+    assert len(gate.memory) == 2, "it is recognized"
+
+
+@pytest.mark.parametrize("before, after", [(0, 20), (20, 0), (20, 90), (20, 20)])
+def test_what_was_saved_with_another_half_life_is_reviewed(before, after, encoder, tmp_path, caplog):
+    rewards = lambda step: torch.tensor([0.9 if step < 60 else 0.2, 0.5]) + 0.02 * (-1) ** step
+    gate = answered(encoder, 80, rewards, half_life=before)
+    gate.save(tmp_path / "gate")
+    again = make(encoder, {uid: uid for uid in range(3)}, num_uids=3, half_life=after)
+    with caplog.at_level("INFO"):
+        again.load(tmp_path / "gate")
+    assert ("half-life of" in caplog.text) == (before != after)
+    loaded, sd = again.posterior(MESSAGES[0])
+    again.reflect()
+    reviewed, sd_now = again.posterior(MESSAGES[0])
+    if before != after:
+        torch.testing.assert_close(loaded, reviewed, atol=0.02, rtol=0)
+        torch.testing.assert_close(sd, sd_now, atol=0.02, rtol=0)

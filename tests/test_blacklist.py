@@ -1,5 +1,6 @@
 """Rules about callers: what each refuses, with which words, and what a rule that fails or answers nonsense leads to."""
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,43 @@ def test_each_rule_refuses_in_its_own_words():
     assert [rule(MEMBER) for rule in admitted] == [None] * len(admitted)
     assert registration(True)(STRANGER) is None and validator_permit(False)(STRANGER) is None
     assert whitelist(MEMBER.hotkey)(Caller(MEMBER.hotkey[:-1])) is None  # a string is one hotkey and no set of letters
+
+
+def test_a_rule_may_be_a_coroutine_function_and_those_after_it_are_asked(caplog):
+    asked = []
+
+    def opinion(result, name="plain"):
+        def rule(caller):
+            asked.append(name)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        return rule
+
+    def later(result, name="later"):
+        async def rule(caller):
+            await asyncio.sleep(0)
+            return opinion(result, name)(caller)
+
+        return rule
+
+    refused, fails = Verdict(True, "no"), ValueError("why")
+    for rules, blacklisted, reason, names in (
+        ([later(None), opinion(refused)], True, "no", ["later", "plain"]),
+        ([later(None), later(None), opinion(None)], False, "admitted", ["later", "later", "plain"]),
+        ([opinion(None), later(refused), opinion(None)], True, "no", ["plain", "later"]),
+        ([later(False), opinion(refused)], False, "admitted", ["later"]),
+        ([later((True, 7))], True, "7", ["later"]),
+        ([later(1)], True, "a rule of this miner returned int instead of a decision", ["later"]),
+        ([later(fails), opinion(None)], True, "a rule of this miner failed", ["later"]),
+        ([later(None), opinion(fails)], True, "a rule of this miner failed", ["later", "plain"]),
+        ([later(None), later(fails)], True, "a rule of this miner failed", ["later", "later"]),
+    ):
+        asked.clear(), caplog.clear()
+        exactly(asyncio.run(judge(iter(rules), MEMBER)), blacklisted, reason)
+        assert asked == names and len(caplog.records) == (reason == "a rule of this miner failed")
+    exactly(judge([opinion(refused), later(None)], MEMBER), True, "no")  # nothing to wait for
 
 
 def test_a_key_is_the_same_whatever_its_prefix():

@@ -217,7 +217,7 @@ def test_no_colour_where_it_is_not_wanted_and_no_bars_where_it_is_quiet(tmp_path
 
 def test_a_miner_that_serves_leaves_what_is_loaded_out_of_garbage_collections(monkeypatch, capsys):
     "Each full collection of all that a miner has loaded would hold up its callers; one that is asked and ends needs none."
-    frozen, wait = [], Miner.wait_for_block
+    frozen, wait, before = [], Miner.wait_for_block, gc.get_threshold()
 
     def stop(self, block=0, timeout=10.0):
         if block:
@@ -230,6 +230,7 @@ def test_a_miner_that_serves_leaves_what_is_loaded_out_of_garbage_collections(mo
         main(["miner", "--axon.port", "0", "--ask", "why?"])
         assert (frozen, gc.get_freeze_count()) == ([], 0)
         main(["miner", "--axon.port", "0"])
-        assert frozen[0] > 10_000
+        assert frozen[0] > 10_000 and gc.get_threshold() > before
     finally:
         gc.unfreeze()
+        gc.set_threshold(*before)

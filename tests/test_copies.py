@@ -61,3 +61,42 @@ def test_a_validator_asks_one_of_them_and_states_the_probability():
     assert 110 < asked[0] < 190 and asked[3] == 0
     many = stub(Policy(k=4, floor=0.0, distinct=True), hotkeys).choose(scores, sd)
     assert sorted(many.uids.tolist()) == [0, 1, 2, 3]  # copies are better than too few
+
+
+def answers(seed, rounds=60):
+    "Some of twelve hotkeys are asked; the first four give one answer, the next two mostly."
+    draw = torch.Generator().manual_seed(seed)
+    for n in range(rounds):
+        asked = [f"h{uid:02d}" for uid in torch.randperm(12, generator=draw)[:6].tolist()]
+        sloppy = torch.rand((), generator=draw) < 0.5
+        texts = {f"h{uid:02d}": "a" if uid < 4 else "b" if uid < 6 and not sloppy else f"{uid} {n}" for uid in range(12)}
+        yield asked, [texts[hotkey] for hotkey in asked]
+
+
+@pytest.mark.parametrize("options", [{}, {"pairs": 20}, {"share": 0.4, "least": 2}])
+def test_groups_follow_every_answer(options):
+    "They are what all pairs say, whatever was asked before: pairs that left, or no longer agree."
+    copies, sizes = Copies(**options), set()
+    for hotkeys, texts in answers(1):
+        copies.see(hotkeys, texts)
+        found, again = copies.groups(), Copies(**options)
+        again.restore([[*pair, *counts] for pair, counts in copies.met.items()])
+        assert found == again.groups()
+        together = {pair for pair, (met, equal) in copies.met.items() if met >= copies.least and equal >= copies.share * met}
+        assert together == copies.close
+        sizes.add(sum(map(len, found)))
+        for own in found:
+            own.clear()  # what is handed out is nobody else's
+    assert len(sizes) > 1
+
+
+def test_what_nobody_changed_is_not_computed_again():
+    copies = Copies()
+    for n in range(6):
+        copies.see([f"h{i}" for i in range(8)], ["same"] * 8)
+    found = copies._groups()
+    copies.see(["h0", "x"], ["same", "other"])
+    assert copies._groups() is found
+    for _ in range(4):
+        copies.see(["h0", "h1"], ["same", "other"])
+    assert copies._groups() is not found

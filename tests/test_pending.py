@@ -17,7 +17,7 @@ from prompting_nb.validators.cost import Prices, aiq, cost_curve, hull
 from prompting_nb.validators.explain import Explanation, explain
 from prompting_nb.validators.gating import SentenceEmbedGatingModel
 from prompting_nb.validators.pending import Pending, later
-from prompting_nb.validators.policies import MeanPerUid
+from prompting_nb.validators.policies import LinTS, MeanPerUid
 from prompting_nb.validators.selection import select, thompson
 from prompting_nb.validators.validator import Policy, Validator, default_gate
 
@@ -281,3 +281,85 @@ def test_a_batch_is_asked_at_once_and_learned_in_order(small_network):
         events = validator.batch(PROMPTS)
         assert [event.step for event in events] == list(range(6)) and validator.steps == 6
         assert [event.prompt for event in events] == PROMPTS and validator.batch([]) == []
+
+
+class Own:
+    "A policy of one's own: it chooses, learns and follows the hotkeys in its own way, and has no `hotkeys`."
+
+    def __init__(self):
+        self.told = []
+
+    def scores(self, prompt):
+        return torch.zeros(4)
+
+    def learn(self, prompt, uids, rewards):
+        self.told.append((prompt, uids.tolist(), [round(reward, 3) for reward in rewards.tolist()]))
+
+    def resync(self, before, now):
+        "Nothing is kept."
+
+
+def test_a_policy_without_hotkeys_learns_late_too():
+    own = Own()
+    pending = Pending(own)
+    with pytest.raises(InputError, match="nobody says which hotkeys"):
+        pending.add("a", [0])
+    first = pending.add("a", [0, 1], hotkeys=["k0", "k1"])
+    assert pending.reward(first, {0: 0.4}) == 1 and own.told == [("a", [0], [0.4])]
+    pending.add("b", [3], hotkeys=["k1"])  # it moved, as the later question says
+    assert pending.reward(first, {1: 0.7}) == 1 and own.told[-1] == ("a", [3], [0.7])
+    again = Pending(own)
+    again.restore(json.loads(json.dumps(pending.state())))
+    assert again.reward(1, {3: 0.2}) == 1 and own.told[-1] == ("b", [3], [0.2])
+
+
+def test_a_metagraph_says_who_is_where():
+    own = Own()
+    pending = Pending(own, metagraph=NETWORK)
+    number = pending.add("a", [0, 1])
+    pending.resync(NETWORK, SimpleNamespace(hotkeys=["new", "k0", "k2", "k3"]))
+    assert pending.reward(number, {0: 0.9, 1: 0.1}) == 1
+    assert own.told == [("a", [1], [0.9])] and pending.counts["gone"] == 1
+    batch = pending.ask(["b", "c"], lambda prompt: select(own.scores(prompt), 2))
+    assert [asked.prompt for asked in batch] == ["b", "c"] and len(pending) == 2
+
+
+def test_a_linear_bandit_says_its_hotkeys():
+    vectors = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    policy = LinTS(NETWORK, dict(zip(PROMPTS, vectors)).__getitem__, vectors, components=2)
+    pending = Pending(policy)
+    number = pending.add(PROMPTS[0], [2])
+    policy.resync(NETWORK, SimpleNamespace(hotkeys=["k2", "k0", "k1", "k3"]))
+    assert pending.reward(number, {2: 0.9}) == 1
+    assert policy.ridge.posterior(PROMPTS[0]).mean.argmax() == 0
+
+
+def test_rewards_that_single_precision_cannot_hold_change_nothing(small_network):
+    with opened(small_network, later) as validator:
+        event = next(e for e in map(validator.step, PROMPTS) if None in e.rewards)
+        uid = event.uids[event.rewards.index(None)]
+        before = dict(validator.averages.values), validator.gate.seen
+        for wrong in (1e39, -1e39, math.inf, math.nan):
+            with pytest.raises(ValueError, match="finite"):
+                validator.reward(event.step, {uid: wrong})
+        assert (validator.averages.values, validator.gate.seen) == before
+        assert sum(validator.pending.waiting().values()) and validator.reward(event.step, {uid: 0.5}) == 1
+
+
+def test_a_gate_that_refuses_leaves_the_averages_alone(small_network, monkeypatch):
+    with opened(small_network, later) as validator:
+        event = next(e for e in map(validator.step, PROMPTS) if None in e.rewards)
+        uid, before = event.uids[event.rewards.index(None)], dict(validator.averages.values)
+        with monkeypatch.context() as broken:
+            broken.setattr(validator.gate, "backward", lambda *_: (_ for _ in ()).throw(ValueError("no")))
+            with pytest.raises(ValueError, match="no"):
+                validator.reward(event.step, {uid: 0.5})
+        assert validator.averages.values == before and validator.reward(event.step, {uid: 0.5}) == 1
+
+
+def test_a_validator_that_follows_the_chain_tells_what_waits(small_network):
+    with opened(small_network, later) as validator:
+        assert validator.pending.holders == dict(enumerate(validator.metagraph.hotkeys))
+        validator.pending.holders = {}
+        validator.sync()
+        assert validator.pending.holders == dict(enumerate(validator.metagraph.hotkeys))

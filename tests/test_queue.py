@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prompting_nb.network.queue import QueueFull, Slot, Threads, WorkQueue, is_stream, work
+from prompting_nb.network.queue import QueueFull, Slot, Threads, WorkQueue, apart, is_stream, work
 
 SECONDS = 10  # longest wait for something that must happen
 
@@ -447,9 +447,8 @@ async def test_a_coroutine_that_cancels_itself_ends_its_request():
         raise asyncio.CancelledError
 
     async with Place() as place:
-        asking = asyncio.ensure_future(place.work(give_up))
-        await asyncio.wait([asking], timeout=SECONDS)
-        assert asking.cancelled()
+        with pytest.raises(RuntimeError, match="^the work has cancelled itself$"):  # its request was not cancelled
+            await place.work(give_up)
         await until(lambda: place.holders == 1)
 
 
@@ -581,31 +580,154 @@ async def test_an_async_generator_is_closed_with_its_stream():
         stream = await place.work(endless)
         assert await anext(stream) == "more"
         await stream.aclose()
-        assert closed.is_set()
+        await until(closed.is_set)
 
 
-@pytest.mark.parametrize("step, turns", [(2, [6, 12, 18]), (5, [10, 20])])
-def test_a_generator_that_never_waits_lets_others_have_a_turn_after_more_than_five_milliseconds(monkeypatch, step, turns):
-    now, found = [0], []  # milliseconds
+@run
+async def test_a_generator_that_never_waits_lets_others_have_a_turn_at_every_piece():
+    turns = 0
 
     async def busy(_):
-        while now[0] < 20:
-            now[0] += step
+        for _ in range(20):
             yield "more"
 
-    async def sleep(seconds):
-        found.append((now[0], seconds))
+    async def others():
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with Place() as place:
+        stream, seen = await place.work(busy), []
+        other = asyncio.ensure_future(others())
+        async for _ in stream:
+            seen.append(turns)
+        other.cancel()
+    assert len(seen) == 20 and len(set(seen)) == 20
+
+
+@run
+async def test_pieces_of_an_async_generator_are_made_when_they_are_asked_for():
+    made = []
+
+    async def generator(_):
+        for piece in ("a", "", "b", "c"):
+            made.append(piece)
+            yield piece
+
+    async with Place() as place:
+        stream = await place.work(generator)
+        assert made == [] and place.holders == 1
+        assert await anext(stream) == "a"
+        await turns()
+        assert made == ["a"] and place.holders == 2  # until it has ended
+        assert await anext(stream) == "b" and made == ["a", "", "b"]
+        assert [piece async for piece in stream] == ["c"]
+        assert place.holders == 1  # at once, before the request goes on
+
+
+@pytest.mark.parametrize("how", ["goes on", "goes on and yields", "hangs in its finally", "fails in its finally", "never began"])
+@pytest.mark.parametrize("where", ["making", "made"])
+def test_an_async_generator_holds_the_slot_until_it_has_ended(how, where, caplog):
+    let_go, begun, ended = asyncio.Event(), asyncio.Event(), []
+
+    async def wait():
+        while not let_go.is_set():
+            with suppress(asyncio.CancelledError):
+                await let_go.wait()
+
+    async def generator(_):
+        try:
+            if where == "made":
+                yield "first"
+            begun.set()
+            if how == "goes on":
+                await wait()
+            elif how == "goes on and yields":
+                with suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+            else:
+                await asyncio.Event().wait()
+            yield "second"
+            ended.append("went on after it was left")
+        finally:
+            if how == "hangs in its finally":
+                await wait()
+            if how == "fails in its finally":
+                raise SystemExit("an exit would end the event loop")
 
     async def test():
         async with Place() as place:
-            stream = await place.work(busy)
-            with monkeypatch.context() as patch:
-                patch.setattr("prompting_nb.network.queue.time", SimpleNamespace(monotonic=lambda: now[0] / 1000))
-                patch.setattr(asyncio, "sleep", sleep)
-                assert {piece async for piece in stream} == {"more"}
+            stream = await place.work(generator)
+            if where == "made":
+                assert await anext(stream) == "first"
+                await stream.aclose()
+            else:
+                asking = asyncio.ensure_future(anext(stream))
+                await (asyncio.sleep(0) if how == "never began" else begun.wait())
+                asking.cancel()
+                await asyncio.wait([asking], timeout=SECONDS)
+                assert asking.cancelled()
+            await turns()
+            held = how == "hangs in its finally" or (how == "goes on" and where == "making")
+            assert place.holders == 1 + held
+            gc.collect()  # what nobody refers to
+            let_go.set()
+            await until(lambda: place.holders == 1)
+        assert not ended
 
     run(test)()
-    assert found == [(turn, 0) for turn in turns]
+    failed = how == "fails in its finally" and where == "made"
+    assert ["while it was closed" in record.getMessage() for record in caplog.records] == [True] * failed
+
+
+@pytest.mark.parametrize("where", ["coroutine", "generator", "thread", "step in a thread"])
+def test_work_that_cancels_itself_is_an_error_of_the_handler(where):
+    async def coroutine(_):
+        raise asyncio.CancelledError
+
+    async def generator(_):
+        yield "a"
+        raise asyncio.CancelledError
+
+    def plain(_):
+        raise asyncio.CancelledError
+
+    def step(_):
+        yield "a"
+        raise asyncio.CancelledError
+
+    handler = dict(zip(("coroutine", "generator", "thread", "step in a thread"), (coroutine, generator, plain, step)))[where]
+
+    async def test():
+        async with Place() as place:
+            with pytest.raises(RuntimeError, match="cancelled itself|CancelledError"):
+                [piece async for piece in await place.work(handler)]
+
+    run(test)()
+
+
+@run
+async def test_an_awaitable_may_be_awaited_apart_without_a_slot():
+    let_go, ended = asyncio.Event(), []
+
+    async def value(result):
+        return result
+
+    async def stubborn():
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await let_go.wait()
+        ended.append(True)
+
+    assert await apart(value(7)) == 7
+    asking = asyncio.ensure_future(apart(stubborn()))
+    await turns()
+    asking.cancel()
+    await asyncio.wait([asking], timeout=SECONDS)
+    assert asking.cancelled() and not ended
+    let_go.set()
+    await until(lambda: ended)
 
 
 def test_a_thread_that_ends_after_its_loop_is_no_error(caplog):

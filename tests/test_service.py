@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import math
 import os
 import random
@@ -39,10 +40,13 @@ from prompting_nb.loop.tasks import Worker
 from prompting_nb.network.chain_server import read_token
 from prompting_nb.network.command import find_chain
 from prompting_nb.network.wallets import local_wallet
+from prompting_nb.validators.audits import Audits
+from prompting_nb.validators.copies import Copies
 from prompting_nb.validators.event import Event
 from prompting_nb.validators.judge import Judge
 from prompting_nb.validators.pending import later
 from prompting_nb.validators.validator import FirstUids, Policy, Validator, default_gate
+from prompting_nb.validators.watch import Watch
 
 ANSWERS = {"brief": "No.", "wordy": "Well, " * 9 + "yes.", "polite": "Yes, please do.", "odd": "Perhaps, or not."}
 PROMPTS = [f"Is {n} a number?" for n in range(7)]
@@ -433,6 +437,31 @@ def test_corrections_of_the_judge_are_saved(network, tmp_path):
     assert second.watch.seen == sum(len(e["uids"]) for e in events(tmp_path))
 
 
+@pytest.mark.parametrize("audited", [False, True])
+def test_what_speaks_against_the_judge_is_said_at_the_start_and_in_the_status(network, tmp_path, caplog, audited):
+    judge = Judge(SimpleNamespace(score=lambda prompt, texts: torch.tensor([[float(len(text))] for text in texts])))
+    judge.watch = Watch(-2, -1, by_text=0.7, by_who=0.8, seen=10, above=0)
+    judge = Audits(judge, lambda prompt, text: None) if audited else judge
+    with caplog.at_level(logging.WARNING):
+        with service_of(network, tmp_path, judge, steps=3) as one:
+            assert sum("the judge: who answered predicts 80.0%" in record.getMessage() for record in caplog.records) == 1
+            assert one.join(SECONDS)
+            found = status_of(one)["findings"]
+    assert ["who answered" in text for text in found].count(True) == 1 and any("raw scores lie outside" in text for text in found)
+    assert any("audits failed" in text for text in found) == audited
+    assert json.loads(json.dumps(found)) == found
+    assert next(iter(Journal(tmp_path).read()))["watched"][2] > 0
+
+
+def test_the_status_shows_alarms_of_the_gate(network, tmp_path):
+    with service_of(network, tmp_path, steps=2) as one:
+        assert one.join(SECONDS)
+        watch = one.validator.gate.watch
+        watch.mean[1], watch.count[1], watch.mean[2], watch.count[2] = -2.0, 30.0, 2.0, 30.0
+        rows = {row["uid"]: row["alarm"] for row in status_of(one)["uids"]}
+    assert rows == {uid: {1: "less", 2: "more"}.get(uid) for uid in rows}
+
+
 def test_a_full_disk_is_waited_out(network, tmp_path, caplog):
     with service_of(network, tmp_path, steps=0, save_every=1000) as service:
         until(lambda: service.validator.steps > 2)
@@ -464,7 +493,8 @@ def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):
     code = f"""
         import resource, signal, dataclasses
         from prompting_nb.loop.journal import Journal
-        from prompting_nb.validators.event import Event
+        from prompting_nb.validators.copies import Copies
+from prompting_nb.validators.event import Event
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         event = Event(step=0, prompt="a" * 300, uids=[1], hotkeys=["5"], scores=[0.5], propensities=[1.0], rewards=[1.0],
@@ -543,6 +573,24 @@ def killed_early(folder):
     for state in sorted(folder.glob("state-*"))[1:]:
         shutil.rmtree(state)
     return (folder / "events.jsonl").read_bytes().splitlines(True)
+
+
+def test_who_gives_the_same_answers_is_learned_from_the_log(tmp_path):
+    same = lambda _: "Yes, all of us."
+    with Network([Worker(f"twin {i}", same) for i in range(3)] + workers()) as network:
+        def run(steps):
+            policy = Policy(k=3, timeout=30, distinct=True)
+            validator = Validator(network.wallet, network.client, by_length, policy=policy)
+            validator.copies = Copies(least=1)
+            settings = dict(interval=0, poll_interval=0.05, save_every=100, no_set_weights=True, steps=steps)
+            with Service(validator, tmp_path, PROMPTS, ServiceSettings(**settings)) as service:
+                assert service.join(SECONDS)
+            return validator.copies
+
+        before = run(24)
+        assert killed_early(tmp_path) and before.groups()
+        again = run(24)
+        assert again.met == before.met and again.groups() == before.groups()
 
 
 def test_events_that_were_removed_are_counted_and_the_steps_go_on(network, tmp_path, caplog):
@@ -760,7 +808,7 @@ def validator_process(place, folder, judged, steps, prompts):
         if not (folder / name).exists():
             shutil.copy(judged / name, folder / name)
     flags = ["--dir", folder, "--prompts", prompts, "--reward", judged / "reward", "--subtensor.network", address]
-    flags += ["--wallet.path", wallets, "--wallet.name", "validator", "--top-k", 2, "--timeout", 60]
+    flags += ["--wallet.path", wallets, "--wallet.name", "validator", "--top-k", 2, "--timeout", 60, "--distinct"]
     flags += ["--validator.interval", 0, "--validator.save_every", 7, "--validator.steps", steps]
     return subprocess.Popen(command("validator", *flags), stdout=subprocess.DEVNULL, stderr=open(folder / "log", "ab"))
 
@@ -783,6 +831,7 @@ def _kills(served, judged, tmp_path, kills, after):
         process.wait()
     assert validator_process(served, parts, judged, max(last, len(events(parts)) + 1), prompts).wait(timeout=600) == 0
     one, other = events(whole), events(parts)
+    assert read_about(whole)["about"]["policy"]["distinct"] is True
     assert [e["step"] for e in other] == list(range(len(other)))
     for a, b in zip(one, other):
         assert (a["prompt"], a["uids"], a["rewards"]) == (b["prompt"], b["uids"], b["rewards"]), a["step"]

@@ -7,11 +7,13 @@ import torch
 
 from prompting_nb.config import InputError
 from prompting_nb.reward.preferences import Ranking
-from prompting_nb.validators.policies import LinTS, LinUCB
+from prompting_nb.validators.audits import AuditedPolicy
+from prompting_nb.validators.policies import BestFixed, LinTS, LinUCB, MeanPerUid, NearestAnswers
 from prompting_nb.validators.replay import ask_always, ask_anyone, estimate
 from prompting_nb.validators.selection import Selection, select
 from prompting_nb.validators.simulate import (
     Always, Copies, Delay, Drift, Favourites, GatePolicy, Lazy, Noise, Replace, Subnet, made_up, run_policy, simulate)
+from prompting_nb.validators.validator import Policy
 
 
 class Recorder:
@@ -335,3 +337,125 @@ def test_wrong_runs_and_tables_are_named():
     unsure.choose = lambda *_: Selection(torch.tensor([0]), torch.zeros(1))
     with pytest.raises(InputError, match="propensities"):
         run_policy(flat(), unsure, k=1)
+
+
+def test_rewards_are_told_as_they_are_and_grades_are_cut():
+    high = dict(rewards=[[1.2, 1.4, -0.3]] * 6)
+    subnet = Subnet([[0.5, 1.6, -0.2]] * 6, **high)
+    for events in ([], [Noise(0.0)], [Delay(0)]):
+        run = run_policy(subnet, Always([0, 1, 2]), k=3, events=events)
+        assert np.allclose(run.told, [1.2, 1.4, -0.3]) and np.allclose(run.grades, [0.5, 1, 0])
+    assert run_policy(subnet, Always([0]), k=1, events=[Noise(0.0, cut=True)]).told.max() == 1
+    for grades in (Subnet(subnet.grades), Subnet(subnet.grades, subnet.grades.copy())):
+        run = run_policy(grades, Always([0, 1, 2]), k=3)
+        assert np.allclose(run.told, [0.5, 1, 0]), "rewards that are grades are cut as these"
+    drifted = run_policy(Subnet(subnet.grades, **high), Always([0, 1]), k=2, events=[Drift(0.9)])
+    assert drifted.told.max() > 1 and drifted.grades.max() <= 1
+
+
+class Last:
+    "Scores alone: the last reward of each uid, in a tensor that learning changes."
+
+    def __init__(self, n):
+        self.w, self.calls = torch.zeros(n), 0
+
+    def scores(self, prompt):
+        self.calls += 1
+        return self.w
+
+    def learn(self, prompt, uids, rewards):
+        self.w[uids] = rewards
+
+    def resync(self, before, now):
+        "Nothing moves here."
+
+
+class Tries(Last):
+    "The same with a choice of its own."
+
+    def choose(self, prompt, k, available):
+        return select(self.w, k, epsilon=0.0)
+
+
+class Keeps(Tries):
+    "The same with scores that it keeps."
+
+    def __init__(self, n):
+        self.w = self.scores = torch.zeros(n)
+
+
+@pytest.mark.parametrize("kind, calls", [(Last, 1), (Tries, 1), (Keeps, 0)])
+def test_the_log_holds_the_scores_of_the_choice(kind, calls):
+    policy = kind(4)
+    run = run_policy(flat(), policy, k=4)
+    assert (run.scores[0] == 0).all() and np.allclose(run.scores[1:], np.arange(4) / 10), "as they were before it learned"
+    assert getattr(policy, "calls", 0) == calls * 40
+
+
+def test_randomized_scores_are_drawn_once():
+    class Dice(Last):
+        def scores(self, prompt):
+            self.calls += 1
+            return np.random.default_rng(self.calls).random(4)
+
+    run = run_policy(flat(), Dice(4), k=2)
+    best = run.scores.argsort(1)[:, ::-1][:, :2]
+    assert (best == run.uids).all(1).mean() > 0.95, "what was chosen by is what is logged"
+    assert run.scores[0].tolist() == np.random.default_rng(1).random(4).tolist()
+
+
+def test_policies_of_the_package_log_what_they_choose_by():
+    x = torch.eye(8).repeat(5, 1)
+    subnet = Subnet(np.random.default_rng(0).random((40, 6)), embeddings=x.numpy())
+    bandit = lambda kind, **more: kind(subnet.metagraph, subnet.encoder(), **more)
+    made = {"fixed": BestFixed(subnet.metagraph, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), "nearest": bandit(NearestAnswers, steps=20),
+            "mean": MeanPerUid(subnet.metagraph), "LinTS": LinTS(subnet.metagraph, subnet.encoder(), x)}
+    for name, policy in made.items():
+        run = run_policy(subnet, policy, k=2)
+        assert np.isfinite(run.scores).all() and run.scores[-1].std() > 0.01, name
+    with pytest.raises(InputError, match="one for each of 4 uids"):
+        run_policy(flat(), type("Few", (Tries,), {"scores": lambda self, prompt: [0.5]})(4), k=1)
+
+
+def test_a_gate_asks_for_distinct_answers():
+    subnet = made_up(uids=12, topics=2, prompts=80)
+    subnet.grades[:, :6] = 0.9
+    given = dict(seeds=2, k=4, events=[Copies(range(6))])
+    plain, apart = (lambda subnet, seed, d=d: GatePolicy(subnet, seed, Policy(distinct=d)) for d in (False, True))
+    audited = lambda subnet, seed: AuditedPolicy(apart(subnet, seed), subnet)
+    found = simulate(subnet, {"plain": plain, "apart": apart, "audited": audited}, **given)
+    late = lambda name: np.mean([run.distinct[-30:].mean() for run in found.runs[name]])
+    assert late("plain") < 2.5 and late("apart") == late("audited") == 4
+    run = found.runs["apart"][0]
+    copies = run.uids[-30:] < 6
+    assert (copies.sum(1) <= 1).all() and (run.propensities[-30:][copies] <= 1 / 6 + 0.02).all(), "the log says that one was drawn"
+    with pytest.raises(InputError, match="give copies and hotkeys"):
+        Policy(distinct=True).choose(torch.zeros(4), torch.ones(4), range(4), [], 0, torch.Generator())
+
+
+def test_a_gate_that_forgets_explores_less_widely(monkeypatch):
+    "In the simulator, as in a validator: as wide as the benchmark measures it."
+    from prompting_nb.validators import validator as module
+
+    seen = []
+    choose = module.thompson
+    monkeypatch.setattr(module, "thompson", lambda *given, **more: seen.append(more["width"]) or choose(*given, **more))
+    subnet = made_up(uids=4, topics=2, prompts=12)
+    for half_life, wanted in ((0.0, (1.3, 0.65)), (1500.0, (1.0, 0.3))):
+        policy = GatePolicy(subnet, config={"gating.half_life": half_life})
+        policy.choose(subnet.prompts[0], 2, range(4))
+        policy.steps = 10**9
+        policy.choose(subnet.prompts[0], 2, range(4))
+        assert tuple(seen[-2:]) == wanted
+    given = GatePolicy(subnet, policy=Policy(width=2.0, least=0.9), config={"gating.half_life": 9.0})
+    assert given.policy.widths(given.gate) == (2.0, 0.9), "what is given counts"
+
+
+def test_a_time_is_a_whole_number_or_a_fraction():
+    for at, step in ((np.float32(0.5), 20), (0.5, 20), (np.float64(0.25), 10), (np.int64(7), 7), (7, 7)):
+        run = run_policy(flat(spare=1), Always([0]), k=1, events=[Replace([2], at, silent=True)])
+        assert (run.grades[:step, 2] == 0.2).all() and (run.grades[step:, 2] == 0.4).all(), at
+    for at in ("half", None, np.float32("nan")):
+        with pytest.raises(InputError, match="an event"):
+            run_policy(flat(spare=1), Always([0]), k=1, events=[Replace([2], at)])
+    assert len(simulate(flat(), {"a": lambda *_: Always([0])}, np.int64(2), k=1).runs["a"]) == 2

@@ -84,3 +84,15 @@ def test_nothing_to_learn_from():
 def test_track_records_have_the_best_first():
     found = track_records([ranking("a", [0.1, 0.9, None], ["x", "y", "z"]), ranking("b", [0.5, 0.1], ["x", "y"])])
     assert [(one.name, round(one.mean, 6), one.answers) for one in found] == [("y", 0.5, 2), ("x", 0.3, 2)]
+
+
+@pytest.mark.parametrize("nobody", [None, "", math.nan])
+def test_answers_without_a_name_are_counted(nobody):
+    rows = [ranking("a", [0.9, 0.2], ["ann", nobody]), ranking("b", [0.5, 0.1], [nobody, nobody])]
+    rows.append(ranking("c", [0.5, 0.1], ["eve", nobody]))
+    gate = bayes()
+    known = gate.learn_from(rows, NAMES)
+    assert (known.rankings, known.unnamed, known.nameless, known.strangers) == (1, 1, 2, {"eve": 1})
+    assert "1 ranking without names, 2 answers without a name" in str(known)
+    assert gate.learn_from(rows).nameless == 2
+    assert [one.name for one in track_records(rows)] == ["ann", "eve"]

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, AsyncIterator, Callable, Iterable, Iterator, cast
 
 from .blacklist import TooOften
@@ -181,8 +181,9 @@ def handler(
 
     async def pieces_async(synapse: Prompting) -> AsyncIterator[str]:
         with once.claimed(synapse):
-            async for piece in prompt(synapse):
-                yield piece
+            async with aclosing(prompt(synapse)) as made:
+                async for piece in made:
+                    yield piece
 
     async def coroutine_waits(synapse: Prompting) -> Prompting:
         async with once.claimed_async(synapse):
@@ -190,8 +191,9 @@ def handler(
 
     async def pieces_async_waits(synapse: Prompting) -> AsyncIterator[str]:
         async with once.claimed_async(synapse):
-            async for piece in prompt(synapse):
-                yield piece
+            async with aclosing(prompt(synapse)) as made:
+                async for piece in made:
+                    yield piece
 
     if once.waits and inspect.isasyncgenfunction(prompt):
         return pieces_async_waits

@@ -8,12 +8,13 @@ __all__ = ['Rule', 'Caller', 'Verdict', 'TooOften', 'judge', 'as_verdict', 'whit
            'standard_rules', 'index_callers', 'find_caller']
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #c002
+import inspect
 import logging
 import threading
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, NamedTuple, Optional, Sequence
+from typing import Any, Awaitable, Callable, Iterable, NamedTuple, Optional, Sequence
 
 from ..config import InputError
 from ..network.addresses import hotkey_address, written_alike
@@ -66,26 +67,45 @@ class TooOften(Verdict):
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07044
 _log = logging.getLogger(__name__)
-Rule = Callable[[Caller], Optional[Verdict]]
+Rule = Callable[[Caller], Optional[Verdict] | Awaitable[Optional[Verdict]]]
 
 
 def judge(
     rules: Iterable[Rule],  # asked in this order
     caller: Optional[Caller],  # from `find_caller`; None is refused
-) -> Verdict:
+) -> Any:  # `Verdict`; an awaitable of one as soon as a rule that is asked is awaitable
     "Return the first verdict of the rules; refuse a caller for whom a rule fails."
     if caller is None:
         return Verdict(True, "the request names no hotkey")
-    for rule in rules:
+    left = iter(rules)
+    for rule in left:
         try:
             result = rule(caller)
         except Exception:
-            message = "a blacklist rule failed for %s, which is therefore refused"
-            _log.exception(message, caller.hotkey)
-            return Verdict(True, "a rule of this miner failed")
+            return _failed(caller)
+        if inspect.isawaitable(result):
+            return _judge_on(result, left, caller)
         if result is not None:
             return as_verdict(result)
     return Verdict(False, "admitted")
+
+
+async def _judge_on(result: Any, left: Iterable[Rule], caller: Caller) -> Verdict:
+    "Await a rule's result, and ask those that are left if it has no opinion."
+    try:
+        result = await result
+    except Exception:
+        return _failed(caller)
+    if result is not None:
+        return as_verdict(result)
+    verdict = judge(left, caller)
+    return await verdict if inspect.isawaitable(verdict) else verdict
+
+
+def _failed(caller: Caller) -> Verdict:
+    message = "a blacklist rule failed for %s, which is therefore refused"
+    _log.exception(message, caller.hotkey)
+    return Verdict(True, "a rule of this miner failed")
 
 
 def as_verdict(

@@ -99,6 +99,7 @@ class LoopSettings:
         gate: Gating model that chooses the miners.
         rule: How chance takes part in the choice. Without it: thompson with the gate
             bayes, epsilon with the others, for which thompson and ucb are refused.
+        distinct: Ask only one of the miners that give the same answers.
         seed: Of everything that is drawn at random.
         out: Folder for the results. Without it: the next free runs/loop-N.
         force: Overwrite the folder if it has results.
@@ -119,6 +120,7 @@ class LoopSettings:
     quick: bool = False
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
+    distinct: bool = False
     seed: Seed = 0
     out: Optional[str] = None
     force: bool = False
@@ -233,7 +235,8 @@ def run_loop(
     _check_judge(run, judging)
     miners = _miners(run)
     own = isinstance(miners, list)
-    policy = Policy(timeout=run.timeout or (20.0 if own else 1.0), rule=run.rule)
+    timeout = run.timeout or (20.0 if own else 1.0)
+    policy = Policy(timeout=timeout, rule=run.rule, distinct=run.distinct)
     policy.rule_of(hasattr(GATES[run.gate], "posterior"))
     wanted = settings.gating.model_name, settings.gating.prompt_name
     check_encoder(*wanted)  # to find out now whether it can be had

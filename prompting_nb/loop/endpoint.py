@@ -22,7 +22,9 @@ from ..config import InputError
 from .service import NotReady, Service, is_text
 from ..show import arguments_in_help
 from ..validators.event import Event
+from ..validators.judge import findings_of
 from ..validators.validator import Round, Validator
+from ..validators.watch import alarms_of
 
 # %% ../../nbs/loop/11_endpoint.ipynb #c010
 _log = logging.getLogger(__name__)
@@ -234,7 +236,7 @@ def status_of(
     "Describe what a service is doing."
     validator, event = service.validator, service.latest
     subnet = validator.metagraph
-    shares = validator.weights()
+    shares, alarms = validator.weights(), alarms_of(validator.gate)
     uids = [
         {
             "uid": n.uid,
@@ -245,6 +247,7 @@ def status_of(
             "weight": round(shares.get(n.uid, 0.0), 4),
             "incentive": round(float(n.incentive), 4),
             "dividends": round(float(n.dividends), 4),
+            "alarm": alarms.get(n.uid),  # earns "less" or "more" than was expected
         }
         for n in subnet.neurons
     ]
@@ -253,6 +256,7 @@ def status_of(
         "block": service.chain.block,
         "problems": service.problems(),
         "left_out": validator.left_out,  # uids that the gate has no row for
+        "findings": findings_of(validator.judge),  # what speaks against the rewards
         "latest": None if event is None else json.loads(event.to_json()),
         "uids": uids,
     }

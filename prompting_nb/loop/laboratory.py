@@ -15,6 +15,7 @@ import torch
 from .tasks import Arena, Worker
 from ..network.incentives import View
 from ..show import arguments_in_help
+from ..validators.copies import Copies
 from ..validators.validator import MovingAverage, Policy, default_gate
 
 # %% ../../nbs/loop/16_laboratory.ipynb #f46012
@@ -80,6 +81,7 @@ class Asking:
         self.hotkeys = [worker.name for worker in arena.workers]
         self.gate = gate or default_gate(SimpleNamespace(hotkeys=self.hotkeys), seed)
         self.averages = MovingAverage(self.policy.alpha)
+        self.copies = Copies()  # watched where the policy asks for distinct answers
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0  # prompts so far
 
@@ -100,8 +102,12 @@ class Asking:
         available, asked = range(len(self.hotkeys)), self.averages.counts
         new = [u for u in available if asked[self.hotkeys[u]] < self.policy.welcome]
         rest = (available, new, self.steps, self.generator)
-        uids, _ = self.policy.choose(scores, sd, *rest)
+        hotkeys = dict(enumerate(self.hotkeys))
+        known: dict[str, Any] = dict(copies=self.copies, hotkeys=hotkeys)
+        uids, _ = self.policy.choose(scores, sd, *rest, self.gate, **known)
         answers = [self.arena.workers[uid].outcome(prompt) for uid in uids.tolist()]
+        if self.policy.distinct:
+            self.copies.see([hotkeys[uid] for uid in uids.tolist()], answers)
         rewards = self.judge(prompt, answers)
         self._learn(scores, uids, rewards)
 

@@ -22,7 +22,7 @@ from .run import Loop
 from .tasks import Arena
 from ..reward.preferences import Ranking
 from ..validators.gating import GatingSettings
-from ..validators.judge import Judge
+from ..validators.judge import Judge, inner_judge
 from ..validators.validator import GATES
 
 # %% ../../nbs/loop/24_record.ipynb #rec008
@@ -54,6 +54,7 @@ def describe(
     "Say what a run was made with."
     gate = getattr(loop.validator, "gate", None)
     gating = None if gate is None else _describe_gate(gate)
+    width, least = loop.policy.widths(gate)  # as they are with this gate
     return {
         "command": command,
         "date": date,
@@ -62,7 +63,7 @@ def describe(
         "settings": None if settings is None else flatten(settings),
         "gating": gating,
         "rule": loop.policy.rule_of(hasattr(gate, "posterior")) if gate else None,
-        "policy": asdict(loop.policy),
+        "policy": asdict(loop.policy) | {"width": width, "least": least},
         "loss": (gating or {}).get("loss"),
         "learning_rate": (gating or {}).get("learning_rate"),
         "judging": _describe_judge(loop.judge) | (judging or {}),
@@ -101,13 +102,18 @@ def _describe_judge(
     judge: Any,  # a `Judge`, or any function
 ) -> dict:
     "Say what gives the rewards."
-    if not isinstance(judge, Judge):
+    own, auditor = inner_judge(judge), getattr(judge, "auditor", None)
+    if not isinstance(own, Judge):
         return {"kind": getattr(judge, "__name__", type(judge).__name__)}
-    return {
+    found: dict[str, Any] = {
         "kind": type(judge).__name__,
-        "model": type(judge.model).__name__,
-        "corrected": bool(judge.correct and len(judge.offsets)),
+        "model": type(own.model).__name__,
+        "corrected": bool(own.correct and len(own.offsets)),
     }
+    if auditor is not None:
+        names = ("first", "share", "rule", "k")
+        found["audits"] = {name: getattr(auditor, name) for name in names}
+    return found
 
 
 def _describe_data(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recorder', 'check_folder', 'make_folder', 'summarise', 'curves_as_json', 'render', 'page_of', 'verdict', 'unanswered',
-           'payment', 'knowledge', 'cost', 'picture', 'print_tables']
+           'contradictions', 'payment', 'knowledge', 'cost', 'picture', 'print_tables']
 
 # %% ../../nbs/loop/03_report.ipynb #c002
 import base64
@@ -28,7 +28,7 @@ from .teach import Assessment
 from ..reward.tokens import cuts_text
 from ..show import arguments_in_help, shortened
 from ..validators.event import Event
-from ..validators.judge import Judge
+from ..validators.judge import Judge, findings_of, inner_judge
 from ..help.usage import count_of
 
 # %% ../../nbs/loop/03_report.ipynb #c024
@@ -91,8 +91,8 @@ class Recorder:
         summary["judge"] = judge or None
         if loop.validator is not None:
             loop.validator.gate.save(self.folder / "gate.safetensors")
-            if isinstance(loop.validator.judge, Judge):
-                loop.validator.judge.save(self.folder / "judge.json")
+            if isinstance(own := inner_judge(loop.validator.judge), Judge):
+                own.save(self.folder / "judge.json")
         write_file(self.folder / "curves.json", curves_as_json(loop.trace))
         write_file(self.folder / "report.html", render(loop, summary, assessment))
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
@@ -186,6 +186,7 @@ def summarise(
             "moved_uid": trace.moved,
             "moved_at": trace.moved_at,
             "overdue": trace.overdue,
+            "alarms": [asdict(alarm) for alarm in trace.alarms],
             "churn": len([holder for holder in trace.holders if holder.since]),
             "weights_error": trace.complaint,
             "validator_dividends": round(trace.dividends.get(0, 0.0), 4),
@@ -224,7 +225,8 @@ def _assessed(assessment: Assessment) -> dict:
 
 def _known(loop: Loop) -> dict:
     "Tell which knowledge the run used: of the gate, and of the judge."
-    known, judge = loop.trace.known, loop.judge
+    known, last = loop.trace.known, _last_judge(loop)
+    judge = inner_judge(last)
     found: dict[str, Any] = {
         "warm": known is not None,
         "known_rankings": known.rankings if known else 0,
@@ -240,8 +242,19 @@ def _known(loop: Loop) -> dict:
             }
             for row in map(asdict, judge.offsets.table())
         ]
-        found["judge_findings"] = judge.findings()
+    if hasattr(last, "findings"):
+        found["judge_findings"] = findings_of(last)
+    if isinstance(judge, Judge) and judge is not last:
+        counts = ("answers", "graded", "failed")
+        found["audits"] = {name: getattr(last, name) for name in counts}
     return found
+
+
+def _last_judge(loop: Loop) -> Any:
+    "Return the judge as it was at the end, with the names of miners for hotkeys."
+    judge: Any = loop.judge if loop.validator is None else loop.validator.judge
+    names = {holder.hotkey: holder.name for holder in loop.trace.holders}
+    return judge.named(names) if hasattr(judge, "named") else judge
 
 
 def _favourites(loop: Loop) -> dict:
@@ -398,6 +411,10 @@ def render(
             "<h2>The miners</h2>",
             _table(summary["miners"], _MINER_TITLES),
             *(f"<p>{html.escape(text)}.</p>" for text in unanswered(summary)),
+            *(
+                f"<p><b>Note</b>: {html.escape(text)}.</p>"
+                for text in contradictions(summary)
+            ),
             *_moves(loop),
             *_sample(loop),
             *(_who_answered(loop) if loop.shows_answers else ()),
@@ -489,6 +506,17 @@ def unanswered(
     ]
 
 
+def contradictions(
+    summary: dict,  # as `summarise` makes it
+) -> list[str]:  # a sentence each
+    "Say which miners began to contradict what the gate expected of them, and when."
+    return [
+        f"at step {row['step']} the gate noticed that {row['name'] or 'a miner'} (uid "
+        f"{row['uid']}) earns {row['earns']} than was expected of it"
+        for row in summary.get("alarms", [])
+    ]
+
+
 def payment(
     summary: dict,  # as `summarise` makes it, of at least one step
 ) -> str:
@@ -504,14 +532,21 @@ def payment(
 def knowledge(
     summary: dict,  # as `summarise` makes it
 ) -> str:
-    "Say what gate and judge knew before the first question."
+    "Say what gate and judge knew before the first question, or learned from audits."
     if summary["warm"]:
         text = f"Before the first question the gate learned from {summary['known']}."
     else:
         text = "Before the first question the gate knew nothing of the miners."
     offsets = summary.get("judge_offsets") or []
+    if audits := summary.get("audits"):
+        text += (
+            f" {audits['graded']} of {count_of(audits['answers'], 'answer')} were "
+            f"audited by a better judge, and {count_of(audits['failed'], 'audit')} "
+            "failed."
+        )
     if not offsets:
-        return f"{text} The judge knew nothing of them either."
+        nothing = "has learned nothing" if audits else "knew nothing"
+        return f"{text} The judge {nothing} of them either."
     if not summary["judge_corrected"]:
         return f"{text} The judge's rewards are not corrected for who answered."
     values = [row["value"] for row in offsets]
@@ -884,7 +919,7 @@ def print_tables(
     for row in rows:
         table.add_row(*(Text(_shown(row[key])) for key in titles))
     console.print(table)
-    for text in unanswered(summary):
+    for text in unanswered(summary) + contradictions(summary):
         plain(f"note: {text}")
     plain(payment(summary))
     title = (

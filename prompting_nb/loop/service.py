@@ -34,6 +34,7 @@ from .journal import Journal
 from .state import Saved, resume, save_state
 from ..network.limited import BlockWatch
 from ..validators.event import Event
+from ..validators.judge import findings_of
 from ..validators.pending import finite
 from ..validators.validator import Round, Validator
 from ..show import arguments_in_help
@@ -129,6 +130,8 @@ class Service:
     def start(self) -> None:
         "Begin to follow the chain and to ask; raise what the chain raises at first."
         self.chain.look()
+        for finding in findings_of(self.validator.judge):
+            _log.warning("the judge: %s", finding)
         self._save()  # so that events never stand without a state to start from
         self.runner.start()
         for number in range(self.settings.concurrent if self.prompts else 0):

@@ -30,6 +30,7 @@ import numpy as np
 from ..config import InputError
 from ..reward.preferences import Ranking, clean, read_rankings
 from ..files import read_lines, read_prompts
+from ..validators.offsets import is_named
 from ..show import Bar, arguments_in_help, html_table
 from ..help.usage import count_of
 
@@ -648,7 +649,7 @@ def recorded(
         left = count_of(more, "row")
         _log.warning("%s: %s left out, whose prompt comes again", name, left)
     rankings = _scaled(rankings)
-    if not all(r.names for r in rankings):
+    if not all(r.names and all(map(is_named, r.names)) for r in rankings):
         why = "because each model becomes a miner"
         raise InputError(f"{name}: every response needs a 'model', {why}")
     steps = round(0.3 * len(rankings)) if steps is None else steps

@@ -59,6 +59,7 @@ class ValidatorSettings:
         gate: Gating model that chooses the miners.
         rule: How chance takes part in the choice. Without it: thompson with the gate
             bayes, epsilon with the others, for which thompson and ucb are refused.
+        distinct: Ask only one of the miners that give the same answers.
         seed: Of everything that is drawn at random.
         port: Port of the HTTP endpoint on loopback; 0 takes one that is free.
         allow_private: Ask miners at private and loopback addresses too. They are asked
@@ -73,6 +74,7 @@ class ValidatorSettings:
     timeout: PositiveSeconds = 12.0
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
+    distinct: bool = False
     seed: Seed = 0
     port: Port = 0
     allow_private: bool = False
@@ -171,7 +173,12 @@ def make_service(
         "wallet": vars(place.wallet),
         "gate": run.gate,
         "gating": gating,
-        "policy": {"k": run.top_k, "timeout": run.timeout, "rule": rule},
+        "policy": {
+            "k": run.top_k,
+            "timeout": run.timeout,
+            "rule": rule,
+            "distinct": run.distinct,
+        },
         "reward": run.reward,
         "prices": prices and prices.wish(),
         "allow_private": run.allow_private or local,
@@ -195,7 +202,7 @@ def _parts(settings: Config) -> tuple:
             "chain, and give its embedded://HOST:PORT to --subtensor.network"
         )
     gating = gate_settings(run.gate, settings.gating)
-    policy = Policy(run.top_k, run.timeout, run.rule)
+    policy = Policy(run.top_k, run.timeout, run.rule, distinct=run.distinct)
     rule = policy.rule_of(hasattr(GATES[run.gate], "posterior"))
     return run, place, prices, gating, policy, rule
 

@@ -19,7 +19,7 @@ import time
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, AsyncGenerator, AsyncIterator, Callable
+from typing import Any, AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Iterable, NamedTuple
 
 import bittensor as bt
@@ -54,6 +54,7 @@ from prompting_nb.network.queue import (
     Slot,
     Threads,
     WorkQueue,
+    apart,
     is_stream,
     work,
 )
@@ -374,7 +375,11 @@ class _Endpoint:
             _log.exception("a request failed because of an error in this miner")
             status, kind = 500, "internal"
             await request.refuse(Refusal(500, "internal error", "internal"))
+        except BaseException:  # an exit, or a cancellation that is none of ours
+            status, kind = 500, "internal"
+            raise
         finally:
+            request.deadline.refusal = None  # refers to frames that refer to it
             self._metrics.count(status, kind, request.seconds)
 
     async def _serve(self, request: "_Exchange") -> None:
@@ -382,11 +387,12 @@ class _Endpoint:
         deadline = request.deadline
         try:
             caller = await self._identify(request)
-            await _permit(self._attached.blacklist, caller)
-            request.permit()
-            priority = await _priority(self._attached.priority, caller)
+            wait = request.wait
+            await _permit(self._attached.blacklist, caller, wait)
+            priority = await _priority(self._attached.priority, caller, wait)
             self._admission.admit(deadline, priority)
             synapse = await self._parse(request, caller)
+            request.permit()  # nothing more is waited for that the caller has to send
             await self._worker.answer(request, synapse, priority)
         except asyncio.CancelledError:
             if deadline.refusal is None:
@@ -410,14 +416,14 @@ class _Endpoint:
         except ValueError as error:
             raise Refusal(400, str(error), "malformed") from None
         if self._attached.check is not None:
-            await _call(self._attached.check, synapse)
+            await _call(self._attached.check, synapse, request.wait)
         return synapse
 
 
-async def _call(fn: Callable, *args) -> Any:
-    "Call `fn(*args)`, and await the result if it is awaitable."
-    result = fn(*args)
-    return await result if hasattr(result, "__await__") else result
+async def _call(fn: Callable, asked: Any, wait: Callable) -> Any:
+    "Call a function of the miner; `wait` for its result if it is awaitable."
+    result = fn(asked)
+    return await wait(result) if hasattr(result, "__await__") else result
 
 # %% ../../nbs/network/00_axon.ipynb #c007
 _LISTEN_AFTER = 0.02  # seconds until a deadline listens for a hang-up
@@ -445,6 +451,11 @@ class _Deadline:
         self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
         self._receive, self._timer, self._listener = receive, None, None
         self.refusal: Refusal | None = None  # why the task was cancelled
+
+    @property
+    def hears(self) -> bool:
+        "Tell whether the server calls at a hang-up."
+        return self._on_leave is not None
 
     def start(self, seconds: float, refusal: Refusal, listen: bool = False) -> None:
         "Cancel with `refusal` after `seconds`; meanwhile listen for a hang-up or not."
@@ -524,12 +535,12 @@ def _too_long(limit: int) -> Refusal:
     return Refusal(413, f"the body is longer than {limit} bytes", "too_large")
 
 # %% ../../nbs/network/00_axon.ipynb #c013
-async def _permit(blacklist: Callable | None, caller: Synapse) -> None:
+async def _permit(blacklist: Callable | None, caller: Synapse, wait: Callable) -> None:
     "Raise `Refusal` 403 with the blacklist's reason, or 429, if the caller is refused."
     if blacklist is None:
         return
     try:
-        verdict = await _call(blacklist, caller)
+        verdict = await _call(blacklist, caller, wait)
     except Refusal:
         raise
     except Exception:
@@ -542,16 +553,18 @@ async def _permit(blacklist: Callable | None, caller: Synapse) -> None:
     if isinstance(verdict, tuple):
         refused, reason = verdict
     if refused:
-        wait = getattr(verdict, "retry_after", None)
-        if wait is None:
+        seconds = getattr(verdict, "retry_after", None)
+        if seconds is None:
             raise Refusal(403, str(reason), "blacklist")
-        again = ((b"retry-after", b"%d" % max(1, math.ceil(wait))),)
+        again = ((b"retry-after", b"%d" % max(1, math.ceil(seconds))),)
         raise Refusal(429, str(reason), "rate_limit", again)
 
 
-async def _priority(priority: Callable | None, caller: Synapse) -> float:
+async def _priority(
+    priority: Callable | None, caller: Synapse, wait: Callable
+) -> float:
     "Return the caller's priority; 0 if it is not a finite number."
-    value = float(await _call(priority, caller)) if priority else 0.0
+    value = float(await _call(priority, caller, wait)) if priority else 0.0
     return value if math.isfinite(value) else 0.0
 
 # %% ../../nbs/network/00_axon.ipynb #c024
@@ -637,7 +650,8 @@ class _Worker:
         self, request: "_Exchange", synapse: Prompting, held: "_Held"
     ) -> None:
         "Call the handler and send what it makes, whole or in pieces."
-        result = await work(self._forward, synapse, held.slot, self._threads)
+        work_for = self._forward, synapse, held.slot, self._threads, held.until
+        result = await work(*work_for)
         if not is_stream(result):
             result = _finished(result)
         elif self._kind is StreamPrompting:
@@ -669,10 +683,10 @@ class _Worker:
 class _Held:
     "A request's hold on a slot, which is given back once."
 
-    __slots__ = ("slot", "_queue", "_until", "_released")
+    __slots__ = ("slot", "until", "_queue", "_released")
 
     def __init__(self, slot: Slot, queue: WorkQueue, until: float):
-        self.slot, self._queue, self._until = slot, queue, until
+        self.slot, self._queue, self.until = slot, queue, until
         self._released = False
 
     def release(self) -> None:
@@ -680,7 +694,7 @@ class _Held:
         if not self._released:
             self._released = True
             self.slot.release()
-            self._queue.outlive(self.slot, self._until)
+            self._queue.outlive(self.slot, self.until)
 
 
 def _failure(error: Exception) -> Refusal:
@@ -761,6 +775,21 @@ class _Exchange:
         finally:
             self.deadline.stop()
 
+    async def wait(self, awaitable: Awaitable) -> Any:
+        """Await what this miner waits for before it admits the request.
+
+        `Refusal` 503 after as long as a body may take, 499 at a hang-up. Not for what
+        is there at once: it starts a timer and a task.
+        """
+        late = "the miner could not decide in time whether to answer"
+        refusal = Refusal(503, late, "undecided", _AGAIN)
+        # to listen for a hang-up in `receive` would take parts of a body
+        self.deadline.start(self.wire.patience, refusal, listen=self.deadline.hears)
+        try:
+            return await apart(awaitable)
+        finally:
+            self.deadline.stop()
+
     def permit(self) -> None:
         "Tell the server that the caller may ask, so that it keeps the connection."
         extensions = self.scope.get("extensions") or {}
@@ -828,6 +857,7 @@ class _Btauth:
     ):
         self._kind, self._gate, self._signer = kind, gate, signer
         self._bounds = bounds
+        self.patience = bounds.body_timeout  # seconds for what is waited for
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers the body, which is read for that."
@@ -836,8 +866,8 @@ class _Btauth:
         if query := scope["query_string"].decode("latin-1"):
             path = f"{path}?{query}"
         request.signed = body
-        check, headers = self._gate.check, scope["headers"]
-        return await self._gate.accept(check(headers, body, scope["method"], path))
+        caller = self._gate.check(scope["headers"], body, scope["method"], path)
+        return await _accept(self._gate, caller, request)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Parse the prompt in the body; `ValueError` if there is none."
@@ -891,11 +921,12 @@ class _Legacy:
     ):
         self._kind, self._gate, self._signer = kind, gate, signer
         self._bounds = bounds
+        self.patience = bounds.body_timeout  # seconds for what is waited for
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers a hash of the body's content."
         caller, request.signed = check_legacy(self._gate, request.scope["headers"])
-        return await self._gate.accept(caller)
+        return await _accept(self._gate, caller, request)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Read the body and parse the prompt; `Refusal` 401 if the hash is another."
@@ -935,6 +966,14 @@ class _Legacy:
         return legacy_answer_headers(
             self._signer, self._kind, caller, status, message, request.seconds
         )
+
+
+async def _accept(gate: Gatekeeper, caller: Terminal, request: _Exchange) -> Terminal:
+    "Store the caller's nonce; `Refusal` 401 for a replay."
+    accepting = gate.accept(caller)
+    if isinstance(gate.nonces, MemoryNonces):  # nothing there has to be waited for
+        return await accepting
+    return await request.wait(accepting)
 
 # %% ../../nbs/network/00_axon.ipynb #c022
 class _Application:

@@ -8,7 +8,9 @@ __all__ = ['Connection']
 # %% ../../nbs/network/13_connection.ipynb #h003
 import asyncio
 import logging
+import select
 from collections import deque
+from functools import partial
 from http import HTTPStatus
 from math import inf
 from typing import Any, Callable, Optional
@@ -16,7 +18,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from .limits import Crowd, Limits, share_of
+from .limits import Crowd, Limits, Turns, share_of
 from ..help.usage import count_of
 from ..show import arguments_in_help
 
@@ -35,9 +37,10 @@ class Connection(asyncio.Protocol):
         app: Callable,  # ASGI application
         crowd: Crowd,  # of the server, with its limits
         tasks: Optional[set] = None,  # the server's, to which those of requests go
+        turns: Optional[Turns] = None,  # for requests of strangers; None: at once
     ):
         self._app, self._crowd, self._limits = app, crowd, crowd.limits
-        self._tasks = set() if tasks is None else tasks
+        self._tasks, self._turns = set() if tasks is None else tasks, turns
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
         self._clock = _Clock(self._limits, self._loop.time)
@@ -112,6 +115,8 @@ class Connection(asyncio.Protocol):
         self._crowd.leave(self)
         self._hung_up()
         self.resume_writing()
+        self._reader.close()
+        self._serving = None
 
     def _hung_up(self) -> None:
         for exchange in (self._serving, *self._ahead):
@@ -123,6 +128,8 @@ class Connection(asyncio.Protocol):
         "Start to wait: the caller takes less than is written."
         self._full = self._loop.create_future()
         self._clock.write()
+        if not self._crowd.is_stranger(self):  # it may have to make room meanwhile
+            self._crowd.rest(self)
 
     def resume_writing(self) -> None:
         "Resume writing: the caller has taken most of what was written."
@@ -133,6 +140,8 @@ class Connection(asyncio.Protocol):
                 self._next()
             else:
                 self._clock.written()
+                if self._serving.permitted:
+                    self._crowd.permit(self)
 
     # Called by the reader
 
@@ -189,6 +198,14 @@ class Connection(asyncio.Protocol):
     def _serve(self, exchange: "_Exchange") -> None:
         self._serving = exchange
         self._clock.wait("app")
+        if self._turns is not None and self._crowd.is_stranger(self):
+            self._turns.add(partial(self._start, exchange))
+        else:
+            self._start(exchange)
+
+    def _start(self, exchange: "_Exchange") -> None:
+        if self._transport.is_closing():
+            return  # while it waited for its turn
         task = self._loop.create_task(exchange.run(self._app))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -266,6 +283,8 @@ class Connection(asyncio.Protocol):
 
     def permit(self) -> None:
         "Keep the connection as long as the present request is worked on."
+        if self._serving is not None:
+            self._serving.permitted = True
         self._crowd.permit(self)
 
     # Called by the server and the crowd
@@ -283,6 +302,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         "Close the connection if its caller takes too long."
         clock = self._clock
+        if self._ahead and _has_hung_up(self.fileno()):  # behind what is not read yet
+            self._transport.abort()
         if clock.write_due <= now:
             if self._transport.get_write_buffer_size():
                 self._crowd.refused("unread")
@@ -306,6 +327,20 @@ class Connection(asyncio.Protocol):
         else:
             self._ending = True
             self._serving.keep_alive = False
+
+
+_GONE = getattr(select, "POLLRDHUP", 0)  # Linux: also with bytes that are not read
+
+
+def _has_hung_up(
+    number: int,  # of a socket that nothing is read from at present
+) -> bool:
+    "Tell whether the peer has closed the connection."
+    if number < 0 or not hasattr(select, "poll"):  # closed; Windows
+        return False
+    poll = select.poll()
+    poll.register(number, _GONE)
+    return bool(poll.poll(0))
 
 # %% ../../nbs/network/13_connection.ipynb #h010
 class _Clock:
@@ -344,8 +379,9 @@ class _Reader:
     "Makes requests out of bytes."
 
     def __init__(self, connection: Connection, limits: Limits):
-        self._connection, self._limits = connection, limits
-        self._parser = httptools.HttpRequestParser(self)
+        self._limits = limits
+        self._connection: Any = connection  # both are None when it is closed
+        self._parser: Any = httptools.HttpRequestParser(self)
         self.part = ""  # of an unfinished request that is received: "head" or "body"
         self.size = 0  # bytes of it, of which those that came first may be missing
         self._begun, self._deaf, self._stopped = 0, False, False
@@ -400,6 +436,10 @@ class _Reader:
     def stop(self) -> None:
         "Read nothing more, not even what was received already."
         self._stopped = True
+
+    def close(self) -> None:
+        "Let go of connection and parser, which refer to this object: a circle."
+        self._connection = self._parser = self._exchange = None
 
     # Called by the parser
 
@@ -554,6 +594,7 @@ class _Exchange:
         "_no_body",
         "_ended",
         "_on_leave",
+        "permitted",
     )
 
     def __init__(
@@ -576,7 +617,7 @@ class _Exchange:
         self._ended = False  # whether the application has the whole body
         self._head: Optional[bytes] = None  # of the answer
         self._chunked, self._left = False, -1  # bytes of an announced answer to come
-        self.answered, self._no_body = False, False
+        self.answered, self._no_body, self.permitted = False, False, False
 
     @property
     def begun(self) -> bool:

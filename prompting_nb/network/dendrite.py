@@ -400,8 +400,8 @@ async def _despite_stale(send: Callable) -> tuple[str, str]:
 class Target(NamedTuple):
     "What is known about a target, before it is judged."
 
-    hotkey: Any  # ss58 address
-    address: Any  # `ip:port`
+    hotkey: str | None  # ss58 address
+    address: str | None  # `ip:port`
     ours: bool = False  # an `Axon` of this process
     wrong: str = ""  # why it cannot be asked
 
@@ -409,23 +409,17 @@ class Target(NamedTuple):
         "Return the hotkey to sign for; `_Failure` 503 when the target is unusable."
         if self.wrong:
             raise _Failure(503, self.wrong)
-        if not self.address:
-            raise _Failure(503, "no axon is published")
-        if not isinstance(self.address, str):
-            kind = type(self.address).__name__
-            raise _Failure(503, f"the address is of type {kind}, and no text ip:port")
         try:
-            return hotkey_address(self.hotkey)
+            return hotkey_address(self.hotkey or "")
         except ValueError as error:
             raise _Failure(503, f"the hotkey {error}") from None
 
     def terminal(self) -> Terminal:
         "Describe the miner's end in the answer."
-        hotkey = self.hotkey if isinstance(self.hotkey, str) else None
-        hotkey = hotkey and _one_line(hotkey)
+        hotkey = self.hotkey and _one_line(self.hotkey)
         try:
-            host, port = split_address(self.address)
-        except (ValueError, TypeError):
+            host, port = split_address(self.address or "")
+        except ValueError:
             host = port = None
         return Terminal(hotkey=hotkey, ip=host, port=port)
 
@@ -438,15 +432,33 @@ def read_target(
         where = getattr(target, "address", None) or getattr(target, "axon", None)
         hotkey = getattr(target, "hotkey", None) or getattr(where, "hotkey", None)
         ours = issubclass(type(target), Axon) or issubclass(type(where), Axon)
-        address = getattr(where, "address", where)
+        address, wrong = getattr(where, "address", where), ""
         if not isinstance(hotkey, str):
             kind = "a string" if isinstance(target, str) else type(target).__name__
             lacks = f"{kind} names no hotkey that the request could be signed for"
-            return Target(None, address, False, f"{lacks}: {_WANTED}")
-    except Exception as error:  # of a property
-        unreadable = f"the target cannot be read: {type(error).__name__}: {error}"
+            hotkey, wrong = None, f"{lacks}: {_WANTED}"
+        elif not address:
+            wrong = "no axon is published"
+        elif not isinstance(address, str):
+            kind = type(address).__name__
+            wrong = f"the address is of type {kind}, and no text ip:port"
+        known = [_plain(text) for text in (hotkey, address)]
+        return Target(known[0], known[1], ours, wrong)
+    except Exception as error:  # of a property, or of a method as == and len use
+        unreadable = f"the target cannot be read: {_described(error)}"
         return Target(None, None, False, _one_line(unreadable))
-    return Target(hotkey, address, ours)
+
+
+def _plain(text: Any) -> str | None:
+    "Return a text, without the methods of a class of its own; None for anything else."
+    return str.__str__(text) if isinstance(text, str) else None
+
+
+def _described(error: Exception) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its text fails as well
+        return type(error).__name__
 
 
 _WANTED = "ask a neuron, an axon, or what has `hotkey` and `axon`"

@@ -19,6 +19,7 @@ from typing import Any, Callable
 from typing_extensions import Self
 
 from ..config import InputError
+from .queue import time_left
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/16_isolation.ipynb #i008
@@ -51,7 +52,8 @@ class Isolated:
         "Call the function in a process. Raises `TimeoutError` when it was killed."
         worker = self._take()
         try:
-            done, result = worker.call(synapse, synapse.timeout + self.grace)
+            seconds = min(synapse.timeout, time_left())  # a part may be used already
+            done, result = worker.call(synapse, max(0.0, seconds) + self.grace)
         except BaseException:
             worker.kill()
             raise
@@ -104,7 +106,7 @@ class _Worker:
         try:
             self._connection.send(synapse)
             if not self._connection.poll(seconds):
-                raise TimeoutError(f"the handler was ended after {seconds:g} s")
+                raise TimeoutError(f"the handler was ended after {seconds:.3g} s")
             return self._connection.recv()
         except (EOFError, ConnectionError):
             raise RuntimeError("the process of a worker has ended") from None

@@ -25,7 +25,7 @@ from ..encoding.encoder import Encoder
 from ..encoding.pooling import mean_direction, mean_pooling
 from ..shapes import TensorType, check_shapes
 from .gating import BaseGatingModel, GatingSettings, embed
-from .gating import finite_rewards, warn_of_pooling
+from .gating import finite_rewards, pooling_of, warn_of_pooling
 from .rows import compare_metagraphs, load_rows, move_rows
 from .rows import origin_of, save_rows, score
 from .warm import Judged
@@ -243,6 +243,8 @@ class BayesianGatingModel(BaseGatingModel):
         tensors |= self.memory.tensors() | self.watch.tensors()
         counts = {"seen": str(self.seen), "review": str(self.review)}
         counts["known"] = json.dumps(self.known)
+        counts |= {"half_life": str(self.settings.half_life)}
+        counts |= {"pooling": pooling_of(self.encoder)}
         save_rows(path, tensors, self._identity(), self.hotkeys, **counts)
 
     @torch.no_grad()
@@ -252,7 +254,8 @@ class BayesianGatingModel(BaseGatingModel):
     ) -> None:
         """Take over what was saved; it goes to the uids where its hotkeys are now.
 
-        Logs a warning when hotkeys of the metagraph have no saved row.
+        Logs a warning when hotkeys of the metagraph have no saved row. What was saved
+        with another half-life is reviewed at once.
         Raises `InputError` that says what differs, or that no hotkey was found; the
         gate is untouched then.
         """
@@ -265,6 +268,12 @@ class BayesianGatingModel(BaseGatingModel):
         self.seen, self.review = int(saved.about["seen"]), int(saved.about["review"])
         self.known = Counter(json.loads(saved.about.get("known", "{}")))
         self._follow(saved.sources)
+        half_life = float(saved.about.get("half_life", self.settings.half_life))
+        if half_life != self.settings.half_life and len(self.memory):
+            text = "%s was saved with a half-life of %g, not %g: all that it remembers "
+            text += "is reviewed"
+            _log.info(text, path, half_life, self.settings.half_life)
+            self.reflect()
 
     def _follow(self, sources: torch.Tensor) -> None:
         "Move all rows, in the memory too."
@@ -752,14 +761,19 @@ class Memory:
         rewards: TensorType["k"],  # of their answers
     ) -> None:
         "Keep answers, with earlier ones of uids that were not asked now."
-        key = _question_key(x) if self.once else (_question_key(x), self.clock)
+        self._keep(Question(x, uids, rewards, self.clock))
+        self.clock += 1
+        self._make_room()
+
+    def _keep(self, question: Question) -> None:
+        "Keep a question, with earlier answers of uids that were not asked now."
+        x, uids, rewards, at = question
+        key = _question_key(x) if self.once else (_question_key(x), at)
         if earlier := self.questions.pop(key, None):
             others = ~torch.isin(earlier.uids, uids)
             uids = torch.cat([earlier.uids[others], uids])
             rewards = torch.cat([earlier.rewards[others], rewards])
-        self.questions[key] = Question(x, uids, rewards, self.clock)
-        self.clock += 1
-        self._make_room()
+        self.questions[key] = Question(x, uids, rewards, at)
 
     def _make_room(self) -> None:
         while len(self) > self.size:
@@ -826,8 +840,7 @@ class Memory:
             at = tensors.get("log_at", torch.arange(len(x))).tolist()
             self.clock = at[-1] + 1
             for question in map(Question, x, uids, rewards, at):
-                key = _question_key(question.x)
-                self.questions[key if self.once else (key, question.at)] = question
+                self._keep(question)
             self._make_room()  # for a larger memory, it may have been
 
 

@@ -41,6 +41,10 @@ class Copies:
         self.least, self.share, self.pairs = least, share, pairs
         # (hotkey, hotkey) -> prompts that both answered, equal answers
         self.met: OrderedDict[tuple[str, str], tuple[int, int]] = OrderedDict()
+        self.close: set[tuple[str, str]] = set()  # of these, who belong together
+        self._found: Optional[dict[str, int]] = (
+            None  # hotkey -> group, while that stays
+        )
 
     def see(
         self,
@@ -53,26 +57,47 @@ class Copies:
         for (one, text), (other, same) in combinations(given, 2):
             met, equal = self.met.pop((one, other), (0, 0))
             self.met[one, other] = met + 1, equal + (text == same)
+            self._compare((one, other))
         while len(self.met) > self.pairs:
-            self.met.popitem(last=False)
+            self._compare(self.met.popitem(last=False)[0])
+
+    def _compare(self, pair: tuple[str, str]) -> None:
+        "Note whether two hotkeys belong together."
+        met, equal = self.met.get(pair, (0, 0))
+        together = met >= self.least and equal >= self.share * met
+        if together != (pair in self.close):
+            (self.close.add if together else self.close.discard)(pair)
+            self._found = None
 
     def groups(self) -> list[list[str]]:  # each sorted, with two hotkeys or more
         "Find the hotkeys that belong together."
+        found: dict[int, list[str]] = {}
+        for hotkey, group in self._groups().items():
+            found.setdefault(group, []).append(hotkey)
+        return list(found.values())
+
+    def _groups(self) -> dict[str, int]:
+        "Find the group of each hotkey that is in one, sorted by hotkey."
+        if self._found is not None:
+            return self._found
         leader: dict[str, str] = {}
 
         def find(hotkey: str) -> str:
             while (above := leader.get(hotkey, hotkey)) != hotkey:
+                leader[hotkey] = leader.get(above, above)  # half as far next time
                 hotkey = above
             return hotkey
 
-        for (one, other), (met, equal) in self.met.items():
-            if met >= self.least and equal >= self.share * met:
-                first, second = sorted((find(one), find(other)))
+        for one, other in self.close:
+            first, second = sorted((find(one), find(other)))
+            if first != second:
                 leader[second] = first
-        found: dict[str, list[str]] = {}
-        for hotkey in sorted(leader.keys() | set(leader.values())):
-            found.setdefault(find(hotkey), []).append(hotkey)
-        return [group for group in found.values() if len(group) > 1]
+        numbers: dict[str, int] = {}
+        self._found = {
+            hotkey: numbers.setdefault(find(hotkey), len(numbers))
+            for hotkey in sorted(leader.keys() | set(leader.values()))
+        }
+        return self._found
 
     def state(self) -> list:
         "Return the pairs that gave an equal answer, as plain values, for JSON."
@@ -84,6 +109,9 @@ class Copies:
     ) -> None:
         "Take over a state."
         self.met = OrderedDict(((a, b), (met, equal)) for a, b, met, equal in state)
+        self.close, self._found = set(), None
+        for pair in self.met:
+            self._compare(pair)
 
     def one_each(
         self,
@@ -92,11 +120,14 @@ class Copies:
         generator: Optional[torch.Generator] = None,  # `None` is torch's own
     ) -> Chosen:
         "Draw one uid of each group, and keep all that are in none."
-        group = {h: i for i, own in enumerate(self.groups()) for h in own}
-        members: dict = {}
+        group = self._groups()
+        members: dict[int, list[int]] = {}
+        picked: list[tuple[int, float]] = []
         for uid in available:
-            members.setdefault(group.get(hotkeys[uid], f"alone {uid}"), []).append(uid)
-        picked = []
+            if (number := group.get(hotkeys[uid])) is None:
+                picked.append((uid, 1.0))
+            else:
+                members.setdefault(number, []).append(uid)
         for own in members.values():
             at = torch.randint(len(own), (), generator=generator) if len(own) > 1 else 0
             picked.append((own[int(at)], 1 / len(own)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'OPTIMIZERS', 'GatingSettings', 'BaseGatingModel', 'LinearGate', 'GatingModel', 'SentenceEmbedGatingModel',
-           'embed', 'warn_of_pooling', 'softmax_mse', 'reward_mse', 'listwise', 'finite_rewards', 'loss_and_gradients',
-           'take_step']
+           'embed', 'pooling_of', 'warn_of_pooling', 'softmax_mse', 'reward_mse', 'listwise', 'finite_rewards',
+           'loss_and_gradients', 'take_step']
 
 # %% ../../nbs/validators/00_gating.ipynb #c002
 import argparse
@@ -296,7 +296,7 @@ class LinearGate(BaseGatingModel):
         tensors = head_tensors(self.head, self.optimizer)
         optimizer = type(self.optimizer).__name__
         known = json.dumps(self.known)
-        about = dict(optimizer=optimizer, known=known)
+        about = dict(optimizer=optimizer, known=known, pooling=pooling_of(self.encoder))
         save_rows(path, tensors, self._identity(), self.hotkeys, **about)
 
     def load(
@@ -401,16 +401,31 @@ def embed(
     return F.normalize(x, dim=0) if getattr(encoder, "sentences", False) else x
 
 
+def pooling_of(
+    encoder: Encoder,  # of a gate
+) -> str:  # "sentences" or "tokens"
+    "Say whether vectors come from a sentence model, or from the tokens of another."
+    return "sentences" if getattr(encoder, "sentences", False) else "tokens"
+
+
 def warn_of_pooling(
     path: str | Path,  # of a saved gate, for the message
     encoder: Encoder,  # of the gate
     about: dict[str, str],  # what the file says of itself
 ) -> None:
-    "Log a warning where a gate learned when sentence models were read by their mean."
+    "Log a warning where a gate learned from vectors that were made in another way."
+    now = pooling_of(encoder)
+    if (then := about.get("pooling", now)) != now:
+        text = "%s learned from vectors of %s that were made of %s, and now they are "
+        text += "made of %s: unless both are the same mean, the gate must learn anew"
+        _log.warning(text, path, encoder.model_name, _MADE_OF[then], _MADE_OF[now])
     if getattr(encoder, "sentences", False) and "prompt_name" not in about:
         text = "%s is older than the pooling of sentence models: unless %s takes the "
         text += "mean of its tokens, the gate must learn anew"
         _log.warning(text, path, encoder.model_name)
+
+
+_MADE_OF = {"sentences": "sentences as the model says", "tokens": "their tokens' mean"}
 
 # %% ../../nbs/validators/00_gating.ipynb #c010bs
 def _shown(gate: BaseGatingModel, most: int = 10) -> str:

@@ -6,7 +6,6 @@
 __all__ = ['Asked', 'Pending', 'finite', 'later', 'teach']
 
 # %% ../../nbs/validators/16_pending.ipynb #q003
-import math
 import operator
 from collections import Counter, OrderedDict
 from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from ..config import InputError
 from ..show import arguments_in_help
+from .rows import uid_hotkeys
 from .selection import Selection
 
 # %% ../../nbs/validators/16_pending.ipynb #q008
@@ -35,10 +35,13 @@ class Pending:
         self,
         learner: Any,  # a gate, or a policy with `learn(prompt, uids, rewards)`
         size: int = 4096,  # questions that wait at most; the oldest make room
+        metagraph: Any = None,  # who holds the uids, for a learner without `hotkeys`
     ):
         if size < 1:
             raise InputError(f"at least one question must be able to wait, not {size}")
         self.learner, self.size, self.number = learner, size, 0
+        # who holds the uids as far as is known, where the learner does not say it
+        self.holders = {} if metagraph is None else uid_hotkeys(metagraph)
         # id -> prompt, hotkeys of the uids whose rewards are missing
         self.open: OrderedDict[Any, tuple[str, dict[int, str]]] = OrderedDict()
         self.counts: Counter[str] = Counter()
@@ -52,15 +55,19 @@ class Pending:
         uids: Sequence[int],  # that were asked
         id: Any = None,  # `None`: a number that was not used before
         hotkeys: Optional[Sequence[str]] = None,  # of the uids; `None`: as they are now
-    ) -> Any:  # the id; raises `InputError` for one that waits already, or wrong uids
+    ) -> Any:  # the id; `InputError` for one that waits already, wrong or unknown uids
         "Remember a question until its rewards come."
         id = self.number if id is None else id
         if id in self.open:
             raise InputError(f"the question {id!r} waits for its rewards already")
         asked = torch.as_tensor(uids).tolist()
-        now = self.learner.hotkeys
         if hotkeys is None:
-            at = dict(now) if isinstance(now, Mapping) else dict(enumerate(now))
+            at = self._hotkeys()
+            if not at:
+                raise InputError(
+                    f"nobody says which hotkeys the uids {asked} have: give `hotkeys`, "
+                    "or a `metagraph` to Pending"
+                )
             hotkeys = [at[uid] for uid in asked if uid in at]
         held = dict(zip(asked, hotkeys))
         if not len(held) == len(asked) == len(hotkeys):
@@ -69,6 +76,7 @@ class Pending:
                 f"which {len(hotkeys)} have one"
             )
         self.open[id] = prompt, held
+        self._place(held)
         if isinstance(id, int):  # and this number is never given again
             self.number = max(self.number, id + 1)
         while len(self.open) > self.size:
@@ -101,9 +109,7 @@ class Pending:
             self.counts["unknown"] += len(given)
             return 0
         prompt, held = self.open[id]
-        now = self.learner.hotkeys
-        known = now.items() if isinstance(now, Mapping) else enumerate(now)
-        at = {hotkey: uid for uid, hotkey in known}
+        at = {hotkey: uid for uid, hotkey in self._hotkeys().items()}
         there = {at[held[u]]: r for u, r in given.items() if held.get(u) in at}
         if there:
             teach(self.learner, prompt, list(there), list(there.values()))
@@ -115,6 +121,28 @@ class Pending:
         if not left:
             del self.open[id]
         return len(there)
+
+    def resync(
+        self,
+        previous_metagraph: Any,  # as it was; ignored
+        metagraph: Any,  # as it is now
+    ) -> None:
+        "Follow the hotkeys; a learner with `hotkeys` of its own follows by itself."
+        self.holders = uid_hotkeys(metagraph)
+
+    def _hotkeys(self) -> dict[int, str]:
+        "Return who holds the uids: as the learner says, or as it was said here."
+        now = getattr(self.learner, "hotkeys", None)
+        if now is None:
+            return self.holders
+        return dict(now) if isinstance(now, Mapping) else dict(enumerate(now))
+
+    def _place(self, held: dict[int, str]) -> None:
+        "Remember who was at some uids last."
+        if getattr(self.learner, "hotkeys", None) is None:
+            moved = set(held.values())
+            kept = {u: key for u, key in self.holders.items() if key not in moved}
+            self.holders = kept | held
 
     def drop(
         self,
@@ -146,15 +174,23 @@ class Pending:
             found[id] = prompt, dict(zip(uids, hotkeys))
         number, counts = int(state["number"]), Counter(state["counts"])
         self.open, self.number, self.counts = found, number, counts
+        for _, held in found.values() if not self.holders else ():
+            self._place(held)
+
+
+_MOST = torch.finfo(torch.float32).max
 
 
 def finite(
     rewards: Mapping[int, Optional[float]],  # by uid; `None`: not yet
 ) -> dict[int, float]:  # those that are there; raises ValueError for NaN and inf
-    "Check rewards before anything learns from them; JSON has uids as texts."
+    """Check rewards before anything learns from them; JSON has uids as texts.
+
+    What single precision, in which a gate learns, cannot hold is infinite as well.
+    """
     number = lambda uid: int(uid) if isinstance(uid, str) else operator.index(uid)
     given = {number(uid): float(r) for uid, r in rewards.items() if r is not None}
-    if bad := [uid for uid, r in given.items() if not math.isfinite(r)]:
+    if bad := [uid for uid, r in given.items() if not abs(r) <= _MOST]:
         raise ValueError(f"rewards must be finite, that of uid {bad[0]} is not")
     return given
 

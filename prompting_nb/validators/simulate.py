@@ -22,7 +22,8 @@ from scipy.stats import t as student
 
 from ..config import InputError
 from ..show import arguments_in_help, html_table
-from .policies import ask
+from .copies import Copies as SameAnswers
+from .policies import ask_and_score
 from .replay import Event
 from .selection import Selection
 from .validator import Policy, default_gate
@@ -37,7 +38,7 @@ class Subnet:
     def __init__(
         self,
         grades: Any,  # (prompts, miners), cut to [0, 1] where they are handed out
-        rewards: Any = None,  # what a policy is told; `None`: the grades
+        rewards: Any = None,  # what a policy is told, not cut; `None`: the grades
         embeddings: Any = None,  # (prompts, hidden), of length 1
         prompts: Optional[Sequence[str]] = None,  # texts; `None`: numbers
         topics: Any = None,  # (prompts,) int, by which miners drift; `None`: all one
@@ -49,6 +50,8 @@ class Subnet:
         self.grades = np.asarray(grades, dtype=float)
         told = self.grades if rewards is None else rewards
         self.rewards = np.asarray(told, dtype=float)
+        # grades are cut, and so are rewards that are grades
+        self.cut_rewards = np.array_equal(self.rewards, self.grades)
         if self.grades.ndim != 2 or self.rewards.shape != self.grades.shape:
             raise InputError(
                 "grades and rewards need a row for each prompt and a column for each "
@@ -207,7 +210,10 @@ class Now:
         at: Union[int, float],  # a step, or a fraction of the run
     ) -> bool:
         "Tell whether this is the step; `InputError` for one outside the run."
-        when = at * self.steps if isinstance(at, float) else at
+        if not isinstance(at, numbers.Real):
+            raise InputError(f"an event begins at a step or a fraction, not at {at!r}")
+        whole = isinstance(at, numbers.Integral)
+        when = at if whole else float(at) * self.steps
         if not 0 <= when < self.steps:
             raise InputError(f"an event at {at} is outside a run of {self.steps} steps")
         return self.step == int(when)
@@ -270,10 +276,11 @@ class Now:
         self,
         table: np.ndarray,  # (prompts, columns) grades or rewards
         prompt: int,  # row of the table
+        cut: bool = True,  # to [0, 1], as grades are
     ) -> np.ndarray:  # (uids,)
         "Return what the uids are worth for a prompt, by grades or by rewards."
         row = table[prompt, self.column] + self.shift[self.subnet.topics[prompt]]
-        return (row.clip(0, 1) * self.worth)[self.copied]
+        return ((row.clip(0, 1) if cut else row) * self.worth)[self.copied]
 
 # %% ../../nbs/validators/09_simulate.ipynb #s022
 @arguments_in_help
@@ -416,7 +423,7 @@ class Noise:
     sd: float = 0.15  # of the errors, or their scale where there are degrees of freedom
     freedom: Optional[float] = None  # degrees, of Student's t; `None`: normal
     outliers: float = 0.0  # share of rewards that are any number from 0 to 1
-    cut: bool = True  # to [0, 1]
+    cut: Optional[bool] = None  # to [0, 1]; `None`: where the rewards are grades
 
     def __post_init__(self):
         _check_range(self, sd=(0, np.inf), outliers=(0, 1))
@@ -429,9 +436,12 @@ class Noise:
     ) -> None:
         "Begin at the first step."
         if now.step == 0:
-            now.noise.append(self._disturb)
+            cut = now.subnet.cut_rewards if self.cut is None else self.cut
+            now.noise.append(lambda told, draw: self._disturb(told, draw, cut))
 
-    def _disturb(self, rewards: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    def _disturb(
+        self, rewards: np.ndarray, draw: np.random.Generator, cut: bool
+    ) -> np.ndarray:
         size = rewards.shape
         if self.freedom is None:
             error = draw.standard_normal(size)
@@ -441,7 +451,7 @@ class Noise:
         if self.outliers:
             wrong = draw.random(size) < self.outliers
             told = np.where(wrong, draw.random(size), told)
-        return told.clip(0, 1) if self.cut else told
+        return told.clip(0, 1) if cut else told
 
 
 @arguments_in_help
@@ -573,6 +583,7 @@ class GatePolicy:
         self.gate.encoder = subnet.encoder(hidden_size)
         self.gate.encoder.model_name = name
         self.policy, self.steps = policy or Policy(), 0
+        self.copies = SameAnswers()  # watched where the policy asks for distinct ones
         self.hotkeys, self.asked = subnet.metagraph.hotkeys, Counter()
         self.generator = torch.Generator().manual_seed(seed)
         self._latest: tuple[Optional[str], Any] = (None, None)
@@ -594,7 +605,10 @@ class GatePolicy:
             u for u in available if self.asked[self.hotkeys[u]] < self.policy.welcome
         ]
         rule = replace(self.policy, k=k)
-        chosen = rule.choose(scores, sd, available, new, self.steps, self.generator)
+        known: dict[str, Any] = dict(copies=self.copies)
+        known["hotkeys"] = dict(enumerate(self.hotkeys))
+        given = (available, new, self.steps, self.generator, self.gate)
+        chosen = rule.choose(scores, sd, *given, **known)
         self.steps += 1
         self.asked.update(self.hotkeys[uid] for uid in chosen.uids.tolist())
         return chosen
@@ -610,6 +624,15 @@ class GatePolicy:
         if asked != prompt:
             scores = self.gate(prompt)
         self.gate.backward(scores[uids], rewards)
+
+    def see_answers(
+        self,
+        uids: torch.Tensor,  # (k,) that were asked the same prompt
+        completions: Sequence[str],  # of each; the same text for the same answer
+    ) -> None:
+        "Take notice of answers, where the policy asks for distinct ones."
+        if self.policy.distinct:
+            self.copies.see([self.hotkeys[uid] for uid in uids.tolist()], completions)
 
     def resync(
         self,
@@ -631,7 +654,7 @@ class Run:
     uids: np.ndarray  # (steps, k) asked
     propensities: np.ndarray  # (steps, k)
     told: np.ndarray  # (steps, k) rewards; nan where none ever came
-    scores: np.ndarray  # (steps, uids) of the policy; 0 where it has none
+    scores: np.ndarray  # (steps, uids) that the policy chose by; 0 where it has none
     grades: np.ndarray  # (steps, uids) in [0, 1]
     rewards: np.ndarray  # (steps, uids) without noise
     distinct: np.ndarray  # (steps,) different answers among the k
@@ -675,7 +698,7 @@ class Run:
 
 def run_policy(
     subnet: Subnet,  # in which the policy will run
-    policy: Any,  # has `choose`, `learn` and `resync`
+    policy: Any,  # a `Bandit`; its `see_answers` is told who gave the same answer
     k: int = 3,  # uids asked at a step
     steps: Optional[int] = None,  # `None`: one for each prompt
     events: Sequence[Callable] = (),  # what happens
@@ -705,9 +728,13 @@ def run_policy(
         if before != now.hotkeys:
             after = list(now.hotkeys)
             policy.resync(*(SimpleNamespace(hotkeys=keys) for keys in (before, after)))
-        chosen = ask(policy, text, k, range(subnet.uids), dice)
+        chosen, scores = ask_and_score(policy, text, k, range(subnet.uids), dice)
         uids = _checked(chosen.uids, k, subnet.uids)
-        rewards = told = now.values(subnet.rewards, prompt)
+        answers = now.copied[uids].tolist()
+        if hasattr(policy, "see_answers"):
+            texts = [f"answer {answer}" for answer in answers]
+            policy.see_answers(torch.tensor(uids), texts)
+        rewards = told = now.values(subnet.rewards, prompt, subnet.cut_rewards)
         for disturb in now.noise:
             told = disturb(told, draw)
         told, grades = told[uids], now.values(subnet.grades, prompt)
@@ -715,20 +742,20 @@ def run_policy(
         owners = [now.hotkeys[uid] for uid in uids]
         for when in np.unique(wait[np.isfinite(wait)]):
             rows_of = zip(owners, told, grades[uids], wait == when)
-            answers = [(owner, r, grade) for owner, r, grade, some in rows_of if some]
-            due.setdefault(now.step + int(when), []).append((text, answers))
-        for earlier, answers in due.pop(now.step, []):
-            _teach(policy, earlier, answers, now.hotkeys)
+            given = [(owner, r, grade) for owner, r, grade, some in rows_of if some]
+            due.setdefault(now.step + int(when), []).append((text, given))
+        for earlier, given in due.pop(now.step, []):
+            _teach(policy, earlier, given, now.hotkeys)
         now.asked.update(owners)
         arrives = now.step + wait < steps
         row = (
             uids,
             _chances(chosen.propensities, k),
             np.where(arrives, told, np.nan),
-            _scores(policy, text, subnet.uids),
+            _scores(scores, subnet.uids),
             grades,
             rewards,
-            len(set(now.copied[uids].tolist())),
+            len(set(answers)),
         )
         for name, value in zip(_ROWS, row):
             rows[name].append(value)
@@ -762,12 +789,16 @@ def _chances(found: Any, k: int) -> np.ndarray:
     return chances
 
 
-def _scores(policy: Any, prompt: str, uids: int) -> np.ndarray:
-    "Return the scores that a policy chose by, or zeros."
-    scores = getattr(policy, "scores", None)
-    if callable(scores) and not hasattr(policy, "choose"):
-        scores = torch.as_tensor(scores(prompt))
-    return np.zeros(uids) if not torch.is_tensor(scores) else scores[:uids].numpy()
+def _scores(scores: Optional[torch.Tensor], uids: int) -> np.ndarray:
+    "Return the scores that a policy chose by, or zeros; `InputError` for too few."
+    if scores is None:
+        return np.zeros(uids)
+    if scores.ndim != 1 or len(scores) < uids:
+        raise InputError(
+            f"the scores of a policy need one for each of {uids} uids, got the shape "
+            f"{tuple(scores.shape)}"
+        )
+    return scores[:uids].numpy()
 
 
 def _teach(policy: Any, prompt: str, answers: list, hotkeys: list[str]) -> None:
@@ -944,7 +975,9 @@ def simulate(
     jobs: Optional[int] = None,  # processes; `None`: as joblib is told, or one
 ) -> Results:  # raises `InputError` for no seed or policy
     "Run every policy with every seed."
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if isinstance(seeds, (int, np.integer)):
+        seeds = range(int(seeds))
+    seeds = list(seeds)
     if not seeds or not policies:
         raise InputError("a simulation needs a policy and a seed at least")
     if len(set(seeds)) < len(seeds):

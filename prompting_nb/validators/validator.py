@@ -84,7 +84,8 @@ class Validator:
         self.averages = MovingAverage(self.policy.alpha)
         self.copies = Copies()  # watched where the policy asks for distinct answers
         self.prices = prices
-        self.pending = Pending(self.gate)  # steps whose rewards have not come yet
+        # steps whose rewards have not come yet
+        self.pending = Pending(self.gate, metagraph=self.metagraph)
         if allow_private is None:
             allow_private = is_embedded(client)
         self.dendrite = Dendrite(wallet, allow_private=allow_private)
@@ -157,10 +158,12 @@ class Validator:
         """
         given = finite(rewards)
         _, held = self.pending.open.get(step, ("", {}))
+        # first the gate, which may refuse: then nothing has changed
+        learned = self.pending.reward(step, given)
         for uid, reward in given.items():
             if uid in held:
                 self.averages.update(held[uid], min(max(reward, 0.0), 1.0))
-        return self.pending.reward(step, given)
+        return learned
 
     def ask(
         self,
@@ -277,16 +280,11 @@ class Validator:
         if self.prices:
             scores = self.prices.adjust(scores, dict(enumerate(hotkeys)))
         policy = self.policy if k is None else replace(self.policy, k=k)
-        rest = (new, self.steps, self.generator)
-        if not policy.distinct:
-            return policy.choose(scores, sd, serving, *rest)
-        alone = self.copies.one_each(dict(enumerate(hotkeys)), serving, self.generator)
-        if len(alone.uids) < policy.k:  # copies are better than too few answers
-            return policy.choose(scores, sd, serving, *rest)
-        found = policy.choose(scores, sd, alone.uids, *rest)
-        share = dict(zip(alone.uids, alone.shares))
-        shares = torch.tensor([share[uid] for uid in found.uids.tolist()])
-        return Selection(found.uids, found.propensities * shares)
+        rest: dict[str, Any] = {"gate": self.gate}
+        if policy.distinct:
+            rest |= {"copies": self.copies, "hotkeys": dict(enumerate(hotkeys))}
+        given = (serving, new, self.steps, self.generator)
+        return policy.choose(scores, sd, *given, **rest)
 
     def _reasons(
         self,
@@ -332,6 +330,7 @@ class Validator:
             )
         self.metagraph = self._covered(found)
         self.gate.resync(before, self.metagraph)
+        self.pending.resync(before, self.metagraph)
         old = dict(enumerate(before.hotkeys))
         return [u for u, key in enumerate(self.metagraph.hotkeys) if old.get(u) != key]
 
@@ -423,8 +422,8 @@ class Policy:
     explore: ClosedUnitInterval = 1.0  # epsilon: chance of a random choice at first
     explore_end: ClosedUnitInterval = 0.05  # epsilon: the same, after `explore_steps`
     explore_steps: NonNegativeInt = 75  # epsilon: steps over which it falls
-    width: PositiveFloat = 1.3  # thompson, ucb: standard deviations at first
-    least: NonNegativeFloat = 0.65  # and at last; a gate with a half-life: 1.0, 0.3
+    width: Optional[PositiveFloat] = None  # thompson, ucb: standard deviations at first
+    least: Optional[NonNegativeFloat] = None  # and at last; `None`: as suits the gate
     floor: ClosedUnitInterval = 0.01  # other rules: probability of a random choice
     temperature: PositiveFloat = 0.1  # gumbel: in the unit of the scores
     welcome: NonNegativeInt = 1  # a hotkey that was asked fewer times goes first
@@ -458,6 +457,19 @@ class Policy:
             )
         return self.rule or "epsilon"
 
+    def widths(
+        self,
+        gate: Any = None,  # that scores; `None`: one that forgets nothing
+    ) -> tuple[float, float]:  # standard deviations at first and at last
+        "Return how widely thompson and ucb explore with a gate."
+        # what is half forgotten is uncertain already: less has to be added
+        forgets = getattr(getattr(gate, "settings", None), "half_life", 0.0) > 0
+        start, least = (1.0, 0.3) if forgets else (1.3, 0.65)
+        return (
+            start if self.width is None else self.width,
+            least if self.least is None else self.least,
+        )
+
     def choose(
         self,
         scores: torch.Tensor,  # (network_size,), the gate's
@@ -466,8 +478,41 @@ class Policy:
         newcomers: Sequence[int],  # those of them that go first
         step: int,  # steps taken so far
         generator: torch.Generator,  # of the random choices
+        gate: Any = None,  # whose scores they are, as for `widths`
+        copies: Optional[Copies] = None,  # that gave the same answers, for `distinct`
+        hotkeys: Optional[Mapping[int, str]] = None,  # of the uids, for `distinct`
     ) -> Selection:  # uids and propensities (k,); raises `InputError` for too few uids
         "Choose the uids to ask."
+        answers = step * self.k / max(len(available), 1)
+        start, least = self.widths(gate)
+        width = narrowing(answers, start=start, least=least)
+        rest = (newcomers, step, generator, width)
+        if not self.distinct:
+            return self._choose(scores, sd, available, *rest)
+        if copies is None or hotkeys is None:
+            raise InputError(
+                "a policy with distinct=True has to be told who gives the same "
+                "answers: give copies and hotkeys"
+            )
+        alone = copies.one_each(hotkeys, available, generator)
+        if len(alone.uids) < self.k:  # copies are better than too few answers
+            return self._choose(scores, sd, available, *rest)
+        found = self._choose(scores, sd, alone.uids, *rest)
+        share = dict(zip(alone.uids, alone.shares))
+        shares = torch.tensor([share[uid] for uid in found.uids.tolist()])
+        return Selection(found.uids, found.propensities * shares)
+
+    def _choose(
+        self,
+        scores: torch.Tensor,
+        sd: Optional[torch.Tensor],
+        available: Sequence[int],
+        newcomers: Sequence[int],
+        step: int,
+        generator: torch.Generator,
+        width: float,  # standard deviations
+    ) -> Selection:
+        "Choose among some uids by the rule."
         rest: dict[str, Any] = {
             "available": available,
             "newcomers": newcomers,
@@ -482,8 +527,6 @@ class Policy:
             steps = max(self.explore_steps, 1)
             rest["epsilon"] = annealed(step, **span, steps=steps)
             return select(scores, self.k, **rest)
-        answers = step * self.k / max(len(available), 1)
-        width = narrowing(answers, start=self.width, least=self.least)
         rule = {"thompson": thompson, "ucb": ucb}[chosen]
         return rule(scores, sd, self.k, width=width, **rest)
 

@@ -15,6 +15,7 @@ import torch
 
 from ..config import InputError
 from ..help.usage import count_of
+from .offsets import is_named
 from ..show import arguments_in_help
 
 # %% ../../nbs/validators/08_warm.ipynb #w008
@@ -31,9 +32,10 @@ class Known:
     repeated: int = 0  # answers that share prompt and hotkey: their mean counts
     outside: int = 0  # answers with a grade below 0 or above 1
     forgotten: int = 0  # rankings learned from that the gate's memory has no room for
+    nameless: int = 0  # answers left out that have no name beside answers that have one
 
     def __str__(self) -> str:
-        most = ", ".join(name for name, _ in self.strangers.most_common(5))
+        most = ", ".join(str(name) for name, _ in self.strangers.most_common(5))
         more = ", ..." if len(self.strangers) > 5 else ""
         text = (
             f"{count_of(self.rankings, 'ranking')} with "
@@ -45,6 +47,7 @@ class Known:
             f"{count_of(len(self.strangers), 'name')} without a hotkey here "
             f"({most}{more})": self.strangers,
             f"{count_of(self.unnamed, 'ranking')} without names": self.unnamed,
+            f"{count_of(self.nameless, 'answer')} without a name": self.nameless,
             f"{count_of(self.ungraded, 'answer')} without a finite "
             "grade": self.ungraded,
         }
@@ -75,15 +78,18 @@ def judged_answers(
     at, known, found = {hotkey: uid for uid, hotkey in uids.items()}, Known(), []
     for number, ranking in enumerate(rankings):
         grades: dict[int, list[float]] = {}
-        known.unnamed += not ranking.names
+        named = any(map(is_named, ranking.names or ()))
+        known.unnamed += not named
         if ranking.names and len(ranking.names) != len(ranking.scores):
             raise InputError(
                 f"ranking {number} has {count_of(len(ranking.names), 'name')} and "
                 f"{count_of(len(ranking.scores), 'grade')}: each answer needs both"
             )
-        for name, grade in zip(ranking.names or (), ranking.scores):
+        for name, grade in zip(ranking.names if named else (), ranking.scores):
             hotkey = name if hotkeys is None else hotkeys.get(name)
-            if hotkey not in at:
+            if not is_named(name):
+                known.nameless += 1
+            elif hotkey not in at:
                 known.strangers[name] += 1
             elif grade is None or not math.isfinite(grade):
                 known.ungraded += 1
@@ -118,7 +124,7 @@ def track_records(
     grades: dict[str, list[float]] = {}
     for ranking in rankings:
         for name, grade in zip(ranking.names or (), ranking.scores):
-            if grade is not None and math.isfinite(grade):
+            if is_named(name) and grade is not None and math.isfinite(grade):
                 grades.setdefault(name, []).append(float(grade))
     means = [
         TrackRecord(name, sum(own) / len(own), len(own)) for name, own in grades.items()
