@@ -19,6 +19,7 @@ from bittensor import http_auth
 
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.config import InputError, read_config
+from prompting_nb.network import store as store_module
 from prompting_nb.network.auth import Refusal
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
@@ -185,6 +186,34 @@ def test_a_nonce_that_is_no_time_is_refused(redis):
     nonce = time.time_ns() + 10**9
     assert [nonces.check_and_store("5x", nonce), nonces.check_and_store("5y", nonce),
             nonces.check_and_store("5x", nonce)] == [True, True, False]  # fmt: skip
+    nonces.close()
+
+
+def test_of_too_many_callers_the_store_remembers_when_somebody_asked(redis, monkeypatch):
+    monkeypatch.setattr(store_module, "_CROWDED", 3)
+    monkeypatch.setattr(store_module, "_PAIRS", 8)
+    begin = time.time_ns() // 10**10 * 10**10
+    now = [begin]
+    nonces = StoredNonces(Store(redis.url, ME, clock=lambda: now[0]), kept=0.2)
+    nonces.begin()
+
+    def taken(ten, caller):
+        now[0] = begin + ten * 10**10 + 10**9 * (ord(caller[1]) % 7)
+        try:
+            return nonces.check_and_store(caller, now[0])
+        except Refusal as refusal:
+            assert str(refusal).endswith("because its clock was wrong")
+            return "forgotten"
+
+    assert all(taken(1, f"5x{i}") for i in range(5)) and all(taken(ten, "5x0") for ten in range(2, 6))
+    time.sleep(0.25)
+    assert taken(1, "5y") == "forgotten"  # crowded
+    assert [taken(ten, "5x0") for ten in range(1, 6)] == ["forgotten"] * 5
+    assert [taken(ten, "5y") for ten in range(2, 6)] == [True] * 4  # now there are too many
+    time.sleep(0.25)
+    assert [taken(ten, "5x0") for ten in range(1, 6)] == ["forgotten"] * 5
+    assert taken(2, "5z") in (True, "forgotten") and taken(5, "5z") is True
+    assert nonces.store._sync.zcard(nonces.store.key("callers")) <= 8
     nonces.close()
 
 

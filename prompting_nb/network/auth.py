@@ -511,8 +511,10 @@ def to_give_up(
     crowded: int,  # callers, above which a second is given up before older ones
 ) -> list[int]:
     "Return the seconds of which nobody remembers any more who asked in them."
-    found, order = [], lambda one: (-max(sizes[one], crowded), one)
-    for second in sorted(sizes, key=order):
+    crowds = sorted((-n, second) for second, n in sizes.items() if n > crowded)
+    others = sorted(second for second, n in sizes.items() if n <= crowded)
+    found = []
+    for second in [*(second for _, second in crowds), *others]:
         if 4 * size <= 3 * limit:
             break
         found.append(second)
