@@ -2655,8 +2655,7 @@ def test_sigterm_under_load(tmp_path):
     code = f"""
         import logging, sys, time
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-        from prompting_nb.baseminer.blacklist import Verdict
-from prompting_nb.baseminer.miner import Miner
+        from prompting_nb.baseminer.miner import Miner
         from prompting_nb.config import read_config
         from prompting_nb.network.chain import EmbeddedChain, make_wallet
         done = open({str(tmp_path / "done")!r}, "a", buffering=1)

@@ -220,11 +220,12 @@ def test_the_table_of_miners_fits_a_terminal_of_80_columns(place, tmp_path):
 
 
 def test_a_judge_of_ones_own_and_a_uid_that_changes_hands(place, tmp_path):
-    flags = ["--judge.kind", "python", "--judge.python", f"{place}/own.py:shorter", "--churn", 1, "--top-k", 1]
+    flags = ["--judge.kind", "python", "--judge.python", f"{place}/own.py:shorter", "--churn", 1, "--top-k", 1, "--distinct"]
     summary, answers, said = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
     asked = f"--miners {place / 'miners.yaml'} --prompts {place / 'mine.txt'}"
     assert f"next: prompting-nb subnet {asked} --dir run" in " ".join(said.split()) and "--reward" not in said, "there is no such folder"
     assert summary["moved_at"] == 2 and summary["churn"] == 1 and summary["judge"].endswith("own.py:shorter")
+    assert summary["policy"]["distinct"] and (summary["policy"]["width"], summary["policy"]["least"]) == (1.3, 0.65)
     assert [row["kind"] for row in summary["miners"] if row["name"] == "beginner"] == ["built-in"]
     for row in answers:
         if row["step"] >= 0:

@@ -41,6 +41,7 @@ from prompting_nb.network.chain_server import read_token
 from prompting_nb.network.command import find_chain
 from prompting_nb.network.wallets import local_wallet
 from prompting_nb.validators.audits import Audits
+from prompting_nb.validators.copies import Copies
 from prompting_nb.validators.event import Event
 from prompting_nb.validators.judge import Judge
 from prompting_nb.validators.pending import later
@@ -492,7 +493,8 @@ def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):
     code = f"""
         import resource, signal, dataclasses
         from prompting_nb.loop.journal import Journal
-        from prompting_nb.validators.event import Event
+        from prompting_nb.validators.copies import Copies
+from prompting_nb.validators.event import Event
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         event = Event(step=0, prompt="a" * 300, uids=[1], hotkeys=["5"], scores=[0.5], propensities=[1.0], rewards=[1.0],
@@ -571,6 +573,24 @@ def killed_early(folder):
     for state in sorted(folder.glob("state-*"))[1:]:
         shutil.rmtree(state)
     return (folder / "events.jsonl").read_bytes().splitlines(True)
+
+
+def test_who_gives_the_same_answers_is_learned_from_the_log(tmp_path):
+    same = lambda _: "Yes, all of us."
+    with Network([Worker(f"twin {i}", same) for i in range(3)] + workers()) as network:
+        def run(steps):
+            policy = Policy(k=3, timeout=30, distinct=True)
+            validator = Validator(network.wallet, network.client, by_length, policy=policy)
+            validator.copies = Copies(least=1)
+            settings = dict(interval=0, poll_interval=0.05, save_every=100, no_set_weights=True, steps=steps)
+            with Service(validator, tmp_path, PROMPTS, ServiceSettings(**settings)) as service:
+                assert service.join(SECONDS)
+            return validator.copies
+
+        before = run(24)
+        assert killed_early(tmp_path) and before.groups()
+        again = run(24)
+        assert again.met == before.met and again.groups() == before.groups()
 
 
 def test_events_that_were_removed_are_counted_and_the_steps_go_on(network, tmp_path, caplog):
@@ -788,7 +808,7 @@ def validator_process(place, folder, judged, steps, prompts):
         if not (folder / name).exists():
             shutil.copy(judged / name, folder / name)
     flags = ["--dir", folder, "--prompts", prompts, "--reward", judged / "reward", "--subtensor.network", address]
-    flags += ["--wallet.path", wallets, "--wallet.name", "validator", "--top-k", 2, "--timeout", 60]
+    flags += ["--wallet.path", wallets, "--wallet.name", "validator", "--top-k", 2, "--timeout", 60, "--distinct"]
     flags += ["--validator.interval", 0, "--validator.save_every", 7, "--validator.steps", steps]
     return subprocess.Popen(command("validator", *flags), stdout=subprocess.DEVNULL, stderr=open(folder / "log", "ab"))
 
@@ -811,6 +831,7 @@ def _kills(served, judged, tmp_path, kills, after):
         process.wait()
     assert validator_process(served, parts, judged, max(last, len(events(parts)) + 1), prompts).wait(timeout=600) == 0
     one, other = events(whole), events(parts)
+    assert read_about(whole)["about"]["policy"]["distinct"] is True
     assert [e["step"] for e in other] == list(range(len(other)))
     for a, b in zip(one, other):
         assert (a["prompt"], a["uids"], a["rewards"]) == (b["prompt"], b["uids"], b["rewards"]), a["step"]

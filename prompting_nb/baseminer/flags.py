@@ -217,7 +217,8 @@ class AxonSettings:
             kind = not_public(self.external_ip.strip("[]"))
         except ValueError:
             raise InputError(f"{flag} is no IP address: give one, not a name") from None
-        # addresses of examples stand for public ones
+        # an address for examples stands for a public one in pages and in files that are
+        # to be filled in; validators refuse it, and `Subnet.publish` warns of it
         if kind not in ("", "for examples") and not self.allow_private:
             raise InputError(
                 f"{flag} is not on the open internet ({kind}), and validators refuse "

@@ -196,6 +196,8 @@ def _learn_event(validator: Validator, entry: dict) -> None:
     if len({len(row) for row in given[1:]}) > 1:
         raise ValueError("it has more uids, hotkeys or rewards than the others")
     validator.observe(*given)
+    if validator.policy.distinct and entry.get("completions"):
+        validator.copies.see(entry["hotkeys"], entry["completions"])
     counts, judge = entry.get("watched"), _judge_of(validator)
     if counts and judge is not None:
         judge.watch.go_on(*counts)

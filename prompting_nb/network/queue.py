@@ -187,7 +187,12 @@ class Slot:
         "Remove a holder."
         self._holders -= 1
         if self._holders == 0:
-            self._free()
+            free, self._free = self._free, _done  # it may refer to this slot
+            free()
+
+
+def _done() -> None:
+    "Do nothing."
 
 # %% ../../nbs/network/05_queue.ipynb #c007
 class _Place:
