@@ -289,6 +289,7 @@ class MemoryNonces:
         self.clock, self.floor, self._lock = clock, clock(), threading.Lock()
         self._seen: dict[int, set] = {}  # second -> pairs of hotkey and nonce
         self._dropped, self._watch = Traces(), ClockWatch()
+        self._until = 0  # the latest moment of what was dropped
         self._second = self.floor // _SECOND  # in which was last looked what is old
         self._began, self._steady = self.floor, steady
         self._apart = self.floor - steady()  # of the two clocks at the beginning
@@ -306,9 +307,7 @@ class MemoryNonces:
         with self._lock:
             self._keep_time(now := self.clock())
             check_time(nonce_ns, now, self._began)
-            if nonce_ns <= self._dropped.last and self._dropped.has(
-                hotkey_ss58, nonce_ns
-            ):
+            if nonce_ns <= self._until and self._dropped.has(hotkey_ss58, nonce_ns):
                 raise stale(FORGOTTEN)
             if nonce_ns < self.floor:
                 raise stale(_TOO_EARLY)
@@ -338,6 +337,7 @@ class MemoryNonces:
         if self._began > now + _SKEW:  # it was made when the clock was ahead
             self._dropped.everybody.add(self._began - _AGE, self._began)
             self._began, self._apart = now, now - self._steady()
+        self._until = self._dropped.last
         set_by = now - self._steady() - self._apart  # since the beginning
         self.floor = self._began + (set_by if set_by > self._slack else 0)
 
@@ -497,9 +497,11 @@ class Traces:
         self._newest = max(self._newest, second)
         if self._size > self._limit:
             sizes = {second: len(who) for second, who in self._callers.items()}
-            for second in to_give_up(sizes, self._size, self._limit, self.crowded):
+            given_up = to_give_up(sizes, self._size, self._limit, self.crowded)
+            for second in given_up:
                 self._size -= len(self._callers.pop(second))
-                self.everybody.add(second * _SECOND, (second + 1) * _SECOND - 1)
+            for first, last in in_runs(given_up):
+                self.everybody.add(first, last)
 
 
 def to_give_up(
@@ -516,6 +518,19 @@ def to_give_up(
         found.append(second)
         size -= sizes[second]
     return found
+
+
+def in_runs(
+    seconds: Iterable[int],  # since 1970
+) -> list[tuple[int, int]]:  # first and last nanosecond of each run
+    "Join seconds that follow each other."
+    found: list[list[int]] = []
+    for second in sorted(seconds):
+        if found and found[-1][1] == second - 1:
+            found[-1][1] = second
+        else:
+            found.append([second, second])
+    return [(first * _SECOND, (last + 1) * _SECOND - 1) for first, last in found]
 
 
 class ClockWatch:
@@ -885,8 +900,8 @@ class NonceFile:
             latest = max(latest, *(last for _, last in kept), 0)
             self.db.execute(_NOTE_CALLERS, (now - _AGE,))
             spans = Spans(sorted(kept))
-            for second in self._give_up():
-                spans.add(second * _SECOND, (second + 1) * _SECOND - 1)
+            for first, last in in_runs(self._give_up()):
+                spans.add(first, last)
             if self.floor > now + _SKEW:  # it was made when the clock was ahead
                 spans.add(self.floor - _AGE, self.floor)
                 self.floor = now
