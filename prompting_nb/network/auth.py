@@ -453,6 +453,7 @@ class Spans:
             del self._lasts[close], self._firsts[close + 1]
 
 
+@arguments_in_help
 class Traces:
     """Who had a nonce accepted in which second, of nonces that are no longer kept.
 
