@@ -919,13 +919,14 @@ def test_permitted_callers_that_hold_on_to_their_connections(what):
             for n in range(1, 3 * most):
                 if what == HALVES[3]:
                     lines.append(unread(axon, "/StreamPrompting"))
-                    until(lambda: axon.health()["running"] == axon.health()["waiting"] == 0)
+                    until(lambda n=n: len(asked) == n and axon.health()["running"] == axon.health()["waiting"] == 0)
                 else:
                     whole = request(*(OLD, old()) if "older" in what else (BODY, sign()))
                     lines.append(connect(axon))
                     lines[-1].sendall(whole[: whole.index(b"\r\n\r\n") + (4 if what == HALVES[0] else 9)])
                     until(lambda n=n: len(asked) == n or "older" not in what)
             until(lambda: axon._server.connections <= most)
+            until(lambda: axon.health()["running"] == axon.health()["waiting"] == 0)
             assert status(axon) == status(axon, OLD, old()) == 200
         finally:
             for line in lines:
