@@ -1195,7 +1195,7 @@ def test_answered_request_leaves_nothing_in_memory():
         gc.enable()
 
 
-def test_thousands_of_strangers_wait_for_each_other_and_known_callers_do_not_wait_for_them():
+def test_strangers_who_all_ask_at_once():
     """Strangers who all ask at once are served a few at a time, and in between a caller who is known.
     Older server: -"""
 
@@ -1241,7 +1241,7 @@ def test_thousands_of_strangers_wait_for_each_other_and_known_callers_do_not_wai
     asyncio.run(check())
 
 
-def test_door_lets_in_a_few_at_a_time_and_waits_where_the_system_has_no_connection(caplog, monkeypatch):
+def test_system_without_connections(caplog, monkeypatch):
     """The system has no file left for another connection, for a while: it is said once, and all come in later.
     Older server: the loop stands still while thousands are let in"""
     monkeypatch.setattr("prompting_nb.network.server._PAUSE", 0.01)
@@ -1298,7 +1298,7 @@ def test_door_lets_in_a_few_at_a_time_and_waits_where_the_system_has_no_connecti
     ([b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n4\r\nbody\r\n", b"0\r\n\r\n"], False),
     ([b"POST / HTTP/1.1\r\ncontent-length: 4\r\nexpect: 100-continue\r\n\r\n", b"body"], False),
 ])  # fmt: skip
-def test_only_a_body_that_is_here_needs_no_time_limit(parts, arrived):
+def test_time_limit_of_a_body(parts, arrived):
     """A body is read without a clock only when all of it has come: a slow one has to keep `body_timeout`.
     Older server: -"""
 

@@ -493,8 +493,7 @@ def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):
     code = f"""
         import resource, signal, dataclasses
         from prompting_nb.loop.journal import Journal
-        from prompting_nb.validators.copies import Copies
-from prompting_nb.validators.event import Event
+        from prompting_nb.validators.event import Event
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         event = Event(step=0, prompt="a" * 300, uids=[1], hotkeys=["5"], scores=[0.5], propensities=[1.0], rewards=[1.0],
