@@ -97,6 +97,15 @@ def request(body=BODY, headers=None, path="/Prompting"):
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
 
+class Nowhere(asyncio.Transport):
+    "A transport that takes everything and sends nothing."
+    pause_reading = resume_reading = close = abort = write_eof = lambda self: None
+    write = lambda self, data: None
+    is_closing = can_write_eof = lambda self: False
+    get_write_buffer_size = lambda self: 0
+    set_write_buffer_limits = lambda self, high: None
+
+
 def connect(axon):
     return socket.create_connection((axon.host, axon.port), timeout=SECONDS)
 
@@ -1151,18 +1160,11 @@ def test_answered_request_leaves_nothing_in_memory():
     """Requests and connections that are over are freed at once, with their bodies, and do not wait for the garbage collector.
     Older server: -"""
 
-    class Line(asyncio.Transport):
-        pause_reading = resume_reading = close = abort = write_eof = lambda self: None
-        write = lambda self, data: None
-        is_closing = can_write_eof = lambda self: False
-        get_write_buffer_size = lambda self: 0
-        set_write_buffer_limits = lambda self, high: None
-
     async def check():
         with Axon(MINER).attach(aecho) as axon:
             tasks = set()
             served = connection.Connection(axon, connection.Crowd(Limits()), tasks)
-            served.connection_made(Line())
+            served.connection_made(Nowhere())
             asked = [request(), b"GET /nothing HTTP/1.1\r\n\r\n", request(headers={}), request()]
             gc.collect()
             gc.set_debug(gc.DEBUG_SAVEALL)  # keeps what the collector finds
@@ -1175,7 +1177,7 @@ def test_answered_request_leaves_nothing_in_memory():
             served.connection_lost(None)
             for end in (b"", b"GET / HTTP/1.1\r\nx: ", b"this is no HTTP", request()[:-9], request()):
                 leaving = connection.Connection(axon, connection.Crowd(Limits()), tasks)
-                leaving.connection_made(Line())
+                leaving.connection_made(Nowhere())
                 leaving.data_received(end)
                 await asyncio.sleep(0)
                 leaving.connection_lost(None)
@@ -1199,13 +1201,6 @@ def test_strangers_who_all_ask_at_once():
     """Strangers who all ask at once are served a few at a time, and in between a caller who is known.
     Older server: -"""
 
-    class Line(asyncio.Transport):
-        pause_reading = resume_reading = close = abort = write_eof = lambda self: None
-        write = lambda self, data: None
-        is_closing = can_write_eof = lambda self: False
-        get_write_buffer_size = lambda self: 0
-        set_write_buffer_limits = lambda self, high: None
-
     async def check():
         served, tasks, crowd, turns = [], set(), connection.Crowd(Limits()), connection.Turns()
 
@@ -1218,7 +1213,7 @@ def test_strangers_who_all_ask_at_once():
 
         def came():
             line = connection.Connection(app, crowd, tasks, turns)
-            line.connection_made(Line())
+            line.connection_made(Nowhere())
             return line
 
         async def until_done():
@@ -1302,13 +1297,6 @@ def test_time_limit_of_a_body(parts, arrived):
     """A body is read without a clock only when all of it has come: a slow one has to keep `body_timeout`.
     Older server: -"""
 
-    class Line(asyncio.Transport):
-        pause_reading = resume_reading = close = abort = write_eof = lambda self: None
-        write = lambda self, data: None
-        is_closing = can_write_eof = lambda self: False
-        get_write_buffer_size = lambda self: 0
-        set_write_buffer_limits = lambda self, high: None
-
     async def check():
         seen = []
 
@@ -1323,7 +1311,7 @@ def test_time_limit_of_a_body(parts, arrived):
 
         tasks = set()
         served = connection.Connection(app, connection.Crowd(Limits()), tasks)
-        served.connection_made(Line())
+        served.connection_made(Nowhere())
         for part in parts:
             served.data_received(part)
             for _ in range(5):
