@@ -577,7 +577,7 @@ def disturbance(found: dict) -> dict:
 
 def run(options) -> dict:
     "Everything, in turns."
-    seconds, repetitions = (0.3, 1) if options.quick else (1.2, 3)
+    seconds, repetitions, closed = (0.3, 1, 1) if options.quick else (1.2, 3, 7)
     python, legacy, home = sys.executable, options.stock_python, tempfile.mkdtemp()
     started, wallets = time.time(), load.wallets()
     stock = Server(legacy, "miner_stock.py", "serve", HOME=home)
@@ -590,7 +590,7 @@ def run(options) -> dict:
         found = {"machine": environment(legacy),
                  "signatures": undisturbed(signatures, TRIES), "policy": undisturbed(lambda: policy(2000, 5), TRIES)}
         found["stock_inversions"] = stock_order(peers[0].client, stock)
-        found["closed"] = closed_loops(peers, seconds, repetitions)
+        found["closed"] = closed_loops(peers, seconds, closed)
         capacity = {row["peer"]: row["rate"] for row in found["closed"] if row["at_a_time"] == 16}
         alone = [peer for peer in peers if peer.name in ("stock pair", "Starlette", "our server")]
         found["open"] = open_loops(alone, capacity, (0.25, 0.5, 0.75), seconds, repetitions)

@@ -49,11 +49,11 @@ class BenchMiner(Miner):
         return read_config(cls.add_args, argv=[])
 
     async def prompt(self, synapse: Prompting) -> Prompting:
-        served.append(synapse.prompt)
-        seconds = 1.0 if synapse.prompt.startswith("Hold") else self.config.bench.seconds
+        served.append(text := synapse.prompt)
+        seconds = 1.0 if text.startswith("Hold") else self.config.bench.seconds
         if seconds:
             await asyncio.sleep(seconds)
-        synapse.completion = LONG if synapse.prompt.startswith("Long") else ANSWER
+        synapse.completion = LONG if text.startswith("Long") else ANSWER
         return synapse
 
 

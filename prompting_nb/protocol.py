@@ -92,8 +92,8 @@ class Prompting(Synapse):
     @property
     def prompt(self) -> str:
         "Return the newest message of the user, or of all if the user has none."
-        turns = list(zip(self.roles, self.messages))
-        return next((m for role, m in reversed(turns) if role == "user"), turns[-1][1])
+        newest = zip(reversed(self.roles), reversed(self.messages))
+        return next((m for role, m in newest if role == "user"), self.messages[-1])
 
 # %% ../nbs/02_protocol.ipynb #c014
 class StreamPrompting(Prompting):
@@ -151,12 +151,13 @@ def _encoded(values: dict) -> bytes:
 
 def write_body(
     synapse: Prompting,  # its roles, messages and timeout are written
+    timeout: float | None = None,  # seconds, instead of the synapse's
 ) -> bytes:  # raises ValueError for half a character
     "Write the JSON of a request."
     body = {
         "roles": synapse.roles,
         "messages": synapse.messages,
-        "timeout": synapse.timeout,
+        "timeout": synapse.timeout if timeout is None else timeout,
     }
     return _encoded(body)
 

@@ -730,6 +730,46 @@ async def test_an_awaitable_may_be_awaited_apart_without_a_slot():
     await until(lambda: ended)
 
 
+@run
+async def test_work_that_goes_on_after_its_request_is_kept_from_the_garbage_collector():
+    slot = Slot(lambda: None)
+
+    async def stubborn():
+        with suppress(asyncio.CancelledError):
+            await asyncio.get_running_loop().create_future()
+        await asyncio.get_running_loop().create_future()  # which refers to nobody but this task
+
+    asking = asyncio.ensure_future(apart(stubborn(), slot))
+    await turns()
+    asking.cancel()
+    await asyncio.wait([asking], timeout=SECONDS)
+    slot.release()  # the request's own hold
+    del asking
+    gc.collect()
+    await turns()
+    assert slot.held
+
+
+@run
+async def test_work_that_is_cancelled_before_it_begins_gives_its_slot_back():
+    slot, begun = Slot(lambda: None), []
+
+    class Late:
+        def __await__(self):
+            begun.append(True)
+            yield
+
+    before = asyncio.all_tasks()
+    asking = asyncio.ensure_future(apart(Late(), slot))
+    await asyncio.sleep(0)  # the task for the work exists, and waits for its first turn
+    for task in asyncio.all_tasks() - before:
+        task.cancel()
+    await asyncio.wait([asking], timeout=SECONDS)
+    await turns()
+    slot.release()
+    assert not slot.held and not begun
+
+
 def test_a_thread_that_ends_after_its_loop_is_no_error(caplog):
     free, started = threading.Event(), threading.Event()
     threads = Threads(1, "after")

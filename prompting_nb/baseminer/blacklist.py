@@ -83,10 +83,11 @@ def judge(
             result = rule(caller)
         except Exception:
             return _failed(caller)
+        if result is None:
+            continue
         if inspect.isawaitable(result):
             return _judge_on(result, left, caller)
-        if result is not None:
-            return as_verdict(result)
+        return as_verdict(result)
     return Verdict(False, "admitted")
 
 
@@ -278,7 +279,9 @@ class RequestLog:
     ) -> None:
         "Add the time of a request."
         hotkey = written_alike(hotkey)
-        self._times.setdefault(hotkey, deque(maxlen=self.length)).append(now)
+        if (times := self._times.get(hotkey)) is None:
+            times = self._times[hotkey] = deque(maxlen=self.length)
+        times.append(now)
         self._times.move_to_end(hotkey)
         if len(self._times) > self.max_callers:
             self._times.popitem(last=False)

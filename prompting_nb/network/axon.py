@@ -457,27 +457,32 @@ class _Deadline:
         "Tell whether the server calls at a hang-up."
         return self._on_leave is not None
 
-    def start(self, seconds: float, refusal: Refusal, listen: bool = False) -> None:
-        "Cancel with `refusal` after `seconds`; meanwhile listen for a hang-up or not."
+    def start(
+        self, seconds: float, refusal: Callable[[], Refusal], listen: bool = False
+    ) -> None:
+        "Cancel with a refusal after `seconds`; meanwhile listen for a hang-up or not."
         self.stop()
         later = self._loop.call_later
         if listen and self._on_leave is not None:
             self._on_leave(self._left)
-            self._timer = later(max(0.0, seconds), self.cancel, refusal)
+            self._timer = later(max(0.0, seconds), self._end, refusal)
         elif listen and seconds > _LISTEN_AFTER:
             end = self._loop.time() + seconds
             self._timer = later(_LISTEN_AFTER, self._listen, end, refusal)
         else:
-            self._timer = later(max(0.0, seconds), self.cancel, refusal)
+            self._timer = later(max(0.0, seconds), self._end, refusal)
 
-    def _listen(self, end: float, refusal: Refusal) -> None:
-        self._timer = self._loop.call_at(end, self.cancel, refusal)
+    def _listen(self, end: float, refusal: Callable[[], Refusal]) -> None:
+        self._timer = self._loop.call_at(end, self._end, refusal)
         self._listener = self._loop.create_task(_hang_up(self._receive))
         self._listener.add_done_callback(self._hung_up)
 
     def _hung_up(self, listener: asyncio.Task) -> None:
         if not listener.cancelled() and listener.exception() is None:
             self._left()
+
+    def _end(self, refusal: Callable[[], Refusal]) -> None:
+        self.cancel(refusal())  # made now: nearly every request is answered in time
 
     def _left(self) -> None:
         self.cancel(Refusal(499, "the caller hung up", "left"))
@@ -626,9 +631,9 @@ class _Worker:
     ) -> None:
         "Answer within the caller's time, of which the request has used a part already."
         left = synapse.timeout - request.seconds
-        late = Refusal(504, f"no answer within {synapse.timeout:g} s", "late")
+        late = partial(_late, synapse.timeout)
         if left <= 0:
-            raise late
+            raise late()
         request.deadline.start(left, late, listen=True)
         until = self._queue.clock() + left
         try:
@@ -695,6 +700,10 @@ class _Held:
             self._released = True
             self.slot.release()
             self._queue.outlive(self.slot, self.until)
+
+
+def _late(seconds: float) -> Refusal:
+    return Refusal(504, f"no answer within {seconds:g} s", "late")
 
 
 def _failure(error: Exception) -> Refusal:
@@ -768,8 +777,9 @@ class _Exchange:
         arrived = (self.scope.get("extensions") or {}).get("connection.arrived")
         if arrived is not None and arrived():
             return await _read_body(self._receive, bounds.max_body)
-        late = Refusal(408, "the body did not arrive in time", "slow", _CLOSE)
-        self.deadline.start(bounds.body_timeout, late)
+        late = "the body did not arrive in time"
+        refusal = partial(Refusal, 408, late, "slow", _CLOSE)
+        self.deadline.start(bounds.body_timeout, refusal)
         try:
             return await _read_body(self._receive, bounds.max_body)
         finally:
@@ -782,7 +792,7 @@ class _Exchange:
         is there at once: it starts a timer and a task.
         """
         late = "the miner could not decide in time whether to answer"
-        refusal = Refusal(503, late, "undecided", _AGAIN)
+        refusal = partial(Refusal, 503, late, "undecided", _AGAIN)
         # to listen for a hang-up in `receive` would take parts of a body
         self.deadline.start(self.wire.patience, refusal, listen=self.deadline.hears)
         try:

@@ -16,7 +16,6 @@ import time
 import weakref
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, AsyncIterator, Callable, Mapping, NamedTuple, NoReturn
 
@@ -93,7 +92,7 @@ class Dendrite:
     ) -> list[Prompting]:  # copies with completion and status, in target order
         "Ask all targets at once, in the running event loop."
         self._check_open()
-        question = _with_timeout(synapse, timeout)
+        question = self._question(synapse, timeout)
         return await self._ask_all(_listed(targets), question)
 
     def query(
@@ -104,9 +103,9 @@ class Dendrite:
     ) -> list[Prompting]:  # copies with completion and status, in target order
         "Ask all targets at once and wait; works in scripts and notebooks alike."
         self._check_open()
+        question = self._question(synapse, timeout)
         asking = asyncio.run_coroutine_threadsafe(
-            self._ask_all(_listed(targets), _with_timeout(synapse, timeout)),
-            self._sessions.background(),
+            self._ask_all(_listed(targets), question), self._sessions.background()
         )
         try:
             return asking.result()
@@ -121,14 +120,7 @@ class Dendrite:
     ) -> "Stream":
         "Ask one miner and return the pieces of its completion as they arrive."
         self._check_open()
-        synapse = _with_timeout(synapse, timeout)
-        if not isinstance(synapse, StreamPrompting):
-            synapse = StreamPrompting(
-                roles=synapse.roles,
-                messages=synapse.messages,
-                timeout=synapse.timeout,
-            )
-        ask = partial(self._ask, self._question(synapse), target)
+        ask = partial(self._ask, self._question(synapse, timeout, stream=True), target)
         return Stream(ask, self._sessions.background())
 
     def close(self) -> None:
@@ -145,11 +137,26 @@ class Dendrite:
         if not self._closing.alive:
             raise RuntimeError("this dendrite is closed; make a new one")
 
-    def _question(self, synapse: Prompting) -> "Question":
-        body = write_body(synapse)
+    def _question(
+        self, synapse: Any, timeout: float | None, stream: bool = False
+    ) -> "Question":
+        if isinstance(synapse, str):
+            synapse = Prompting.ask(synapse)
+        if not isinstance(synapse, Prompting):
+            kind = type(synapse).__name__
+            raise TypeError(f"ask with a Prompting or with a text, not with {kind}")
+        limit = synapse.timeout if timeout is None else timeout
+        if not 0 < limit < float("inf"):
+            wrong = f"timeout must be a positive number of seconds, not {limit}"
+            raise ValueError(wrong)
+        if stream and not isinstance(synapse, StreamPrompting):
+            synapse = StreamPrompting(
+                roles=synapse.roles, messages=synapse.messages, timeout=limit
+            )
         return Question(
             synapse,
-            body,
+            limit,
+            write_body(synapse, limit),
             self._signer,
             self.max_answer,
             self.require_signed,
@@ -161,25 +168,11 @@ class Dendrite:
     ) -> Prompting:
         return await question.ask(self._sessions.here(), target, emit)
 
-    async def _ask_all(self, targets: list, synapse: Prompting) -> list[Prompting]:
-        question = self._question(synapse)
+    async def _ask_all(self, targets: list, question: "Question") -> list[Prompting]:
         asking = [self._ask(question, target, _discard) for target in targets]
         if len(asking) == 1:  # needs no task of its own
             return [await asking[0]]
         return await asyncio.gather(*asking)
-
-
-def _with_timeout(synapse: Any, timeout: float | None) -> Prompting:
-    "Copy the question without its completion, with the time limit that counts."
-    if isinstance(synapse, str):
-        synapse = Prompting.ask(synapse)
-    if not isinstance(synapse, Prompting):
-        kind = type(synapse).__name__
-        raise TypeError(f"ask with a Prompting or with a text, not with {kind}")
-    timeout = synapse.timeout if timeout is None else timeout
-    if not 0 < timeout < float("inf"):
-        raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
-    return synapse.model_copy(update={"completion": None, "timeout": timeout})
 
 
 def _listed(targets: Any) -> list:
@@ -270,12 +263,12 @@ class Stream:
 
 # %% ../../nbs/network/01_dendrite.ipynb #c018
 @arguments_in_help
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     "A prompt for any number of miners, and what an answer must fulfil to count."
 
-    synapse: Prompting  # with the time limit
-    body: bytes  # the synapse as JSON
+    synapse: Prompting  # which is not changed
+    timeout: float  # seconds that each miner has
+    body: bytes  # both as JSON
     signer: "RequestSigner"  # signs the requests
     max_answer: int  # bytes
     require_signed: bool  # an unsigned answer counts as none
@@ -289,7 +282,7 @@ class Question:
     ) -> Prompting:  # a copy of the synapse with completion or status
         "Ask one miner. Never raises because of what the miner does."
         start, completion, status = time.monotonic(), None, 200
-        where, limit = read_target(target), self.synapse.timeout
+        where, limit = read_target(target), self.timeout
         try:
             receiver = where.checked()
             waited = await session.places.take(receiver, limit)
@@ -322,8 +315,9 @@ class Question:
             status_message=message,
             process_time=time.monotonic() - start,
         )
-        update = {"completion": completion, "dendrite": caller}
-        return self.synapse.model_copy(update=update | {"axon": where.terminal()})
+        ends = {"dendrite": caller, "axon": where.terminal()}
+        found = {"completion": completion, "timeout": limit, **ends}
+        return self.synapse.model_copy(update=found)
 
     async def _post(
         self,
@@ -578,7 +572,8 @@ class Sent(NamedTuple):
             if required:
                 raise _Failure(422, "the answer is not signed")
             return "Success, unsigned"
-        if not answer_fits(signature, answer, **self._asdict()):
+        end, asked = self.miner, {"path": self.path, "nonce": self.nonce}
+        if not answer_fits(signature, answer, miner=end, caller=self.caller, **asked):
             raise _Failure(422, "the answer is not signed by the miner that was asked")
         return "Success"
 

@@ -411,11 +411,11 @@ async def apart(
         slot.hold()
     outcome = loop.create_future()
     working = loop.create_task(_tell(outcome, awaitable, slot))
-    _tasks.add(working)
-    working.add_done_callback(partial(_ended, slot, outcome))
     try:
         return await outcome
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, GeneratorExit):
+        _tasks.add(working)  # which nobody else keeps from now on
+        working.add_done_callback(partial(_ended, slot))
         working.cancel()
         raise
 
@@ -427,8 +427,6 @@ async def _tell(
     result, error = None, None
     try:
         result = await awaitable
-    except asyncio.CancelledError:
-        raise
     except BaseException as raised:  # an exit would end the event loop
         error = _ordinary(raised)
     if slot is not None:  # before the request goes on, which looks whether it is held
@@ -441,14 +439,11 @@ async def _tell(
         outcome.set_exception(error)
 
 
-def _ended(slot: Slot | None, outcome: asyncio.Future, working: asyncio.Task) -> None:
-    "Clean up after a task that was cancelled, perhaps before it began."
+def _ended(slot: Slot | None, working: asyncio.Task) -> None:
+    "Clean up after a task whose request has ended."
     _tasks.discard(working)
-    if working.cancelled():
-        if slot is not None:
-            slot.release()
-        if not outcome.done():
-            outcome.set_exception(_ordinary(asyncio.CancelledError()))
+    if working.cancelled() and slot is not None:  # before it began
+        slot.release()
 
 # %% ../../nbs/network/05_queue.ipynb #c027
 _END = object()  # what `next` returns at the end of a generator
