@@ -8,6 +8,8 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prompting_nb.network.queue import QueueFull, Slot, Threads, WorkQueue, apart, is_stream, work
 
@@ -89,6 +91,72 @@ async def test_a_full_queue_refuses_unless_a_lower_priority_waits():
     higher.result().release()
     (await older).release()
     assert (queue.running, queue.waiting) == (0, 0)
+
+
+@run
+async def test_a_slot_that_is_freed_as_a_waiting_request_is_cancelled_goes_to_the_next():
+    queue = WorkQueue(workers=1, limit=3)
+    busy = await queue.slot(0)
+    gone, also_gone, next_one = start(queue, 3), start(queue, 2), start(queue, 1)
+    await turns()
+    gone.cancel()
+    also_gone.cancel()
+    busy.release()  # before their tasks have noticed
+    (await next_one).release()
+    assert (queue.running, queue.waiting) == (0, 0)
+    busy, last = await queue.slot(0), start(queue, 0)
+    await turns()
+    last.cancel()
+    busy.release()
+    assert (queue.running, queue.waiting) == (0, 0)
+
+
+@run
+async def test_the_place_of_a_request_that_is_cancelled_in_this_moment_is_free_for_a_higher_one():
+    queue = WorkQueue(workers=1, limit=1)
+    busy, low = await queue.slot(0), start(queue, 1)
+    await turns()
+    low.cancel()
+    asyncio.get_running_loop().call_later(0.01, busy.release)
+    (await queue.slot(2)).release()  # it asks before the task of the other has noticed
+    assert low.cancelled() and (queue.running, queue.waiting) == (0, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), workers=st.integers(1, 3), limit=st.integers(0, 4))
+def test_no_slot_is_lost_whatever_happens_in_one_moment(data, workers, limit):
+    "Requests come, are cancelled and let go of their slots, several of them before any task has had a turn."
+    asked, held = [], []
+
+    def collect():
+        for asking in [a for a in asked if a.done()]:
+            asked.remove(asking)
+            if not asking.cancelled() and asking.exception() is None:
+                held.append(asking.result())
+            elif not asking.cancelled():
+                assert isinstance(asking.exception(), QueueFull)
+
+    async def test():
+        queue = WorkQueue(workers, limit)
+        for kind in data.draw(st.lists(st.sampled_from("acrt"), max_size=40)):
+            if kind == "a":
+                asked.append(start(queue, data.draw(st.integers(0, 3))))
+            elif kind == "c" and asked:
+                asked[data.draw(st.integers(0, len(asked) - 1))].cancel()
+            elif kind == "r" and held:
+                held.pop(data.draw(st.integers(0, len(held) - 1))).release()
+            elif kind == "t":
+                await turns()
+            collect()
+            assert queue.running <= workers
+        while asked or held:
+            while held:
+                held.pop().release()
+            await turns()
+            collect()
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    asyncio.run(asyncio.wait_for(test(), SECONDS))
 
 
 @run
@@ -336,7 +404,7 @@ class Place:
 
     async def __aexit__(self, *_):
         self.slot.release()
-        await until(lambda: self.queue.running == 0)  # every holder has let go
+        await asyncio.wait_for(until(lambda: self.queue.running == 0), SECONDS)  # every holder has let go
         self.threads.close()
 
     @property
@@ -679,6 +747,27 @@ def test_an_async_generator_holds_the_slot_until_it_has_ended(how, where, caplog
     run(test)()
     failed = how == "fails in its finally" and where == "made"
     assert ["while it was closed" in record.getMessage() for record in caplog.records] == [True] * failed
+
+
+class Panic(BaseException):
+    "What an extension in Rust raises where its code fails."
+
+
+@pytest.mark.parametrize("raised", [Panic, GeneratorExit, KeyboardInterrupt])
+def test_an_async_generator_that_raises_no_exception_of_the_usual_kind_gives_its_slot_back(raised):
+    async def generator(_):
+        yield "a"
+        raise raised("failed")
+
+    async def test():
+        async with Place() as place:
+            stream = await place.work(generator)
+            assert await anext(stream) == "a"
+            with pytest.raises(RuntimeError if raised is KeyboardInterrupt else raised, match="failed"):
+                await anext(stream)
+            assert place.holders == 1
+
+    run(test)()
 
 
 @pytest.mark.parametrize("where", ["coroutine", "generator", "thread", "step in a thread"])

@@ -105,23 +105,25 @@ class WorkQueue:
     def _displace(self) -> None:
         "Refuse the last request in the queue, for one of higher priority."
         last = self._line.last()
-        last.turn.set_exception(
-            QueueFull("a request of higher priority took the place")
-        )
+        if not last.turn.done():  # else it was cancelled in this moment
+            last.turn.set_exception(
+                QueueFull("a request of higher priority took the place")
+            )
         self._line.leave(last)
 
     def _free(self) -> None:
         "Pass a slot on to the next request that waits, if there is one."
-        if not self.waiting:
-            self.running -= 1
-            return
-        self._passed_on += 1
-        place = self._line.oldest()
-        aged = self.clock() - place.since >= self.ageing
-        if not (aged and self._passed_on % 4 == 0):
-            place = self._line.first()
-        self._line.leave(place)
-        place.turn.set_result(self._new_slot())
+        while self.waiting:
+            place = self._line.oldest()
+            aged = self.clock() - place.since >= self.ageing
+            if not (aged and self._passed_on % 4 == 3):
+                place = self._line.first()
+            self._line.leave(place)
+            if not place.turn.done():  # else it was cancelled in this moment
+                self._passed_on += 1
+                place.turn.set_result(self._new_slot())
+                return
+        self.running -= 1
 
     def _new_slot(self) -> "Slot":
         slot = Slot(lambda: self._end(slot))
@@ -499,13 +501,14 @@ async def _make(generator: Any, wishes: asyncio.Queue, slot: Slot) -> None:
                 wish.set_result(item)
             if (wish := await wishes.get()) is None:
                 break
-    except _RAISED as raised:
+    except BaseException as raised:  # a panic of an extension is no `Exception`
         error = raised
     try:
-        await generator.aclose()
+        if not isinstance(error, GeneratorExit):  # at which nothing can be awaited
+            await generator.aclose()
     except asyncio.CancelledError:
         pass  # it was closed by that
-    except _RAISED:
+    except BaseException:
         _log.warning("a generator failed while it was closed", exc_info=True)
     slot.release()
     if wish is None or wish.done():  # nobody waits for more
@@ -514,9 +517,6 @@ async def _make(generator: Any, wishes: asyncio.Queue, slot: Slot) -> None:
         wish.set_result(_END)
     else:
         wish.set_exception(_ordinary(error))
-
-
-_RAISED = Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit
 
 
 def _maker_ended(slot: Slot, maker: asyncio.Task) -> None:
