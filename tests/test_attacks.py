@@ -410,6 +410,30 @@ def test_another_address_of_the_same_key(chain):
         assert [*heard, status(miner.axon, OLD, older(VALIDATOR, 0))] == [200, 429, 429, 429]
 
 
+def test_long_questions_signed_ahead_of_the_clock():
+    """Strangers sign long questions up to two seconds ahead, which wait in memory until their time has come.
+    Older server: answers them at once."""
+    body, lines = write_body(Prompting.ask("x" * 900)), []
+
+    def ahead():
+        return request(body, sign(body, STRANGER, nonce_ns=time.time_ns() + int(1.9e9)))
+
+    with Axon(MINER, max_body=1000).attach(echo, lambda synapse: synapse.dendrite.hotkey != VALIDATOR.hotkey.ss58_address) as axon:
+        early = axon._application._endpoints["/Prompting"]._btauth._early
+        for _ in range(16_000 // len(body)):
+            lines.append(connect(axon))
+            lines[-1].sendall(ahead())
+        until(lambda: early.size == len(body) * len(lines))
+        with connect(axon) as line:
+            line.sendall(ahead())
+            assert read_status(line) == 503
+        assert status(axon) == 200  # one whose time has come
+        for line in lines:
+            line.close()
+        until(lambda: early.size == 0)  # at once, and not when their time has come
+        until(lambda: axon.metrics.totals().get("left") == len(lines))
+
+
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_clock_that_was_two_hours_ahead(where, restart, tmp_path, caplog):
@@ -1093,6 +1117,35 @@ def test_caller_that_hangs_up_while_a_long_question_is_worked_on(size):
             line.sendall(request(body))
             assert begun.wait(SECONDS)
         until(lambda: axon.health()["running"] == 0)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "coroutine"])
+@pytest.mark.parametrize("how", ["leave", "run out of time"])
+def test_many_that_wait_and_go_at_once(how, plain):
+    """Sixty callers wait for four workers, and all leave in one moment, or run out of time.
+    Older server: answers them."""
+
+    async def slow(synapse):
+        await asyncio.sleep(0.004)
+        return echo(synapse)
+
+    def slow_plain(synapse):
+        time.sleep(0.004)
+        return echo(synapse)
+
+    body = write_body(Prompting.ask("x", timeout=SECONDS if how == "leave" else 0.05))
+    with Axon(MINER, workers=4).attach(slow_plain if plain else slow) as axon:
+        for _ in range(6):
+            lines, signed = [connect(axon) for _ in range(60)], [request(body) for _ in range(60)]
+            for line, data in zip(lines, signed):
+                line.sendall(data)
+            if how == "leave":
+                time.sleep(0.05)
+            for line in lines:
+                assert how == "leave" or read_status(line) in (200, 504)
+                line.close()
+            until(lambda: (axon.health()["running"], axon.health()["waiting"]) == (0, 0))
+        assert status(axon) == 200
 
 
 @pytest.mark.parametrize("how", ["closes", "resets", "shuts down"])
@@ -2195,6 +2248,33 @@ def test_300_silent_miners(dendrite):
 
 
 # Streams --------------------------------------------------------------------------------------------------------------
+
+
+def test_stream_that_is_read_slowly():
+    """A permitted caller takes a little of a long stream now and then, and so keeps a worker.
+    Older server: works for it to the end."""
+
+    async def long(synapse):
+        for _ in range(200):
+            yield "y" * 60_000
+
+    body, path = write_body(StreamPrompting.ask("x", timeout=100)), "/StreamPrompting"
+    slow = Axon(MINER, workers=1, limits=Limits(write_timeout=2.0)).attach(long)
+    with slow as axon, socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        line.connect((axon.host, axon.port))
+        line.sendall(request(body, sign(body, path=path), path))
+        until(lambda: axon.health()["running"] == 1)
+
+        def has_ended():
+            with suppress(OSError):
+                line.recv(4096)
+            time.sleep(0.005)
+            return axon.health()["running"] == 0
+
+        until(has_ended)
+        until(lambda: axon.metrics.totals())
+        assert axon.metrics.totals() == {"refused": 1}
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["generator", "async generator"])

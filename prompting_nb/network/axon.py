@@ -16,11 +16,11 @@ import secrets
 import sqlite3
 import threading
 import time
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Iterable, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import bittensor as bt
 from starlette.applications import Starlette
@@ -158,15 +158,20 @@ class Axon:
     def _assemble(self, attached: "_Attached") -> "_Application":
         "Make the parts that serve requests; `start` makes new ones."
         bounds = _Bounds(
-            self._limits.max_head, self.max_body, self.body_timeout, self.max_timeout
+            self._limits.max_head,
+            self.max_body,
+            self.body_timeout,
+            self.max_timeout,
+            self._limits.write_timeout,
         )
+        early = _Early(16 * self.max_body)
         queue = WorkQueue(self.workers, self.max_queue, self.ageing)
         self._admission = _Admission(queue)
         self._threads = Threads(self.workers, f"axon-{self.port}-work")
         endpoints = {}
         for kind in (Prompting, StreamPrompting):
-            btauth = _Btauth(kind, self._gate, self._signer, bounds)
-            older = _Legacy(kind, self._gate, self._signer, bounds)
+            btauth = _Btauth(kind, self._gate, self._signer, bounds, early)
+            older = _Legacy(kind, self._gate, self._signer, bounds, early)
             most = self.max_answer
             worker = _Worker(kind, attached.forward, queue, self._threads, most)
             endpoints[kind.path] = _Endpoint(
@@ -334,6 +339,7 @@ class _Bounds:
     max_body: int  # bytes
     body_timeout: float  # seconds for the body to arrive
     max_timeout: float  # seconds that a caller may claim to wait
+    write_timeout: float  # seconds that the pieces of a stream may wait for the caller
 
 
 _CLOSE = ((b"connection", b"close"),)  # headers: the connection is of no further use
@@ -749,6 +755,7 @@ class _Exchange:
         "caller",
         "signed",
         "_head_sent",
+        "_waited",
     )
 
     def __init__(
@@ -766,6 +773,7 @@ class _Exchange:
         self.caller: Any = None  # `Terminal`, when it is verified
         self.signed: Any = None  # what `wire` keeps from `identify` to `parse`
         self._head_sent = False
+        self._waited = 0.0  # seconds that pieces were not taken
 
     @property
     def seconds(self) -> float:
@@ -785,16 +793,17 @@ class _Exchange:
         finally:
             self.deadline.stop()
 
-    async def wait(self, awaitable: Awaitable) -> Any:
+    async def wait(self, awaitable: Awaitable, more: float = 0.0) -> Any:
         """Await what this miner waits for before it admits the request.
 
-        `Refusal` 503 after as long as a body may take, 499 at a hang-up. Not for what
-        is there at once: it starts a timer and a task.
+        `Refusal` 503 after as long as a body may take, and `more` seconds; 499 at a
+        hang-up. Not for what is there at once: it starts a timer and a task.
         """
         late = "the miner could not decide in time whether to answer"
         refusal = partial(Refusal, 503, late, "undecided", _AGAIN)
         # to listen for a hang-up in `receive` would take parts of a body
-        self.deadline.start(self.wire.patience, refusal, listen=self.deadline.hears)
+        seconds = self.wire.patience + more
+        self.deadline.start(seconds, refusal, listen=self.deadline.hears)
         try:
             return await apart(awaitable)
         finally:
@@ -831,7 +840,11 @@ class _Exchange:
         for start in range(0, len(text) or 1, _SLICE):
             part = text[start : start + _SLICE]
             said.update(part.encode())
+            began = time.monotonic()
             await self._body(self.wire.piece(part), more=True)
+            self._waited += time.monotonic() - began
+            if self._waited > self.wire.write_timeout:  # all that time it held a slot
+                raise Refusal(408, "the answer was not taken in time", "unread")
 
     async def refuse(self, refusal: Refusal) -> None:
         "Send an error; in a stream that has begun, as its last line."
@@ -863,11 +876,17 @@ class _Btauth:
     stream_type = (b"content-type", b"application/x-ndjson")
 
     def __init__(
-        self, kind: type[Prompting], gate: Gatekeeper, signer: Any, bounds: _Bounds
+        self,
+        kind: type[Prompting],
+        gate: Gatekeeper,
+        signer: Any,
+        bounds: _Bounds,
+        early: "_Early",
     ):
         self._kind, self._gate, self._signer = kind, gate, signer
-        self._bounds = bounds
+        self._bounds, self._early = bounds, early
         self.patience = bounds.body_timeout  # seconds for what is waited for
+        self.write_timeout = bounds.write_timeout
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers the body, which is read for that."
@@ -877,7 +896,7 @@ class _Btauth:
             path = f"{path}?{query}"
         request.signed = body
         caller = self._gate.check(scope["headers"], body, scope["method"], path)
-        return await _accept(self._gate, caller, request)
+        return await _accept(self._gate, caller, request, self._early, len(body))
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Parse the prompt in the body; `ValueError` if there is none."
@@ -927,16 +946,22 @@ class _Legacy:
     stream_type = (b"content-type", b"text/event-stream")
 
     def __init__(
-        self, kind: type[Prompting], gate: Gatekeeper, signer: Any, bounds: _Bounds
+        self,
+        kind: type[Prompting],
+        gate: Gatekeeper,
+        signer: Any,
+        bounds: _Bounds,
+        early: "_Early",
     ):
         self._kind, self._gate, self._signer = kind, gate, signer
-        self._bounds = bounds
+        self._bounds, self._early = bounds, early
         self.patience = bounds.body_timeout  # seconds for what is waited for
+        self.write_timeout = bounds.write_timeout
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers a hash of the body's content."
         caller, request.signed = check_legacy(self._gate, request.scope["headers"])
-        return await _accept(self._gate, caller, request)
+        return await _accept(self._gate, caller, request, self._early, 0)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Read the body and parse the prompt; `Refusal` 401 if the hash is another."
@@ -978,12 +1003,39 @@ class _Legacy:
         )
 
 
-async def _accept(gate: Gatekeeper, caller: Terminal, request: _Exchange) -> Terminal:
+async def _accept(
+    gate: Gatekeeper,
+    caller: Terminal,
+    request: _Exchange,
+    early: "_Early",
+    size: int,  # bytes of the body that are in memory
+) -> Terminal:
     "Store the caller's nonce; `Refusal` 401 for a replay."
-    accepting = gate.accept(caller)
+    if (ahead := (caller.nonce or 0) - gate.clock()) > 0:  # its time has not come yet
+        with early.hold(size):
+            return await request.wait(gate.accept(caller), ahead / 1e9)
     if isinstance(gate.nonces, MemoryNonces):  # nothing there has to be waited for
-        return await accepting
-    return await request.wait(accepting)
+        return await gate.accept(caller)
+    return await request.wait(gate.accept(caller))
+
+
+class _Early:
+    "Bounds the bodies in memory whose requests wait until the time of their nonce."
+
+    def __init__(self, most: int):
+        self._most, self.size = most, 0  # bytes
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        "Count a body for a `with` block; `Refusal` 503 if there are too many."
+        if self.size + size > self._most:
+            reason = "too many requests wait whose clocks are ahead of this miner's"
+            raise Refusal(503, reason, "early", _AGAIN)
+        self.size += size
+        try:
+            yield
+        finally:
+            self.size -= size
 
 # %% ../../nbs/network/00_axon.ipynb #c022
 class _Application:
