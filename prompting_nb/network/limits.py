@@ -97,7 +97,7 @@ class _Group:
     size: int = 0  # open connections, with those that may not be closed
 
     def oldest(self, but: object, until: float = inf) -> Optional[Guest]:
-        "Return the first that has to go; with `until` only one that is idle since then."
+        "Return the first that has to go; with `until` one that is idle since then."
         for line in (self.strangers, self.asking, self.known):
             for connection, since in line.items():
                 if connection is not but:  # strangers are left: no known one has to go
