@@ -825,6 +825,27 @@ def test_many_bodies_that_are_not_completed():
             line.close()
 
 
+def test_unfinished_bodies_of_strangers_beside_a_permitted_caller():
+    """Strangers leave so many bodies unfinished that some are dropped: none of a permitted caller, whose request began first.
+    Older server: -"""
+    with Axon(MINER, limits=Limits(max_waiting=1_000_000)).attach(echo) as axon, connect(axon) as permitted:
+        permitted.sendall(request())
+        assert read_status(permitted) == 200
+        again = request()
+        permitted.sendall(again[:-5])
+        until(lambda: axon._server.crowd.size)
+        lines = [connect(axon) for _ in range(20)]
+        for line in lines:
+            with suppress(ConnectionError):
+                line.sendall(request(BODY + b" " * 200_000)[:100_000])
+        gone = {"reason": "memory"}
+        until(lambda: axon.metrics.registry.get_sample_value("axon_connections_refused_total", gone))
+        permitted.sendall(again[-5:])
+        assert read_status(permitted) == 200
+        for line in lines:
+            line.close()
+
+
 def test_too_many_connections():
     """More connections than the server takes: those that say nothing make room.
     Older server: sets no limit."""
@@ -931,6 +952,25 @@ def test_strangers_do_not_push_out_a_permitted_caller():
             assert read_or_none(refused)
             for line in held:
                 line.close()
+
+
+@pytest.mark.parametrize("sent", [0, 1, 10], ids=["idle", "begun", "almost whole"])
+def test_burst_from_the_address_of_a_permitted_caller(sent, monkeypatch):
+    """Silent strangers connect all at once from the address of a permitted caller, who is idle or in the middle of a request.
+    Older server: -"""
+    monkeypatch.setattr("prompting_nb.network.limits._FRESH", 0.3)
+    with Axon(MINER, limits=Limits(max_connections=80, max_per_address=20)).attach(echo) as axon, connect(axon) as permitted:
+        permitted.sendall(request())
+        assert read_status(permitted) == 200
+        time.sleep(0.5)  # it is not fresh any more
+        again = request()
+        permitted.sendall(again[:sent] if sent < 2 else again[:-sent])
+        lines = [connect(axon) for _ in range(30)]
+        until(lambda: axon._server.connections >= 20)
+        permitted.sendall(again[sent:] if sent < 2 else again[-sent:])
+        assert read_status(permitted) == 200
+        for line in lines:
+            line.close()
 
 
 HALVES = ["older format without a body", "older format with half a body", "half a body", "a stream that is not read"]
@@ -1284,9 +1324,113 @@ def test_strangers_who_all_ask_at_once():
             await asyncio.sleep(0)
         await until_done()
         assert served.count("/stranger") == 50
-        assert [i for i, path in enumerate(served) if path == "/known"][-1] < 12
+        assert [i for i, path in enumerate(served) if path == "/known"][-1] < 18
 
     asyncio.run(check())
+
+
+def test_strangers_who_come_again_as_soon_as_they_are_closed():
+    """Strangers hold all places with requests sent ahead, and come again when they are closed, faster than they can be served.
+    Older server: sets no limit; its file descriptors run out."""
+
+    class Line(Nowhere):
+        "A transport that is closed when it is aborted."
+        closed, answers, protocol = False, 0, None
+        is_closing = lambda self: self.closed
+
+        def write(self, data):
+            self.answers += data.count(b"HTTP/1.1 ")
+
+        def abort(self):
+            if not self.closed:
+                self.closed = True
+                asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0)
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def check():
+        tasks, crowd, turns = set(), connection.Crowd(Limits(max_connections=20)), connection.Turns()
+
+        def came(data):
+            line = Line()
+            line.protocol = connection.Connection(app, crowd, tasks, turns)
+            line.protocol.connection_made(line)
+            line.protocol.data_received(data)
+            return line
+
+        ahead, asked = b"GET /stranger HTTP/1.1\r\n\r\n" * 8, []
+        for turn in range(300):
+            for _ in range(60 if turn == 0 else 2):  # at first they all come at once
+                came(ahead)
+            if turn % 20 == 10:
+                asked.append(came(b"GET /validator HTTP/1.1\r\n\r\n"))
+            await asyncio.sleep(0)
+        assert len(crowd) <= 20 and len(turns) <= 20
+        while tasks or len(turns):
+            await asyncio.sleep(0)
+        assert [line.answers for line in asked] == [1] * 15
+
+    asyncio.run(check())
+
+
+def test_two_servers_that_share_the_files_of_a_process():
+    """Strangers open so many connections to two miners in one process that no file is left for another.
+    Older server: its file descriptors run out."""
+    pytest.importorskip("resource")
+    code = """
+        import logging, resource, sys
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+        logging.basicConfig(level=logging.ERROR)
+        from prompting_nb.network.axon import Axon
+        from prompting_nb.network.chain import make_wallet
+        def echo(synapse):
+            synapse.completion = synapse.prompt
+            return synapse
+        one, two = (Axon(make_wallet("miner")).attach(echo) for _ in "12")
+        with one, two:
+            print(one.port, two.port, flush=True)
+            sys.stdin.read()
+    """
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run, lines = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes), []
+    try:
+        axons = [SimpleNamespace(host="127.0.0.1", port=int(port)) for port in run.stdout.readline().split()]
+        for axon in axons:
+            lines += [connect_from(axon, address) for address in ADDRESSES[:5] for _ in range(50)]
+        assert [status(axon) for axon in axons * 2] == [200] * 4
+        _, said = run.communicate(timeout=SECONDS)
+        assert 1 <= said.count("few files are left: connections make room") <= 2
+    finally:
+        run.kill()
+        for line in lines:
+            line.close()
+
+
+@pytest.mark.parametrize("what", ["refused", "tick"])
+def test_error_in_the_care_for_a_connection(what, monkeypatch, caplog):
+    """What is told of closed connections fails, or a look at a connection does.
+    Older server: -"""
+
+    def fail(*args):
+        raise RuntimeError("away")
+
+    with Axon(MINER, limits=Limits(head_timeout=0.2, refused=fail if what == "refused" else None)).attach(echo) as axon:
+        for _ in range(2):
+            with connect(axon) as line:
+                until(lambda: axon._server.connections)
+                if what == "tick":
+                    (one,) = axon._server.crowd
+                    one.tick = fail
+                else:
+                    line.sendall(b"GET /")
+                    assert read_status(line) == 408
+                assert read_status(line) is None
+            until(lambda: not axon._server.connections)
+        assert status(axon) == 200
+    assert caplog.text.count("RuntimeError: away") == 1
 
 
 def test_system_without_connections(caplog, monkeypatch):

@@ -50,6 +50,7 @@ class Connection(asyncio.Protocol):
         self._last = b""  # the error that is sent when they are answered
         self._ending = False  # no request is taken any more
         self._closed = False  # nothing is written any more
+        self._again = False  # a request has been answered
         self._dropped = 0  # bytes that came after that
         self._full: Optional[asyncio.Future] = None  # until written data is taken
         self.client: Optional[tuple[str, int]] = None
@@ -91,6 +92,7 @@ class Connection(asyncio.Protocol):
         reader = self._reader
         if not reader.part and self._serving is None and self._clock.state != "head":
             self._clock.wait("head")
+        self._crowd.stir(self)
         reader.feed(data)
         if not reader.part or self._ending:
             return
@@ -113,6 +115,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         "Forget the connection."
         self._crowd.leave(self)
+        if self._turns is not None:
+            self._turns.drop(self)
         self._hung_up()
         self.resume_writing()
         self._reader.close()
@@ -128,8 +132,7 @@ class Connection(asyncio.Protocol):
         "Start to wait: the caller takes less than is written."
         self._full = self._loop.create_future()
         self._clock.write()
-        if not self._crowd.is_stranger(self):  # it may have to make room meanwhile
-            self._crowd.rest(self)
+        self._crowd.rest(self)  # it may have to make room meanwhile
 
     def resume_writing(self) -> None:
         "Resume writing: the caller has taken most of what was written."
@@ -168,6 +171,8 @@ class Connection(asyncio.Protocol):
         self._crowd.forget(self)
         if exchange.answered and self._serving is exchange:
             self._next()
+        elif not self._again:
+            self._crowd.ask(self)
 
     def refuse(
         self,
@@ -199,7 +204,7 @@ class Connection(asyncio.Protocol):
         self._serving = exchange
         self._clock.wait("app")
         if self._turns is not None and self._crowd.is_stranger(self):
-            self._turns.add(partial(self._start, exchange))
+            self._turns.add(self, partial(self._start, exchange), self._again)
         else:
             self._start(exchange)
 
@@ -216,6 +221,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         "End a request: the application has sent the whole answer."
         self._clock.write()
+        self._again = True
         if not exchange.keep_alive:
             self._ahead.clear()
             self._end(linger=not exchange.complete)
@@ -232,6 +238,8 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             return
         if self._ahead:
+            if self._crowd.is_stranger(self):
+                self._crowd.rest(self)  # only a first request is spared
             if self._full is None:
                 self._serve(self._ahead.popleft())
             return

@@ -8,11 +8,13 @@ __all__ = ['Limits', 'Guest', 'Crowd', 'Turns', 'share_of']
 # %% ../../nbs/network/12_limits.ipynb #l003
 import asyncio
 import ipaddress
+import logging
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Callable, Iterator, Optional, Protocol
+from math import inf
+from typing import Any, Callable, Iterator, Optional, Protocol
 
 from ..show import arguments_in_help
 
@@ -90,20 +92,28 @@ class _Group:
     "Connections that may be closed, those idle for longest first."
 
     strangers: OrderedDict = field(default_factory=OrderedDict)  # never permitted
+    asking: OrderedDict = field(default_factory=OrderedDict)  # strangers, see `ask`
     known: OrderedDict = field(default_factory=OrderedDict)  # permitted before, idle
     size: int = 0  # open connections, with those that may not be closed
 
-    def oldest(self, but: Guest, until: float) -> Optional[Guest]:
-        "Return the first that has to go, of those idle since `until` or longer."
-        for line in (self.strangers, self.known):
+    def oldest(self, but: object, until: float = inf) -> Optional[Guest]:
+        "Return the first that has to go; with `until` one that is idle since then."
+        for line in (self.strangers, self.asking, self.known):
             for connection, since in line.items():
-                if since > until:
-                    break
-                if connection is not but:
-                    return connection
+                if connection is not but:  # strangers are left: no known one has to go
+                    fresh = since > until or (line is self.asking and until < inf)
+                    return None if fresh else connection
         return None
 
+    def move(self, connection: Guest, line: Optional[OrderedDict], now: float) -> None:
+        "Put a connection at the end of a line, or of none, and take it off the others."
+        for other in (self.strangers, self.asking, self.known):
+            other.pop(connection, None)
+        if line is not None:
+            line[connection] = now
+
 # %% ../../nbs/network/12_limits.ipynb #l013
+_log = logging.getLogger(__name__)
 _FRESH = 1.0  # seconds in which a request may be on its way
 
 
@@ -122,6 +132,8 @@ class Crowd:
         self._group_of: dict[Guest, _Group] = {}  # of its address
         self._all, self._addresses = _Group(), {}
         self.begun: OrderedDict[Guest, int] = OrderedDict()  # bytes, oldest first
+        self._known_begun: OrderedDict[Guest, int] = OrderedDict()  # of known callers
+        self._failures: set[type] = set()  # of functions that are told, in the log
         self.size = 0  # bytes of all unfinished requests
 
     def __len__(self) -> int:
@@ -134,6 +146,11 @@ class Crowd:
         return connection in self._group_of
 
     @property
+    def strangers(self) -> int:
+        "Count the connections on which no request was permitted yet."
+        return len(self._all.strangers) + len(self._all.asking)
+
+    @property
     def nearly_full(self) -> bool:
         "Tell whether three quarters of the connections are taken."
         return 4 * len(self) > 3 * self.limits.max_connections
@@ -144,8 +161,13 @@ class Crowd:
     ) -> None:
         "Report that a connection was closed by a limit."
         for tell in self._told:
-            if tell is not None:
-                tell(reason)
+            try:
+                if tell is not None:
+                    tell(reason)
+            except Exception as error:  # it is no fault of any connection
+                if type(error) not in self._failures:
+                    self._failures.add(type(error))
+                    _log.exception("a function that is told of refusals failed")
 
     def enter(
         self,
@@ -161,22 +183,27 @@ class Crowd:
         most, share = self.limits.max_connections, self.limits.share
         if share < most:
             while group.size > share:
-                full = self._all.size > most
-                until = now if full else now - _FRESH
-                if not self._make_room(group, connection, "address", until):
+                until = inf if self._all.size > most else now - _FRESH
+                if not self._drop(group.oldest(connection, until), "address"):
                     break
         if self._all.size > most:
-            self._make_room(self._all, connection, "connections", now)
+            self._drop(self._all.oldest(connection), "connections")
 
-    def _make_room(
-        self, group: _Group, newcomer: Guest, reason: str, until: float
-    ) -> bool:
-        "Close a connection that is idle since `until`, if there is one."
-        oldest = group.oldest(newcomer, until)
-        if oldest is not None:
+    def make_room(
+        self,
+        reason: str,  # one word
+        known: bool = True,  # also one that was permitted, if no stranger is left
+    ) -> bool:  # False: there is none that may be closed
+        "Close the connection that is the first to go."
+        if not (known or self.strangers):
+            return False
+        return self._drop(self._all.oldest(None), reason)
+
+    def _drop(self, connection: Optional[Guest], reason: str) -> bool:
+        if connection is not None:
             self.refused(reason)
-            self._close(oldest, reason)
-        return oldest is not None
+            self._close(connection, reason)
+        return connection is not None
 
     def _close(self, connection: Guest, reason: str) -> None:
         self.leave(connection)
@@ -193,8 +220,7 @@ class Crowd:
             return
         for each in (group, self._all):
             each.size -= 1
-            each.strangers.pop(connection, None)
-            each.known.pop(connection, None)
+            each.move(connection, None, 0.0)
         if not group.size:
             del self._addresses[connection.address]
 
@@ -206,8 +232,7 @@ class Crowd:
         group = self._group_of.get(connection)
         if group is not None:
             for each in (group, self._all):
-                each.strangers.pop(connection, None)
-                each.known.pop(connection, None)
+                each.move(connection, None, 0.0)
 
     def rest(
         self,
@@ -216,38 +241,59 @@ class Crowd:
         "Note that a connection is idle from now on."
         group, now = self._group_of.get(connection), self._clock()
         if group is not None:
+            stranger = self.is_stranger(connection)
             for each in (group, self._all):
-                line = each.known
-                if connection in each.strangers:
-                    line = each.strangers
-                line[connection] = now
-                line.move_to_end(connection)
+                line = each.strangers if stranger else each.known
+                each.move(connection, line, now)
+
+    def ask(
+        self,
+        connection: Guest,  # whose first request is here as a whole
+    ) -> None:
+        "Spare a stranger while others are idle, until `permit` or `rest`."
+        group, now = self._group_of.get(connection), self._clock()
+        if group is not None and connection in self._all.strangers:
+            for each in (group, self._all):
+                each.move(connection, each.asking, now)
+
+    def stir(
+        self,
+        connection: Guest,  # that has sent something
+    ) -> None:
+        "Note that a known connection is not idle; strangers have to ask."
+        if connection in self._all.known:
+            self.rest(connection)
 
     def is_stranger(
         self,
         connection: Guest,  # that is open
     ) -> bool:
         "Tell whether no request on this connection was permitted yet."
-        return connection in self._all.strangers
+        return connection in self._all.strangers or connection in self._all.asking
 
     def count(
         self,
         connection: Guest,  # that has received a part of a request
         size: int,  # bytes of it
     ) -> None:
-        "Count bytes of unfinished requests; above the limit drop the oldest of them."
-        self.begun[connection] = self.begun.get(connection, 0) + size
+        """Count bytes of unfinished requests.
+
+        Above the limit the oldest of them is dropped, of a stranger if there is one.
+        """
+        stranger = self.is_stranger(connection) or connection in self.begun
+        begun = self.begun if stranger else self._known_begun
+        begun[connection] = begun.get(connection, 0) + size
         self.size += size
         while self.size > self.limits.max_waiting:
-            self.refused("memory")
-            self._close(next(iter(self.begun)), "memory")
+            self._drop(next(iter(self.begun or self._known_begun)), "memory")
 
     def forget(
         self,
         connection: Guest,  # whose request is complete, or that was closed
     ) -> None:
         "Stop counting the bytes of a connection."
-        self.size -= self.begun.pop(connection, 0)
+        for begun in (self.begun, self._known_begun):
+            self.size -= begun.pop(connection, 0)
 
 # %% ../../nbs/network/12_limits.ipynb #t017
 @arguments_in_help
@@ -256,28 +302,47 @@ class Turns:
 
     def __init__(
         self,
-        at_once: int = 2,  # functions that are called before others have a turn
+        at_once: int = 4,  # functions that are called before others have a turn
     ):
-        self.at_once, self._waiting = at_once, deque()
+        self.at_once, self._goes_on = at_once, False
+        self._first, self._again = OrderedDict(), OrderedDict()  # by whom
         self._loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._first) + len(self._again)
 
     def add(
         self,
+        whose: Any,  # who waits, for `drop`; has one function at a time
         call: Callable[[], object],  # without arguments
+        again: bool = False,  # has had a turn before: three in four are of others
     ) -> None:
         "Call a function when those that came before have been called."
-        self._waiting.append(call)
-        if len(self) == 1:
+        (self._again if again else self._first)[whose] = call
+        self._begin()
+
+    def drop(
+        self,
+        whose: Any,  # as given to `add`
+    ) -> None:
+        "Forget the function of one who does not wait any more; others move up."
+        self._first.pop(whose, None)
+        self._again.pop(whose, None)
+
+    def _begin(self) -> None:
+        if len(self) and not self._goes_on:
+            self._goes_on = True
             self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        for _ in range(min(self.at_once, len(self))):
-            self._loop.call_soon(self._waiting.popleft())  # an error is one's own
-        if self._waiting:
-            self._loop.call_soon(self._go_on)
+        for number in range(min(self.at_once, len(self))):
+            line = self._first or self._again
+            if number == 0 and self._again:  # they come on as well, but slowly
+                line = self._again
+            _, call = line.popitem(last=False)
+            self._loop.call_soon(call)  # an error is one's own
+        self._goes_on = False
+        self._begin()
 
 # %% ../../nbs/network/12_limits.ipynb #l015
 @lru_cache(4096)

@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import weakref
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 from typing import Any, Callable, Coroutine, Optional
@@ -46,6 +47,7 @@ class Server:
         self._app, self._sock, self.loop = app, sock, new_loop()
         self._ready, self._leaving = threading.Event(), asyncio.Event()
         self._failed, self._tasks = True, set()
+        self._odd: set[type] = set()  # errors of looks at connections, in the log
         name = f"axon-{sock.getsockname()[1]}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         _servers.add(self)
@@ -80,7 +82,7 @@ class Server:
 
     async def _serve(self) -> None:
         parts = self._app, self.crowd, self._tasks, Turns()
-        door = Door(self._sock, partial(Connection, *parts))
+        door = Door(self._sock, partial(Connection, *parts), self._make_room)
         door.open()
         self._failed = False
         self._ready.set()
@@ -96,9 +98,30 @@ class Server:
         "Check every connection; after some of them others have a turn."
         for number, connection in enumerate(self.crowd, 1):
             if connection in self.crowd:  # it may have been closed meanwhile
-                connection.tick(self.loop.time())
+                self._look_at(connection)
             if number % _TURN == 0:
                 await asyncio.sleep(0)
+
+    def _look_at(self, connection: Any) -> None:
+        "Close a connection whose time is up; an error costs this one alone."
+        try:
+            connection.tick(self.loop.time())
+        except Exception as error:
+            if type(error) not in self._odd:
+                self._odd.add(type(error))
+                _log.exception("a look at a connection failed: it is closed")
+            connection.evict("error")
+
+    def _make_room(self, known: bool) -> bool:
+        "Close a stranger of the server of this process that has most of them."
+        alive = [server for server in list(_servers) if server.alive]
+        fullest = max(alive, key=lambda server: server.crowd.strangers, default=self)
+        if fullest.crowd.strangers > self.crowd.strangers:
+            with suppress(RuntimeError):  # its loop ended in this moment
+                close = partial(fullest.crowd.make_room, "files", known)
+                fullest.loop.call_soon_threadsafe(close)
+                return True
+        return self.crowd.make_room("files", known)
 
     async def _close_connections(self, seconds: float = 1.0) -> None:
         "Let answers that are on their way arrive; after `seconds` close the rest."
@@ -152,8 +175,10 @@ def _number(connection: Any) -> int:
     return connection.fileno()
 
 # %% ../../nbs/network/06_server.ipynb #s026
-_AT_ONCE = 4  # connections that are accepted before others have a turn
+_AT_ONCE = 2  # accepted before others have a turn: fewer than `Turns` begins
+_SOON = 0.001  # seconds until a connection that made room is closed
 _PAUSE = 0.1  # seconds until the next attempt where the system gives no connection
+_MINUTE = 60.0  # seconds between two words about it in the log
 
 
 @arguments_in_help
@@ -164,12 +189,15 @@ class Door:
         self,
         sock: socket.socket,  # that listens
         make: Callable[[], asyncio.Protocol],  # makes the protocol of a connection
+        make_room: Optional[Callable[[bool], bool]] = None,  # a known one if True
     ):
-        self._sock, self._make = sock, make
+        self._sock, self._make, self._make_room = sock, make, make_room
         self._loop = asyncio.get_running_loop()
         self._entering: set[asyncio.Task] = set()
         self._later: Optional[asyncio.TimerHandle] = None
-        self._told = False  # that the system gives none
+        self._told: dict[str, float] = {}  # what the log said, and when
+        self._most = _usable_files()
+        self._times: Counter[str] = Counter()  # how often it was true since then
 
     def open(self) -> None:
         "Begin to accept."
@@ -196,7 +224,8 @@ class Door:
                 return
             except OSError as error:
                 return self._wait(error)
-            self._told = False
+            if line.fileno() >= self._most:  # the system gives the lowest that is free
+                self._keep_files(line.fileno())
             task = self._loop.create_task(self._enter(line))
             self._entering.add(task)
             task.add_done_callback(self._entering.discard)
@@ -210,12 +239,46 @@ class Door:
             line.close()
 
     def _wait(self, error: OSError) -> None:
-        "Try again in a moment, since the system gives no connection."
-        if not self._told:
-            _log.error("no new connection can be accepted: %s", error)
-        self._told = True
+        "Make room if files have run out, and try again in a moment."
+        self._say(f"no new connection can be accepted: {error}")
+        full = error.errno in (errno.EMFILE, errno.ENFILE)
+        made = full and self._make_room is not None and self._make_room(True)
         self._loop.remove_reader(self._sock)
-        self._later = self._loop.call_later(_PAUSE, self.open)
+        self._later = self._loop.call_later(_SOON if made else _PAUSE, self.open)
+
+    def _say(self, what: str) -> None:
+        "Log what happens again and again, at most once a minute, with a count."
+        self._times[what] += 1
+        last, now = self._told.get(what), self._loop.time()
+        if last is None or now - last > _MINUTE:
+            times = count_of(self._times.pop(what), "time")
+            _log.error(
+                what if last is None else f"{what} ({times} since the last word)"
+            )
+            self._told[what] = now
+
+    def _keep_files(self, number: int) -> None:
+        "Make room when few files are left to the rest of the process."
+        self._most = _usable_files()  # it may have been raised
+        if number >= self._most and self._make_room is not None:
+            if self._make_room(False):
+                self._say("few files are left: connections make room")
+
+
+_SPARE = 64  # files that connections leave to the process: half of the reserve
+
+
+def _usable_files() -> int:
+    "Return the lowest number of a file that is one of the last of this process."
+    try:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY:
+            return soft - min(_SPARE, soft // 4)
+    except ImportError:  # Windows
+        pass
+    return 1 << 31
 
 # %% ../../nbs/network/06_server.ipynb #s021
 def _give_up_sockets() -> None:
