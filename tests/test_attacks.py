@@ -520,6 +520,23 @@ def test_nonce_file_that_is_lost(what, tmp_path):
 NEEDS_REDIS = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)")
 
 
+def test_nonce_file_that_another_locks(tmp_path):
+    """The file of nonces is locked by another program: every request is refused, and `/ready` says why.
+    Older server: has no file."""
+    path = tmp_path / "nonces"
+    with Axon(MINER, nonces=path).attach(echo) as axon:
+        assert (status(axon), get(axon, "/ready")[0]) == (200, 200)
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        assert status(axon) == 503
+        code, told = get(axon, "/ready")
+        assert (code, told["reason"]) == (503, "this miner cannot write down what it accepts")
+        other.execute("COMMIT")
+        other.close()
+        until(lambda: get(axon, "/ready")[0] == 200)  # without any request
+        assert status(axon) == 200
+
+
 @pytest.fixture
 def store_of(tmp_path):
     "Makes a store of nonces of a kind; one in Redis forgets a nonce after less than half a second."
