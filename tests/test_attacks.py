@@ -33,7 +33,9 @@ from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from prompting_nb.baseminer.answering import Once, handler
 from prompting_nb.baseminer.blacklist import Verdict
+from prompting_nb.baseminer.cache import PromptCache
 from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.processes import Followers
 from prompting_nb.baseminer.subnet import NotRegisteredError
@@ -540,6 +542,23 @@ def test_nonce_file_that_is_lost(what, tmp_path):
 
 
 NEEDS_REDIS = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)")
+
+
+def test_nonce_file_that_another_locks(tmp_path):
+    """The file of nonces is locked by another program: every request is refused, and `/ready` says why.
+    Older server: has no file."""
+    path = tmp_path / "nonces"
+    with Axon(MINER, nonces=path).attach(echo) as axon:
+        assert (status(axon), get(axon, "/ready")[0]) == (200, 200)
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        assert status(axon) == 503
+        code, told = get(axon, "/ready")
+        assert (code, told["reason"]) == (503, "this miner cannot write down what it accepts")
+        other.execute("COMMIT")
+        other.close()
+        until(lambda: get(axon, "/ready")[0] == 200)  # without any request
+        assert status(axon) == 200
 
 
 @pytest.fixture
@@ -1659,6 +1678,10 @@ def test_metrics_behind_a_proxy_on_the_same_host():
             assert [http_get(behind, path, h)[0] for h in ({}, away)] == [403, 403]
             assert http_get(behind, path, {"X-Forwarded-For": "203.0.113.9, 127.0.0.1"})[0] == 403
             assert http_get(behind, path, {"X-Forwarded-For": "::1"})[0] == 200
+    with Axon(MINER, trusted_proxies=["10.9.9.9"]).attach(echo) as another:  # than the one that passes these on
+        for header in ("X-Forwarded-For", "X-Real-IP", "Forwarded", "Via"):
+            assert [http_get(another, path, {header: "8.8.8.8"})[0] for path in paths] == [403] * 3
+        assert http_get(another, "/health")[0] == 200
     with Axon(MINER, status_token="sesame", public_status=True).attach(echo) as guarded:
         for path in paths:
             tokens = (None, "Bearer sesam", "Bearer sesame", "Basic sesame")
@@ -2859,6 +2882,58 @@ def test_a_repeated_prompt_takes_no_place_in_the_queue(chain):
     with chain.client() as client, Echo(settings, wallet=MINER, subtensor=client) as miner:
         assert [status(miner.axon) for _ in range(3)] == [200, 409, 409]
         assert miner.axon.metrics.registry.get_sample_value("axon_cache_hits_total") == 2
+
+
+class WaitedFor(PromptCache):
+    waits = True
+
+
+@pytest.mark.parametrize("cache", [PromptCache, WaitedFor], ids=["memory", "store"])
+@pytest.mark.parametrize("kind", ["generator", "async generator"])
+def test_stream_left_at_its_last_piece(kind, cache):
+    """A caller reads a stream up to its last piece, hangs up, and asks the same again.
+    Older miner: -"""
+    calls, closed, once = [], threading.Event(), Once(cache(), lambda: 1)
+
+    def pieces(synapse):
+        calls.append(synapse.prompt)
+        yield ""
+        if len(calls) == 1:
+            raise MemoryError("before the first text")
+        try:
+            while True:
+                yield "the end"
+                time.sleep(0.01)
+        finally:
+            closed.set()
+
+    async def pieces_async(synapse):
+        calls.append(synapse.prompt)
+        yield ""
+        if len(calls) == 1:
+            raise MemoryError("before the first text")
+        try:
+            yield "the end"
+            await asyncio.sleep(SECONDS)
+        finally:
+            closed.set()
+
+    ask = handler(pieces if kind == "generator" else pieces_async, once)
+    with Axon(MINER).attach(ask, check_fn=once.check) as axon:
+
+        def left_at(text):
+            with connect(axon) as line:
+                headers = sign(path="/StreamPrompting") | {"connection": "close"}
+                line.sendall(request(BODY, headers, "/StreamPrompting"))
+                data = b""
+                while text not in data and (more := line.recv(65536)):
+                    data += more
+            return int(data.split()[1])
+
+        left_at(b"nothing")  # it fails: the prompt may be sent again
+        assert left_at(b"the end") == 200 and closed.wait(SECONDS)
+        until(lambda: axon.health()["running"] == 0)
+        assert left_at(b"the end") == 409 and len(calls) == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

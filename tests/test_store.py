@@ -132,6 +132,27 @@ def test_without_redis_requests_are_refused_until_it_is_back(redis, caplog):
         assert any("answers again" in r.getMessage() for r in caplog.records)
 
 
+def ready(axon):
+    connection = http.client.HTTPConnection(axon.host, axon.port, timeout=SECONDS)
+    connection.request("GET", "/ready")
+    answer = connection.getresponse()
+    told = json.loads(answer.read())
+    connection.close()
+    return answer.status, told
+
+
+def test_without_redis_a_miner_is_not_ready_until_it_is_back(redis):
+    with stored(redis) as axon:
+        assert ready(axon)[0] == 200
+        redis.kill()
+        assert status(axon) == 503
+        code, told = ready(axon)
+        assert (code, told["reason"]) == (503, "the store of this miner does not answer")
+        redis.start()
+        until(lambda: ready(axon)[0] == 200)  # without any request
+        until(lambda: status(axon) == 200)  # its new memory begins with the first one
+
+
 def test_a_redis_that_hangs_does_not_hold_up_the_loop(redis):
     with stored(redis) as axon:
         assert status(axon) == 200

@@ -9,14 +9,15 @@ __all__ = ['answer', 'NoCompletion', 'RepeatedPrompt', 'Once', 'handler', 'guard
 import asyncio
 import inspect
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from typing import Any, AsyncIterator, Callable, Iterable, Iterator, cast
 
 from .blacklist import TooOften
 from .cache import prompt_key
 from ..network.auth import Refusal
-from ..protocol import Prompting
+from ..protocol import Prompting, StreamPrompting
 from ..help.usage import count_of
 from ..show import arguments_in_help
 
@@ -107,22 +108,23 @@ class Once:
     def claimed(
         self,
         synapse: Prompting,  # the request, whose roles and messages count
-    ) -> Iterator[None]:
+    ) -> Iterator[Callable[[], None]]:  # call it to keep the claim, whatever comes
         """Claim the prompt for a `with` block; give it back if the block fails.
 
         Raises `RepeatedPrompt` if it is in the cache already.
         """
-        cache = self.cache
+        cache, kept = self.cache, threading.Event()
         if cache is None:
-            yield
+            yield kept.set
             return
         key = self._key(synapse)
         if not cache.claim(key, self.block()):
             raise self._repeated(cache)
         try:
-            yield
+            yield kept.set
         except BaseException:
-            cache.release(key)
+            if not kept.is_set():
+                cache.release(key)
             raise
 
     @property
@@ -141,12 +143,12 @@ class Once:
     async def claimed_async(
         self,
         synapse: Prompting,  # as for `claimed`
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Callable[[], None]]:  # as from `claimed`
         "Do what `claimed` does, in a thread, since the cache may be waited for."
         claim = self.claimed(synapse)
-        await asyncio.to_thread(claim.__enter__)
+        keep = await asyncio.to_thread(claim.__enter__)
         try:
-            yield
+            yield keep
         except BaseException as error:
             await asyncio.to_thread(claim.__exit__, type(error), error, None)
             raise
@@ -176,13 +178,16 @@ def handler(
             return _checked(await prompt(synapse), name)
 
     def pieces(synapse: Prompting) -> Iterator[str]:
-        with once.claimed(synapse):
-            yield from prompt(synapse)
+        with once.claimed(synapse) as keep, closing(prompt(synapse)) as made:
+            for piece in made:
+                _given_out(synapse, piece, keep)
+                yield piece
 
     async def pieces_async(synapse: Prompting) -> AsyncIterator[str]:
-        with once.claimed(synapse):
+        with once.claimed(synapse) as keep:
             async with aclosing(prompt(synapse)) as made:
                 async for piece in made:
+                    _given_out(synapse, piece, keep)
                     yield piece
 
     async def coroutine_waits(synapse: Prompting) -> Prompting:
@@ -190,9 +195,10 @@ def handler(
             return _checked(await prompt(synapse), name)
 
     async def pieces_async_waits(synapse: Prompting) -> AsyncIterator[str]:
-        async with once.claimed_async(synapse):
+        async with once.claimed_async(synapse) as keep:
             async with aclosing(prompt(synapse)) as made:
                 async for piece in made:
+                    _given_out(synapse, piece, keep)
                     yield piece
 
     if once.waits and inspect.isasyncgenfunction(prompt):
@@ -204,6 +210,13 @@ def handler(
     if inspect.isgeneratorfunction(prompt):
         return pieces
     return coroutine if inspect.iscoroutinefunction(prompt) else plain
+
+
+def _given_out(synapse: Prompting, piece: str, keep: Callable[[], None]) -> None:
+    "Keep the claim on a prompt of which the caller gets a piece of text now."
+    # pieces of other questions are joined, and given out when all are there
+    if piece and isinstance(synapse, StreamPrompting):
+        keep()
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05026
 _log = logging.getLogger(__name__)

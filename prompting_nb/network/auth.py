@@ -580,6 +580,7 @@ class FileNonces:
         self._waiting: list[tuple[str, int, Future]] = []
         self._busy = False  # whether the thread is told to store what waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nonces")
+        self._problem, self._tried = "", 0.0  # of the latest attempt
 
     def __len__(self) -> int:
         return self._file.count()
@@ -621,6 +622,17 @@ class FileNonces:
                 raise Refusal(503, "the miner is stopping", "stopping") from None
         return await asyncio.wrap_future(future)
 
+    async def problem(self) -> str:
+        """Say why the latest nonces could not be stored; empty if they could.
+
+        Tries anew, in the thread, when that was five seconds ago.
+        """
+        if self._problem and time.monotonic() > self._tried + 5.0:
+            self._tried = time.monotonic()
+            with suppress(RuntimeError):  # closed
+                self._thread.submit(self._store, [])
+        return self._problem
+
     def _store_what_waits(self) -> None:
         "Store all nonces that wait, and those that come meanwhile."
         while True:
@@ -644,10 +656,13 @@ class FileNonces:
         "Store pairs of hotkey and nonce: for each True, False or a `Refusal`."
         try:
             with self._writing:
-                return self._written(nonces)
+                outcomes = self._written(nonces)
+            self._problem = ""
+            return outcomes
         except (sqlite3.Error, OSError) as error:
             _log.error("%s cannot be used, requests are refused: %s", self.path, error)
             reason = "this miner cannot write down what it accepts"
+            self._problem, self._tried = reason, time.monotonic()
             return [Refusal(503, reason, "nonces") for _ in nonces]
 
     def _written(self, nonces: list) -> list:

@@ -186,9 +186,7 @@ class Axon:
                 self.proxies,
             )
         guard = _StatusGuard(self.public_status, self.status_token, self.proxies)
-        status = _Status(
-            self.health, queue, self.metrics, guard, lambda: self.not_ready()
-        )
+        status = _Status(self.health, queue, self.metrics, guard, self._other_reason)
         self._application = _Application(endpoints, status)
         return self._application
 
@@ -213,6 +211,11 @@ class Axon:
                 server = Server(application, sock, self._limits, refused)
                 self._server = server.start()
         return self
+
+    async def _other_reason(self) -> str:
+        "Say why `/ready` is 503: nonces that cannot be stored, or `not_ready`."
+        problem = getattr(self._gate.nonces, "problem", None)
+        return (await problem() if problem else "") or self.not_ready()
 
     def _open_nonces(self) -> Any:
         if hasattr(self.nonces, "accept"):
@@ -1076,7 +1079,7 @@ class _Status:
         queue: WorkQueue,
         metrics: Metrics,
         guard: _StatusGuard,
-        more: Callable[[], str],  # `Axon.not_ready`
+        more: Callable[[], Awaitable[str]],  # another reason not to be ready
     ):
         self._health, self._queue, self._more = health, queue, more
         self._metrics, self._guard = metrics, guard
@@ -1099,12 +1102,12 @@ class _Status:
             return Response(text, media_type="text/plain; version=0.0.4")
         health = self._health()
         if path == "/ready":
-            reason = self._not_ready(health["status"])
+            reason = await self._not_ready(health["status"])
             told = {"ready": not reason} | ({"reason": reason} if reason else {})
             return JSONResponse({**health, **told}, 503 if reason else 200)
         return JSONResponse(health)
 
-    def _not_ready(self, status: str) -> str:
+    async def _not_ready(self, status: str) -> str:
         "Say why no request should be sent here now; empty if one may be."
         queue = self._queue
         if status != "ok":
@@ -1112,7 +1115,7 @@ class _Status:
         if queue.stuck >= queue.workers:
             late = "held by work whose time limit has passed"
             return f"all {queue.workers} workers are {late}"
-        return "the queue is full" if queue.full else self._more()
+        return "the queue is full" if queue.full else await self._more()
 
     async def _error(self, request: Request, error: Any) -> Response:
         "Answer 404 and 405 in the form of all other errors."

@@ -62,8 +62,9 @@ class Proxies:
         address = _address(client[0]) if client else None
         if address is None or not address.is_loopback:
             return False
-        return bool(self._networks) or not any(
-            k in _PASSED for k, _ in scope["headers"]
+        # whoever passes it on without being trusted may do so for anybody
+        return self._trusts(scope["client"][0]) or not any(
+            key in _PASSED for key, _ in scope["headers"]
         )
 
     def _is_trusted(self, host: str) -> bool:

@@ -98,6 +98,13 @@ class Store:
             raise self._failed(error) from None
         return self._back(found)
 
+    async def problem(self) -> str:
+        "Say that Redis did not answer the latest question, which is asked anew; or ''."
+        if self._away:
+            with suppress(Refusal):
+                await self.run("return 1", [], [])
+        return _AWAY if self._away else ""
+
     def _check(self) -> None:
         if self._away and time.monotonic() < self._away_until:
             raise _unavailable()
@@ -138,9 +145,12 @@ class _Client:
         self.places = asyncio.Semaphore(most)
 
 
+_AWAY = "the store of this miner does not answer"
+
+
 def _unavailable() -> Refusal:
     again = ((b"retry-after", b"1"),)
-    return Refusal(503, "the store of this miner does not answer", "store", again)
+    return Refusal(503, _AWAY, "store", again)
 
 
 def _checked(url: str) -> str:
@@ -239,6 +249,10 @@ class StoredNonces:
         "Store a nonce unless it is known, from a thread."
         question = self._question(hotkey_ss58, nonce_ns)
         return _accepted(self.store.run_in_thread(*question))
+
+    async def problem(self) -> str:
+        "Say why nonces cannot be stored now, as far as it is known; empty if they can."
+        return await self.store.problem()
 
     def _question(self, hotkey: str, nonce: int) -> tuple[str, list, list]:
         if not 0 <= nonce < 10**20:
