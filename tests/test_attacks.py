@@ -2366,6 +2366,35 @@ def test_chain_that_stands_still(chain, caplog):
     assert any("the chain goes on" in r.getMessage() for r in caplog.records)
 
 
+def test_chain_that_flips(chain):
+    """Two nodes behind one address stand still at two blocks, and answer in turn.
+    Older miner: -"""
+    now, turn = [0.0], [0]
+
+    class Patient(Echo):
+        clock = staticmethod(lambda: now[0])
+
+    with chain.client() as client:
+
+        class Two:
+            network, subnets, execute = "local", client.subnets, client.execute
+
+            @property
+            def block(self):
+                turn[0] += 1
+                return client.block + turn[0] % 2
+
+        with Patient({"miner": {"poll_interval": 0.001}}, wallet=MINER, subtensor=Two()) as miner:
+            assert get(miner.axon, "/ready")[0] == 200
+            for now[0] in (100.0, 200.0, 300.0, 400.0):
+                seen = turn[0]
+                until(lambda seen=seen: turn[0] > seen + 4)
+            until(lambda: get(miner.axon, "/ready")[0] == 503)
+            assert f"no block after {chain.block + 1} for" in get(miner.axon, "/ready")[1]["reason"] and status(miner.axon) == 200
+            chain.step(2)
+            until(lambda: get(miner.axon, "/ready")[0] == 200)
+
+
 def test_chain_that_goes_back(chain):
     """Another chain, or a node that is far behind, answers at the same address: its blocks have lower numbers.
     Older miner: -"""

@@ -31,7 +31,7 @@ from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.miners import MINERS
 from prompting_nb.baseminer.priority import StakePriority
 from prompting_nb.baseminer.running import Runner
-from prompting_nb.baseminer.subnet import NotRegisteredError, Subnet
+from prompting_nb.baseminer.subnet import NoAddressError, NotRegisteredError, Subnet
 from prompting_nb.config import (
     Config, InputError, PositiveInt, add_argument, make_parser, merge, read_config,
 )
@@ -625,6 +625,29 @@ def test_a_private_external_ip_needs_the_word(make, chain, ip):
     assert make(config={"axon.external_ip": "198.41.0.4"}).settings.axon.external_ip == "198.41.0.4"
     with pytest.raises(InputError, match="miner.example is no IP address"):
         make(config={"axon.external_ip": "miner.example"})
+
+
+EVERYWHERE = ["0.0.0.0", "0", "000.000.000.000", "::", "::0", "0:0:0:0:0:0:0:0", "[::]", "::ffff:0.0.0.0"]
+
+
+@pytest.mark.parametrize("ip", EVERYWHERE)
+def test_every_interface_is_no_address_to_publish(make, chain, ip):
+    said = "means every interface.*--axon.external_ip where others reach this machine"
+    with pytest.raises(InputError, match=f"--axon.host {re.escape(ip)} {said}"):
+        make(config={"axon.host": ip})
+    for private in (False, True):
+        with pytest.raises(InputError, match=r"--axon.external_ip .* (means every interface|is no IP address)"):
+            make(config={"axon.external_ip": ip, "axon.allow_private": private})
+    if ip == "0.0.0.0":  # of an axon that was handed over
+        with pytest.raises(NoAddressError, match=said), make(axon=Axon(MINER, ip)):
+            pass
+        assert "serve_axon" not in chain.calls
+
+
+@pytest.mark.parametrize("ip", ["2001:4860::1%eth0", "[2001:4860::1%eth0]", "fe80::1%1"])
+def test_an_address_with_a_zone_is_not_published(make, ip):
+    with pytest.raises(InputError, match=r"--axon.external_ip \S+ has a zone, (eth0|1), that means something on one machine"):
+        make(config={"axon.external_ip": ip, "axon.allow_private": True})
 
 
 def test_flag_netuid(client, make):
