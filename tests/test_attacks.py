@@ -2647,6 +2647,22 @@ def test_process_that_cannot_be_started(monkeypatch, caplog):
     assert len(made) == 2 and all(process.poll() is not None for process in made)  # none is left behind
 
 
+def test_process_that_hangs(caplog):
+    """A process of a miner with several is suspended, or hangs: it is given connections and answers none.
+    Older miner: has one."""
+    beats = "import time; from prompting_nb.baseminer.processes import leader_is_gone\nwhile not leader_is_gone(): time.sleep(0.02)"
+    quiet = "import time; time.sleep(60)"  # gives no sign: it may still be starting
+    commands = [beats, quiet, beats]
+    with Followers(lambda _: [sys.executable, "-c", commands.pop(0)], count=2, pause=0.1, patience=2.0) as followers:
+        first, second = followers._processes
+        until(lambda: followers._beats[first.pid][1] == 0.0)
+        first.send_signal(signal.SIGSTOP)
+        until(lambda: followers._processes[0] is not first and followers.running == 2)
+        until(lambda: followers._beats[followers._processes[0].pid][1] == 0.0)
+        assert followers._processes[1] is second
+    assert caplog.text.count("process 2 of 3 hangs (no sign of life for 2 s): killed") == 1 and first.poll() == -signal.SIGKILL
+
+
 def test_rate_limit_says_when_to_come_back(chain):
     """A registered caller that asks too often.
     Older server: has no rate limit."""
