@@ -112,7 +112,7 @@ class Followers:
             heard = bool(os.read(pipe, 65536))
         except BlockingIOError:
             heard = False
-        # pauses are counted, for by the clock all are silent after a sleep of the system
+        # pauses, not the clock: all are silent while the system sleeps
         silence = 0.0 if heard else silence + self.pause
         late = silence >= self.patience
         self._beats[pid] = pipe, -math.inf if late else silence
