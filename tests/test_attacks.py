@@ -2613,6 +2613,35 @@ def test_chain_that_stands_still(chain, caplog):
     assert any("the chain goes on" in r.getMessage() for r in caplog.records)
 
 
+def test_chain_that_flips(chain):
+    """Two nodes behind one address stand still at two blocks, and answer in turn.
+    Older miner: -"""
+    now, turn = [0.0], [0]
+
+    class Patient(Echo):
+        clock = staticmethod(lambda: now[0])
+
+    with chain.client() as client:
+
+        class Two:
+            network, subnets, execute = "local", client.subnets, client.execute
+
+            @property
+            def block(self):
+                turn[0] += 1
+                return client.block + turn[0] % 2
+
+        with Patient({"miner": {"poll_interval": 0.001}}, wallet=MINER, subtensor=Two()) as miner:
+            assert get(miner.axon, "/ready")[0] == 200
+            for now[0] in (100.0, 200.0, 300.0, 400.0):
+                seen = turn[0]
+                until(lambda seen=seen: turn[0] > seen + 4)
+            until(lambda: get(miner.axon, "/ready")[0] == 503)
+            assert f"no block after {chain.block + 1} for" in get(miner.axon, "/ready")[1]["reason"] and status(miner.axon) == 200
+            chain.step(2)
+            until(lambda: get(miner.axon, "/ready")[0] == 200)
+
+
 def test_chain_that_goes_back(chain):
     """Another chain, or a node that is far behind, answers at the same address: its blocks have lower numbers.
     Older miner: -"""
@@ -2863,6 +2892,22 @@ def test_process_that_cannot_be_started(monkeypatch, caplog):
     with pytest.raises(OSError, match="Cannot allocate"), Followers(lambda _: ["sleep", "60"], count=3):
         pass
     assert len(made) == 2 and all(process.poll() is not None for process in made)  # none is left behind
+
+
+def test_process_that_hangs(caplog):
+    """A process of a miner with several is suspended, or hangs: it is given connections and answers none.
+    Older miner: has one."""
+    beats = "import time; from prompting_nb.baseminer.processes import leader_is_gone\nwhile not leader_is_gone(): time.sleep(0.02)"
+    quiet = "import time; time.sleep(60)"  # gives no sign: it may still be starting
+    commands = [beats, quiet, beats]
+    with Followers(lambda _: [sys.executable, "-c", commands.pop(0)], count=2, pause=0.1, patience=2.0) as followers:
+        first, second = followers._processes
+        until(lambda: followers._beats[first.pid][1] == 0.0)
+        first.send_signal(signal.SIGSTOP)
+        until(lambda: followers._processes[0] is not first and followers.running == 2)
+        until(lambda: followers._beats[followers._processes[0].pid][1] == 0.0)
+        assert followers._processes[1] is second
+    assert caplog.text.count("process 2 of 3 hangs (no sign of life for 2 s): killed") == 1 and first.poll() == -signal.SIGKILL
 
 
 def test_rate_limit_says_when_to_come_back(chain):

@@ -9,7 +9,7 @@ import pytest
 from prompting_nb.baseminer.subnet import Subnet, open_client
 from prompting_nb.loop.validator import PlaceSettings
 from prompting_nb.network.chain import EmbeddedChain, is_embedded, make_wallet
-from prompting_nb.network.limited import CALL_TIMEOUT, LimitedClient, limited
+from prompting_nb.network.limited import CALL_TIMEOUT, BlockWatch, LimitedClient, limited
 from prompting_nb.validators.validator import Validator
 
 ME = make_wallet("validator")
@@ -91,3 +91,18 @@ def test_a_limited_client_is_the_client_in_all_other_ways():
         assert client.at(2).block == 2 and is_embedded(client) and client.constant is not None
         with pytest.raises(AttributeError):
             client.no_such_thing
+
+
+def test_only_a_new_greatest_block_is_progress():
+    watch = BlockWatch(SimpleNamespace(network="finney"))
+    looks = [watch.look(100 + now // 6 % 2, float(now)) for now in range(0, 600, 6)]
+    assert looks[:3] == [True, True, False] and not any(looks[2:]) and watch.problem() == "the chain has had no block after 101 for 588 s"
+    for now in range(600, 894, 6):  # another chain, which goes on
+        watch.look(now // 12 - 40, float(now))
+    assert watch.problem()
+    for now in range(894, 1500, 6):
+        watch.look(now // 12 - 40, float(now))
+    assert (watch.block, watch.problem()) == (84, "")
+    for now in range(1500, 2200, 6):  # and one that stands still from its beginning
+        watch.look(3, float(now))
+    assert watch.block == 3 and watch.problem() == "the chain has had no block after 3 for 696 s"

@@ -31,7 +31,7 @@ from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.miners import MINERS
 from prompting_nb.baseminer.priority import StakePriority
 from prompting_nb.baseminer.running import Runner
-from prompting_nb.baseminer.subnet import NotRegisteredError, Subnet
+from prompting_nb.baseminer.subnet import NoAddressError, NotRegisteredError, Subnet
 from prompting_nb.config import (
     Config, InputError, PositiveInt, add_argument, make_parser, merge, read_config,
 )
@@ -626,6 +626,29 @@ def test_a_private_external_ip_needs_the_word(make, chain, ip):
         make(config={"axon.external_ip": "miner.example"})
 
 
+EVERYWHERE = ["0.0.0.0", "0", "000.000.000.000", "::", "::0", "0:0:0:0:0:0:0:0", "[::]", "::ffff:0.0.0.0"]
+
+
+@pytest.mark.parametrize("ip", EVERYWHERE)
+def test_every_interface_is_no_address_to_publish(make, chain, ip):
+    said = "means every interface.*--axon.external_ip where others reach this machine"
+    with pytest.raises(InputError, match=f"--axon.host {re.escape(ip)} {said}"):
+        make(config={"axon.host": ip})
+    for private in (False, True):
+        with pytest.raises(InputError, match=r"--axon.external_ip .* (means every interface|is no IP address)"):
+            make(config={"axon.external_ip": ip, "axon.allow_private": private})
+    if ip == "0.0.0.0":  # of an axon that was handed over
+        with pytest.raises(NoAddressError, match=said), make(axon=Axon(MINER, ip)):
+            pass
+        assert "serve_axon" not in chain.calls
+
+
+@pytest.mark.parametrize("ip", ["2001:4860::1%eth0", "[2001:4860::1%eth0]", "fe80::1%1"])
+def test_an_address_with_a_zone_is_not_published(make, ip):
+    with pytest.raises(InputError, match=r"--axon.external_ip \S+ has a zone, (eth0|1), that means something on one machine"):
+        make(config={"axon.external_ip": ip, "axon.allow_private": True})
+
+
 def test_flag_netuid(client, make):
     with pytest.raises(InputError, match="no subnet 2: choose another with --netuid"):
         make(config={"netuid": 2})
@@ -1064,10 +1087,97 @@ def test_a_failed_publish_is_tried_again_at_the_next_look(make, chain, caplog):
         uid = chain.register(MINER)
         failing.append(True)
         chain.step(100)  # an epoch: the new uid has no address yet
-        miner.wait_for_block(chain.block)
         with chain.client() as client:
-            assert client.subnets.metagraph(1).neuron(uid).axon == miner.axon.address
-    assert "the node hung up), retry 1 of 10" in caplog.text and chain.block - miner.synced_at < 100
+            wait_until(lambda: client.subnets.metagraph(1).neuron(uid).axon == miner.axon.address)
+        wait_until(lambda: "the address is published" in caplog.text)
+    assert "(ConnectionError: the node hung up), retry 1 in" in caplog.text and chain.block - miner.synced_at < 100
+
+
+class Refused(Axon):
+    "The chain takes no address from it while it is `refused`."
+
+    refused = tries = 0
+
+    def serve(self, *args, **more):
+        self.tries += 1
+        if self.refused:
+            raise RuntimeError("an axon was served too recently")
+        return super().serve(*args, **more)
+
+
+def test_a_chain_that_refuses_the_address_has_not_failed(make, chain, caplog):
+    class Weighs(Echo):
+        weighed = 0
+
+        def weights(self):
+            self.weighed += 1
+            return {}
+
+    axon = Refused(MINER)
+    with make(Weighs, axon=axon, config={"miner.retries": 2, "miner.blocks_per_epoch": 1}) as miner:
+        Axon.serve(axon, chain.client(), 1, "127.0.0.2", 1)  # another one is shown: it is to be published again
+        axon.refused, miner.weighed = True, 0
+        for _ in range(5):
+            chain.step()
+            assert miner.wait_for_block(chain.block) and miner.synced_at == chain.block
+        wait_until(lambda: axon.tries > 4)
+        assert miner.is_running and miner.runner.failures == 0 and get(miner.axon, "/ready")[0] == 200
+        assert miner.weighed >= 5
+        axon.refused = False
+        wait_until(lambda: "the address is published" in caplog.text)
+    pauses = [float(pause) for pause in re.findall(r"served too recently\), retry \d+ in (\S+) s", caplog.text)]
+    assert pauses[:3] == [0.01, 0.02, 0.04]
+
+
+def test_pauses_grow_within_bounds(make):
+    axon = Refused(MINER)
+    miner = make(axon=axon)
+    assert [miner.runner.pause(n) for n in (0, 1, 5, 5000)] == [0.01, 0.02, 0.32, 300.0]
+    axon.refused = True
+    miner.run_in_background_thread()
+    assert not miner.wait_for_block(timeout=0.3) and axon.tries < 9  # nothing is published yet
+    axon.refused = False
+    assert miner.wait_for_block() and miner.is_running
+
+
+@pytest.mark.parametrize("through", ["the miner's client", "one of its own"])
+def test_weights_that_hang_are_noticed(make, chain, caplog, through):
+    class Asks(Echo):
+        def weights(self):
+            return {2: float((self.subnet.client if through == "the miner's client" else own).block)}
+
+    settings = {"subtensor.timeout": 0.1, "miner.blocks_per_epoch": 1, "miner.name": "asks"}
+    hang, hung = threading.Event(), threading.Event()
+
+    class Hangs:
+        network = "ws://embedded"
+
+        def __init__(self, client):
+            self.client, self.subnets, self.execute, self.looks = client, client.subnets, client.execute, 0
+
+        @property
+        def block(self):
+            self.looks += 1
+            if hung.is_set() and (self is own or self.looks % 3 == 0):  # the look, the metagraph's block, `weights`
+                hang.wait(SECONDS)
+            return self.client.block
+
+    client, own = Hangs(chain.client()), Hangs(chain.client())
+    with make(Asks, config=settings, subtensor=client) as miner:
+        assert get(miner.axon, "/ready")[0] == 200
+        client.looks = 0
+        hung.set()
+        chain.step()
+        if through == "one of its own":
+            wait_until(lambda: "longer than 0.5 s: a call hangs" in caplog.text)
+            status, told = get(miner.axon, "/ready")
+            assert status == 503 and told["reason"].startswith("one look at the chain takes longer than 0.5 s, the metagraph is of")
+        else:
+            wait_until(lambda: "block: the chain did not answer within 0.1 s" in caplog.text)
+        hung.clear(), hang.set()
+        chain.step()
+        assert miner.wait_for_block(chain.block) and get(miner.axon, "/ready")[0] == 200
+    assert caplog.text.count("a call hangs") == (through == "one of its own")
 
 
 def test_a_call_that_hangs_is_given_up_and_tried_again(make, chain, caplog):

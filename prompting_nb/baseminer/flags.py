@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .blacklist import read_hotkeys
+from .subnet import no_address
 from ..config import InputError, Netuid, NonNegativeFloat, NonNegativeInt
 from ..config import Port, PositiveFloat, PositiveInt, PositiveSeconds
 from ..config import NotEmptyStr, check_most, check_settings
@@ -192,12 +193,12 @@ class AxonSettings:
     def __post_init__(self):
         check_settings(self)
         check_most(self, "axon", processes=256)
-        if self.host in ("0.0.0.0", "::") and not self.external_ip:
+        why = no_address(self.host.strip("[]"))
+        if why and not self.external_ip:
             raise InputError(
-                f"--axon.host {self.host} means every interface, and is no address to "
+                f"--axon.host {self.host or repr('')} {why}, and is no address to "
                 "publish: say with --axon.external_ip where others reach this machine"
             )
-
         if self.external_ip:
             self._check_external_ip()
         for proxy in self.trusted_proxies:
@@ -217,6 +218,8 @@ class AxonSettings:
             kind = not_public(self.external_ip.strip("[]"))
         except ValueError:
             raise InputError(f"{flag} is no IP address: give one, not a name") from None
+        if why := no_address(self.external_ip.strip("[]")):
+            raise InputError(f"{flag} {why}: give one where others reach this machine")
         # an address for examples stands for a public one in pages and in files that are
         # to be filled in; validators refuse it, and `Subnet.publish` warns of it
         if kind not in ("", "for examples") and not self.allow_private:

@@ -10,6 +10,7 @@ import abc
 import argparse
 import inspect
 import logging
+import math
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, ClassVar
@@ -25,7 +26,7 @@ from .flags import AxonSettings, BlacklistSettings, MinerSettings
 from .flags import without_effect
 from .priority import StakePriority
 from .running import Runner
-from .subnet import NotRegisteredError, Subnet
+from .subnet import NoAddressError, NotRegisteredError, Subnet
 from .subnet import open_client, open_wallet
 from ..config import Config, InputError, add_settings, read_config
 from ..config import settings_of
@@ -54,6 +55,7 @@ class Miner(abc.ABC):
     clock: Callable[[], float] = staticmethod(time.monotonic)  # seconds
     longest_pause: float = 300.0  # seconds between two attempts to reach the chain
     weight_tries: int = 10  # times that weights are set in an epoch, until they are
+    calls_of_a_look: int = 5  # that one look at the chain has time for
     Settings: ClassVar[Any] = None  # dataclass of what can be set on this kind of miner
     section: ClassVar[str] = ""  # of these settings; "": named after the dataclass
 
@@ -76,12 +78,18 @@ class Miner(abc.ABC):
         if wallet is None:
             disk = settings.wallet
             wallet = open_wallet(disk.name, disk.hotkey, disk.path)
-        if subtensor is None:
+        opened = subtensor is None
+        if opened:
             subtensor = open_client(settings.subtensor.network)
-        self.wallet, self.subtensor, self.netuid = wallet, subtensor, settings.netuid
+        self.wallet, self.netuid = wallet, settings.netuid
         limit = settings.subtensor.timeout
         self.subnet = Subnet(wallet, subtensor, settings.netuid, limit)
+        # a client of our own has a limit for what a subclass asks, too; another one is
+        # used as it is, and `_not_ready` tells of a look at the chain that hangs
+        self.subtensor = self.subnet.client if opened else subtensor
         self._unpublished = True  # since the start, or the latest epoch
+        self._refused = 0  # failed attempts in a row to publish the address
+        self._publish_at = -math.inf  # by `clock`: not before the end of a pause
         self._unweighed = 0  # tries that are left to set the weights of the epoch
         self._newest = BlockWatch(self.subnet.client)
         self.sync()  # a miner that is not registered does not listen
@@ -99,7 +107,8 @@ class Miner(abc.ABC):
             poll_interval=loop.poll_interval,
             retries=loop.retries,
             longest_pause=self.longest_pause,
-            fatal=(NotRegisteredError,),
+            longest_look=self.calls_of_a_look * limit,
+            fatal=(NotRegisteredError, NoAddressError),
         )
         self.axon.not_ready = self._not_ready
         if self.store is not None:
@@ -324,8 +333,25 @@ class Miner(abc.ABC):
         return self.subnet.set_weights(self.weights())
 
     def _publish(self) -> None:
-        axon = self.settings.axon
-        self.subnet.publish(self.axon, axon.external_ip, axon.external_port)
+        "Publish the address; a failure is logged and tried again after a pause."
+        axon, name = self.settings.axon, self.runner.name
+        if self.clock() < self._publish_at:
+            return
+        try:
+            self.subnet.publish(self.axon, axon.external_ip, axon.external_port)
+        except NoAddressError:  # and will not have one later
+            raise
+        except Exception as error:  # too soon, no fee: the chain itself goes on
+            pause = self.runner.pause(self._refused)
+            self._refused += 1
+            self._publish_at = self.clock() + pause
+            what = f"{type(error).__name__}: {error}"
+            told = "%s: the address is not published (%s), retry %d in %.3g s"
+            _log.warning(told, name, what, self._refused, pause)
+            return
+        if self._refused:
+            _log.warning("%s: the address is published", name)
+        self._unpublished, self._refused = False, 0
 
     def _not_ready(self) -> str:
         "Say why requests should go to another miner; empty while the chain goes on."
@@ -335,8 +361,8 @@ class Miner(abc.ABC):
         )
         if failures >= 3:
             return f"the chain has failed {count_of(failures, 'time')} in a row, {old}"
-        still = self._newest.problem()
-        return f"{still}, {old}" if still else ""
+        problem = self.runner.problem() or self._newest.problem()
+        return f"{problem}, {old}" if problem else ""
 
     def _notice(self, block: int) -> None:
         "Log that the chain stands still, once, and that it goes on."
@@ -362,11 +388,12 @@ class Miner(abc.ABC):
             self.sync()
         leads = not self.settings.axon.follower
         self._unpublished |= epoch or first
+        if first:
+            self._publish_at = -math.inf
         if epoch and not loop.no_set_weights:
             self._unweighed = self.weight_tries
         if leads and self._unpublished and not stopping.is_set():
             self._publish()
-            self._unpublished = False  # what fails is tried again at the next look
         if leads and self._unweighed and not stopping.is_set():
             self._unweighed -= 1
             if self.set_weights() is not False:
@@ -419,7 +446,9 @@ class Miner(abc.ABC):
         timeout: float = 10.0,  # seconds
     ) -> bool:  # False when the time is over or the miner has stopped before
         "Wait until the running miner has seen this block and done what was due."
-        return self.runner.wait_for(block, timeout)
+        leads = not self.settings.axon.follower
+        published = lambda: block > 0 or not (leads and self._unpublished)
+        return self.runner.wait_for(block, timeout, published)
 
     def __enter__(self) -> Self:
         """Start in the background; return the miner when its address is published.

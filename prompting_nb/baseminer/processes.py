@@ -6,7 +6,9 @@
 __all__ = ['Followers', 'end_processes', 'leader_is_gone']
 
 # %% ../../nbs/baseminer/11_processes.ipynb #m11003
+import contextlib
 import logging
+import math
 import os
 import subprocess
 import tempfile
@@ -21,21 +23,26 @@ from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/11_processes.ipynb #m11008
 _log = logging.getLogger(__name__)
-_LEADER = "PROMPTING_NB_LEADER"  # process id, in the environment of followers
+# in the environment of followers, and no settings, whose names begin otherwise
+_LEADER = "_PROMPTING_NB_LEADER"  # process id
+_BEAT = "_PROMPTING_NB_BEAT"  # file descriptor: a pipe to the leader
 
 
 @arguments_in_help
 class Followers:
-    "Processes that are restarted when they fail, and end with this one."
+    "Processes that are restarted when they fail or hang, and end with this one."
 
     def __init__(
         self,
         command: Callable[[Path], list[str]],  # makes a command, given a folder
         count: int,  # processes; 0 for none
         pause: float = 1.0,  # seconds until one that failed is restarted
+        patience: float = 10.0,  # seconds without a sign of life, after the first
     ):
         self.command, self.count, self.pause = command, count, pause
+        self.patience = patience
         self._processes: list[subprocess.Popen] = []
+        self._beats: dict[int, tuple[int, float]] = {}  # pid: pipe, seconds of silence
         self._ending = threading.Event()
         self._folder = tempfile.TemporaryDirectory(prefix="prompting-nb-")
         self.folder = Path(self._folder.name)
@@ -52,28 +59,73 @@ class Followers:
                 self._processes.append(self._start())
         except BaseException:  # those that were started would be left behind
             end_processes(self._processes, 15.0)
-            self._folder.cleanup()
+            self._clean_up()
             raise
         if self.count:
             self._watch.start()
         return self
 
     def _start(self) -> subprocess.Popen:
-        leader = {**os.environ, _LEADER: str(os.getpid())}
-        command = self.command(self.folder)
-        return subprocess.Popen(command, env=leader, stdin=subprocess.DEVNULL)
+        read, write = os.pipe()
+        os.set_blocking(read, False)
+        own = {_LEADER: str(os.getpid()), _BEAT: str(write)}
+        try:
+            process = subprocess.Popen(
+                self.command(self.folder),
+                env={**os.environ, **own},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[write],
+            )
+        except BaseException:
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
+        self._beats[process.pid] = read, -math.inf  # the first sign may take long
+        return process
 
     def _run(self) -> None:
         while not self._ending.wait(self.pause):
             for i, process in enumerate(self._processes):
+                which = i + 2, self.count + 1
                 if (status := process.poll()) is not None:
                     failed = "process %d of %d ended with status %d and is restarted"
-                    _log.error(failed, i + 2, self.count + 1, status)
-                    try:
-                        self._processes[i] = self._start()
-                    except Exception as error:  # no memory, no place for a process
-                        what = "process %d of %d could not be started (%s): once more"
-                        _log.error(what, i + 2, self.count + 1, error)
+                    _log.error(failed, *which, status)
+                    self._restart(i)
+                elif self._is_silent(process.pid):
+                    hangs = "process %d of %d hangs (no sign of life for %g s): killed"
+                    _log.error(hangs, *which, self.patience)
+                    process.kill()
+
+    def _restart(self, i: int) -> None:
+        self._forget(self._processes[i].pid)
+        try:
+            self._processes[i] = self._start()
+        except Exception as error:  # no memory, no place for a process
+            what = "process %d of %d could not be started (%s): once more"
+            _log.error(what, i + 2, self.count + 1, error)
+
+    def _is_silent(self, pid: int) -> bool:
+        "Read what a process has sent; tell whether it was nothing for too long."
+        pipe, silence = self._beats[pid]
+        try:
+            heard = bool(os.read(pipe, 65536))
+        except BlockingIOError:
+            heard = False
+        # pauses, not the clock: all are silent while the system sleeps
+        silence = 0.0 if heard else silence + self.pause
+        late = silence >= self.patience
+        self._beats[pid] = pipe, -math.inf if late else silence
+        return late
+
+    def _forget(self, pid: int) -> None:
+        if found := self._beats.pop(pid, None):
+            os.close(found[0])
+
+    def _clean_up(self) -> None:
+        self._folder.cleanup()
+        for pid in list(self._beats):
+            self._forget(pid)
 
     def __exit__(self, *_) -> None:
         "End the processes: each lets admitted requests finish."
@@ -81,7 +133,7 @@ class Followers:
         if self.count:
             self._watch.join()
         end_processes(self._processes, 15.0)
-        self._folder.cleanup()
+        self._clean_up()
 
 
 def end_processes(
@@ -102,6 +154,13 @@ def end_processes(
 
 
 def leader_is_gone() -> bool:
-    "Tell whether this process was started by `Followers` whose process has ended."
-    leader = os.environ.get(_LEADER)
+    """Tell whether this process was started by `Followers` whose process has ended.
+
+    To be asked every second or so: it is the sign of life for a leader that goes on.
+    """
+    leader, beat = os.environ.get(_LEADER), os.environ.get(_BEAT)
+    if beat is not None and leader == str(os.getppid()):
+        with contextlib.suppress(OSError):  # the leader has ended, or does not read
+            os.set_blocking(int(beat), False)
+            os.write(int(beat), b".")
     return leader is not None and leader != str(os.getppid())

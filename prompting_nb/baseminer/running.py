@@ -6,9 +6,11 @@
 __all__ = ['Runner']
 
 # %% ../../nbs/baseminer/06_running.ipynb #m06002
+import contextlib
 import logging
+import math
 import threading
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 
 from ..files import on_sigterm
 from ..show import arguments_in_help
@@ -35,11 +37,14 @@ class Runner:
         poll_interval: float = 6.0,  # seconds between two calls of `each_block`
         retries: int = 10,  # failures in a row after which it goes on
         longest_pause: float = 300.0,  # most seconds between two attempts
+        longest_look: float = math.inf,  # seconds of `each_block`; more is a problem
         fatal: tuple[type[Exception], ...] = (),  # exceptions that are not retried
     ):
         self.each_block, self.on_start, self.on_stop = each_block, on_start, on_stop
         self.name, self.poll_interval, self.retries = name, poll_interval, retries
         self.longest_pause, self.fatal = longest_pause, fatal
+        self.longest_look = longest_look
+        self.overdue = False  # `each_block` is under way for longer than that
         self.stopping = threading.Event()  # set: the run ends after the present block
         self.block = -1  # the newest block that was handled in this run
         self.failures = 0  # in a row, until now
@@ -89,12 +94,18 @@ class Runner:
         self,
         block: int = 0,  # 0: any block
         timeout: float = 10.0,  # seconds
+        until: Callable[[], bool] = lambda: True,  # asked after each block as well
     ) -> bool:  # False: the time is over, or the run has ended before
         "Wait until this block was handled in the present run."
-        done = lambda: self.block >= block or not self.is_running
+        reached = lambda: self.block >= block and until()
         with self._changed:
-            self._changed.wait_for(done, timeout)
-        return self.block >= block
+            self._changed.wait_for(lambda: reached() or not self.is_running, timeout)
+        return reached()
+
+    def problem(self) -> str:  # empty: there is none
+        "Say that `each_block` takes longer than it may."
+        took = f"one look at the chain takes longer than {self.longest_look:g} s"
+        return took if self.overdue else ""
 
     def _begin(self) -> None:
         "Take the lock, reset the state of the last run and call `on_start`."
@@ -142,7 +153,8 @@ class Runner:
         "Handle a block, wait, and repeat; raise what is fatal or has failed too often."
         while not self.stopping.is_set():
             try:
-                block = self.each_block()
+                with self._timed():
+                    block = self.each_block()
                 self.failures = 0
                 with self._changed:
                     self.block = block
@@ -156,11 +168,36 @@ class Runner:
                 what, of = type(error).__name__, (self.failures, self.retries)
                 message = "%s: the chain failed (%s: %s), retry %d of %d"
                 _log.warning(message, self.name, what, error, *of)
-            self.stopping.wait(self._pause(self.failures))
+            self.stopping.wait(self.pause(self.failures))
 
-    def _pause(self, failures: int) -> float:
-        "Return the seconds until the next attempt: doubled by each failure in a row."
-        pause = min(self.poll_interval * 2**failures, self.longest_pause)
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        "Notice when the block of `with` takes too long: from outside, for it may hang."
+        if self.longest_look >= threading.TIMEOUT_MAX:
+            yield
+            return
+        timer = threading.Timer(self.longest_look, self._is_late)
+        timer.daemon, timer.name = True, f"{self.name}-limit"
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()  # or it would be late after the end
+            if self.overdue:
+                self.overdue = False
+                _log.warning("%s: the look at the chain has ended", self.name)
+
+    def _is_late(self) -> None:
+        self.overdue = True
+        _log.error("%s: %s: a call hangs", self.name, self.problem())
+
+    def pause(
+        self,
+        failures: int,  # in a row
+    ) -> float:  # seconds, at most `longest_pause`
+        "Return the time until the next attempt: doubled by each failure."
+        pause = min(self.poll_interval * 2 ** min(failures, 64), self.longest_pause)
         return max(self.poll_interval, pause)
 
 # %% ../../nbs/baseminer/06_running.ipynb #m06022

@@ -11,7 +11,7 @@ import inspect
 import math
 import threading
 from concurrent.futures import Future, wait
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from typing_extensions import Self
 
@@ -109,9 +109,21 @@ def within(
     return outcome.result()
 
 # %% ../../nbs/network/31_limited.ipynb #w3114
+class _Low(NamedTuple):
+    "Blocks below the greatest one, in a row."
+
+    begin: float  # when the first of them was seen
+    block: int  # the greatest of them
+    since: float  # when that was seen first
+
+
 @arguments_in_help
 class BlockWatch:
-    "The newest block of a chain, and whether it has been the newest for too long."
+    """The newest block of a chain, and whether it has been the newest for too long.
+
+    Only a greater block is a newer one. A chain that shows lower ones for `still`
+    seconds without a break has begun anew, and its newest block is that of this time.
+    """
 
     def __init__(
         self,
@@ -122,18 +134,33 @@ class BlockWatch:
 
         self.still = math.inf if is_embedded(client) else still
         self.block = -1  # before the first look
-        self.since = self.seen = 0.0  # when it was seen first and last
+        self.since = self.seen = 0.0  # when it was seen first, and the last look
+        self._low: _Low | None = None  # the greatest of the lower blocks since it
 
     def look(
         self,
         block: int,  # of the chain
         now: float,  # of any clock, in seconds
-    ) -> bool:  # whether there was none or another one before
+    ) -> bool:  # whether it is newer than all before
         "Take the number of the newest block."
-        is_new, self.seen = block != self.block, now
-        if is_new:
-            self.block, self.since = block, now
-        return is_new
+        self.seen = now
+        if block > self.block:
+            self._begin(block, now)
+            return True
+        if block == self.block:
+            self._low = None
+            return False
+        if self._low is None:
+            self._low = _Low(now, block, now)
+        if block > self._low.block:
+            self._low = self._low._replace(block=block, since=now)
+        if now - self._low.begin >= self.still:
+            self._begin(self._low.block, self._low.since)
+            return True
+        return False
+
+    def _begin(self, block: int, since: float) -> None:
+        self.block, self.since, self._low = block, since, None
 
     def problem(self) -> str:  # empty: there is none
         "Say for how long there has been no new block."
