@@ -12,7 +12,9 @@ import re
 from typing import Any, ClassVar, Mapping, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import PydanticSerializationError, SchemaValidator
+from pydantic_core import core_schema as schema
+from pydantic_core import to_json
 
 from .show import html_table
 
@@ -102,6 +104,56 @@ class StreamPrompting(Prompting):
     name: ClassVar[str] = "StreamPrompting"
     path: ClassVar[str] = "/StreamPrompting"
 
+# %% ../nbs/02_protocol.ipynb #lg02
+_LONG = 16_384  # bytes
+_WRONG, _MISSING = object(), object()  # in place of a value
+
+
+def _reader(required: dict, optional: dict) -> SchemaValidator:
+    "Make a reader of JSON objects whose fields are of these kinds, or wrong, or missing."
+
+    def lenient(kind: Any) -> Any:
+        return schema.with_default_schema(kind, default=_WRONG, on_error="default")
+
+    def field(kind: Any, missing: object) -> Any:
+        kind = schema.with_default_schema(lenient(kind), default=missing)
+        return schema.typed_dict_field(kind)
+
+    fields = {name: field(kind, _MISSING) for name, kind in required.items()}
+    fields |= {name: field(kind, None) for name, kind in optional.items()}
+    return SchemaValidator(lenient(schema.typed_dict_schema(fields)))
+
+
+def _check_long(reader: SchemaValidator, text: bytes) -> None:
+    "Raise `ValueError` with one line if a field of a long JSON object is wrong."
+    if len(text) <= _LONG:
+        return
+    found = reader.validate_json(text)
+    if found is _WRONG:
+        raise ValueError(_COMPLAINTS["model"])
+    for name, value in found.items():
+        if value is _MISSING:
+            raise ValueError(f"{name}: {_COMPLAINTS['missing']}")
+        if value is _WRONG:
+            raise ValueError(f"{name}: is of a wrong kind")
+
+
+_TEXT = schema.str_schema()
+_MAYBE = schema.nullable_schema(_TEXT)
+_TEXTS = schema.list_schema(_TEXT, fail_fast=True)
+_SECONDS = schema.float_schema(gt=0, allow_inf_nan=False)
+_LONG_BODY = _reader({"roles": _TEXTS, "messages": _TEXTS}, {"timeout": _SECONDS})
+_LONG_REPLY = _reader({"completion": _TEXT}, {})
+_LONG_EVENT = _reader(
+    {},
+    {
+        "piece": _TEXT,
+        "done": schema.bool_schema(),
+        "error": _MAYBE,
+        "signature": _MAYBE,
+    },
+)
+
 # %% ../nbs/02_protocol.ipynb #c017
 class _Body(BaseModel):
     "The part of a `Prompting` that a caller may state."
@@ -170,6 +222,7 @@ def read_body(
 ) -> Prompting:  # of that kind; raises `ValueError` with one line for anything else
     "Read the prompt in the body of a request."
     try:
+        _check_long(_LONG_BODY, body)
         asked = _Body.model_validate_json(body, strict=False)
         limit = asked.timeout if timeout is None else min(timeout, asked.timeout)
         roles, messages = tuple(asked.roles), tuple(asked.messages)
@@ -194,6 +247,7 @@ def read_reply(
 ) -> str:  # the completion; raises `ValueError` with one line if there is none
     "Read the completion in the body of a reply."
     try:
+        _check_long(_LONG_REPLY, body)
         return _Reply.model_validate_json(body).completion
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
@@ -220,6 +274,7 @@ def read_event(
 ) -> StreamEvent:  # raises `ValueError` with one line of text for anything else
     "Read a line of a streamed reply."
     try:
+        _check_long(_LONG_EVENT, line)
         return StreamEvent.model_validate_json(line)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None

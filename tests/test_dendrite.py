@@ -1,6 +1,8 @@
 """The client among strangers: addresses that it does not follow, targets that are none, miners that take up its places."""
 
 import asyncio
+import gc
+import json
 import os
 import re
 import socket
@@ -10,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,12 +21,14 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from bittensor.sp_core import ss58_decode, ss58_encode
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.network.floods import PacedConnector
-from prompting_nb.protocol import Prompting, StreamPrompting
+from prompting_nb.protocol import Prompting, StreamPrompting, read_body, read_event, read_reply
 from prompting_nb.validators.validator import Validator
 
 MINER, VALIDATOR = make_wallet("miner"), make_wallet("validator")
@@ -477,6 +482,69 @@ def test_a_connection_that_was_closed_as_the_question_came_costs_no_answer(end, 
     if end != "unread":  # the first, and each of the others twice: the same bytes, so the same nonce
         first, *twice = miner.requests
         assert len(twice) == 6 and twice[::2] == twice[1::2] and len({first, *twice}) == 4
+
+
+def test_no_more_of_a_refusal_is_read_than_its_reason_takes():
+    def refuse(size):
+        body = json.dumps({"error": "busy", "more": [[]] * size}).encode()
+        return lambda request: (b"HTTP/1.1 503 no\r\ncontent-length: %d\r\n\r\n" % len(body), body)
+
+    with Dendrite(VALIDATOR, allow_private=True, connections=4) as dendrite:
+        for size, reason in ((1000, "busy"), (200_000, "HTTP status 503")):
+            with Keeping("end", refuse(size)) as miner:
+                assert said(dendrite.query(miner, "x")) == [(503, reason)]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=6)  # fmt: skip
+FIELDS = st.sampled_from(["completion", "roles", "messages", "timeout", "piece", "done", "error", "signature", "other"])
+VALUES = JSON | st.lists(st.text(max_size=3), max_size=2) | st.just(["x"])
+
+
+@pytest.mark.parametrize("read", [read_reply, read_event, read_body])
+@settings(max_examples=150, deadline=None)
+@given(message=st.dictionaries(FIELDS, VALUES, max_size=5) | JSON)
+def test_what_is_valid_does_not_depend_on_the_length(read, message):
+    def outcome(text):
+        try:
+            return read(text)
+        except ValueError:
+            return "refused"
+
+    short = json.dumps(message).encode()
+    assert outcome(short + b" " * 20_000) == outcome(short)
+
+
+@pytest.mark.parametrize("read", [read_reply, read_event, read_body])
+@pytest.mark.parametrize("message", ['{"WHERE": LISTS}', "LISTS", '{"other": LISTS}', '{"error": "x", "done": LISTS}'])
+def test_a_long_message_of_the_wrong_kind_is_not_copied(read, message):
+    fields = {read_reply: "completion", read_event: "piece", read_body: "messages"}
+    text = message.replace("WHERE", fields[read]).replace("LISTS", f"[{'[],' * 200_000}1]").encode()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        with suppress(ValueError):
+            read(text)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # bytes; a list takes 56
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_miner_that_closes_every_kept_connection_is_asked_three_times_at_most():
+    together = threading.Barrier(8)
+
+    def answer(request):
+        if b"together" in request:
+            together.wait(10)  # each on a connection of its own, all of which are kept
+        return b"HTTP/1.1 200 OK\r\ncontent-length: 20\r\n\r\n", b'{"completion": "42"}'
+
+    miner = Keeping("end", answer)
+    with miner, Dendrite(VALIDATOR, allow_private=True, require_signed=False) as careless:
+        assert [status for status, _ in said(careless.query([miner] * 8, "together"))] == [200] * 8
+        before = len(miner.requests)
+        assert careless.query(miner, "alone")[0].completion == "42"  # the third connection is a new one
+        assert len(miner.requests) - before == 3
 
 
 def test_an_end_that_says_something_is_final():

@@ -290,7 +290,7 @@ class Question(NamedTuple):
                 start = time.monotonic() - waited
                 async with time_limit(left := limit - waited):
                     completion, message = await self._post(
-                        session.http, where, receiver, left, emit
+                        session, where, receiver, left, emit
                     )
             finally:
                 session.places.give(receiver)
@@ -321,7 +321,7 @@ class Question(NamedTuple):
 
     async def _post(
         self,
-        session: aiohttp.ClientSession,
+        session: "Session",
         where: "Target",
         receiver: str,  # hotkey
         left: float,  # seconds that the miner has
@@ -337,8 +337,8 @@ class Question(NamedTuple):
         for address in addresses:
             url = _url(address, port, self.synapse.path)
             try:
-                send = partial(self._exchange, session, url, headers, sent, emit)
-                return await _despite_stale(send)
+                asked = {"url": url, "headers": headers, "sent": sent, "emit": emit}
+                return await _despite_stale(session, partial(self._exchange, **asked))
             except aiohttp.ClientConnectorError:
                 if address == addresses[-1]:
                     raise
@@ -360,7 +360,10 @@ class Question(NamedTuple):
                 )
                 signed = completion.encode()
             else:
-                signed = await _read(response, self.max_answer)
+                most = self.max_answer
+                if response.status != 200:
+                    most = min(most, _REFUSAL)
+                signed = await _read(response, most)
                 completion = _completion(response.status, signed)
                 signature = response.headers.get(SIGNATURE)
         return completion, sent.check(signature, signed, self.require_signed)
@@ -374,18 +377,21 @@ def _cause(error: Exception) -> str:
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
 
 
-async def _despite_stale(send: Callable) -> tuple[str, str]:
-    "Call `send` again, on another connection, if the one it got had been closed."
-    closed = None
+async def _despite_stale(session: "Session", send: Callable) -> tuple[str, str]:
+    """Call `send` again, on another connection, if the one it got had been closed.
+
+    It is called three times at most, at last with a connection that nobody has used.
+    """
+    closed, left = None, [session.fresh, session.http, session.http]
     while True:
         try:
-            return await send()
+            return await send(left.pop())
         except _Failure as failure:
             if closed is not None and failure.args[0] == 401:
                 raise closed from None  # the miner had it, but did not answer
             raise
         except aiohttp.ClientConnectionError as error:
-            if not was_stale():
+            if not left or not was_stale():
                 raise
             closed = error
 
@@ -468,13 +474,18 @@ class _Failure(Exception):
     "Status code and reason of an answer without completion."
 
 
+_REFUSAL = 16_384  # bytes that are read of a refusal, to find its reason
+
+
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    "Read the body of an answer; `_Failure` above `limit` bytes."
+    "Read the body of an answer; above `limit` bytes `_Failure`, nothing of a refusal."
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
         if len(body) > limit:
             response.close()
+            if response.status != 200:
+                return b""
             raise _Failure(413, f"the answer is larger than {limit} bytes")
         if response.content.at_eof():
             break
@@ -639,9 +650,10 @@ class Sessions:
     def _add(self, loop: asyncio.AbstractEventLoop) -> "Session":
         with self._lock:
             for ended in [other for other in self._sessions if other.is_closed()]:
-                _close(ended, self._sessions.pop(ended).http)
-            http = _new_session(self._on_wire, self._bounds[0])
-            session = Session(http, Places(*self._bounds))
+                _close(ended, self._sessions.pop(ended))
+            kept = _new_session(self._on_wire, self._bounds[0], keepalive_timeout=15)
+            fresh = _new_session(self._on_wire, self._bounds[0], force_close=True)
+            session = Session(kept, fresh, Places(*self._bounds))
             return self._sessions.setdefault(loop, session)
 
     def background(self) -> asyncio.AbstractEventLoop:
@@ -654,7 +666,7 @@ class Sessions:
     def close(self) -> None:
         "Close all connections and stop the background loop."
         for loop, session in list(self._sessions.items()):
-            _close(loop, session.http)
+            _close(loop, session)
         if self._background is not None:
             self._background.stop()
 
@@ -664,6 +676,7 @@ class Session(NamedTuple):
     "What requests of one event loop share."
 
     http: aiohttp.ClientSession  # with its connections
+    fresh: aiohttp.ClientSession  # whose connections are new and not kept
     places: "Places"  # bounds the requests under way
 
 
@@ -682,15 +695,15 @@ class _NoNames(AbstractResolver):
 _NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 
 
-def _new_session(on_wire: int, kept: int) -> aiohttp.ClientSession:
-    "Make a session that keeps connections and nothing else: no cookies, no proxies."
+def _new_session(on_wire: int, kept: int, **options: Any) -> aiohttp.ClientSession:
+    "Make a session that keeps connections at most: no cookies, no proxies."
     return aiohttp.ClientSession(
         connector=PacedConnector(
             on_wire,
             kept,
             limit=0,  # `Places` counts
-            keepalive_timeout=15,
             resolver=_NoNames(),
+            **options,
         ),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
@@ -700,13 +713,20 @@ def _new_session(on_wire: int, kept: int) -> aiohttp.ClientSession:
     )
 
 
-def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
+def _close(loop: asyncio.AbstractEventLoop, session: Session) -> None:
     "Close a session, whether its loop runs, runs elsewhere, or has ended."
-    if loop.is_closed():
-        with suppress(StopIteration):
-            session.close().send(None)  # has nothing to wait for
-    else:
-        loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
+    for http in (session.http, session.fresh):
+        if loop.is_closed():
+            with suppress(StopIteration):
+                http.close().send(None)  # has nothing to wait for
+        else:
+            loop.call_soon_threadsafe(partial(_start_closing, loop, http))
+
+
+def _start_closing(
+    loop: asyncio.AbstractEventLoop, http: aiohttp.ClientSession
+) -> None:
+    loop.create_task(http.close())
 
 # %% ../../nbs/network/01_dendrite.ipynb #d018
 @arguments_in_help
