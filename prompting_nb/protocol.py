@@ -110,7 +110,7 @@ _WRONG, _MISSING = object(), object()  # in place of a value
 
 
 def _reader(required: dict, optional: dict) -> SchemaValidator:
-    "Make a reader of JSON objects whose fields are of these kinds, or wrong, or missing."
+    "Make a reader of JSON objects that says which fields are wrong or missing."
 
     def lenient(kind: Any) -> Any:
         return schema.with_default_schema(kind, default=_WRONG, on_error="default")
