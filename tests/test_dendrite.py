@@ -393,6 +393,62 @@ def test_many_threads_ask_at_once(axon, dendrite):
     assert answers == [f"{i}" for i in range(64)]
 
 
+def read_in_a_thread(how, make):
+    """What a reader of the stream gets, or None if it still waits after 10 s."""
+    got = []
+
+    async def pieces(stream):
+        return [piece async for piece in stream]
+
+    def read():
+        try:
+            stream = make()
+            got.append(list(stream) if how == "for" else asyncio.run(pieces(stream)))
+        except BaseException as error:
+            got.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    return reader, got
+
+
+@pytest.mark.parametrize("how", ["for", "async for"])
+def test_a_stream_keeps_its_dendrite(axon, how):
+    reader, got = read_in_a_thread(how, lambda: Dendrite(VALIDATOR, allow_private=True).stream(axon, QUESTION))
+    reader.join(10)
+    assert got and "".join(got[0]) == QUESTION.prompt
+
+
+@pytest.mark.parametrize("how", ["for", "async for"])
+def test_the_reader_of_a_stream_is_told_that_the_dendrite_was_closed(how):
+    began = threading.Event()
+
+    async def slow(synapse):
+        yield "a"
+        began.set()
+        await asyncio.sleep(30)
+        yield "b"
+
+    with Axon(MINER).attach(slow) as miner:
+        dendrite = Dendrite(VALIDATOR, allow_private=True)
+        reader, got = read_in_a_thread(how, lambda: dendrite.stream(miner, QUESTION))
+        assert began.wait(10)
+        time.sleep(0.05)  # the reader waits for the second piece
+        dendrite.close()
+        reader.join(10)
+        assert [repr(error) for error in got] == [repr(RuntimeError("this dendrite was closed before the answer was complete"))]
+
+
+@pytest.mark.parametrize("how", ["for", "async for"])
+def test_a_stream_whose_dendrite_is_closed_says_so_to_a_later_reader(axon, how):
+    dendrite = Dendrite(VALIDATOR, allow_private=True)
+    stream = dendrite.stream(axon, QUESTION)
+    dendrite.close()
+    reader, got = read_in_a_thread(how, lambda: stream)
+    reader.join(10)
+    assert "closed before the answer was complete" in str(got)
+
+
 def test_a_stream_that_is_closed_early_leaves_no_task_behind(dendrite):
     "The queue of pieces is full then, and nobody takes the end of the stream from it."
     def endless(synapse):

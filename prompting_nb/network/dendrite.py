@@ -7,6 +7,7 @@ __all__ = ['Dendrite', 'Stream']
 
 # %% ../../nbs/network/01_dendrite.ipynb #c002
 import asyncio
+import concurrent.futures
 import json
 import logging
 import os
@@ -17,7 +18,15 @@ import weakref
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import lru_cache, partial
-from typing import Any, AsyncIterator, Callable, Mapping, NamedTuple, NoReturn
+from typing import (
+    Any,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+)
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -212,10 +221,10 @@ class Stream:
         loop: asyncio.AbstractEventLoop,  # in which it runs
     ):
         self.answer: Prompting | None = None  # set after the last piece
-        self._loop, self._pieces = loop, asyncio.Queue(8)
-        self._asking = asyncio.run_coroutine_threadsafe(
-            self._run(ask, self._pieces), loop
-        )
+        self._loop, self._pieces, self._left = loop, asyncio.Queue(8), False
+        # with it the dendrite, whose loop ends when nobody has the dendrite any more
+        self._ask: Callable | None = ask
+        self._asking = self._start(self._run(ask, self._pieces))
 
     @staticmethod
     async def _run(ask: Callable, pieces: asyncio.Queue) -> Prompting:
@@ -232,34 +241,64 @@ class Stream:
             pieces.put_nowait(None)
             raise
 
-    def _next(self) -> Future:
-        return asyncio.run_coroutine_threadsafe(self._pieces.get(), self._loop)
+    def _start(self, work: Coroutine) -> Future:
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop has ended
+            work.close()
+            raise RuntimeError(_CLOSED) from None
+
+    def _waits(self, future: Future) -> bool:
+        "Tell whether `future` may still be done; a loop that has ended does nothing."
+        ended = self._loop.is_closed()  # before `done`, which may come just before it
+        return not future.done() and not ended
+
+    def _result(self, future: Future) -> Any:
+        while self._waits(future):
+            concurrent.futures.wait([future], _LOOK)
+        if not future.done() or (future.cancelled() and not self._left):
+            raise RuntimeError(_CLOSED)
+        return future.result()
 
     def _keep(self, piece: str | None) -> str | None:
         "Keep the answer when `piece` is the end."
         if piece is None:
-            self.answer = self._asking.result()
+            self.answer, self._ask = self._result(self._asking), None
         return piece
 
     def __iter__(self):
         while self.answer is None:
-            if (piece := self._keep(self._next().result())) is not None:
+            piece = self._result(self._start(self._pieces.get()))
+            if self._keep(piece) is not None:
                 yield piece
         self.close()
 
     async def __aiter__(self):
         while self.answer is None:
-            piece = await asyncio.wrap_future(self._next())
-            if self._keep(piece) is not None:
+            coming = self._start(self._pieces.get())
+            here = asyncio.wrap_future(coming)
+            try:
+                while self._waits(coming):
+                    await asyncio.wait([here], timeout=_LOOK)
+            except BaseException:  # the reader is cancelled
+                coming.cancel()
+                raise
+            if (piece := self._keep(self._result(coming))) is not None:
                 yield piece
         self.close()
 
     def close(self) -> None:
         "Stop asking. Closing an answer that is complete is harmless."
+        self._left = True
         self._asking.cancel()
 
     def __del__(self):
-        self.close()
+        with suppress(AttributeError):  # it was never asked
+            self.close()
+
+
+_CLOSED = "this dendrite was closed before the answer was complete"
+_LOOK = 0.5  # seconds after which a reader looks whether the loop still runs
 
 # %% ../../nbs/network/01_dendrite.ipynb #c018
 @arguments_in_help
@@ -827,9 +866,16 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        if left := asyncio.all_tasks(loop):
+        _settle(loop)
+        while left := asyncio.all_tasks(loop):
             for task in left:
                 task.cancel()
             loop.run_until_complete(asyncio.wait(left))
+            _settle(loop)
     finally:
         loop.close()
+
+
+def _settle(loop: asyncio.AbstractEventLoop) -> None:
+    "Start what other threads have just asked the loop for."
+    loop.run_until_complete(asyncio.sleep(0))
