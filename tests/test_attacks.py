@@ -2389,19 +2389,25 @@ def test_target_whose_methods_fail(dendrite, method):
         def __str__(self):
             raise self
 
-    for error in (RuntimeError("no"), Worse()):
+    class Panic(BaseException):
+        """As extensions in Rust raise it: no `Exception`."""
+
+        __str__ = Worse.__str__
+
+    for error in (RuntimeError("no"), Worse(), Panic(), asyncio.CancelledError(), GeneratorExit()):
 
         def fail(*_, error=error):
             raise error
 
         Text, Thing = (type("Odd", (kind,), {method: fail}) for kind in (str, object))
+        Neuron = type("Neuron", (), {"hotkey": property(fail)})
         odd = [SimpleNamespace(hotkey=ME, axon=make) for make in (Text("127.0.0.1:x"), Thing())]
         odd += [SimpleNamespace(hotkey=make, axon="127.0.0.1:x") for make in (Text(ME), Thing())]
-        odd += [SimpleNamespace(hotkey=ME, address=Thing()), Text("x"), Thing()]
+        odd += [SimpleNamespace(hotkey=ME, address=Thing()), Text("x"), Thing(), Neuron()]
         with Axon(MINER).attach(echo) as axon:
             answers = dendrite.query([*odd, axon], QUESTION)
             assert [a.dendrite.status_code for a in answers] == [503] * len(odd) + [200]
-            assert dendrite.query(odd[0], QUESTION)[0].dendrite.status_code == 503
+            assert all(dendrite.query(one, QUESTION)[0].dendrite.status_code == 503 for one in (odd[0], Neuron()))
 
 
 def test_300_silent_miners(dendrite):

@@ -190,7 +190,9 @@ def _listed(targets: Any) -> list:
         raise TypeError("targets must be neurons or axons, not None")
     try:
         alone = isinstance(targets, (str, bytes, Mapping)) or hasattr(targets, "hotkey")
-    except Exception:  # of a property; `read_target` says what is wrong
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # of a property; `read_target` says what is wrong
         alone = True
     return [targets] if alone or not _iterable(targets) else list(targets)
 
@@ -483,7 +485,9 @@ def read_target(
             wrong = f"the address is of type {kind}, and no text ip:port"
         known = [_plain(text) for text in (hotkey, address)]
         return Target(known[0], known[1], ours, wrong)
-    except Exception as error:  # of a property, or of a method as == and len use
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of a property, or of a method as == and len use
         unreadable = f"the target cannot be read: {_described(error)}"
         return Target(None, None, False, _one_line(unreadable))
 
@@ -493,10 +497,12 @@ def _plain(text: Any) -> str | None:
     return str.__str__(text) if isinstance(text, str) else None
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # its text fails as well
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # its text fails as well
         return type(error).__name__
 
 
