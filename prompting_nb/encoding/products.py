@@ -29,7 +29,10 @@ class HalfLinear(torch.nn.Module):
         if isinstance(layer, Conv1D):  # which has them as (in_features, out_features)
             weight = weight.T
         weight = weight.to(torch.bfloat16).contiguous()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.laid_out = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if self.laid_out:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.weight = weight
         self.bias = None if bias is None else bias.detach().to(torch.bfloat16)
         self.activation = ("none", "") if gelu is None else ("gelu", gelu)
 
@@ -39,9 +42,14 @@ class HalfLinear(torch.nn.Module):
     ) -> torch.Tensor:
         "Map (..., in_features) to (..., out_features), bfloat16."
         name, formula = self.activation
-        return torch.ops.mkldnn._linear_pointwise(
-            input.to(torch.bfloat16), self.weight, self.bias, name, [], formula
-        )
+        input = input.to(torch.bfloat16)
+        if self.laid_out:
+            given = self.weight, self.bias, name, [], formula
+            return torch.ops.mkldnn._linear_pointwise(input, *given)
+        output = torch.nn.functional.linear(input, self.weight, self.bias)
+        if name == "none":
+            return output
+        return torch.nn.functional.gelu(output, approximate=formula)
 
 # %% ../../nbs/encoding/05_products.ipynb #prd011
 # the formulas of activations, as oneDNN names them
