@@ -9,6 +9,7 @@ __all__ = ['PRECISIONS', 'frozen_model', 'own_weights', 'use_onednn']
 import copy
 import threading
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable
 from weakref import WeakValueDictionary
@@ -90,11 +91,17 @@ class _OneDnnLinear(torch.nn.Linear):
         input: torch.Tensor,  # (..., in_features)
     ) -> torch.Tensor:
         "Map (..., in_features) to (..., out_features)."
-        known = (torch.float32, torch.bfloat16)
-        if input.device.type != "cpu" or input.dtype not in known:
+        if input.device.type != "cpu" or input.dtype not in _known_types():
             return super().forward(input)
         linear = torch.ops.mkldnn._linear_pointwise
         return linear(input, self.weight, self.bias, "none", [], "")
+
+
+@lru_cache(1)
+def _known_types() -> tuple:
+    "Return the types of numbers that oneDNN multiplies on this processor."
+    has_half = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return (torch.float32, torch.bfloat16) if has_half() else (torch.float32,)
 
 
 def use_onednn(
