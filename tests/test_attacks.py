@@ -421,18 +421,18 @@ def test_long_questions_signed_ahead_of_the_clock():
         return request(body, sign(body, STRANGER, nonce_ns=time.time_ns() + int(1.9e9)))
 
     with Axon(MINER, max_body=1000).attach(echo, lambda synapse: synapse.dendrite.hotkey != VALIDATOR.hotkey.ss58_address) as axon:
-        early = axon._application._endpoints["/Prompting"]._btauth._early
+        entry = axon._application._endpoints["/Prompting"]._btauth._entry
         for _ in range(16_000 // len(body)):
             lines.append(connect(axon))
             lines[-1].sendall(ahead())
-        until(lambda: early.size == len(body) * len(lines))
+        until(lambda: entry.early == len(body) * len(lines))
         with connect(axon) as line:
             line.sendall(ahead())
             assert read_status(line) == 503
         assert status(axon) == 200  # one whose time has come
         for line in lines:
             line.close()
-        until(lambda: early.size == 0)  # at once, and not when their time has come
+        until(lambda: entry.early == 0)  # at once, and not when their time has come
         until(lambda: axon.metrics.totals().get("left") == len(lines))
 
 

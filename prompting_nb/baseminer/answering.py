@@ -9,7 +9,6 @@ __all__ = ['answer', 'NoCompletion', 'RepeatedPrompt', 'Once', 'handler', 'guard
 import asyncio
 import inspect
 import logging
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from typing import Any, AsyncIterator, Callable, Iterable, Iterator, cast
@@ -113,17 +112,22 @@ class Once:
 
         Raises `RepeatedPrompt` if it is in the cache already.
         """
-        cache, kept = self.cache, threading.Event()
+        cache, kept = self.cache, False
+
+        def keep() -> None:
+            nonlocal kept
+            kept = True
+
         if cache is None:
-            yield kept.set
+            yield keep
             return
         key = self._key(synapse)
         if not cache.claim(key, self.block()):
             raise self._repeated(cache)
         try:
-            yield kept.set
+            yield keep
         except BaseException:
-            if not kept.is_set():
+            if not kept:
                 cache.release(key)
             raise
 

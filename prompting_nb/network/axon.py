@@ -164,14 +164,14 @@ class Axon:
             self.max_timeout,
             self._limits.write_timeout,
         )
-        early = _Early(16 * self.max_body)
+        entry = _Entry(self._gate, 16 * self.max_body)
         queue = WorkQueue(self.workers, self.max_queue, self.ageing)
         self._admission = _Admission(queue)
         self._threads = Threads(self.workers, f"axon-{self.port}-work")
         endpoints = {}
         for kind in (Prompting, StreamPrompting):
-            btauth = _Btauth(kind, self._gate, self._signer, bounds, early)
-            older = _Legacy(kind, self._gate, self._signer, bounds, early)
+            btauth = _Btauth(kind, entry, self._signer, bounds)
+            older = _Legacy(kind, entry, self._signer, bounds)
             most = self.max_answer
             worker = _Worker(kind, attached.forward, queue, self._threads, most)
             endpoints[kind.path] = _Endpoint(
@@ -846,7 +846,9 @@ class _Exchange:
             began = time.monotonic()
             await self._body(self.wire.piece(part), more=True)
             self._waited += time.monotonic() - began
-            if self._waited > self.wire.write_timeout:  # all that time it held a slot
+            if (
+                self._waited > self.wire.bounds.write_timeout
+            ):  # all that time it held a slot
                 raise Refusal(408, "the answer was not taken in time", "unread")
 
     async def refuse(self, refusal: Refusal) -> None:
@@ -879,32 +881,27 @@ class _Btauth:
     stream_type = (b"content-type", b"application/x-ndjson")
 
     def __init__(
-        self,
-        kind: type[Prompting],
-        gate: Gatekeeper,
-        signer: Any,
-        bounds: _Bounds,
-        early: "_Early",
+        self, kind: type[Prompting], entry: "_Entry", signer: Any, bounds: _Bounds
     ):
-        self._kind, self._gate, self._signer = kind, gate, signer
-        self._bounds, self._early = bounds, early
+        self._kind, self._entry, self._signer = kind, entry, signer
+        self.bounds = bounds
         self.patience = bounds.body_timeout  # seconds for what is waited for
-        self.write_timeout = bounds.write_timeout
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers the body, which is read for that."
-        scope, body = request.scope, await request.read(self._bounds)
+        scope, body = request.scope, await request.read(self.bounds)
         path = scope["raw_path"].decode("latin-1")
         if query := scope["query_string"].decode("latin-1"):
             path = f"{path}?{query}"
         request.signed = body
-        caller = self._gate.check(scope["headers"], body, scope["method"], path)
-        return await _accept(self._gate, caller, request, self._early, len(body))
+        gate = self._entry.gate
+        caller = gate.check(scope["headers"], body, scope["method"], path)
+        return await self._entry.accept(caller, request, len(body))
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Parse the prompt in the body; `ValueError` if there is none."
         ends = {"dendrite": caller.dendrite, "axon": caller.axon}
-        return read_body(request.signed, self._bounds.max_timeout, self._kind, ends)
+        return read_body(request.signed, self.bounds.max_timeout, self._kind, ends)
 
     def answer(self, request: _Exchange, synapse: Prompting) -> tuple[bytes, tuple]:
         "Make body and headers of a completion."
@@ -949,27 +946,22 @@ class _Legacy:
     stream_type = (b"content-type", b"text/event-stream")
 
     def __init__(
-        self,
-        kind: type[Prompting],
-        gate: Gatekeeper,
-        signer: Any,
-        bounds: _Bounds,
-        early: "_Early",
+        self, kind: type[Prompting], entry: "_Entry", signer: Any, bounds: _Bounds
     ):
-        self._kind, self._gate, self._signer = kind, gate, signer
-        self._bounds, self._early = bounds, early
+        self._kind, self._entry, self._signer = kind, entry, signer
+        self.bounds = bounds
         self.patience = bounds.body_timeout  # seconds for what is waited for
-        self.write_timeout = bounds.write_timeout
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers a hash of the body's content."
-        caller, request.signed = check_legacy(self._gate, request.scope["headers"])
-        return await _accept(self._gate, caller, request, self._early, 0)
+        headers = request.scope["headers"]
+        caller, request.signed = check_legacy(self._entry.gate, headers)
+        return await self._entry.accept(caller, request, 0)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Read the body and parse the prompt; `Refusal` 401 if the hash is another."
-        body = await request.read(self._bounds)
-        limit = self._bounds.max_timeout
+        body = await request.read(self.bounds)
+        limit = self.bounds.max_timeout
         synapse = read_legacy(body, request.signed, limit, self._kind)
         synapse.dendrite, synapse.axon = caller.dendrite, caller.axon
         return synapse
@@ -1006,39 +998,34 @@ class _Legacy:
         )
 
 
-async def _accept(
-    gate: Gatekeeper,
-    caller: Terminal,
-    request: _Exchange,
-    early: "_Early",
-    size: int,  # bytes of the body that are in memory
-) -> Terminal:
-    "Store the caller's nonce; `Refusal` 401 for a replay."
-    if (ahead := (caller.nonce or 0) - gate.clock()) > 0:  # its time has not come yet
-        with early.hold(size):
-            return await request.wait(gate.accept(caller), ahead / 1e9)
-    if isinstance(gate.nonces, MemoryNonces):  # nothing there has to be waited for
-        return await gate.accept(caller)
-    return await request.wait(gate.accept(caller))
+class _Entry:
+    "Accepts the nonces of callers, and bounds the bodies that wait until their time."
 
+    def __init__(self, gate: Gatekeeper, most: int):
+        self.gate, self._most = gate, most
+        self.early = 0  # bytes of bodies in memory; `most` of them are allowed
 
-class _Early:
-    "Bounds the bodies in memory whose requests wait until the time of their nonce."
-
-    def __init__(self, most: int):
-        self._most, self.size = most, 0  # bytes
+    async def accept(self, caller: Terminal, request: _Exchange, size: int) -> Terminal:
+        "Store the nonce of a caller with a body of `size`; `Refusal` 401 for a replay."
+        gate = self.gate
+        if (ahead := (caller.nonce or 0) - gate.clock()) > 0:
+            with self._hold(size):
+                return await request.wait(gate.accept(caller), ahead / 1e9)
+        if isinstance(gate.nonces, MemoryNonces):  # nothing there has to be waited for
+            return await gate.accept(caller)
+        return await request.wait(gate.accept(caller))
 
     @contextmanager
-    def hold(self, size: int) -> Iterator[None]:
+    def _hold(self, size: int) -> Iterator[None]:
         "Count a body for a `with` block; `Refusal` 503 if there are too many."
-        if self.size + size > self._most:
+        if self.early + size > self._most:
             reason = "too many requests wait whose clocks are ahead of this miner's"
             raise Refusal(503, reason, "early", _AGAIN)
-        self.size += size
+        self.early += size
         try:
             yield
         finally:
-            self.size -= size
+            self.early -= size
 
 # %% ../../nbs/network/00_axon.ipynb #c022
 class _Application:

@@ -7,7 +7,6 @@ __all__ = ['Dendrite', 'Stream']
 
 # %% ../../nbs/network/01_dendrite.ipynb #c002
 import asyncio
-import concurrent.futures
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import (
@@ -257,7 +256,7 @@ class Stream:
 
     def _result(self, future: Future) -> Any:
         while self._waits(future):
-            concurrent.futures.wait([future], _LOOK)
+            wait([future], _LOOK)
         if not future.done() or (future.cancelled() and not self._left):
             raise RuntimeError(_CLOSED)
         return future.result()
@@ -628,8 +627,7 @@ class Sent(NamedTuple):
             if required:
                 raise _Failure(422, "the answer is not signed")
             return "Success, unsigned"
-        end, asked = self.miner, {"path": self.path, "nonce": self.nonce}
-        if not answer_fits(signature, answer, miner=end, caller=self.caller, **asked):
+        if not answer_fits(signature, answer, **self._asdict()):
             raise _Failure(422, "the answer is not signed by the miner that was asked")
         return "Success"
 

@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any, Callable, Coroutine, Optional
 
 from .connection import Connection
@@ -268,17 +269,10 @@ class Door:
 _SPARE = 64  # files that connections leave to the process: half of the reserve
 
 
-def _usable_files() -> int:
+def _usable_files() -> float:
     "Return the lowest number of a file that is one of the last of this process."
-    try:
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != resource.RLIM_INFINITY:
-            return soft - min(_SPARE, soft // 4)
-    except ImportError:  # Windows
-        pass
-    return 1 << 31
+    limit = _file_limit()
+    return inf if limit is None else limit - min(_SPARE, limit / 4)
 
 # %% ../../nbs/network/06_server.ipynb #s021
 def _give_up_sockets() -> None:
@@ -349,13 +343,20 @@ def _cannot_listen(host: str, port: int, error: OSError) -> OSError:
 # %% ../../nbs/network/06_server.ipynb #c006
 def open_files() -> int:
     "Count the connections that the system allows this process, less a reserve."
+    limit = _file_limit()
+    if limit is None:
+        return 4096
+    return 1_000_000 if limit == inf else max(16, int(limit) - 128)
+
+
+def _file_limit() -> Optional[float]:
+    "Return how many files this process may have open; None where that is not known."
     try:
         import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return max(16, soft - 128) if soft != resource.RLIM_INFINITY else 1_000_000
     except ImportError:  # Windows
-        return 4096
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return inf if soft == resource.RLIM_INFINITY else soft
 
 # %% ../../nbs/network/06_server.ipynb #s023
 def freeze_loaded() -> int:  # objects that are left out
