@@ -9,9 +9,10 @@ __all__ = ['Terminal', 'Synapse', 'Prompting', 'StreamPrompting', 'write_body', 
 # %% ../nbs/02_protocol.ipynb #c002
 import json
 import re
-from typing import Any, ClassVar, Mapping, Optional
+from typing import Annotated, Any, ClassVar, Mapping, Optional
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, SchemaValidator
 from pydantic_core import core_schema as schema
 from pydantic_core import to_json
@@ -109,18 +110,19 @@ _LONG = 16_384  # bytes
 _WRONG, _MISSING = object(), object()  # in place of a value
 
 
-def _reader(required: dict, optional: dict) -> SchemaValidator:
-    "Make a reader of JSON objects that says which fields are wrong or missing."
+def _reader(model: type[BaseModel]) -> SchemaValidator:
+    "Make a reader of JSON objects that says which fields of a model are wrong."
 
     def lenient(kind: Any) -> Any:
         return schema.with_default_schema(kind, default=_WRONG, on_error="default")
 
-    def field(kind: Any, missing: object) -> Any:
-        kind = schema.with_default_schema(lenient(kind), default=missing)
-        return schema.typed_dict_field(kind)
-
-    fields = {name: field(kind, _MISSING) for name, kind in required.items()}
-    fields |= {name: field(kind, None) for name, kind in optional.items()}
+    fields = {}
+    for name, info in model.model_fields.items():
+        found = TypeAdapter(Annotated[info.annotation, info])  # pyright: ignore
+        kind = lenient(found.core_schema)
+        missing = _MISSING if info.is_required() else None
+        kind = schema.with_default_schema(kind, default=missing)
+        fields[name] = schema.typed_dict_field(kind)
     return SchemaValidator(lenient(schema.typed_dict_schema(fields)))
 
 
@@ -137,30 +139,16 @@ def _check_long(reader: SchemaValidator, text: bytes) -> None:
         if value is _WRONG:
             raise ValueError(f"{name}: is of a wrong kind")
 
-
-_TEXT = schema.str_schema()
-_MAYBE = schema.nullable_schema(_TEXT)
-_TEXTS = schema.list_schema(_TEXT, fail_fast=True)
-_SECONDS = schema.float_schema(gt=0, allow_inf_nan=False)
-_LONG_BODY = _reader({"roles": _TEXTS, "messages": _TEXTS}, {"timeout": _SECONDS})
-_LONG_REPLY = _reader({"completion": _TEXT}, {})
-_LONG_EVENT = _reader(
-    {},
-    {
-        "piece": _TEXT,
-        "done": schema.bool_schema(),
-        "error": _MAYBE,
-        "signature": _MAYBE,
-    },
-)
-
 # %% ../nbs/02_protocol.ipynb #c017
 class _Body(BaseModel):
     "The part of a `Prompting` that a caller may state."
 
-    roles: list[str]
-    messages: list[str]
+    roles: Annotated[list[str], FailFast()]  # one complaint is said
+    messages: Annotated[list[str], FailFast()]
     timeout: float = Field(default=12.0, gt=0, allow_inf_nan=False)
+
+
+_LONG_BODY = _reader(_Body)
 
 
 def _one_line(error: ValidationError) -> str:
@@ -235,6 +223,9 @@ class _Reply(BaseModel):
     completion: str
 
 
+_LONG_REPLY = _reader(_Reply)
+
+
 def write_reply(
     synapse: Prompting,  # its completion is written
 ) -> bytes:  # raises ValueError for half a character
@@ -260,6 +251,9 @@ class StreamEvent(BaseModel):
     done: bool = False  # whether this is the last line
     error: Optional[str] = None  # in the last line: why the answer ends here
     signature: Optional[str] = None  # in the last line: the miner's, over all pieces
+
+
+_LONG_EVENT = _reader(StreamEvent)
 
 
 def write_event(
