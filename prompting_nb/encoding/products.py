@@ -12,6 +12,7 @@ import torch
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from .weights import multiplies_half
 from ..show import arguments_in_help
 
 # %% ../../nbs/encoding/05_products.ipynb #prd008
@@ -29,7 +30,7 @@ class HalfLinear(torch.nn.Module):
         if isinstance(layer, Conv1D):  # which has them as (in_features, out_features)
             weight = weight.T
         weight = weight.to(torch.bfloat16).contiguous()
-        self.laid_out = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.laid_out = multiplies_half()
         if self.laid_out:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.weight = weight
@@ -80,8 +81,8 @@ def runs_half(
     model: torch.nn.Module,  # all of an encoder
 ) -> bool:
     "Check whether layers in bfloat16 can take the place of a model's linear layers."
-    names = "_linear_pointwise _reorder_linear_weight _is_mkldnn_bf16_supported"
-    known = all(hasattr(torch.ops.mkldnn, name) for name in names.split())
+    names = "_linear_pointwise", "_reorder_linear_weight"
+    known = all(hasattr(torch.ops.mkldnn, name) for name in names)
     if not known or not torch.backends.mkldnn.is_available():
         return False
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
@@ -90,4 +91,4 @@ def runs_half(
     hooked = any(x._forward_hooks or x._forward_pre_hooks for x in own)
     changed = hooked or any(hasattr(x, "base_layer") for x in parts)  # by an adapter
     fits = kinds == {("cpu", torch.float32)} and not changed
-    return fits and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return fits and multiplies_half()
