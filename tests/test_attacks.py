@@ -3031,6 +3031,14 @@ def test_sigterm_under_load(tmp_path):
 
             rounds = pool.submit(asyncio.run, all_of_them())
             until(lambda: (tmp_path / "done").exists() and (tmp_path / "done").read_text().count("\n") >= 20)
+
+            def admitted():
+                done = (tmp_path / "done").read_text().count("\n")
+                host, port = there.axon.split(":")
+                _, health = get(SimpleNamespace(host=host, port=int(port)), "/health")
+                return done + health["waiting"] + health["running"]
+
+            until(lambda: admitted() >= 200)  # a slow machine takes a while to read them
             process.send_signal(signal.SIGTERM)
             answers = [answer for [answer] in rounds.result()]
         output, log = process.communicate(timeout=SECONDS)
