@@ -2085,6 +2085,27 @@ def test_handlers_that_hang_for_ever_in_processes():
         assert [status(axon) for _ in range(3)] == [200] * 3
 
 
+def test_killed_makers_of_processes():
+    """The process that makes the workers is killed, then its twin, then both.
+    Older server: -"""
+
+    def end(process):
+        os.kill(process._pid, signal.SIGKILL)
+        until(lambda: not process.alive)
+
+    with Isolated(echo, grace=5.0) as isolated, Axon(MINER, workers=1).attach(isolated) as axon:
+        for _ in range(2):
+            assert status(axon) == 200
+            end(isolated._templates[0])
+            end(isolated._idle[0])
+            assert (status(axon), http_get(axon, "/ready")[0]) == (200, 200)
+        for process in [*isolated._templates, *isolated._idle]:
+            end(process)
+        code, text = http_get(axon, "/ready")
+        assert (code, json.loads(text)["reason"]) == (503, isolated.problem())
+        assert status(axon) == 500
+
+
 def test_process_of_a_request_that_has_waited(tmp_path):
     """A handler hangs in a process, for a request that has used up most of its time in the queue.
     Older server: -"""

@@ -11,6 +11,7 @@ import inspect
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from functools import partial
 from typing import Any, AsyncIterator, Callable, Iterable, Iterator, cast
 
 from .blacklist import TooOften
@@ -150,7 +151,12 @@ class Once:
     ) -> AsyncIterator[Callable[[], None]]:  # as from `claimed`
         "Do what `claimed` does, in a thread, since the cache may be waited for."
         claim = self.claimed(synapse)
-        keep = await asyncio.to_thread(claim.__enter__)
+        claiming = asyncio.ensure_future(asyncio.to_thread(claim.__enter__))
+        try:
+            keep = await asyncio.shield(claiming)
+        except asyncio.CancelledError:  # the thread goes on, and claims nevertheless
+            claiming.add_done_callback(partial(_give_back, claim))
+            raise
         try:
             yield keep
         except BaseException as error:
@@ -164,6 +170,13 @@ class Once:
     def _repeated(self, cache: Any) -> RepeatedPrompt:
         span = f"within the last {count_of(cache.span, 'block')}"
         return RepeatedPrompt(f"this prompt was sent {span}")
+
+
+def _give_back(claim: Any, claiming: asyncio.Future) -> None:
+    "Give back what was claimed for a request that has ended meanwhile, in a thread."
+    if not claiming.cancelled() and claiming.exception() is None:
+        error, loop = asyncio.CancelledError(), claiming.get_loop()
+        loop.run_in_executor(None, claim.__exit__, type(error), error, None)
 
 # %% ../../nbs/baseminer/05_answering.ipynb #m05019
 def handler(

@@ -211,13 +211,13 @@ class Miner(abc.ABC):
         "Give the axon its functions, once."
         name, wrapped = f"{type(self).__name__}.prompt", type(self)._prompt
         plain = wrapped is Miner._prompt
-        prompt = self.prompt
+        prompt, self._isolated = self.prompt, None
         if self.settings.axon.isolate:
             if not plain or _runs_in_loop(prompt):
                 what = "a plain `prompt`, and no `_prompt` of its own"
                 kind = type(self).__name__
                 raise InputError(f"--axon.isolate needs {what}: {kind} has another")
-            prompt = Isolated(prompt)
+            prompt = self._isolated = Isolated(prompt)
         forward = handler(prompt, self.once, name) if plain else self._prompt
         failed = Verdict(True, "the blacklist of this miner failed")
         refuse = guarded(self.blacklist, as_verdict, failed)
@@ -362,7 +362,9 @@ class Miner(abc.ABC):
         if failures >= 3:
             return f"the chain has failed {count_of(failures, 'time')} in a row, {old}"
         problem = self.runner.problem() or self._newest.problem()
-        return f"{problem}, {old}" if problem else ""
+        if problem:
+            return f"{problem}, {old}"
+        return "" if self._isolated is None else self._isolated.problem()
 
     def _notice(self, block: int) -> None:
         "Log that the chain stands still, once, and that it goes on."

@@ -40,6 +40,7 @@ from prompting_nb.network.auth import (
     sign_answer,
 )
 from ..config import InputError, RunError
+from .isolation import Isolated
 from prompting_nb.network.legacy import (
     check_legacy,
     is_legacy,
@@ -213,9 +214,13 @@ class Axon:
         return self
 
     async def _other_reason(self) -> str:
-        "Say why `/ready` is 503: nonces that cannot be stored, or `not_ready`."
+        "Say why `/ready` is 503: nonces cannot be stored, no workers, or `not_ready`."
+        forward = self._attached and self._attached.forward
         problem = getattr(self._gate.nonces, "problem", None)
-        return (await problem() if problem else "") or self.not_ready()
+        reason = await problem() if problem else ""
+        if not reason and isinstance(forward, Isolated):
+            reason = forward.problem()
+        return reason or self.not_ready()
 
     def _open_nonces(self) -> Any:
         if hasattr(self.nonces, "accept"):

@@ -6,6 +6,7 @@
 __all__ = ['Isolated']
 
 # %% ../../nbs/network/16_isolation.ipynb #i003
+import logging
 import os
 import pickle
 import signal
@@ -13,7 +14,7 @@ import socket
 import threading
 import traceback
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Callable
 
 from typing_extensions import Self
@@ -23,6 +24,9 @@ from .queue import time_left
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/16_isolation.ipynb #i008
+_log = logging.getLogger(__name__)
+
+
 @arguments_in_help
 class Isolated:
     "A plain function, called in processes that are killed when it is late."
@@ -37,13 +41,8 @@ class Isolated:
         self.fn, self.grace = fn, grace
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
-        here, there = socket.socketpair()
-        self._template = os.fork()
-        if self._template == 0:
-            here.close()
-            _be_template(there, fn)
-        there.close()
-        self._socket = here
+        template = _Template.fork(fn)
+        self._templates = [template, template.make_twin()]  # the first makes workers
 
     def __call__(
         self,
@@ -65,28 +64,40 @@ class Isolated:
 
     def _take(self) -> "_Worker":
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            ours, theirs = socket.socketpair()
-            with theirs:
-                socket.send_fds(self._socket, [b"fork"], [theirs.fileno()])
-                pid = int(self._socket.recv(32) or b"0")
-        if not pid:
-            ours.close()
-            raise RuntimeError("the process that makes workers has ended")
-        return _Worker(pid, Connection(ours.detach()))
+            while self._idle:
+                if (worker := self._idle.pop()).alive:
+                    return worker
+                worker.kill()
+            while self._templates:
+                try:
+                    return self._templates[0].make_worker()
+                except OSError as error:
+                    self._take_over(error)
+        raise RuntimeError(_NO_TEMPLATE)
+
+    def _take_over(self, error: OSError) -> None:
+        "Let the template's twin do its work, with a new twin."
+        self._templates.pop(0).kill()
+        if self._templates:
+            lost = "the process that makes workers is lost (%s), its twin takes over"
+            _log.error(lost, error)
+            with suppress(OSError):  # also lost: the next request will find out
+                self._templates.append(self._templates[0].make_twin())
+        else:
+            _log.error(_NO_TEMPLATE)
+
+    def problem(self) -> str:
+        "Say why no workers can be made any more; empty while they can."
+        # without the lock, which is held while a process is made
+        return "" if any(t.alive for t in tuple(self._templates)) else _NO_TEMPLATE
 
     def close(self) -> None:
         "End all processes."
         with self._lock:
-            for worker in self._idle:
-                worker.kill()
+            for process in (*self._idle, *self._templates):
+                process.kill()
             self._idle.clear()
-            self._socket.close()
-            if self._template:
-                os.kill(self._template, signal.SIGKILL)
-                os.waitpid(self._template, 0)
-                self._template = 0
+            self._templates.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -95,11 +106,19 @@ class Isolated:
         self.close()
 
 
+_NO_TEMPLATE = "the processes that make workers have ended: start the miner anew"
+
+
 class _Worker:
     "A process that calls the function."
 
     def __init__(self, pid: int, connection: Connection):
         self._pid, self._connection = pid, connection
+
+    @property
+    def alive(self) -> bool:
+        "Tell whether an idle worker has not ended: nothing can be read from it."
+        return not wait([self._connection], 0)
 
     def call(self, synapse: Any, seconds: float) -> tuple[bool, Any]:
         "Call the function: True and its result, or False and its traceback."
@@ -117,8 +136,71 @@ class _Worker:
         self._connection.close()
 
 # %% ../../nbs/network/16_isolation.ipynb #i009
+class _Template:
+    "A process that makes workers, and twins of itself."
+
+    answer_time = 30.0  # seconds within which a process must be made
+
+    def __init__(self, pid: int, requests: socket.socket, ours: bool = False):
+        self._pid, self._socket, self._ours = pid, requests, ours
+        requests.settimeout(self.answer_time)
+
+    @classmethod
+    def fork(cls, fn: Callable) -> Self:
+        "Make a template out of this process."
+        here, there = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            here.close()
+            _be_template(there, fn)
+        there.close()
+        return cls(pid, here, ours=True)
+
+    @property
+    def alive(self) -> bool:
+        "Tell whether it has not ended: between two orders nothing can be read from it."
+        try:
+            return not wait([self._socket], 0)
+        except (OSError, ValueError):  # closed in this moment
+            return False
+
+    def make_worker(self) -> _Worker:
+        "Make a worker; `OSError` if the template is lost."
+        pid, ours = self._make(_WORKER)
+        return _Worker(pid, Connection(ours.detach()))
+
+    def make_twin(self) -> "_Template":
+        "Make another template; `OSError` if this one is lost."
+        return _Template(*self._make(_TWIN))
+
+    def _make(self, what: bytes) -> tuple[int, socket.socket]:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                socket.send_fds(self._socket, [what], [theirs.fileno()])
+            if not (said := self._socket.recv(32)):
+                raise ConnectionError("it has ended")
+            if (pid := int(said)) < 0:
+                raise RuntimeError(f"no process can be made: {os.strerror(-pid)}")
+        except BaseException:
+            ours.close()
+            raise
+        return pid, ours
+
+    def kill(self) -> None:
+        "End the process; a twin, which is no child of this process, ends by itself."
+        self._socket.close()
+        if self._ours:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self._pid, signal.SIGKILL)
+                os.waitpid(self._pid, 0)
+
+
+_WORKER, _TWIN = b"worker", b"twin"  # orders to a template
+
+
 def _be_template(requests: socket.socket, fn: Callable) -> None:
-    "Fork a worker for each socket that is sent; end with the process that sends them."
+    "Fork a process for each socket that is sent; end with the process that sends them."
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
             signal.signal(number, signal.SIG_IGN)
@@ -127,9 +209,15 @@ def _be_template(requests: socket.socket, fn: Callable) -> None:
             said, sockets, _, _ = socket.recv_fds(requests, 16, 1)
             if not said:
                 break
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # there are too many processes
+                pid = -error.errno
             if pid == 0:
                 requests.close()
+                if said == _TWIN:
+                    requests = socket.socket(fileno=sockets[0])
+                    continue
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 _be_worker(Connection(sockets[0]), fn)
             os.close(sockets[0])
