@@ -169,7 +169,7 @@ def test_a_redis_that_hangs_does_not_hold_up_the_loop(redis):
 
 @pytest.mark.parametrize("more", ["", "?max_connections=3"])
 def test_many_that_come_at_once_wait_for_a_connection(redis, more):
-    nonces = StoredNonces(Store(redis.url + more, ME))
+    nonces = StoredNonces(Store(redis.url + more, ME, timeout=SECONDS))
     nonces.begin()
     now = time.time_ns() + 10**9
 

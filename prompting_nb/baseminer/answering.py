@@ -256,9 +256,8 @@ def guarded(
         try:
             result = function(synapse)
             # a plain function may return a coroutine, as one around another does
-            return (
-                finish(result, synapse) if inspect.isawaitable(result) else read(result)
-            )
+            waits = hasattr(result, "__await__")
+            return finish(result, synapse) if waits else read(result)
         except Exception:
             return give_up(synapse)
 

@@ -10,6 +10,8 @@ import threading
 from collections import OrderedDict
 from hashlib import blake2b
 
+from pydantic_core import to_json
+
 from ..network.addresses import written_alike
 from ..protocol import Prompting
 from ..show import arguments_in_help
@@ -79,5 +81,9 @@ def prompt_key(
 ) -> bytes:  # 16 bytes, equal for equal prompts
     "Hash roles and messages, and the caller's hotkey when `per_caller`."
     caller = written_alike(synapse.dendrite.hotkey) if per_caller else None
-    text = repr((caller, synapse.roles, synapse.messages))
-    return blake2b(text.encode(), digest_size=16).digest()
+    asked = caller, synapse.roles, synapse.messages
+    try:
+        text = to_json(asked)  # twice as fast as `repr`
+    except ValueError:  # half of a pair of surrogates, which no request can hold
+        text = repr(asked).encode()
+    return blake2b(text, digest_size=16).digest()

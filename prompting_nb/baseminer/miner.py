@@ -8,7 +8,6 @@ __all__ = ['Miner', 'stop_all']
 # %% ../../nbs/baseminer/00_miner.ipynb #m00003
 import abc
 import argparse
-import inspect
 import logging
 import math
 import time
@@ -32,6 +31,7 @@ from ..config import Config, InputError, add_settings, read_config
 from ..config import settings_of
 from ..network.axon import Axon
 from ..network.isolation import Isolated
+from ..network.queue import runs_in_loop
 from ..network.limited import BlockWatch
 from ..network.store import Store, StoredMetrics, StoredNonces
 from ..network.store import StoredPrompts, StoredQuota
@@ -213,7 +213,7 @@ class Miner(abc.ABC):
         plain = wrapped is Miner._prompt
         prompt, self._isolated = self.prompt, None
         if self.settings.axon.isolate:
-            if not plain or _runs_in_loop(prompt):
+            if not plain or runs_in_loop(prompt):
                 what = "a plain `prompt`, and no `_prompt` of its own"
                 kind = type(self).__name__
                 raise InputError(f"--axon.isolate needs {what}: {kind} has another")
@@ -504,15 +504,6 @@ class Miner(abc.ABC):
             rows.append((name, Bar(count, count / sum(requests.values()))))
         title = f"{type(self).__name__} {self.settings.miner.name}"
         return html_table(title, ("what", "value"), rows)
-
-
-def _runs_in_loop(prompt: Callable) -> bool:
-    "Tell whether a `prompt` is anything but a plain function."
-    return (
-        inspect.iscoroutinefunction(prompt)
-        or inspect.isasyncgenfunction(prompt)
-        or inspect.isgeneratorfunction(prompt)
-    )
 
 
 def _once(

@@ -61,9 +61,10 @@ class Gatekeeper:
         path: str,  # with its query
     ) -> Terminal:  # the caller; raises `Refusal` 401 with the reason
         "Verify all but the nonce; pass the result to `accept` or `store`."
-        if repeats(headers, b"x-bittensor-"):
+        own = [pair for pair in headers if pair[0].startswith(b"x-bittensor-")]
+        named = decode_headers(own)
+        if len(named) < len(own):
             raise _unauthorized("MalformedAuth", "an X-Bittensor header appears twice")
-        named = decode_headers(headers, b"x-bittensor-")
         if len(named.get("x-bittensor-hotkey", "")) > LONGEST_HOTKEY:
             raise _unauthorized("MalformedAuth", NO_HOTKEY)
         receiver = named.get("x-bittensor-receiver", "")
@@ -390,8 +391,10 @@ def claimed_hotkey(
     headers: list,  # (name, value) pairs of bytes, names in lower case
 ) -> str:
     "Return the hotkey of the caller as its request writes it, for the answer."
-    named = (value for key, value in headers if key == b"x-bittensor-hotkey")
-    return next(named, b"").decode("latin-1")
+    for key, value in headers:
+        if key == b"x-bittensor-hotkey":
+            return value.decode("latin-1")
+    return ""
 
 
 def decode_headers(

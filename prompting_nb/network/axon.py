@@ -19,6 +19,7 @@ import time
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Iterable, Iterator, NamedTuple
 
@@ -57,6 +58,7 @@ from prompting_nb.network.queue import (
     WorkQueue,
     apart,
     is_stream,
+    runs_in_loop,
     work,
 )
 from .server import Limits, Server, listen, open_files
@@ -418,7 +420,7 @@ class _Endpoint:
 
     async def _identify(self, request: "_Exchange") -> Synapse:
         "Verify the caller, and return a synapse without messages."
-        _check_announced(request.scope["headers"], self._bounds)
+        _check_announced(request.scope, self._bounds)
         request.caller = caller = await request.wire.identify(request)
         caller.ip, caller.port = self._proxies.client(request.scope) or (None, None)
         return Synapse(dendrite=caller, axon=Terminal(**self._here))
@@ -453,6 +455,7 @@ class _Deadline:
         "_timer",
         "_listener",
         "_on_leave",
+        "_hearing",
         "refusal",
     )
 
@@ -461,7 +464,8 @@ class _Deadline:
         receive: Callable,  # ASGI's
         on_leave: Callable | None = None,  # takes a function, called at a hang-up
     ):
-        self._on_leave = on_leave
+        self._on_leave: Any = on_leave
+        self._hearing = False  # whether it is called at a hang-up
         self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
         self._receive, self._timer, self._listener = receive, None, None
         self.refusal: Refusal | None = None  # why the task was cancelled
@@ -478,6 +482,7 @@ class _Deadline:
         self.stop()
         later = self._loop.call_later
         if listen and self._on_leave is not None:
+            self._hearing = True
             self._on_leave(self._left)
             self._timer = later(max(0.0, seconds), self._end, refusal)
         elif listen and seconds > _LISTEN_AFTER:
@@ -513,7 +518,8 @@ class _Deadline:
             self._timer.cancel()
         if self._listener is not None:
             self._listener.cancel()
-        if self._on_leave is not None:
+        if self._hearing:
+            self._hearing = False
             self._on_leave(None)
         self._timer = self._listener = None
 
@@ -524,15 +530,15 @@ async def _hang_up(receive: Callable) -> None:
         pass
 
 # %% ../../nbs/network/00_axon.ipynb #c008
-def _check_announced(headers: list, bounds: _Bounds) -> None:
+def _check_announced(scope: dict, bounds: _Bounds) -> None:
     "Raise `Refusal` 431 or 413 if the headers are, or announce, too much."
-    size = 0
+    headers = scope["headers"]
+    counted = "connection.arrived" in (scope.get("extensions") or ())  # by our server
     for key, value in headers:
-        size += len(key) + len(value)
         if key == b"content-length":
             if not value.isdigit() or int(value[:20]) > bounds.max_body:
                 raise _too_long(bounds.max_body)
-    if size > bounds.max_head:
+    if not counted and sum(map(len, chain.from_iterable(headers))) > bounds.max_head:
         reason = f"the headers are longer than {bounds.max_head} bytes"
         raise Refusal(431, reason, "too_large", _CLOSE)
 
@@ -637,6 +643,7 @@ class _Worker:
         max_answer: int,  # characters put together from pieces
     ):
         self._kind, self._forward = kind, forward
+        self._in_loop = runs_in_loop(forward)
         self._queue, self._threads = queue, threads
         self._max_answer = max_answer
 
@@ -669,8 +676,10 @@ class _Worker:
         self, request: "_Exchange", synapse: Prompting, held: "_Held"
     ) -> None:
         "Call the handler and send what it makes, whole or in pieces."
-        work_for = self._forward, synapse, held.slot, self._threads, held.until
-        result = await work(*work_for)
+        forward, threads = self._forward, self._threads
+        result = await work(
+            forward, synapse, held.slot, threads, held.until, self._in_loop
+        )
         if not is_stream(result):
             result = _finished(result)
         elif self._kind is StreamPrompting:

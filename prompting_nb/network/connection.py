@@ -12,6 +12,7 @@ import select
 from collections import deque
 from functools import partial
 from http import HTTPStatus
+from itertools import chain
 from math import inf
 from typing import Any, Callable, Optional
 from urllib.parse import unquote
@@ -518,7 +519,8 @@ class _Reader:
             return ("there are two Host headers",)
         if self._coding and (self._coding != b"chunked" or version == "1.0"):
             return ("chunked is the only transfer coding here",)
-        size = len(self._url) + sum(len(n) + len(v) + 4 for n, v in self._headers)
+        texts = chain.from_iterable(self._headers)
+        size = len(self._url) + sum(map(len, texts)) + 4 * len(self._headers)
         if size > (most := self._limits.max_head):
             return f"the headers are longer than {most} bytes", 431
         return ()

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Mapping  # that of `typing` is slow to look into
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -22,7 +23,6 @@ from typing import (
     AsyncIterator,
     Callable,
     Coroutine,
-    Mapping,
     NamedTuple,
     NoReturn,
 )
@@ -185,6 +185,8 @@ class Dendrite:
 
 def _listed(targets: Any) -> list:
     "Return the targets as a list, also when there is one without a list around it."
+    if type(targets) is list:
+        return list(targets)
     if targets is None:
         raise TypeError("targets must be neurons or axons, not None")
     try:
@@ -627,7 +629,10 @@ class Sent(NamedTuple):
             if required:
                 raise _Failure(422, "the answer is not signed")
             return "Success, unsigned"
-        if not answer_fits(signature, answer, **self._asdict()):
+        miner, caller, path, nonce = self
+        if not answer_fits(
+            signature, answer, miner=miner, caller=caller, path=path, nonce=nonce
+        ):
             raise _Failure(422, "the answer is not signed by the miner that was asked")
         return "Success"
 
@@ -803,7 +808,7 @@ class Places:
         self._users[target] = self._users.get(target, 0) + 1
         try:
             began = time.monotonic()
-            if own.locked():
+            if self._users[target] > self._per_target:  # others may have to end first
                 await self._wait(own, seconds)
             else:
                 await own.acquire()

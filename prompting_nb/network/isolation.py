@@ -6,6 +6,7 @@
 __all__ = ['Isolated']
 
 # %% ../../nbs/network/16_isolation.ipynb #i003
+import errno
 import logging
 import os
 import pickle
@@ -212,7 +213,7 @@ def _be_template(requests: socket.socket, fn: Callable) -> None:
             try:
                 pid = os.fork()
             except OSError as error:  # there are too many processes
-                pid = -error.errno
+                pid = -(error.errno or errno.EAGAIN)
             if pid == 0:
                 requests.close()
                 if said == _TWIN:

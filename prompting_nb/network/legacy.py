@@ -145,8 +145,9 @@ def is_legacy(
     headers: list,  # pairs of bytes, names in lower case
 ) -> bool:
     "Tell whether a request is in the older format, without headers of the new one."
-    if any(key.startswith(b"x-bittensor-") for key, _ in headers):
-        return False
+    for key, _ in headers:  # every request comes by: a generator would be slower
+        if key.startswith(b"x-bittensor-"):
+            return False
     return any(key.startswith(_CALLER.encode()) for key, _ in headers)
 
 # %% ../../nbs/network/04_legacy.ipynb #c008

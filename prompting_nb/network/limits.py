@@ -108,7 +108,9 @@ class _Group:
     def move(self, connection: Guest, line: Optional[OrderedDict], now: float) -> None:
         "Put a connection at the end of a line, or of none, and take it off the others."
         for other in (self.strangers, self.asking, self.known):
-            other.pop(connection, None)
+            if connection in other:
+                del other[connection]
+                break  # it is in one of them at most
         if line is not None:
             line[connection] = now
 
@@ -262,7 +264,10 @@ class Crowd:
     ) -> None:
         "Note that a known connection is not idle; strangers have to ask."
         if connection in self._all.known:
-            self.rest(connection)
+            now = self._clock()
+            for line in (self._group_of[connection].known, self._all.known):
+                line[connection] = now
+                line.move_to_end(connection)
 
     def is_stranger(
         self,
