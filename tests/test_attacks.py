@@ -430,10 +430,13 @@ def test_long_questions_signed_ahead_of_the_clock():
             line.sendall(ahead())
             assert read_status(line) == 503
         assert status(axon) == 200  # one whose time has come
+        soon = sign(body, nonce_ns=time.time_ns() + int(0.2e9))
+        assert status(axon, body, soon) == 200  # and one whose clock is a little ahead
+        assert [read_status(line) for line in lines[-1:]] == [503]  # in place of the last that came
         for line in lines:
             line.close()
         until(lambda: entry.early == 0)  # at once, and not when their time has come
-        until(lambda: axon.metrics.totals().get("left") == len(lines))
+        until(lambda: axon.metrics.totals().get("left") == len(lines) - 1)
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -1348,22 +1351,59 @@ def test_strangers_who_all_ask_at_once():
     asyncio.run(check())
 
 
+class Line(Nowhere):
+    "A transport that is closed when it is aborted."
+    closed, answers, protocol = False, 0, None
+    is_closing = lambda self: self.closed
+
+    def write(self, data):
+        self.answers += data.count(b"HTTP/1.1 ")
+
+    def abort(self):
+        if not self.closed:
+            self.closed = True
+            asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
+
+
+def test_strangers_whose_requests_take_long():
+    """Strangers hold all places with whole requests that are made to take long, and more of them come.
+    Older server: sets no limit; its file descriptors run out."""
+
+    async def app(scope, receive, send):
+        if scope["path"] == "/stranger":
+            await asyncio.sleep(SECONDS)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def check():
+        now, tasks, asked = [0.0], set(), []
+        crowd = connection.Crowd(Limits(max_connections=20), clock=lambda: now[0])
+
+        def came():
+            line = Line()
+            line.protocol = connection.Connection(app, crowd, tasks)
+            line.protocol.connection_made(line)
+            return line
+
+        for turn in range(300):
+            came().protocol.data_received(b"GET /stranger HTTP/1.1\r\n\r\n")
+            if turn % 20 == 10:
+                asked.append(came())  # whose request is not here yet
+            if turn % 20 == 15 and not asked[-1].closed:
+                asked[-1].protocol.data_received(b"GET /validator HTTP/1.1\r\n\r\n")
+            now[0] += 0.05
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(crowd) <= 20 and [line.answers for line in asked] == [1] * 15
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(check())
+
+
 def test_strangers_who_come_again_as_soon_as_they_are_closed():
     """Strangers hold all places with requests sent ahead, and come again when they are closed, faster than they can be served.
     Older server: sets no limit; its file descriptors run out."""
-
-    class Line(Nowhere):
-        "A transport that is closed when it is aborted."
-        closed, answers, protocol = False, 0, None
-        is_closing = lambda self: self.closed
-
-        def write(self, data):
-            self.answers += data.count(b"HTTP/1.1 ")
-
-        def abort(self):
-            if not self.closed:
-                self.closed = True
-                asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
 
     async def app(scope, receive, send):
         await asyncio.sleep(0)
@@ -2104,6 +2144,71 @@ def test_killed_makers_of_processes():
         code, text = http_get(axon, "/ready")
         assert (code, json.loads(text)["reason"]) == (503, isolated.problem())
         assert status(axon) == 500
+
+
+@pytest.mark.parametrize("how", ["killed", "in order"])
+def test_handler_that_hangs_when_its_miner_ends(how):
+    """A miner ends, or is killed, while a handler hangs in a process of its own.
+    Older server: -"""
+    code = """
+import os, sys, threading
+from types import SimpleNamespace
+from prompting_nb.network.isolation import Isolated
+
+def hang(synapse):
+    os.write(1, b"%d " % os.getpid())
+    threading.Event().wait()
+
+both = Isolated(hang), Isolated(hang)
+for isolated in both:
+    threading.Thread(target=isolated, args=[SimpleNamespace(timeout=1000.0)], daemon=True).start()
+sys.stdin.read()
+"""
+    miner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    said = b""
+    while said.count(b" ") < 2:
+        said += os.read(miner.stdout.fileno(), 100)
+    groups = {os.getpgid(int(pid)) for pid in said.split()}
+    assert len(groups) == 2 and os.getpgid(miner.pid) not in groups
+    miner.kill() if how == "killed" else miner.stdin.close()
+    miner.wait(SECONDS)
+    until(lambda: not any(map(group_lives, groups)))
+    miner.stdout.close()
+
+
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_maker_of_processes_that_stands_still():
+    """The process that makes the workers stands still: those that work are not held up.
+    Older server: -"""
+    begun, go_on = os.pipe(), os.pipe()
+
+    def slowly(synapse):
+        if synapse.prompt == "slow":
+            os.write(begun[1], b".")
+            os.read(go_on[0], 1)
+        return echo(synapse)
+
+    with Isolated(slowly, grace=5.0) as isolated, ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(isolated, Prompting.ask("slow"))
+        os.read(begun[0], 1)
+        template = isolated._templates[0]
+        template._orders.settimeout(SECONDS)
+        os.kill(template._pid, signal.SIGSTOP)
+        waits = pool.submit(isolated, Prompting.ask("hello"))  # for a worker that is made
+        until(lambda: isolated._making.locked())
+        os.write(go_on[1], b".")
+        assert slow.result(SECONDS / 2).completion == "slow" and not waits.done()
+        os.kill(template._pid, signal.SIGCONT)
+        assert waits.result(SECONDS).completion == "hello"
+    for end in (*begun, *go_on):
+        os.close(end)
 
 
 def test_process_of_a_request_that_has_waited(tmp_path):

@@ -337,6 +337,40 @@ def test_a_locked_file_does_not_hold_up_the_loop(tmp_path, clock, caplog):
     assert (refusal.status, refusal.reason, refusal.kind) == (503, "the miner is stopping", "stopping")
 
 
+def test_a_thread_that_cannot_be_started_costs_the_requests_of_that_moment(tmp_path, clock, monkeypatch):
+    store = FileNonces(tmp_path / "nonces", clock)
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        refusal = refused(lambda: asyncio.run(store.accept("a", START)))
+    assert (refusal.status, refusal.kind) == (503, "nonces") and "cannot write" in asyncio.run(store.problem())
+    assert [asyncio.run(store.accept("a", START)) for _ in range(2)] == [True, False]
+    assert asyncio.run(store.problem()) == ""
+    store.close()
+
+
+def test_an_attempt_to_store_writes(tmp_path, clock, monkeypatch):
+    "Otherwise a full disk would look mended as soon as nobody asks."
+    store, now = FileNonces(tmp_path / "nonces", clock), [1000.0]
+    monkeypatch.setattr(auth.time, "monotonic", lambda: now[0])
+    store._file.db.execute("PRAGMA query_only = on")  # what is read still works
+    assert refused(lambda: store.check_and_store("a", START)).status == 503
+
+    def tried():
+        now[0] += 6
+        asyncio.run(store.problem())
+        store._thread.submit(int).result()  # after the attempt
+        return asyncio.run(store.problem())
+
+    assert "cannot write" in tried()
+    store._file.db.execute("PRAGMA query_only = off")
+    assert tried() == ""
+    store.close()
+
+
 @pytest.mark.parametrize("hotkey, nonce", [("\ud800", START), ("a", 2**63)])
 def test_what_cannot_be_written_down_costs_its_own_request_only(tmp_path, clock, hotkey, nonce):
     store = FileNonces(tmp_path / "nonces", clock)

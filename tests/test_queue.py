@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import suppress
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -351,6 +352,29 @@ def test_threads_carry_every_error_and_go_on():
         assert (type(raised), str(raised)) == (kind, text)
     assert threads.submit(int, "7").result(SECONDS) == 7 and names("errors") == ["errors-0"]
     threads.close()
+
+
+@run
+async def test_a_thread_that_cannot_be_started_costs_no_slot():
+    queue, threads = WorkQueue(1, 4), Threads(2, "few")
+    none = patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread"))
+
+    for _ in range(2):
+        slot = await queue.slot(0)
+        with none, pytest.raises(RuntimeError, match="start new thread"):
+            await work(lambda synapse: synapse, 1, slot, threads)
+        slot.release()
+        assert queue.running == 0
+    slot = await queue.slot(0)
+    assert await work(lambda synapse: synapse, 1, slot, threads) == 1
+    hangs, free = threading.Event(), threading.Event()
+    busy = threads.submit(lambda: hangs.set() or free.wait(10))
+    await asyncio.to_thread(hangs.wait, 10)
+    with none:
+        waits = threads.submit(int)  # for the thread that there is
+    free.set()
+    assert (await asyncio.wrap_future(waits), await asyncio.wrap_future(busy)) == (0, True)
+    threads.close()  # no thread that never ran is waited for
 
 
 def test_cancelled_work_is_not_started():

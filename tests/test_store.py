@@ -153,6 +153,25 @@ def test_without_redis_a_miner_is_not_ready_until_it_is_back(redis):
         until(lambda: status(axon) == 200)  # its new memory begins with the first one
 
 
+def test_a_redis_that_takes_no_writes_makes_a_miner_unready(redis):
+    "It follows another one since a failover, or cannot save; what only reads is answered."
+
+    def follow(whom):
+        with socket.create_connection(("127.0.0.1", redis.port), SECONDS) as line:
+            line.sendall(f"REPLICAOF {whom}\r\n".encode())
+            assert line.recv(3) == b"+OK"
+
+    with stored(redis) as axon:
+        assert (status(axon), ready(axon)[0]) == (200, 200)
+        follow("127.0.0.1 1")
+        assert status(axon) == 503
+        time.sleep(1.1)  # after which the store is asked again
+        assert [ready(axon)[0] for _ in range(2)] == [503, 503]
+        follow("NO ONE")
+        until(lambda: ready(axon)[0] == 200)
+        until(lambda: status(axon) == 200)
+
+
 def test_a_redis_that_hangs_does_not_hold_up_the_loop(redis):
     with stored(redis) as axon:
         assert status(axon) == 200

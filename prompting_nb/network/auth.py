@@ -584,6 +584,7 @@ class FileNonces:
         self._busy = False  # whether the thread is told to store what waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nonces")
         self._problem, self._tried = "", 0.0  # of the latest attempt
+        self._closed = False
 
     def __len__(self) -> int:
         return self._file.count()
@@ -621,9 +622,27 @@ class FileNonces:
         if idle:
             try:
                 self._thread.submit(self._store_what_waits)
-            except RuntimeError:  # closed
-                raise Refusal(503, "the miner is stopping", "stopping") from None
+            except RuntimeError as error:  # no thread can be started now
+                self._give_up(error)
         return await asyncio.wrap_future(future)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        "Refuse all nonces that wait, because no thread will store them."
+        with self._lock:
+            waiting, self._waiting, self._busy = self._waiting, [], False
+        refusal = Refusal(503, "the miner is stopping", "stopping")
+        if not self._closed:
+            refusal = Refusal(503, self._note(error), "nonces")
+        for _, _, future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(refusal)
+
+    def _note(self, error: Exception) -> str:
+        "Note that nonces could not be stored; return what callers are told."
+        _log.error("%s cannot be used, requests are refused: %s", self.path, error)
+        self._problem = "this miner cannot write down what it accepts"
+        self._tried = time.monotonic()
+        return self._problem
 
     async def problem(self) -> str:
         """Say why the latest nonces could not be stored; empty if they could.
@@ -663,9 +682,7 @@ class FileNonces:
             self._problem = ""
             return outcomes
         except (sqlite3.Error, OSError) as error:
-            _log.error("%s cannot be used, requests are refused: %s", self.path, error)
-            reason = "this miner cannot write down what it accepts"
-            self._problem, self._tried = reason, time.monotonic()
+            reason = self._note(error)
             return [Refusal(503, reason, "nonces") for _ in nonces]
 
     def _written(self, nonces: list) -> list:
@@ -697,6 +714,7 @@ class FileNonces:
 
     def close(self) -> None:
         "Write what waits, and close the file."
+        self._closed = True
         self._thread.shutdown()
         self._file.close()
 
@@ -893,6 +911,8 @@ class NonceFile:
         "Add nonces in one transaction."
         self.db.execute("BEGIN IMMEDIATE")
         with self.db:
+            if not nonces:  # an attempt, which has to write something
+                self.db.execute("UPDATE floor SET nonce = nonce")
             return [self._add(hotkey, nonce, now) for hotkey, nonce in nonces]
 
     def _add(self, hotkey: str, nonce: int, now: int) -> "bool | Refusal":

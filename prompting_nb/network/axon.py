@@ -545,15 +545,19 @@ def _check_announced(scope: dict, bounds: _Bounds) -> None:
 
 async def _read_body(receive: Callable, limit: int) -> bytes:
     "Read a body; `Refusal` 413 once it is longer than `limit`, 499 at a hang-up."
-    body, more = b"", True
+    body, more = bytearray(), True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Refusal(499, "the caller left before the body was complete", "left")
-        body, more = body + message.get("body", b""), message.get("more_body", False)
+        part, more = message.get("body", b""), message.get("more_body", False)
+        if not (body or more):
+            body = part  # all at once, as nearly always
+        else:
+            body += part
         if len(body) > limit:
             raise _too_long(limit)
-    return body
+    return bytes(body)
 
 
 def _too_long(limit: int) -> Refusal:
@@ -1013,33 +1017,51 @@ class _Legacy:
 
 
 class _Entry:
-    "Accepts the nonces of callers, and bounds the bodies that wait until their time."
+    """Accepts the nonces of callers, and bounds the bodies that wait until their time.
+
+    When they are too many, those that would wait longest are refused.
+    """
 
     def __init__(self, gate: Gatekeeper, most: int):
         self.gate, self._most = gate, most
         self.early = 0  # bytes of bodies in memory; `most` of them are allowed
+        self._held: dict[_Exchange, tuple[int, int]] = {}  # nonce and bytes of each
 
     async def accept(self, caller: Terminal, request: _Exchange, size: int) -> Terminal:
         "Store the nonce of a caller with a body of `size`; `Refusal` 401 for a replay."
         gate = self.gate
         if (ahead := (caller.nonce or 0) - gate.clock()) > 0:
-            with self._hold(size):
+            with self._hold(request, caller.nonce or 0, size):
                 return await request.wait(gate.accept(caller), ahead / 1e9)
         if isinstance(gate.nonces, MemoryNonces):  # nothing there has to be waited for
             return await gate.accept(caller)
         return await request.wait(gate.accept(caller))
 
     @contextmanager
-    def _hold(self, size: int) -> Iterator[None]:
+    def _hold(self, request: _Exchange, nonce: int, size: int) -> Iterator[None]:
         "Count a body for a `with` block; `Refusal` 503 if there are too many."
-        if self.early + size > self._most:
-            reason = "too many requests wait whose clocks are ahead of this miner's"
-            raise Refusal(503, reason, "early", _AGAIN)
-        self.early += size
+        if size:
+            self._held[request] = nonce, size
+            self.early += size
         try:
+            while self.early > self._most:
+                last = max(self._held, key=lambda held: self._held[held][0])
+                self._forget(last)
+                if last is request:
+                    raise _too_early()
+                last.deadline.cancel(_too_early())
             yield
         finally:
-            self.early -= size
+            self._forget(request)
+
+    def _forget(self, request: _Exchange) -> None:
+        if (held := self._held.pop(request, None)) is not None:
+            self.early -= held[1]
+
+
+def _too_early() -> Refusal:
+    reason = "too many requests wait whose clocks are ahead of this miner's"
+    return Refusal(503, reason, "early", _AGAIN)
 
 # %% ../../nbs/network/00_axon.ipynb #c022
 class _Application:

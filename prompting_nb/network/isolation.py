@@ -41,9 +41,16 @@ class Isolated:
             raise InputError("this system has no fork: work cannot be isolated here")
         self.fn, self.grace = fn, grace
         self._idle: list[_Worker] = []
-        self._lock = threading.Lock()
-        template = _Template.fork(fn)
-        self._templates = [template, template.make_twin()]  # the first makes workers
+        self._lock = threading.Lock()  # of that list
+        self._making = threading.Lock()  # held while a process is made
+        here, there = socket.socketpair()
+        self._group = os.fork()  # of processes, named after the first of them
+        if self._group == 0:
+            here.close()
+            _be_template(there, fn)
+        there.close()
+        self._templates = [_Template(self._group, here)]  # the first makes workers
+        self._complete()
 
     def __call__(
         self,
@@ -69,23 +76,33 @@ class Isolated:
                 if (worker := self._idle.pop()).alive:
                     return worker
                 worker.kill()
+        with self._making:
             while self._templates:
                 try:
-                    return self._templates[0].make_worker()
+                    worker = self._templates[0].make_worker()
                 except OSError as error:
-                    self._take_over(error)
+                    self._drop_template(error)
+                else:
+                    self._complete()
+                    return worker
         raise RuntimeError(_NO_TEMPLATE)
 
-    def _take_over(self, error: OSError) -> None:
-        "Let the template's twin do its work, with a new twin."
+    def _drop_template(self, error: OSError) -> None:
+        "Let the template's twin do its work."
         self._templates.pop(0).kill()
         if self._templates:
             lost = "the process that makes workers is lost (%s), its twin takes over"
             _log.error(lost, error)
-            with suppress(OSError):  # also lost: the next request will find out
-                self._templates.append(self._templates[0].make_twin())
         else:
             _log.error(_NO_TEMPLATE)
+
+    def _complete(self) -> None:
+        "Give the template a twin if it has none."
+        if len(self._templates) == 1:
+            try:
+                self._templates.append(self._templates[0].make_twin())
+            except (OSError, RuntimeError) as error:  # the next worker tries again
+                _log.warning("the process that makes workers has no twin: %s", error)
 
     def problem(self) -> str:
         "Say why no workers can be made any more; empty while they can."
@@ -93,12 +110,17 @@ class Isolated:
         return "" if any(t.alive for t in tuple(self._templates)) else _NO_TEMPLATE
 
     def close(self) -> None:
-        "End all processes."
-        with self._lock:
+        "End all processes, busy ones too."
+        with self._making, self._lock:
             for process in (*self._idle, *self._templates):
                 process.kill()
             self._idle.clear()
             self._templates.clear()
+            if self._group:
+                with suppress(ProcessLookupError, ChildProcessError):
+                    os.killpg(self._group, signal.SIGKILL)
+                    os.waitpid(self._group, 0)  # until then the number is not reused
+                self._group = 0
 
     def __enter__(self) -> Self:
         return self
@@ -137,92 +159,89 @@ class _Worker:
         self._connection.close()
 
 # %% ../../nbs/network/16_isolation.ipynb #i009
+_ANSWER_TIME = 10.0  # seconds within which a process must be made
+_WORKER, _TWIN = b"worker", b"twin"  # orders to a template
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ETOOMANYREFS, errno.ENOMEM}
+
+
 class _Template:
     "A process that makes workers, and twins of itself."
 
-    answer_time = 30.0  # seconds within which a process must be made
-
-    def __init__(self, pid: int, requests: socket.socket, ours: bool = False):
-        self._pid, self._socket, self._ours = pid, requests, ours
-        requests.settimeout(self.answer_time)
-
-    @classmethod
-    def fork(cls, fn: Callable) -> Self:
-        "Make a template out of this process."
-        here, there = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            here.close()
-            _be_template(there, fn)
-        there.close()
-        return cls(pid, here, ours=True)
+    def __init__(self, pid: int, orders: socket.socket):
+        self._pid, self._orders = pid, orders
+        orders.settimeout(_ANSWER_TIME)
 
     @property
     def alive(self) -> bool:
         "Tell whether it has not ended: between two orders nothing can be read from it."
         try:
-            return not wait([self._socket], 0)
+            return not wait([self._orders], 0)
         except (OSError, ValueError):  # closed in this moment
             return False
 
     def make_worker(self) -> _Worker:
-        "Make a worker; `OSError` if the template is lost."
+        "Make a worker; `OSError` if the template is lost, else `RuntimeError`."
         pid, ours = self._make(_WORKER)
         return _Worker(pid, Connection(ours.detach()))
 
     def make_twin(self) -> "_Template":
-        "Make another template; `OSError` if this one is lost."
+        "Make another template; errors as above."
         return _Template(*self._make(_TWIN))
 
     def _make(self, what: bytes) -> tuple[int, socket.socket]:
-        ours, theirs = socket.socketpair()
+        ours = None
         try:
+            ours, theirs = socket.socketpair()
             with theirs:
-                socket.send_fds(self._socket, [what], [theirs.fileno()])
-            if not (said := self._socket.recv(32)):
+                socket.send_fds(self._orders, [what], [theirs.fileno()])
+            if not (said := self._orders.recv(32)):
                 raise ConnectionError("it has ended")
             if (pid := int(said)) < 0:
                 raise RuntimeError(f"no process can be made: {os.strerror(-pid)}")
-        except BaseException:
-            ours.close()
+            return pid, ours
+        except BaseException as error:
+            if ours is not None:
+                ours.close()
+            # of files or memory, which is no fault of the template
+            if isinstance(error, OSError) and error.errno in _SHORT:
+                raise RuntimeError(f"no process can be made: {error}") from None
             raise
-        return pid, ours
 
     def kill(self) -> None:
-        "End the process; a twin, which is no child of this process, ends by itself."
-        self._socket.close()
-        if self._ours:
-            with suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self._pid, signal.SIGKILL)
-                os.waitpid(self._pid, 0)
+        "End it, before its orders end: at their end it would take the others along."
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        self._orders.close()
 
 
-_WORKER, _TWIN = b"worker", b"twin"  # orders to a template
+def _be_template(orders: socket.socket, fn: Callable) -> None:
+    """Fork a process for each socket that is sent.
 
-
-def _be_template(requests: socket.socket, fn: Callable) -> None:
-    "Fork a process for each socket that is sent; end with the process that sends them."
+    When the process that sends them has ended, end all that were made, since one that
+    is busy does not notice it.
+    """
     try:
+        os.setpgid(0, 0)  # a group of processes of their own
         for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies
         while True:
-            said, sockets, _, _ = socket.recv_fds(requests, 16, 1)
+            said, sockets, _, _ = socket.recv_fds(orders, 16, 1)
             if not said:
-                break
+                os.killpg(os.getpgrp(), signal.SIGKILL)
             try:
                 pid = os.fork()
             except OSError as error:  # there are too many processes
                 pid = -(error.errno or errno.EAGAIN)
             if pid == 0:
-                requests.close()
+                orders.close()
                 if said == _TWIN:
-                    requests = socket.socket(fileno=sockets[0])
+                    orders = socket.socket(fileno=sockets[0])
                     continue
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 _be_worker(Connection(sockets[0]), fn)
             os.close(sockets[0])
-            requests.send(b"%d" % pid)
+            orders.send(b"%d" % pid)
     finally:
         os._exit(0)  # nothing of the copied process is to run its clean-up
 

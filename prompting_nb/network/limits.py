@@ -98,12 +98,15 @@ class _Group:
 
     def oldest(self, but: object, until: float = inf) -> Optional[Guest]:
         "Return the first that has to go; with `until` one that is idle since then."
-        for line in (self.strangers, self.asking, self.known):
-            for connection, since in line.items():
-                if connection is not but:  # strangers are left: no known one has to go
-                    fresh = since > until or (line is self.asking and until < inf)
-                    return None if fresh else connection
-        return None
+        idle, since = _first(self.strangers, but)
+        asks, asked = _first(self.asking, but)
+        if idle is None and asks is None:  # else no known one has to go
+            known, since = _first(self.known, but)
+            return known if since <= until else None
+        if until < inf:
+            return None if idle is None or since > until else idle
+        # one who asks is spared for a while only: its request may be made to take long
+        return asks if idle is None or asked < since - _ASKED else idle
 
     def move(self, connection: Guest, line: Optional[OrderedDict], now: float) -> None:
         "Put a connection at the end of a line, or of none, and take it off the others."
@@ -113,6 +116,17 @@ class _Group:
                 break  # it is in one of them at most
         if line is not None:
             line[connection] = now
+
+
+def _first(line: OrderedDict, but: object) -> tuple[Optional[Guest], float]:
+    "Return the first of a line but one, and since when it is there; None if empty."
+    for connection, since in line.items():
+        if connection is not but:
+            return connection, since
+    return None, inf
+
+
+_ASKED = 0.5  # seconds for which a stranger's request outweighs how long others wait
 
 # %% ../../nbs/network/12_limits.ipynb #l013
 _log = logging.getLogger(__name__)

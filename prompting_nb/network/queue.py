@@ -342,15 +342,27 @@ class Threads:
         fn: Callable,  # to call in a thread
         *args,  # of `fn`
     ) -> Future:  # for its result
-        "Call `fn(*args)` in the next free thread."
+        """Call `fn(*args)` in the next free thread.
+
+        Raises `RuntimeError` if there is none and none can be started.
+        """
+        if not self._idle.acquire(blocking=False) and len(self._threads) < self.limit:
+            self._add()
         future = Future()
         self._work.put((future, fn, args))
-        if not self._idle.acquire(blocking=False) and len(self._threads) < self.limit:
-            name = f"{self.name}-{len(self._threads)}"
-            thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
         return future
+
+    def _add(self) -> None:
+        "Start a thread; `RuntimeError` if that fails and there is none so far."
+        name = f"{self.name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system allows no more now: the others do the work
+            if not self._threads:
+                raise
+        else:
+            self._threads.append(thread)
 
     def _run(self) -> None:
         "Call what is submitted, until `close`."
@@ -383,9 +395,10 @@ _NOT_CARRIED = StopIteration, asyncio.CancelledError, CancelledError
 # %% ../../nbs/network/05_queue.ipynb #q009
 async def _in_thread(slot: Slot, threads: Threads, fn: Callable, *args) -> Any:
     "Call `fn(*args)` in a thread, which holds the slot until it has ended."
-    slot.hold()
+    release = _release(slot)
     working = threads.submit(copy_context().run, fn, *args)
-    working.add_done_callback(_release(slot))
+    slot.hold()
+    working.add_done_callback(release)
     return await asyncio.wrap_future(working)
 
 
@@ -462,8 +475,8 @@ async def _steps(
     slot.hold()
     try:
         while True:
-            slot.hold()
             step = threads.submit(run, next, generator, _END)
+            slot.hold()
             step.add_done_callback(release)
             if (item := await asyncio.wrap_future(step)) is _END:
                 break

@@ -102,7 +102,7 @@ class Store:
         "Say that Redis did not answer the latest question, which is asked anew; or ''."
         if self._away:
             with suppress(Refusal):
-                await self.run("return 1", [], [])
+                await self.run(_PROBE, [self.key("probe")], [])
         return _AWAY if self._away else ""
 
     def _check(self) -> None:
@@ -146,6 +146,8 @@ class _Client:
 
 
 _AWAY = "the store of this miner does not answer"
+# writes: a Redis that cannot save, or follows another one, still answers what reads
+_PROBE = "return redis.call('set', KEYS[1], '', 'px', 1000)"
 
 
 def _unavailable() -> Refusal:
