@@ -40,6 +40,7 @@ from prompting_nb.baseminer.miner import Miner
 from prompting_nb.baseminer.processes import Followers
 from prompting_nb.baseminer.subnet import NotRegisteredError
 from prompting_nb.config import InputError, read_config
+from prompting_nb import protocol
 from prompting_nb.network import addresses, auth, connection, legacy
 from prompting_nb.network.auth import FORGOTTEN, FileNonces, MemoryNonces, Refusal, sign_request
 from prompting_nb.network.axon import Axon
@@ -2396,6 +2397,55 @@ def test_stream_of_pieces_without_text(dendrite):
     asyncio.run(ask_beside())
     assert len(turns) > 3
     assert ask(dendrite, Raw(answer), StreamPrompting, SECONDS).dendrite.status_code == 413
+
+
+BRACKETS = ['{"completion": "x", "other": [%s1]}' % ("[]," * 300_000), "[" * 900_000,
+            '{"completion": [%s1]}' % ('{"":"]\\\\"},' * 90_000), '[%s1]' % ('"",[],' * 150_000)]  # fmt: skip
+
+
+@pytest.mark.parametrize("brackets", range(len(BRACKETS)))
+def test_answer_of_brackets(brackets, monkeypatch):
+    """A miner answers with a megabyte of empty lists and objects, which take long to read.
+    Older client: reads any JSON."""
+    reads = []
+    monkeypatch.setattr(protocol, "_LONG_REPLY", SimpleNamespace(validate_json=reads.append))
+    body, code = BRACKETS[brackets].encode(), json.dumps("[{\\\"" * 200_000)
+    with Dendrite(VALIDATOR, allow_private=True, require_signed=False) as dendrite:
+        answer = ask(dendrite, Raw(ok(body)), timeout=SECONDS).dendrite
+        assert answer.status_code == 422 and "more than 1000 lists and objects" in answer.status_message and not reads
+    monkeypatch.undo()
+    assert len(protocol.read_reply(f'{{"completion": {code}}}'.encode())) == 800_000
+
+
+def test_answer_of_an_impostor_is_not_read(dendrite, monkeypatch):
+    """Somebody at the miner's address answers with JSON that takes long to read, without the miner's signature.
+    Older client: answers are not verified."""
+    reads = []
+    monkeypatch.setattr("prompting_nb.network.dendrite.read_reply", reads.append)
+    forged = b"x-prompting-signature: sr25519 0x" + b"00" * 64 + b"\r\n"
+    for more in (b"", forged):
+        answer = ask(dendrite, Raw(ok(b'{"completion": "x"}', more)), timeout=SECONDS).dendrite
+        assert answer.status_code == 422 and "not signed" in answer.status_message and not reads
+
+
+def test_miner_whose_name_hangs(monkeypatch):
+    """A miner's name is one that nobody answers for, and it is asked again and again; another miner has a name as well.
+    Older client: -"""
+    free, asked = threading.Event(), []
+
+    def look(host, port, *_, **__):
+        asked.append(host)
+        if host == "slow.example":
+            free.wait(SECONDS)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    with Axon(MINER).attach(echo) as axon, Dendrite(VALIDATOR, allow_private=True) as dendrite:
+        monkeypatch.setattr(socket, "getaddrinfo", look)
+        slow, honest = (SimpleNamespace(hotkey=ME, axon=f"{name}.example:{axon.port}") for name in ("slow", "honest"))
+        assert {a.dendrite.status_code for a in dendrite.query([slow] * 100, QUESTION, timeout=0.3)} == {408}
+        assert ask(dendrite, honest, timeout=SECONDS).is_success
+        free.set()
+    assert asked == ["slow.example", "honest.example"]
 
 
 def test_silent_miner(dendrite):

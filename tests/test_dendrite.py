@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -13,7 +14,8 @@ import textwrap
 import threading
 import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +26,12 @@ from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompting_nb import protocol
+from prompting_nb.network import dendrite as dendrite_module
+from prompting_nb.network.addresses import find_addresses
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
-from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.dendrite import Dendrite, Question
 from prompting_nb.network.floods import PacedConnector
 from prompting_nb.protocol import Prompting, StreamPrompting, read_body, read_event, read_reply
 from prompting_nb.validators.validator import Validator
@@ -185,6 +190,67 @@ def test_names_that_nobody_answers_for_do_not_hold_up_the_others(internet, monke
         free.set()
     assert [status for status, _ in answers] == [408] * 40 + [503]
     assert [call[0] for call in internet.connected] == ["8.8.8.8"]
+
+
+def test_four_addresses_of_a_name_are_tried(internet):
+    found = [f"8.8.8.{i}" for i in range(9)]
+    internet.names["miner.example"], internet.refuse = [found], set(found)
+    with Dendrite(VALIDATOR) as dendrite:
+        [(status, message)] = said(dendrite.query([at("miner.example:80")], QUESTION))
+    assert status == 503 and "cannot be reached" in message
+    assert [call[0] for call in internet.connected] == found[:4]
+
+
+@pytest.mark.parametrize("stale", [0, 1, 2])
+def test_what_was_sent_to_one_address_is_not_sent_to_the_next(stale, internet, monkeypatch):
+    "Kept connections to it had been closed, and it takes no new one."
+    internet.names["miner.example"], sent = [["8.8.8.8", "8.8.4.4"]], []
+
+    async def exchange(self, session, url, **_):
+        sent.append(url.host)
+        if len(sent) <= stale:
+            raise aiohttp.ServerDisconnectedError
+        raise aiohttp.ClientConnectorError(SimpleNamespace(host="", port=0, ssl=None), OSError(111, "refused"))
+
+    monkeypatch.setattr(Question, "_exchange", exchange)
+    monkeypatch.setattr(dendrite_module, "was_stale", lambda: len(sent) <= stale)
+    with Dendrite(VALIDATOR) as dendrite:
+        [(status, message)] = said(dendrite.query([at("miner.example:80")], QUESTION))
+    assert (status, message) == (503, f"miner.example:80 cannot be reached: {os.strerror(111)}") or not stale
+    assert sent == (["8.8.8.8"] * (stale + 1) if stale else ["8.8.8.8", "8.8.4.4"])
+
+
+def test_those_who_want_the_same_name_share_a_look_up(monkeypatch):
+    free, asked = threading.Event(), []
+
+    def look(host, port, *_, **__):
+        asked.append((host, port))
+        assert free.wait(20)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("8.8.8.8", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look)
+
+    async def want():
+        wanted = [asyncio.ensure_future(find_addresses("miner.example", port)) for port in (80, 80, 81, 80)]
+        await asyncio.sleep(0.05)
+        wanted[0].cancel()  # the one who asked first
+        with suppress(asyncio.CancelledError):
+            await wanted[0]
+        with pytest.raises(asyncio.TimeoutError):
+            await find_addresses("miner.example", 80, timeout=0.01)
+        free.set()
+        assert await asyncio.gather(*wanted[1:]) == [["8.8.8.8"]] * 3
+        assert await find_addresses("miner.example", 80) == ["8.8.8.8"]  # it was forgotten
+
+    asyncio.run(want())
+    assert sorted(asked) == [("miner.example", 80)] * 2 + [("miner.example", 81)]
+
+
+def test_all_who_want_an_unknown_name_are_told(internet):
+    async def want():
+        return await asyncio.gather(*(find_addresses("gone.example", 80) for _ in range(3)), return_exceptions=True)
+
+    assert [str(error) for error in asyncio.run(want())] == ["[Errno -2] Name or service not known"] * 3
 
 
 def test_a_redirect_is_not_followed():
@@ -450,7 +516,7 @@ def test_a_stream_whose_dendrite_is_closed_says_so_to_a_later_reader(axon, how):
 
 
 def test_a_stream_that_is_closed_early_leaves_no_task_behind(dendrite):
-    "The queue of pieces is full then, and nobody takes the end of the stream from it."
+    "Its maker waits then, because nobody takes the pieces."
     def endless(synapse):
         while True:
             yield "more "
@@ -459,13 +525,263 @@ def test_a_stream_that_is_closed_early_leaves_no_task_behind(dendrite):
         stream = dendrite.stream(axon, QUESTION)
         assert next(iter(stream)) == "more "
         deadline = time.monotonic() + 20
-        while not stream._pieces.full() and time.monotonic() < deadline:
+        while len(stream._pieces.unread) < 8 and time.monotonic() < deadline:
             time.sleep(0.01)
         loop = dendrite._sessions.background()
         stream.close()
         while asyncio.all_tasks(loop) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert not [task for task in asyncio.all_tasks(loop) if "Stream._run" in repr(task)]
+        assert not asyncio.all_tasks(loop)
+
+
+class Steps:
+    "A miner of two pieces, each of which comes when it is told to, and an end that is told as well."
+
+    def __init__(self):
+        self.go = [threading.Event() for _ in range(3)]
+        self.made = Axon(MINER).attach(self.answer)
+
+    def answer(self, synapse):
+        for go, piece in zip(self.go, "ab"):
+            go.wait(20)
+            yield piece
+        self.go[2].wait(20)
+
+    def __enter__(self):
+        return self.made.start()
+
+    def __exit__(self, *_):
+        for go in self.go:
+            go.set()
+        self.made.stop()
+
+
+@pytest.mark.parametrize("hows", [["for"] * 2, ["async for"] * 3, ["for", "async for"]])
+def test_all_readers_of_a_stream_come_to_its_end(hows, dendrite):
+    steps = Steps()
+    with steps as miner:
+        stream = dendrite.stream(miner, QUESTION)
+        readers = [read_in_a_thread(how, lambda: stream) for how in hows]
+        for go in steps.go:
+            time.sleep(0.05)  # all of them wait
+            go.set()
+        for reader, _ in readers:
+            reader.join(10)
+        assert sorted(piece for _, [pieces] in readers for piece in pieces) == ["a", "b"]
+        assert stream.answer.completion == "ab" and list(stream) == []
+
+
+def test_a_reader_that_is_cancelled_as_the_end_comes_takes_nothing_with_it(dendrite):
+    steps = Steps()
+
+    async def read_on():
+        stream = dendrite.stream(miner, QUESTION)
+
+        async def read():
+            async for piece in stream:
+                return piece
+            return ""
+
+        async def rest():
+            return "".join([piece async for piece in stream])
+
+        got = ""
+        for go in steps.go:
+            reading = asyncio.ensure_future(read())
+            await asyncio.sleep(0.02)  # it waits
+            go.set()
+            time.sleep(0.3)  # what it waits for comes while its loop does something else
+            reading.cancel()
+            with suppress(asyncio.CancelledError):
+                got += await reading
+        return got + await asyncio.wait_for(rest(), 10), stream.answer
+
+    with steps as miner:
+        got, answer = asyncio.run(read_on())
+        assert got == "ab" == answer.completion
+
+
+@pytest.mark.parametrize("read", [0, 1, 2])
+def test_a_reader_goes_on_after_ctrl_c(read, dendrite):
+    steps, pieces = Steps(), []
+
+    def interrupt():
+        time.sleep(0.1)  # the reader waits
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with steps as miner:
+        stream = dendrite.stream(miner, QUESTION)
+        for go in steps.go[:read]:
+            go.set()
+        with pytest.raises(KeyboardInterrupt):
+            if not read:
+                threading.Thread(target=interrupt).start()
+            for piece in stream:
+                pieces.append(piece)
+                if len(pieces) == read:
+                    threading.Thread(target=interrupt).start()
+        for go in steps.go:
+            go.set()
+        reader, got = read_in_a_thread("for", lambda: stream)
+        reader.join(10)
+        assert got and pieces + got[0] == ["a", "b"] and stream.answer.completion == "ab"
+
+
+@pytest.mark.parametrize("how", ["for", "async for"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_stream_that_another_thread_closes_ends(how, before, dendrite):
+    steps = Steps()
+    with steps as miner:
+        stream = dendrite.stream(miner, QUESTION)
+        for go in steps.go[:before]:
+            go.set()
+        reader, got = read_in_a_thread(how, lambda: stream)
+        time.sleep(0.1)  # the reader waits
+        stream.close()
+        reader.join(10)
+        assert got == [["a"][:before]] and stream.answer is None
+        assert list(stream) == []
+
+
+def test_a_stream_that_its_own_reader_closes_ends(axon, dendrite):
+    steps = Steps()
+
+    async def first():
+        stream = dendrite.stream(miner, QUESTION)
+        return [piece async for piece in stream if stream.close() is None]
+
+    with steps as miner:
+        steps.go[0].set()
+        stream = dendrite.stream(miner, QUESTION)
+        assert [piece for piece in stream if stream.close() is None] == ["a"] and stream.answer is None
+        assert asyncio.run(first()) == ["a"]
+    stream = dendrite.stream(axon, QUESTION)
+    assert "".join(stream) == "hello" and stream.close() is None and stream.answer.completion == "hello"
+
+
+def test_a_slow_reader_slows_the_miner_down(dendrite):
+    made = []
+
+    def counts(synapse):
+        for number in range(900):
+            made.append(number)
+            yield "x" * 1_000
+
+    with Axon(MINER).attach(counts) as axon:
+        stream = dendrite.stream(axon, QUESTION, timeout=20)
+        for number, _ in enumerate(stream):
+            if number == 3:
+                time.sleep(0.5)
+                assert len(stream._pieces.unread) <= 8
+        assert len(made) == number + 1 == 900 and len(stream.answer.completion) == 900_000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_stream_is_not_read_in_a_forked_child(dendrite):
+    steps = Steps()
+    with steps as miner:
+        steps.go[0].set()
+        stream = dendrite.stream(miner, QUESTION)
+        pieces = iter(stream)
+        assert next(pieces) == "a"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12
+            child = os.fork()
+        if not child:  # nothing of pytest may run in it
+            signal.alarm(10)
+            said = 1
+            with suppress(BaseException):
+                try:
+                    list(pieces)
+                except RuntimeError as error:
+                    said = 0 if "in the process that asked" in str(error) else 2
+                stream.close()
+            os._exit(said)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        for go in steps.go:
+            go.set()
+        assert list(pieces) == ["b"] and stream.answer.completion == "ab"
+
+
+def result_in_a_thread(ask):
+    "What a call returns or raises, or nothing if it has done neither after 10 s."
+    got = []
+
+    def call():
+        try:
+            got.append(ask())
+        except BaseException as error:
+            got.append(repr(error))
+
+    asking = threading.Thread(target=call, daemon=True)
+    asking.start()
+    return asking, got
+
+
+WAS_CLOSED = repr(RuntimeError("this dendrite was closed before the answer was complete"))
+IS_CLOSED = repr(RuntimeError("this dendrite is closed; make a new one"))
+
+
+def test_a_question_is_told_that_another_thread_closed_the_dendrite():
+    with Answering() as miner, Dendrite(VALIDATOR, allow_private=True) as dendrite:
+        asking, got = result_in_a_thread(lambda: dendrite.query([miner] * 2, QUESTION))
+        time.sleep(0.2)  # the miner says nothing
+        dendrite.close()
+        asking.join(10)
+    assert got == [WAS_CLOSED]
+
+
+def test_a_question_in_a_loop_of_its_own_is_told_so_as_well(caplog):
+    with Answering() as miner, Dendrite(VALIDATOR, allow_private=True) as dendrite:
+        asking, got = result_in_a_thread(lambda: asyncio.run(dendrite([miner] * 2, QUESTION)))
+        time.sleep(0.2)
+        dendrite.close()
+        asking.join(10)
+    assert got == [WAS_CLOSED] and not caplog.records
+
+
+def test_a_question_that_comes_as_its_loop_ends_does_not_wait_for_ever(axon, monkeypatch):
+    "The loop takes it and does nothing more."
+    dendrite = Dendrite(VALIDATOR, allow_private=True)
+    dendrite.query(axon, QUESTION)
+    begun = threading.Event()
+
+    def taken(work, loop):
+        begun.set()
+        return Future()
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", taken)
+    asking, got = result_in_a_thread(lambda: dendrite.query(axon, QUESTION))
+    assert begun.wait(10)
+    dendrite.close()
+    asking.join(10)
+    assert got == [WAS_CLOSED]
+
+
+def test_a_dendrite_that_is_closed_between_two_steps_leaves_nothing_behind(axon, monkeypatch):
+    def closed_after(dendrite, step):
+        then = getattr(dendrite, step)
+        monkeypatch.setattr(dendrite, step, lambda *given, **named: (then(*given, **named), dendrite.close())[0])
+        return dendrite
+
+    for step, said in (("_question", IS_CLOSED), ("_ask_all", WAS_CLOSED)):
+        dendrite = closed_after(Dendrite(VALIDATOR, allow_private=True), step)
+        asking, got = result_in_a_thread(lambda: dendrite.query(axon, QUESTION))
+        asking.join(10)
+        background = dendrite._sessions._background
+        assert got == [said] and (background is None or not background.alive)
+        dendrite = closed_after(Dendrite(VALIDATOR, allow_private=True), step)
+        asking, got = result_in_a_thread(lambda: asyncio.run(dendrite(axon, QUESTION)))
+        asking.join(10)
+        assert got == [WAS_CLOSED] and not dendrite._sessions._sessions
+    dendrite = Dendrite(VALIDATOR, allow_private=True)
+    background = dendrite._sessions.background
+    monkeypatch.setattr(dendrite._sessions, "background", lambda: (background(), dendrite.close())[0])
+    for ask in (dendrite.query, dendrite.stream):
+        monkeypatch.setattr(dendrite, "_check_open", lambda: None)
+        asking, got = result_in_a_thread(lambda: ask(axon, QUESTION))
+        asking.join(10)
+        assert got in ([WAS_CLOSED], [IS_CLOSED])
 
 
 # Connections that are kept --------------------------------------------------------------------------------------------
@@ -570,6 +886,22 @@ def test_what_is_valid_does_not_depend_on_the_length(read, message):
 
     short = json.dumps(message).encode()
     assert outcome(short + b" " * 20_000) == outcome(short)
+
+
+@settings(max_examples=300, deadline=None)
+@given(message=JSON | st.recursive(st.text('"\\\\[{x', max_size=6), lambda inner: st.lists(inner, max_size=4), max_leaves=8),
+       most=st.integers(0, 4), loose=st.booleans())  # fmt: skip
+def test_brackets_are_counted_outside_of_texts(message, most, loose):
+    text = json.dumps(message, separators=None if loose else (",", ":"))
+    outside = re.sub(r'"(\\.|[^"\\])*"', "", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "_BRACKETS", most)
+        try:
+            protocol._check_brackets(text.encode())
+        except ValueError:
+            assert outside.count("[") + outside.count("{") > most
+        else:
+            assert outside.count("[") + outside.count("{") <= most or len(text) <= most
 
 
 @pytest.mark.parametrize("read", [read_reply, read_event, read_body])

@@ -11,6 +11,8 @@ import ipaddress
 import os
 import re
 import socket
+import threading
+from concurrent.futures import Future
 from functools import lru_cache, partial
 from typing import Any, Optional
 
@@ -146,12 +148,6 @@ def _carried(outer: Any) -> list:
     return [last] if outer in _NAT64 else [inner for inner in found if inner]
 
 # %% ../../nbs/network/11_addresses.ipynb #k017
-@lru_cache(1)
-def _lookers(process: int) -> Threads:
-    "Return the threads that look names up; a forked child has none of its parent's."
-    return Threads(64, "names")
-
-
 async def find_addresses(
     host: str,  # of `split_address`
     port: int,  # 1 to 65535
@@ -162,8 +158,7 @@ async def find_addresses(
     if (plain := _plain(host)) is not None:
         addresses = [plain]
     else:
-        look = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        looking = _lookers(os.getpid()).submit(look)
+        looking = _look_ups(os.getpid()).start(host, port)
         found = await asyncio.wait_for(asyncio.wrap_future(looking), timeout)
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in () if allow_private else addresses:
@@ -171,3 +166,42 @@ async def find_addresses(
             which = host if address == host else f"{host}, which is {address},"
             raise ValueError(f"{which} is not on the open internet ({kind})")
     return addresses
+
+# %% ../../nbs/network/11_addresses.ipynb #k019
+@lru_cache(1)
+def _look_ups(process: int) -> "LookUps":
+    "Return those of this process; a forked child has no threads of its parent's."
+    return LookUps()
+
+
+class LookUps:
+    "Look names up in threads; a look-up that is under way serves all who want it."
+
+    def __init__(self):
+        self._threads, self._lock = Threads(64, "names"), threading.Lock()
+        self._under_way: dict[tuple[str, int], Future] = {}
+
+    def start(
+        self,
+        host: str,  # a name
+        port: int,  # 1 to 65535
+    ) -> Future:  # of what `socket.getaddrinfo` returns
+        "Look a name up. Who cancels the result gives up waiting, for nobody else."
+        own, name = Future(), (host, port)
+        with self._lock:
+            looking = self._under_way.get(name)
+            if looking is None:
+                look = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+                looking = self._under_way[name] = self._threads.submit(look)
+                looking.add_done_callback(lambda _: self._under_way.pop(name))
+        looking.add_done_callback(partial(_pass_on, own))
+        return own
+
+
+def _pass_on(waiting: Future, looking: Future) -> None:
+    if not waiting.set_running_or_notify_cancel():
+        return
+    if (error := looking.exception()) is not None:
+        waiting.set_exception(error)
+    else:
+        waiting.set_result(looking.result())

@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping  # that of `typing` is slow to look into
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import (
     Any,
@@ -112,13 +113,17 @@ class Dendrite:
         "Ask all targets at once and wait; works in scripts and notebooks alike."
         self._check_open()
         question = self._question(synapse, timeout)
-        asking = asyncio.run_coroutine_threadsafe(
-            self._ask_all(_listed(targets), question), self._sessions.background()
-        )
+        targets, loop = _listed(targets), self._sessions.background()
+        asking = _start(work := self._ask_all(targets, question), loop)
         try:
-            return asking.result()
+            while not (loop.is_closed() or asking.done()):
+                wait([asking], _LOOK)
+            return _outcome(asking)
         finally:
-            asking.cancel()  # for Ctrl-C; no effect on a question that is done
+            if loop.is_closed():
+                work.close()  # it may not have begun
+            else:
+                asking.cancel()  # for Ctrl-C; no effect on a question that is done
 
     def stream(
         self,
@@ -143,7 +148,7 @@ class Dendrite:
 
     def _check_open(self) -> None:
         if not self._closing.alive:
-            raise RuntimeError("this dendrite is closed; make a new one")
+            raise RuntimeError(_NOT_OPEN)
 
     def _question(
         self, synapse: Any, timeout: float | None, stream: bool = False
@@ -174,7 +179,10 @@ class Dendrite:
     async def _ask(
         self, question: "Question", target: Any, emit: Callable
     ) -> Prompting:
-        return await question.ask(self._sessions.here(), target, emit)
+        answer = await question.ask(self._sessions.here(), target, emit)
+        if not (answer.is_success or self._closing.alive):
+            raise RuntimeError(_CLOSED)  # the miner did nothing wrong
+        return answer
 
     async def _ask_all(self, targets: list, question: "Question") -> list[Prompting]:
         asking = [self._ask(question, target, _discard) for target in targets]
@@ -224,84 +232,144 @@ class Stream:
         loop: asyncio.AbstractEventLoop,  # in which it runs
     ):
         self.answer: Prompting | None = None  # set after the last piece
-        self._loop, self._pieces, self._left = loop, asyncio.Queue(8), False
-        # with it the dendrite, whose loop ends when nobody has the dendrite any more
-        self._ask: Callable | None = ask
-        self._asking = self._start(self._run(ask, self._pieces))
+        self._loop, self._process = loop, os.getpid()
+        self._pieces, self._over, self._left = Pieces(loop), False, False
+        # what runs does not hold the stream, which is closed when nobody has it
+        self._asking = _start(ask(self._pieces.put), loop)
+        self._asking.add_done_callback(self._pieces.wake)
 
-    @staticmethod
-    async def _run(ask: Callable, pieces: asyncio.Queue) -> Prompting:
-        try:
-            answer = await ask(pieces.put)
-            await pieces.put(None)  # the end
-            return answer
-        except Exception:
-            await pieces.put(None)
-            raise
-        except asyncio.CancelledError:  # closed early: perhaps nobody reads on
-            if pieces.full():
-                pieces.get_nowait()
-            pieces.put_nowait(None)
-            raise
+    def _ended(self) -> bool:
+        "Tell whether no more pieces are made; a loop that has ended makes none."
+        if os.getpid() != self._process:
+            raise RuntimeError(_FORKED)
+        return self._left or self._loop.is_closed() or self._asking.done()
 
-    def _start(self, work: Coroutine) -> Future:
-        try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError:  # the loop has ended
-            work.close()
-            raise RuntimeError(_CLOSED) from None
-
-    def _waits(self, future: Future) -> bool:
-        "Tell whether `future` may still be done; a loop that has ended does nothing."
-        ended = self._loop.is_closed()  # before `done`, which may come just before it
-        return not future.done() and not ended
-
-    def _result(self, future: Future) -> Any:
-        while self._waits(future):
-            wait([future], _LOOK)
-        if not future.done() or (future.cancelled() and not self._left):
-            raise RuntimeError(_CLOSED)
-        return future.result()
-
-    def _keep(self, piece: str | None) -> str | None:
-        "Keep the answer when `piece` is the end."
-        if piece is None:
-            self.answer, self._ask = self._result(self._asking), None
+    def _take(self) -> str | None:
+        "Return the next piece; None if it is not there yet, or there is none."
+        ended = self._ended()  # before the last piece is looked for, not after
+        piece = None if self._left else self._pieces.take()
+        if piece is None and ended and not self._over:
+            if not self._left:
+                self.answer = _outcome(self._asking)
+            self._over = True
         return piece
 
+    def _quiet(self) -> bool:
+        return not (self._pieces.unread or self._ended())
+
     def __iter__(self):
-        while self.answer is None:
-            piece = self._result(self._start(self._pieces.get()))
-            if self._keep(piece) is not None:
+        while not self._over:
+            if (piece := self._take()) is not None:
                 yield piece
-        self.close()
+                continue
+            woken = threading.Event()
+            with self._pieces.awaited(woken.set):
+                if self._quiet():
+                    woken.wait(_LOOK)
 
     async def __aiter__(self):
-        while self.answer is None:
-            coming = self._start(self._pieces.get())
-            here = asyncio.wrap_future(coming)
-            try:
-                while self._waits(coming):
-                    await asyncio.wait([here], timeout=_LOOK)
-            except BaseException:  # the reader is cancelled
-                coming.cancel()
-                raise
-            if (piece := self._keep(self._result(coming))) is not None:
+        loop = asyncio.get_running_loop()
+        while not self._over:
+            if (piece := self._take()) is not None:
                 yield piece
-        self.close()
+                continue
+            woken = asyncio.Event()
+            with self._pieces.awaited(partial(loop.call_soon_threadsafe, woken.set)):
+                if self._quiet():
+                    with suppress(asyncio.TimeoutError):
+                        async with time_limit(_LOOK):
+                            await woken.wait()
 
     def close(self) -> None:
-        "Stop asking. Closing an answer that is complete is harmless."
-        self._left = True
+        "Stop asking, and end all readers. Closing a complete answer is harmless."
+        if os.getpid() != self._process:  # a forked child leaves that to its parent
+            return
+        self._left = self._left or not self._asking.done()  # first: `cancel` wakes them
         self._asking.cancel()
 
     def __del__(self):
         with suppress(AttributeError):  # it was never asked
             self.close()
 
+# %% ../../nbs/network/01_dendrite.ipynb #d021
+@arguments_in_help
+class Pieces:
+    "Pieces that are made in one event loop and read in any thread or loop."
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,  # of the maker
+    ):
+        self.unread: deque[str] = deque()
+        self._loop, self._readers = loop, set[Callable]()
+        self._room, self._full = asyncio.Event(), False
+
+    async def put(
+        self,
+        piece: str,  # text
+    ) -> None:
+        "Add a piece as soon as few are unread."
+        while len(self.unread) >= _UNREAD:
+            self._room.clear()
+            self._full = True  # before the next look: who takes one later sees it
+            if len(self.unread) >= _UNREAD:
+                await self._room.wait()
+        self._full = False
+        self.unread.append(piece)
+        self.wake()
+
+    def take(self) -> str | None:  # None: all that were made are read
+        "Take the next piece."
+        if self._full and len(self.unread) < _UNREAD:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._room.set)
+        try:  # nothing follows: Ctrl-C between here and the reader would lose the piece
+            return self.unread.popleft()
+        except IndexError:
+            return None
+
+    @contextmanager
+    def awaited(
+        self,
+        wake: Callable[[], Any],  # called from any thread when there may be news
+    ):
+        "Have a reader woken within the block. It looks for news once more in there."
+        self._readers.add(wake)
+        try:
+            yield
+        finally:
+            self._readers.discard(wake)
+
+    def wake(
+        self,
+        _: Any = None,  # the future that is done, unused
+    ) -> None:
+        "Wake all readers who wait."
+        for wake in list(self._readers):
+            with suppress(RuntimeError):  # the reader's loop has ended
+                wake()
+
+
+def _start(work: Coroutine, loop: asyncio.AbstractEventLoop) -> Future:
+    "Start a coroutine in a loop of another thread."
+    try:
+        return asyncio.run_coroutine_threadsafe(work, loop)
+    except RuntimeError:  # the loop has ended
+        work.close()
+        raise RuntimeError(_CLOSED) from None
+
+
+def _outcome(asking: Future) -> Any:
+    "Return what was asked for, once it is done or its loop has ended."
+    if not asking.done() or asking.cancelled():
+        raise RuntimeError(_CLOSED)
+    return asking.result()
+
 
 _CLOSED = "this dendrite was closed before the answer was complete"
+_FORKED = "a stream is read in the process that asked; ask again in this one"
 _LOOK = 0.5  # seconds after which a reader looks whether the loop still runs
+_UNREAD = 8  # pieces at most
 
 # %% ../../nbs/network/01_dendrite.ipynb #c018
 @arguments_in_help
@@ -349,7 +417,8 @@ class Question(NamedTuple):
             shown = _one_line(f"{where.address}", 100)
             message = f"{shown} cannot be reached: {_cause(error)}"
         except Exception as error:
-            logging.getLogger(__name__).exception("asking %s failed", where.address)
+            if not session.http.closed:
+                logging.getLogger(__name__).exception("asking %s failed", where.address)
             status, message = 500, f"the request failed here: {type(error).__name__}"
         caller = Terminal(
             hotkey=self.signer.hotkey,
@@ -376,12 +445,12 @@ class Question(NamedTuple):
         headers, sent = self.signer.sign(self.body, self.synapse.path, receiver)
         if addresses != [host]:  # a name, which the server may want to know
             headers["Host"] = f"{host}:{port}"
-        for address in addresses:
+        for address in (addresses := addresses[:_ADDRESSES]):
             url = _url(address, port, self.synapse.path)
             try:
                 asked = {"url": url, "headers": headers, "sent": sent, "emit": emit}
                 return await _despite_stale(session, partial(self._exchange, **asked))
-            except aiohttp.ClientConnectorError:
+            except aiohttp.ClientConnectorError:  # nothing was sent
                 if address == addresses[-1]:
                     raise
         raise OSError("the name has no address")
@@ -406,9 +475,17 @@ class Question(NamedTuple):
                 if response.status != 200:
                     most = min(most, _REFUSAL)
                 signed = await _read(response, most)
-                completion = _completion(response.status, signed)
-                signature = response.headers.get(SIGNATURE)
-        return completion, sent.check(signature, signed, self.require_signed)
+                if response.status != 200:
+                    _completion(response.status, signed)  # a refusal is not signed
+                signature, completion = response.headers.get(SIGNATURE), None
+        # before an answer is read as JSON: it may be anybody's until then
+        message = sent.check(signature, signed, self.require_signed)
+        if completion is None:
+            completion = _completion(200, signed)
+        return completion, message
+
+
+_ADDRESSES = 4  # of one name, that are tried
 
 
 def _cause(error: Exception) -> str:
@@ -432,6 +509,10 @@ async def _despite_stale(session: "Session", send: Callable) -> tuple[str, str]:
             if closed is not None and failure.args[0] == 401:
                 raise closed from None  # the miner had it, but did not answer
             raise
+        except aiohttp.ClientConnectorError as error:
+            if closed is None:
+                raise
+            raise error.os_error from None  # no other address gets what was sent
         except aiohttp.ClientConnectionError as error:
             if not left or not was_stale():
                 raise
@@ -685,8 +766,12 @@ class Sessions:
         per_target: int,  # requests to one target that are under way at a time
         on_wire: int,  # most bytes of one answer, with what HTTP puts around it
     ):
-        self._bounds, self._lock = (connections, per_target), threading.Lock()
-        self._on_wire = on_wire
+        self._bounds, self._on_wire, self._closed = (
+            (connections, per_target),
+            on_wire,
+            False,
+        )
+        self._locks: dict[int, threading.RLock] = {}
         self._sessions: dict[asyncio.AbstractEventLoop, Session] = {}
         self._background: BackgroundLoop | None = None
 
@@ -695,8 +780,16 @@ class Sessions:
         session = self._sessions.get(loop := asyncio.get_running_loop())
         return self._add(loop) if session is None else session
 
+    @property
+    def _lock(self) -> Any:
+        "The lock of this process: a thread of its parent may hold the parent's."
+        # one that its owner can take again, for a signal that closes all this
+        return self._locks.setdefault(os.getpid(), threading.RLock())
+
     def _add(self, loop: asyncio.AbstractEventLoop) -> "Session":
         with self._lock:
+            if self._closed:  # nobody would close what is made later
+                raise RuntimeError(_CLOSED)
             for ended in [other for other in self._sessions if other.is_closed()]:
                 _close(ended, self._sessions.pop(ended))
             kept = _new_session(self._on_wire, self._bounds[0], keepalive_timeout=15)
@@ -707,16 +800,21 @@ class Sessions:
     def background(self) -> asyncio.AbstractEventLoop:
         "Return the background loop, started at the first call."
         with self._lock:
+            if self._closed:
+                raise RuntimeError(_NOT_OPEN)
             if self._background is None or not self._background.alive:
                 self._background = BackgroundLoop()  # also in a forked child
             return self._background.loop
 
     def close(self) -> None:
         "Close all connections and stop the background loop."
-        for loop, session in list(self._sessions.items()):
+        with self._lock:
+            self._closed = True
+            sessions, background = list(self._sessions.items()), self._background
+        for loop, session in sessions:
             _close(loop, session)
-        if self._background is not None:
-            self._background.stop()
+        if background is not None:
+            background.stop()
 
 
 @arguments_in_help
@@ -764,11 +862,14 @@ def _new_session(on_wire: int, kept: int, **options: Any) -> aiohttp.ClientSessi
 def _close(loop: asyncio.AbstractEventLoop, session: Session) -> None:
     "Close a session, whether its loop runs, runs elsewhere, or has ended."
     for http in (session.http, session.fresh):
-        if loop.is_closed():
+        try:
+            loop.call_soon_threadsafe(partial(_start_closing, loop, http))
+        except RuntimeError:  # the loop has ended
             with suppress(StopIteration):
                 http.close().send(None)  # has nothing to wait for
-        else:
-            loop.call_soon_threadsafe(partial(_start_closing, loop, http))
+
+
+_NOT_OPEN = "this dendrite is closed; make a new one"
 
 
 def _start_closing(
@@ -875,16 +976,14 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        _settle(loop)
-        while left := asyncio.all_tasks(loop):
+        idle = 0  # turns, in which what other threads have just asked for is started
+        while idle < 2:  # who waits for what ended in one turn is told in the next
+            loop.run_until_complete(asyncio.sleep(0))
+            left = asyncio.all_tasks(loop)
+            idle = 0 if left else idle + 1
             for task in left:
                 task.cancel()
-            loop.run_until_complete(asyncio.wait(left))
-            _settle(loop)
+            if left:
+                loop.run_until_complete(asyncio.wait(left))
     finally:
         loop.close()
-
-
-def _settle(loop: asyncio.AbstractEventLoop) -> None:
-    "Start what other threads have just asked the loop for."
-    loop.run_until_complete(asyncio.sleep(0))
