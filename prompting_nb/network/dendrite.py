@@ -766,11 +766,8 @@ class Sessions:
         per_target: int,  # requests to one target that are under way at a time
         on_wire: int,  # most bytes of one answer, with what HTTP puts around it
     ):
-        self._bounds, self._on_wire, self._closed = (
-            (connections, per_target),
-            on_wire,
-            False,
-        )
+        self._bounds, self._on_wire = (connections, per_target), on_wire
+        self._closed = False
         self._locks: dict[int, threading.RLock] = {}
         self._sessions: dict[asyncio.AbstractEventLoop, Session] = {}
         self._background: BackgroundLoop | None = None
