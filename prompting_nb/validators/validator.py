@@ -140,8 +140,8 @@ class Validator:
     ) -> list[Event]:  # raises `InputError` when fewer than `policy.k` miners serve
         """Choose for all prompts, ask them at once, and learn from all of them.
 
-        Where some of them fail, it learns from the others and raises `BatchError`, which
-        has their events.
+        Where some of them fail, it learns from the others and raises `BatchError`,
+        which has their events.
         """
         encoder = getattr(self.gate, "encoder", None)
         if encoder is not None and len(prompts) > 1:
