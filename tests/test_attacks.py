@@ -2769,7 +2769,7 @@ def test_chain_that_stands_still(chain, caplog):
     class Patient(Echo):
         clock = staticmethod(lambda: now[0])
 
-    settings = {"miner": {"poll_interval": 0.001}}
+    settings = {"miner": {"poll_interval": 0.001}, "axon.allow_private": True}
     still = lambda: [r for r in caplog.records if "the chain has had no block after" in r.getMessage()]
     with chain.client() as client, Patient(settings, wallet=MINER, subtensor=client) as miner:
         now[0] = 400.0
@@ -2813,7 +2813,8 @@ def test_chain_that_flips(chain):
                 turn[0] += 1
                 return client.block + turn[0] % 2
 
-        with Patient({"miner": {"poll_interval": 0.001}}, wallet=MINER, subtensor=Two()) as miner:
+        settings = {"miner": {"poll_interval": 0.001}, "axon.allow_private": True}
+        with Patient(settings, wallet=MINER, subtensor=Two()) as miner:
             assert get(miner.axon, "/ready")[0] == 200
             for now[0] in (100.0, 200.0, 300.0, 400.0):
                 seen = turn[0]

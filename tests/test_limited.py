@@ -63,6 +63,33 @@ def test_a_validator_waits_no_longer_than_its_limit(node):
         assert validator.client.seconds == CALL_TIMEOUT == Subnet(ME, node, 1).client.seconds
 
 
+def test_calls_that_never_return_do_not_become_ever_more():
+    "Each of them keeps its thread; all parts of a client are counted together."
+    now, over, begun = [0.0], threading.Event(), []
+    hang = lambda *_: begun.append(1) or over.wait(20)
+    silent = SimpleNamespace(subnets=SimpleNamespace(metagraph=hang), at=lambda block: SimpleNamespace(read=hang), execute=hang)
+    client = limited(silent, 0.01)
+    client.left.clock = lambda: now[0]
+    calls = [lambda: client.subnets.metagraph(1), lambda: client.execute(), lambda: limited(client, 0.02).subnets.metagraph(1)]
+    for number in range(16):
+        with pytest.raises(TimeoutError, match="did not answer within"):
+            calls[number % 3]()
+    threads = threading.active_count()
+    for number in range(9):
+        with pytest.raises(TimeoutError, match="16 calls to the chain hang; none is begun"):
+            calls[number % 3]()
+    for pause, tried in ((59.0, 16), (1.0, 17), (119.0, 17), (1.0, 18)):  # one is tried now and then, or it would never go on
+        now[0] += pause
+        with pytest.raises(TimeoutError):
+            calls[0]()
+        assert len(begun) == tried
+    assert threading.active_count() == threads + 2
+    over.set()
+    for call in list(client.left.calls):
+        call.result(20)
+    assert calls[0]() is True and not client.left.calls
+
+
 @pytest.mark.parametrize("kind", ["validator", "miner"])
 def test_a_node_that_takes_connections_and_says_nothing(kind, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -361,6 +361,7 @@ VAIN = {  # flag: what is written, and what gives it an effect
 def test_a_setting_without_effect_is_said_with_the_remedy(flag, client, caplog, monkeypatch):
     value, remedy = VAIN[flag]
     missing = {"--axon.nonces": ["--axon.store=redis://127.0.0.1:1/0"], "--miner.priority.rest": ["--miner.priority.idle_factor=0"],
+               "--axon.allow_private": ["--axon.external_ip=198.41.0.4"],
                "--miner.blacklist.allow_non_registered": ["--miner.blacklist.minimum_stake_requirement=1"]}
     for more, times in ((missing.get(flag, []), 1), ([remedy] if remedy else [], 0)):
         caplog.clear()
@@ -1047,6 +1048,93 @@ def test_a_lost_uid_ends_a_run(make, chain):
     with pytest.raises(NotRegisteredError):
         miner.run()
     assert miner.uid is None and not miner.axon.is_running and isinstance(miner.error, NotRegisteredError)
+
+
+class Nodes:
+    "Nodes behind one address: `metagraphs` come first, one a call, then that of the chain."
+
+    def __init__(self, client, network="ws://embedded"):
+        self.client, self.network, self.metagraphs, self.calls = client, network, [], []
+        self.subnets = self
+
+    @property
+    def block(self):
+        return self.client.block
+
+    def metagraph(self, netuid):
+        found = self.client.subnets.metagraph(netuid)
+        return self.metagraphs.pop(0) if self.metagraphs else found
+
+    def execute(self, call, wallet):
+        self.calls.append(call)
+        return self.client.execute(call, wallet)
+
+
+def test_a_node_that_does_not_know_the_miner_yet_ends_nothing(make, caplog):
+    "A registered miner must not end because one of the nodes is behind."
+    chain = EmbeddedChain()
+    chain.register(VALIDATOR)
+    with chain.client() as client:
+        before = client.subnets.metagraph(1)
+        chain.step(3)
+        chain.register(MINER)
+        nodes = Nodes(client)
+        with make(subtensor=nodes, config={"miner.blocks_per_epoch": 5}) as miner:
+            nodes.metagraphs = [before, before]  # its block says how old it is
+            chain.step(5)
+            assert miner.wait_for_block(chain.block) and miner.uid == 1 and not nodes.metagraphs
+            assert caplog.text.count("shows subnet 1 at block 1, without this hotkey, which had uid 1 at block 4") == 2
+            without = SimpleNamespace(neurons=before.neurons)  # of an unknown block: another look tells
+            nodes.metagraphs = [without]
+            chain.step(5)
+            assert miner.wait_for_block(chain.block) and miner.uid == 1 and not nodes.metagraphs
+            nodes.metagraphs = [without, without]
+            chain.step(5)
+            until_it_ends = miner.runner.wait_for(chain.block, SECONDS)
+            assert not until_it_ends and isinstance(miner.error, NotRegisteredError)
+
+
+def test_an_old_metagraph_is_a_reason_not_to_be_ready(make, chain, client):
+    nodes, old = Nodes(client), client.subnets.metagraph(1)
+    with make(subtensor=nodes, config={"miner.blocks_per_epoch": 10}) as miner:
+        for age, ready in ((20, True), (30, False), (0, True)):
+            nodes.metagraphs = [old] if age else []
+            chain.step(age or 10)
+            assert miner.wait_for_block(chain.block) and (miner._not_ready() == "") is ready
+            assert miner.synced_at == (1 if age else chain.block)
+            if not ready:
+                assert miner._not_ready() == "the metagraph is of block 1, 50 blocks before the newest when it was read"
+        assert miner.subnet.read_at == chain.block
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST.", "::1", "10.1.2.3", "[fd00::1]"])
+def test_a_private_address_is_published_on_an_embedded_chain_or_with_the_word(client, host):
+    said = r"is not on the open internet \((loopback|private)\).*--axon.external_ip where others reach.*--axon.allow_private"
+    axon = SimpleNamespace(host=host, port=8091, serve=lambda client, *where: client.execute(where, MINER))
+    for network in ("finney", "local", "ws://10.0.0.1:9944"):
+        nodes = Nodes(client, network)
+        nodes.execute = lambda where, wallet, nodes=nodes: nodes.calls.append(where)
+        subnet = Subnet(MINER, nodes, 1)
+        with pytest.raises(NoAddressError, match=said):
+            subnet.publish(axon)
+        assert not nodes.calls
+        subnet.publish(axon, allow_private=True)
+        subnet.publish(axon, ip="198.51.100.7")
+        assert [where[1] for where in nodes.calls] == [host.strip("[]"), "198.51.100.7"]
+    for network in ("ws://embedded", "embedded://127.0.0.1:9944"):
+        nodes = Nodes(client, network)
+        nodes.execute = lambda where, wallet, nodes=nodes: nodes.calls.append(where)
+        Subnet(MINER, nodes, 1).publish(axon)
+        assert len(nodes.calls) == 1
+
+
+def test_a_miner_of_a_real_chain_does_not_publish_its_private_address(make, client):
+    nodes = Nodes(client, "finney")
+    with pytest.raises(NoAddressError, match="127.0.0.1 is not on the open internet"), make(subtensor=nodes):
+        pass
+    assert not nodes.calls
+    with make(subtensor=nodes, config={"axon.allow_private": True}):
+        assert len(nodes.calls) == 1
 
 
 def test_a_new_uid_is_found_and_the_address_published_again(make, chain, client):

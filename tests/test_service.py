@@ -43,9 +43,9 @@ from prompting_nb.network.wallets import local_wallet
 from prompting_nb.validators.audits import Audits
 from prompting_nb.validators.copies import Copies
 from prompting_nb.validators.event import Event
-from prompting_nb.validators.judge import Judge
+from prompting_nb.validators.judge import Judge, JudgeError, reward_answers
 from prompting_nb.validators.pending import later
-from prompting_nb.validators.validator import FirstUids, Policy, Validator, default_gate
+from prompting_nb.validators.validator import BatchError, FirstUids, Policy, Validator, default_gate
 from prompting_nb.validators.watch import Watch
 
 ANSWERS = {"brief": "No.", "wordy": "Well, " * 9 + "yes.", "polite": "Yes, please do.", "odd": "Perhaps, or not."}
@@ -122,6 +122,139 @@ def test_a_judge_that_gives_nan_costs_its_step_only(network, tmp_path, caplog):
     assert "a step failed and is left out" in caplog.text
 
 
+class Panic(BaseException):
+    "As that of Rust, which is no `Exception`."
+
+
+RAISED = {"an error of the judge": ValueError("400: maximum context length"), "an error like one of the network": OSError("HTTP 400"),
+          "no exception": Panic("index out of bounds")}
+
+
+@pytest.mark.parametrize("error", RAISED.values(), ids=RAISED)
+def test_an_answer_that_the_judge_refuses_fails_alone(tmp_path, caplog, error):
+    """It earns nothing, the others of its round what they are worth, and no step is lost.
+
+    Or one such answer would end all learning: a newcomer that was never rewarded is asked first for ever.
+    """
+    def judge(prompt, completions):
+        if "BAD" in completions:
+            raise error
+        return by_length(prompt, completions)
+
+    with Network([*workers(), Worker("bad", lambda _: "BAD")]) as network:
+        with service_of(network, tmp_path, judge, k=3, steps=20) as service:
+            assert service.join(SECONDS) and not service.problems()
+        refused = sum("BAD" in e["completions"] for e in events(tmp_path))
+        assert [e["step"] for e in events(tmp_path)] == list(range(20)) and service.validator.refused == refused > 0
+    for event in events(tmp_path):
+        for text, reward in zip(event["completions"], event["rewards"]):
+            assert reward == (0.0 if text == "BAD" else pytest.approx(min(len(text) / 60, 1.0), rel=1e-4))
+    said = f"no reward for the answers of uids [5], which count as failed: the judge failed: {type(error).__name__}: {error}; "
+    assert f"{said}so far the judge could not take 1 answer" in caplog.text
+
+
+def comparing(bad):
+    "Make a judge that has something to do for two answers and more only, as one that compares."
+    def judge(prompt, completions):
+        given = [text for text in completions if text]
+        if len(given) > 1 and any(text in bad for text in given):
+            raise RuntimeError("too long to compare")
+        return [0.5 if text else 0.0 for text in completions]
+
+    return judge
+
+
+@pytest.mark.parametrize("answers", [["a", "X"], ["a", "X", "Y"], ["X", "Y"], ["X"], ["X", None, "a", "b", "Y"], ["a"] * 20 + ["X"]])
+def test_all_answers_at_fault_are_found(answers):
+    bad = {"X", "Y"}
+    for judge in (comparing(bad), lambda prompt, texts: [float("nan") if text in bad else 0.5 * bool(text) for text in texts]):
+        found = reward_answers(judge, "x", answers, ["5"] * len(answers))
+        if len(answers) > 1 or judge("x", answers) != [0.5]:
+            assert found.rewards == [0.5 if text and text not in bad else 0.0 for text in answers]
+            assert found.refused == [i for i, text in enumerate(answers) if text in bad] and "the judge failed" in found.why
+
+
+def test_a_judge_that_fails_for_a_moment_refuses_nobody():
+    calls = []
+
+    def judge(prompt, completions):
+        calls.append(completions)
+        if len(calls) == 1:
+            raise TimeoutError
+        return [1.0 for _ in completions]
+
+    assert reward_answers(judge, "x", ["a", "b"], ["5", "6"]) == ([1.0, 1.0], [], "") and len(calls) == 2
+
+
+@pytest.mark.parametrize("wrong", [lambda p, c: [1.0], lambda p, c: None, lambda p, c: [1e39] * len(c), lambda p, c: ["x"] * len(c)])
+def test_a_judge_that_cannot_judge_is_an_error_of_its_own(wrong):
+    with pytest.raises(JudgeError, match="the judge failed: (InputError|TypeError|ValueError): "):
+        reward_answers(wrong, "x", ["a", "b"], ["5", "6"])
+
+
+def test_a_judge_that_is_away_is_a_problem_and_other_uids_are_asked(network, tmp_path, caplog):
+    "The uids follow from the number of the step: were a step that is left out not counted, the same would be asked for ever."
+    asked, away = [], threading.Event()
+
+    def judge(prompt, completions):
+        if away.is_set():
+            asked.append((prompt, tuple(completions)))
+            raise ConnectionRefusedError("no server")
+        return by_length(prompt, completions)
+
+    with service_of(network, tmp_path, judge, k=1, prompts=["Is it?", "Is it not?"]) as service:
+        service.validator.policy = Policy(k=1, timeout=30, rule="epsilon", explore=1.0, explore_end=1.0, welcome=0)
+        away.set()
+        until(lambda: len(service.problems()) == 1)
+        (problem,) = service.problems()
+        assert re.fullmatch(r"1\d steps in a row were left out: the judge failed: ConnectionRefusedError: no server", problem)
+        answers = {texts for prompt, texts in asked if set(texts) <= set(ANSWERS.values())}
+        assert len({prompt for prompt, _ in asked}) == 2 and len(answers) > 1
+        assert service.metrics.registry.get_sample_value("validator_failed_steps_total", {"reason": "ConnectionRefusedError"}) >= 10
+        away.clear()
+        until(lambda: not service.problems())
+    with service_of(network, tmp_path, judge, k=1) as again:
+        assert again._left_out == service._left_out >= 10
+
+
+def test_who_was_asked_in_vain_is_no_newcomer(network):
+    def judge(prompt, completions):
+        raise ValueError("away")
+
+    with Validator(network.wallet, network.client, judge, policy=Policy(k=2, timeout=30)) as validator:
+        assert validator.newcomers() == [1, 2, 3, 4]
+        round = validator.route("Is it?")
+        with pytest.raises(JudgeError, match="the judge failed: ValueError: away"):
+            validator.ask(round)
+        assert sorted(validator.newcomers() + round.uids) == [1, 2, 3, 4] and validator.steps == 0
+
+
+def test_an_asking_thread_that_ended_is_a_problem(network, tmp_path, caplog):
+    def prompts():
+        yield "Is 1 a number?"
+        raise Panic("out of memory")
+
+    with service_of(network, tmp_path, prompts=prompts()) as service:
+        assert service.join(SECONDS)
+        assert service.problems() == ["the thread asking-0 has ended (Panic: out of memory)"]
+    assert len(events(tmp_path)) == 1
+
+
+def test_a_batch_loses_only_what_failed(network):
+    def judge(prompt, completions):
+        if "bad" in prompt:
+            raise RuntimeError("upstream failed")
+        return by_length(prompt, completions)
+
+    with Validator(network.wallet, network.client, judge, policy=Policy(k=2, timeout=30)) as validator:
+        said = "2 of 4 prompts failed, the first with JudgeError: the judge failed: RuntimeError: upstream failed; see `events`"
+        with pytest.raises(BatchError, match=said) as found:
+            validator.batch(["one", "bad two", "three", "bad four"])
+        events, errors = found.value.events, found.value.errors
+        assert [event and event.prompt for event in events] == ["one", None, "three", None] and list(errors) == [1, 3]
+        assert validator.steps == 2 and sum(validator.averages.counts.values()) == 4
+
+
 def test_fewer_miners_than_it_asks_for(network, tmp_path, caplog):
     with service_of(network, tmp_path, k=9, steps=3) as service:
         assert service.join(SECONDS)
@@ -196,6 +329,66 @@ def test_a_chain_that_goes_back(network, tmp_path, caplog):
         network.chain.register("a newcomer")
         until(lambda: service.validator.left_out == 1)  # it was seen; the gate has five rows
     assert "the chain went back from block 501 to 20" in caplog.text
+
+
+def test_two_nodes_a_few_blocks_apart_are_one_chain(network, tmp_path, caplog):
+    client = network.client
+
+    class Nodes:
+        network, subnets, execute, turn = "local", client.subnets, client.execute, 0
+
+        @property
+        def block(self):
+            self.turn += 1
+            return client.block - 3 * (self.turn % 2)
+
+    reads = []
+    network.chain.step(100)
+    validator = Validator(network.wallet, Nodes(), by_length, policy=Policy(k=2, timeout=30), allow_private=True)
+    with Service(validator, tmp_path, None, ServiceSettings(no_set_weights=True)) as service:
+        service.runner.stop()
+        service._tried_at = service.chain.look()
+        service._sync, tried = lambda block: reads.append(block) or setattr(service, "_synced_at", block), service._tried_at
+        for _ in range(10):
+            service._each_block()
+    assert not reads and service._tried_at == tried and "went back" not in caplog.text
+
+
+def test_a_metagraph_that_cannot_be_read_or_is_old_is_a_problem(network, tmp_path):
+    client, failing, stale = network.client, threading.Event(), threading.Event()
+    old = client.subnets.metagraph(1)
+
+    class Subnets:
+        def metagraph(self, netuid):
+            if failing.is_set():
+                raise ConnectionError("state already discarded")
+            return old if stale.is_set() else client.subnets.metagraph(netuid)
+
+    class Node:
+        network, subnets, execute, block = "local", Subnets(), client.execute, property(lambda self: client.block)
+
+    validator = Validator(network.wallet, Node(), by_length, policy=Policy(k=2, timeout=30), allow_private=True)
+    settings = ServiceSettings(no_set_weights=True, sync_every=5, poll_interval=0.01)
+    with Service(validator, tmp_path, None, settings) as service:
+        assert service.runner.longest_look == 5 * service.validator.client.seconds
+        service.runner.longest_pause = 0.05
+        failing.set()
+        network.chain.step(50)
+        until(lambda: service.runner.failures >= 3)
+        (problem,) = service.problems()
+        assert re.fullmatch(r"the chain has failed \d+ times in a row, the metagraph is of block 1", problem)
+        failing.clear()
+        until(lambda: service.runner.failures == 0 and not service.problems())
+        stale.set()
+        network.chain.step(50)
+        until(lambda: service.problems())
+        assert service.problems() == ["the metagraph is of block 1, 100 blocks before the newest when it was read"]
+        stale.clear()
+        network.chain.step(5)
+        until(lambda: not service.problems())
+        service.runner.overdue = True
+        assert service.problems() == ["one look at the chain takes longer than 450 s, the metagraph is of block 106"]
+        service.runner.overdue = False
 
 
 def test_a_node_that_shows_nobody_makes_the_gate_forget_nothing(network, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from .blacklist import read_hotkeys
-from .subnet import no_address
+from .subnet import no_address, not_reached
 from ..config import InputError, Netuid, NonNegativeFloat, NonNegativeInt
 from ..config import Port, PositiveFloat, PositiveInt, PositiveSeconds
 from ..config import NotEmptyStr, check_most, check_settings
@@ -165,7 +165,7 @@ class AxonSettings:
         port: Port to listen on; 0 takes one that is free.
         external_ip: IP to publish on the chain, if not that of the interface.
         external_port: Port to publish on the chain, if not the one listened on.
-        allow_private: Publish an external_ip that is not on the open internet.
+        allow_private: Publish an address that is not on the open internet.
         no_legacy: Do not answer validators of bittensor 7 to 10.5.
         nonces: File of accepted nonces; memory; or empty: a file if the wallet is one.
         store: Redis that all processes of this miner share, such as redis://host/0.
@@ -252,6 +252,7 @@ def without_effect(
 ) -> list[str]:  # one sentence for each, with the remedy
     "Find the settings that differ from their defaults and have no effect."
     callers, axon = settings.miner.blacklist, settings.axon
+    embedded = settings.subtensor.network.startswith("embedded://")
     known = callers.force_validator_permit or callers.minimum_stake_requirement
     everybody = callers.allow_non_registered and not (known or callers.quota)
     on_both = [key for key in callers.blacklist if key in callers.whitelist]
@@ -293,8 +294,9 @@ def without_effect(
         (
             "axon",
             ("allow_private",),
-            axon.external_ip and not_public(axon.external_ip.strip("[]")),
-            "without an --axon.external_ip that is private",
+            not_reached((axon.external_ip or axon.host).strip("[]"))
+            and (axon.external_ip or not embedded),
+            "without a private --axon.external_ip or, on a real chain, --axon.host",
         ),
     )
     found = []

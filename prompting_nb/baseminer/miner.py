@@ -41,6 +41,7 @@ from ..help.usage import count_of
 
 # %% ../../nbs/baseminer/00_miner.ipynb #m00000
 _log = logging.getLogger(__name__)
+_FAR = 3  # epochs that the metagraph may be behind
 
 
 @arguments_in_help
@@ -338,7 +339,8 @@ class Miner(abc.ABC):
         if self.clock() < self._publish_at:
             return
         try:
-            self.subnet.publish(self.axon, axon.external_ip, axon.external_port)
+            place = self.axon, axon.external_ip, axon.external_port
+            self.subnet.publish(*place, axon.allow_private)
         except NoAddressError:  # and will not have one later
             raise
         except Exception as error:  # too soon, no fee: the chain itself goes on
@@ -364,6 +366,9 @@ class Miner(abc.ABC):
         problem = self.runner.problem() or self._newest.problem()
         if problem:
             return f"{problem}, {old}"
+        behind = self.subnet.read_at - self.synced_at
+        if behind >= _FAR * self.settings.miner.blocks_per_epoch:
+            return f"{old}, {behind} blocks before the newest when it was read"
         return "" if self._isolated is None else self._isolated.problem()
 
     def _notice(self, block: int) -> None:
@@ -385,7 +390,7 @@ class Miner(abc.ABC):
         block = self.subnet.look()
         self._notice(block)
         # back as far as an epoch: another node, or another chain at the same address
-        epoch = abs(block - self.synced_at) >= loop.blocks_per_epoch
+        epoch = abs(block - self.subnet.read_at) >= loop.blocks_per_epoch
         if epoch and not stopping.is_set():
             self.sync()
         leads = not self.settings.axon.follower

@@ -34,7 +34,7 @@ from .journal import Journal
 from .state import Saved, resume, save_state
 from ..network.limited import BlockWatch
 from ..validators.event import Event
-from ..validators.judge import findings_of
+from ..validators.judge import JudgeError, findings_of
 from ..validators.pending import finite
 from ..validators.validator import Round, Validator
 from ..show import arguments_in_help
@@ -42,6 +42,10 @@ from ..help.usage import count_of
 
 # %% ../../nbs/loop/10_service.ipynb #c008
 _log = logging.getLogger(__name__)
+_CALLS_OF_A_LOOK = 5  # that one look at the chain has time for
+_FAILURES = 3  # of the chain in a row, that are a problem
+_MOST_LEFT_OUT = 10  # steps in a row, that are a problem
+_FAR = 3  # readings of the metagraph that it may be behind
 
 
 @dataclass
@@ -116,15 +120,21 @@ class Service:
             poll_interval=self.settings.poll_interval,
             retries=1_000_000_000,
             longest_pause=30.0,
+            longest_look=_CALLS_OF_A_LOOK * validator.client.seconds,
         )
         self._lock = threading.Lock()  # of gate, averages, journal and prompts
         self._stopping, self._ended = threading.Event(), threading.Event()
         self._unwritten: deque[Event] = deque()  # learned, but not on disk yet
         self._under_way = 0  # rounds that are asked now
         self._pending = 0  # prompts of the list without an event
+        # steps without an event, ever and in a row, and why the latest is one
+        before = self.saved.about if self.saved else {}
+        self._left_out = int(before.get("steps_left_out", 0))
+        self._in_a_row, self._why_left_out = 0, ""
         self._last_start = -math.inf
         self._synced_at, self._tried_at = 0.0, -math.inf  # blocks
         self._asking: list[threading.Event] = []  # of each thread: set when it ends
+        self._died: list[str] = []  # threads that ended by an error, and by which
         self._said: dict[str, str] = {}
 
     def start(self) -> None:
@@ -184,7 +194,7 @@ class Service:
     def step(
         self,
         prompt: str,  # of the user
-    ) -> tuple[Round, Event]:  # raises `NotReady`, or ValueError for a failing judge
+    ) -> tuple[Round, Event]:  # raises `NotReady`, or `JudgeError` for a failing judge
         "Ask one prompt now; several threads may."
         return self._step(prompt, listed=False)
 
@@ -225,7 +235,10 @@ class Service:
 
     def problems(self) -> list[str]:  # empty: ready
         "Say why the service cannot do its work now."
-        found = [self.chain.problem()]
+        found = [self.chain.problem(), self._old(), *self._died]
+        if self._in_a_row >= _MOST_LEFT_OUT:
+            times = count_of(self._in_a_row, "step")
+            found.append(f"{times} in a row were left out: {self._why_left_out}")
         if self._ended.is_set() or self._stopping.is_set():
             found.append("it is stopping")
         if not self.validator.serving():
@@ -236,6 +249,20 @@ class Service:
                 f"{count_of(len(self._unwritten), 'event')} could not be written"
             )
         return [problem for problem in found if problem]
+
+    def _old(self) -> str:
+        "Say why the metagraph may be an old one; empty while it is not."
+        block = _block_of(self.validator.metagraph, self._synced_at)
+        old, failures = f"the metagraph is of block {block:.0f}", self.runner.failures
+        if failures >= _FAILURES:
+            times = count_of(failures, "time")
+            return f"the chain has failed {times} in a row, {old}"
+        if problem := self.runner.problem():
+            return f"{problem}, {old}"
+        behind = self._synced_at - block
+        if behind >= _FAR * self.settings.sync_every:
+            return f"{old}, {behind:.0f} blocks before the newest when it was read"
+        return ""
 
     def __enter__(self) -> "Service":
         self.start()
@@ -250,6 +277,11 @@ class Service:
         "Ask prompt after prompt until told to stop; set `ended` then."
         try:
             self._ask_all()
+        except BaseException as error:  # nobody else sees what ends a thread
+            what = f"{type(error).__name__}: {error}"
+            name = threading.current_thread().name
+            self._died.append(f"the thread {name} has ended ({what})")
+            _log.error("the thread %s has ended (%s)", name, what, exc_info=True)
         finally:
             ended.set()
 
@@ -281,8 +313,8 @@ class Service:
                 return
             except (NotReady, OSError) as error:  # the same prompt again, later
                 self._say("asking", f"waiting: {error}")
-            except Exception as error:
-                self.metrics.failed.labels(type(error).__name__).inc()
+            except BaseException as error:  # a panic of Rust is no Exception
+                self.metrics.failed.labels(_kind_of(error)).inc()
                 text = "a step failed and is left out (%s: %s); prompt: %.100s"
                 _log.error(text, type(error).__name__, error, prompt)
                 with self._lock:
@@ -294,16 +326,27 @@ class Service:
 
     def _step(self, prompt: str, listed: bool) -> tuple[Round, Event]:
         "Route, ask and learn; only the asking runs beside other prompts."
-        with self._lock:
-            round = self._route(prompt)
-            self._under_way += 1
         try:
-            self.validator.ask(round)
-        finally:
             with self._lock:
-                self._under_way -= 1
-        with self._lock:
-            return round, self._learn(round, listed)
+                round = self._route(prompt)
+                self._under_way += 1
+            try:
+                self.validator.ask(round)
+            finally:
+                with self._lock:
+                    self._under_way -= 1
+            with self._lock:
+                return round, self._learn(round, listed)
+        except (NotReady, OSError):  # to be asked again
+            raise
+        except BaseException as error:
+            with self._lock:
+                self._left_out += 1  # or the next step would ask the same uids again
+                self._in_a_row += 1
+                judged = isinstance(error, JudgeError)
+                kind = type(error).__name__
+                self._why_left_out = str(error) if judged else f"{kind}: {error}"
+            raise
 
     def _pace(self) -> None:
         "Wait until the interval since the last start is over."
@@ -327,7 +370,7 @@ class Service:
             )
         else:
             self._say("few", "")
-        ticket = self.validator.steps + self._under_way
+        ticket = self.validator.steps + self._under_way + self._left_out
         chance = random.Random(f"{self.seed}-{ticket}").getrandbits(63)
         self.validator.generator.manual_seed(chance)
         return self.validator.route(prompt, min(serving, k))
@@ -336,6 +379,7 @@ class Service:
         "Learn from a round, write its event, and save the state when it is time."
         event = self.validator.learn(round, block=self.chain.block)
         self._pending -= listed
+        self._in_a_row = 0
         self._unwritten.append(event)
         self.latest = event
         self.metrics.count(event)
@@ -359,6 +403,7 @@ class Service:
         if not self._unwritten:
             about = {"prompts_taken": self.prompts.taken - self._pending}
             about["late_rewards"] = self.journal.late_rewards
+            about["steps_left_out"] = self._left_out
             save_state(self.validator, self.folder, **self.about, **about)
 
     def _try_to_save(self) -> None:
@@ -371,9 +416,10 @@ class Service:
 
     def _each_block(self) -> int:
         "Follow the chain: read the metagraph and set weights when it is time."
-        before, block = self.chain.block, self.chain.look()
-        if block < before:  # restored from an older copy, perhaps
-            _log.warning("the chain went back from block %d to %d", before, block)
+        block, reached = self.chain.look(), max(self._synced_at, self._tried_at)
+        # restored from an older copy, perhaps; a few blocks back is another node
+        if reached - block >= self.settings.sync_every:
+            _log.warning("the chain went back from block %d to %d", reached, block)
             self._synced_at, self._tried_at = -math.inf, -math.inf
         too_few = len(self.validator.serving()) < self.validator.policy.k
         if block - self._synced_at >= self.settings.sync_every or too_few:
@@ -436,6 +482,18 @@ class Service:
             else:
                 _log.info("%s: as usual again", subject)
             self._said[subject] = text
+
+
+def _block_of(metagraph: Any, otherwise: float) -> float:
+    "Return the block of which a metagraph is, where it says so."
+    block = getattr(metagraph, "block", None)
+    return block if isinstance(block, int) else otherwise
+
+
+def _kind_of(error: BaseException) -> str:
+    "Name an error, and the error of a judge by what the judge raised."
+    cause = error.__cause__ if isinstance(error, JudgeError) else None
+    return type(cause or error).__name__
 
 # %% ../../nbs/loop/10_service.ipynb #c010
 @arguments_in_help
