@@ -217,9 +217,13 @@ def test_a_judge_that_is_away_is_a_problem_and_other_uids_are_asked(network, tmp
         assert again._left_out == service._left_out >= 10
 
 
-def test_who_was_asked_in_vain_is_no_newcomer(network):
+def test_who_was_asked_in_vain_is_no_newcomer_until_the_judge_works_again(network):
+    away = [True]
+
     def judge(prompt, completions):
-        raise ValueError("away")
+        if away:
+            raise ValueError("away")
+        return by_length(prompt, completions)
 
     with Validator(network.wallet, network.client, judge, policy=Policy(k=2, timeout=30)) as validator:
         assert validator.newcomers() == [1, 2, 3, 4]
@@ -227,6 +231,9 @@ def test_who_was_asked_in_vain_is_no_newcomer(network):
         with pytest.raises(JudgeError, match="the judge failed: ValueError: away"):
             validator.ask(round)
         assert sorted(validator.newcomers() + round.uids) == [1, 2, 3, 4] and validator.steps == 0
+        away.clear()
+        event = validator.step("Is it?")
+        assert sorted(validator.newcomers() + event.uids) == [1, 2, 3, 4] and validator.steps == 1
 
 
 def test_an_asking_thread_that_ended_is_a_problem(network, tmp_path, caplog):

@@ -292,7 +292,7 @@ def reward_with(
     return judge(prompt, completions)
 
 # %% ../../nbs/validators/05_judge.ipynb #j037
-class JudgeError(RunError):
+class JudgeError(RunError, ValueError):  # as an endless reward alone always was
     "A judge failed, whatever it raised; no error of the network."
 
 

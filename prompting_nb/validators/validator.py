@@ -93,7 +93,8 @@ class Validator:
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0  # taken so far
         self.refused = 0  # answers that the judge could not take
-        self.in_vain: Counter[str] = Counter()  # hotkey -> times without any reward
+        # hotkey -> times without any reward, since the judge failed whatever it was given
+        self.in_vain: Counter[str] = Counter()
 
     def step(
         self,
@@ -198,7 +199,7 @@ class Validator:
         try:
             found = reward_answers(self.judge, round.prompt, round.completions, hotkeys)
         except JudgeError:
-            self.in_vain.update(hotkeys)  # who was asked is no newcomer any more
+            self.in_vain.update(hotkeys)  # others are asked first, until it works again
             raise
         round.refused, round.why_refused = found.refused, found.why
         round.rewards = [
@@ -224,6 +225,7 @@ class Validator:
         loss = self.observe(*given, scores=scores)
         if self.policy.distinct:
             self.copies.see(hotkeys, round.completions)
+        self.in_vain.clear()  # newcomers that were asked meanwhile are newcomers again
         if round.refused:
             self.refused += len(round.refused)
             uids, many = [round.uids[i] for i in round.refused], self.refused
