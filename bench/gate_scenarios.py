@@ -157,7 +157,7 @@ def choose_ms(uids: int, rounds: int = 30) -> float:
 
     validator.metagraph, validator.averages, validator.policy = Network(neurons), MovingAverage(), Policy(k=K)
     validator.gate, validator.copies, validator.steps = None, Copies(), 60
-    validator.prices, validator.pending = None, Pending(None)
+    validator.prices, validator.pending, validator.in_vain = None, Pending(None), Counter()
     validator.averages.counts = Counter(hotkeys)
     validator.wallet = SimpleNamespace(hotkey=SimpleNamespace(ss58_address="own"))
     validator.generator = torch.Generator().manual_seed(0)

@@ -43,7 +43,7 @@ def stub(policy, hotkeys):
     validator.metagraph = type("Network", (list,), {"hotkeys": property(lambda self: hotkeys)})(neurons)
     validator.averages, validator.policy, validator.copies = MovingAverage(), policy, seen(8)
     validator.averages.counts.update(hotkeys)
-    validator.pending, validator.prices = (), None  # nothing waits, nothing costs
+    validator.pending, validator.prices, validator.in_vain = (), None, Counter()  # nothing waits, nothing costs
     validator.gate, validator.steps, validator.generator = None, 60, torch.Generator().manual_seed(0)
     validator.wallet = SimpleNamespace(hotkey=SimpleNamespace(ss58_address="own"))
     return validator

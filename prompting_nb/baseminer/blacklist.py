@@ -27,10 +27,13 @@ from ..show import arguments_in_help
 class Caller:
     "What the metagraph knows about a hotkey, which need not be registered."
 
-    hotkey: str  # ss58 address
+    hotkey: str  # ss58 address; kept as the metagraph writes it
     uid: Optional[int] = None  # None: not registered
     stake: float = 0.0  # total stake in the subnet's token
     validator_permit: bool = False  # whether it may validate
+
+    def __post_init__(self):
+        object.__setattr__(self, "hotkey", written_alike(self.hotkey))
 
     @property
     def registered(self) -> bool:
@@ -130,7 +133,7 @@ def whitelist(
     "Admit these hotkeys, whatever the rules after this one would say."
     names = frozenset(read_hotkeys(hotkeys, "the whitelist"))
     verdict = Verdict(False, "hotkey is whitelisted")
-    return lambda caller: verdict if written_alike(caller.hotkey) in names else None
+    return lambda caller: verdict if caller.hotkey in names else None
 
 
 def blacklist(
@@ -139,7 +142,7 @@ def blacklist(
     "Refuse these hotkeys."
     names = frozenset(read_hotkeys(hotkeys, "the blacklist"))
     verdict = Verdict(True, "hotkey is blacklisted")
-    return lambda caller: verdict if written_alike(caller.hotkey) in names else None
+    return lambda caller: verdict if caller.hotkey in names else None
 
 
 def read_hotkeys(
@@ -219,10 +222,10 @@ class RateLimiter:
     ) -> bool:  # False: this request exceeds the quota, and is not counted
         "Count a request, unless it exceeds the quota."
         with self._lock:
-            now, times = self.clock(), self.log.times(hotkey)
+            now, times = self.clock(), self.log.line(hotkey)
             if len(times) == self.quota and now - times[0] < self.window:
                 return False
-            self.log.add(hotkey, now)
+            times.append(now)
             return True
 
     def retry_after(
@@ -278,13 +281,22 @@ class RequestLog:
         now: float,  # seconds
     ) -> None:
         "Add the time of a request."
+        self.line(hotkey).append(now)
+
+    def line(
+        self,
+        hotkey: str,  # the caller's
+    ) -> deque:  # seconds
+        "Return the times of a caller who asks now, so that this one can be added."
         hotkey = written_alike(hotkey)
-        if (times := self._times.get(hotkey)) is None:
-            times = self._times[hotkey] = deque(maxlen=self.length)
-        times.append(now)
-        self._times.move_to_end(hotkey)
+        times = self._times.get(hotkey)
+        if times is not None:
+            self._times.move_to_end(hotkey)
+            return times
+        times = self._times[hotkey] = deque(maxlen=self.length)
         if len(self._times) > self.max_callers:
             self._times.popitem(last=False)
+        return times
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07046
 def standard_rules(
@@ -308,12 +320,11 @@ def index_callers(
     metagraph: Any,  # bittensor's, or anything with `hotkeys`; uid = position or `uids`
 ) -> dict[str, Caller]:  # by hotkey
     "Index everybody who is registered."
-    return {
-        (key := written_alike(hotkey)): Caller(
-            key, int(uid), _amount(stake), bool(permit)
-        )
+    callers = (
+        Caller(hotkey, int(uid), _amount(stake), bool(permit))
         for hotkey, uid, stake, permit in _rows(metagraph)
-    }
+    )
+    return {caller.hotkey: caller for caller in callers}
 
 
 def find_caller(

@@ -93,7 +93,7 @@ class Validator:
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0  # taken so far
         self.refused = 0  # answers that the judge could not take
-        # hotkey -> times without any reward, since the judge failed whatever it was given
+        # hotkey -> times asked while the judge failed, whatever it was given
         self.in_vain: Counter[str] = Counter()
 
     def step(
