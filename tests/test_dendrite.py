@@ -627,6 +627,13 @@ def test_a_reader_goes_on_after_ctrl_c(read, dendrite):
         assert got and pieces + got[0] == ["a", "b"] and stream.answer.completion == "ab"
 
 
+def until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("how", ["for", "async for"])
 @pytest.mark.parametrize("before", [0, 1])
 def test_a_stream_that_another_thread_closes_ends(how, before, dendrite):
@@ -635,8 +642,10 @@ def test_a_stream_that_another_thread_closes_ends(how, before, dendrite):
         stream = dendrite.stream(miner, QUESTION)
         for go in steps.go[:before]:
             go.set()
+        taken, take = [], stream._take
+        stream._take = lambda: taken.append(take()) or taken[-1]
         reader, got = read_in_a_thread(how, lambda: stream)
-        time.sleep(0.1)  # the reader waits
+        until(lambda: len([*filter(None, taken)]) == before and taken[-1:] == [None])  # the reader waits
         stream.close()
         reader.join(10)
         assert got == [["a"][:before]] and stream.answer is None

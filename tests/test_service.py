@@ -186,6 +186,20 @@ def test_a_judge_that_fails_for_a_moment_refuses_nobody():
     assert reward_answers(judge, "x", ["a", "b"], ["5", "6"]) == ([1.0, 1.0], [], "") and len(calls) == 2
 
 
+def test_a_judge_that_goes_away_while_answers_are_tried_refuses_nobody():
+    calls = []
+
+    def judge(prompt, completions):
+        calls.append(completions)
+        if len(calls) != 3:  # it is there for the plain answers, and then no more
+            raise ConnectionRefusedError("no server")
+        return [1.0 for _ in completions]
+
+    with pytest.raises(JudgeError, match="no server"):
+        reward_answers(judge, "x", ["a", "b"], ["5", "6"])
+    assert len(calls) == 8
+
+
 @pytest.mark.parametrize("wrong", [lambda p, c: [1.0], lambda p, c: None, lambda p, c: [1e39] * len(c), lambda p, c: ["x"] * len(c)])
 def test_a_judge_that_cannot_judge_is_an_error_of_its_own(wrong):
     with pytest.raises(JudgeError, match="the judge failed: (InputError|TypeError|ValueError): "):

@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 _CALLS_OF_A_LOOK = 5  # that one look at the chain has time for
 _FAILURES = 3  # of the chain in a row, that are a problem
 _MOST_LEFT_OUT = 10  # steps in a row, that are a problem
+_LATELY = 60.0  # seconds for which they are one: then others may try again
 _FAR = 3  # readings of the metagraph that it may be behind
 
 
@@ -130,7 +131,7 @@ class Service:
         # steps without an event, ever and in a row, and why the latest is one
         before = self.saved.about if self.saved else {}
         self._left_out = int(before.get("steps_left_out", 0))
-        self._in_a_row, self._why_left_out = 0, ""
+        self._in_a_row, self._why_left_out, self._left_out_at = 0, "", -math.inf
         self._last_start = -math.inf
         self._synced_at, self._tried_at = 0.0, -math.inf  # blocks
         self._asking: list[threading.Event] = []  # of each thread: set when it ends
@@ -236,7 +237,8 @@ class Service:
     def problems(self) -> list[str]:  # empty: ready
         "Say why the service cannot do its work now."
         found = [self.chain.problem(), self._old(), *self._died]
-        if self._in_a_row >= _MOST_LEFT_OUT:
+        lately = time.monotonic() - self._left_out_at < _LATELY
+        if self._in_a_row >= _MOST_LEFT_OUT and lately:
             times = count_of(self._in_a_row, "step")
             found.append(f"{times} in a row were left out: {self._why_left_out}")
         if self._ended.is_set() or self._stopping.is_set():
@@ -342,7 +344,7 @@ class Service:
         except BaseException as error:
             with self._lock:
                 self._left_out += 1  # or the next step would ask the same uids again
-                self._in_a_row += 1
+                self._in_a_row, self._left_out_at = self._in_a_row + 1, time.monotonic()
                 judged = isinstance(error, JudgeError)
                 kind = type(error).__name__
                 self._why_left_out = str(error) if judged else f"{kind}: {error}"

@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import threading
 import traceback
 from contextlib import suppress
@@ -75,7 +76,7 @@ class Isolated:
             while self._idle:
                 if (worker := self._idle.pop()).alive:
                     return worker
-                worker.kill()
+                worker.close()
         with self._making:
             while self._templates:
                 try:
@@ -97,7 +98,11 @@ class Isolated:
             _log.error(_NO_TEMPLATE)
 
     def _complete(self) -> None:
-        "Give the template a twin if it has none."
+        "Give the template a twin if it has none that is alive."
+        for twin in self._templates[1:]:
+            if not twin.alive:
+                twin.kill()
+                self._templates.remove(twin)
         if len(self._templates) == 1:
             try:
                 self._templates.append(self._templates[0].make_twin())
@@ -156,11 +161,17 @@ class _Worker:
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
+        self.close()
+
+    def close(self) -> None:
+        "Let go of a process that has ended: its number may be another's by now."
         self._connection.close()
 
 # %% ../../nbs/network/16_isolation.ipynb #i009
 _ANSWER_TIME = 10.0  # seconds within which a process must be made
-_WORKER, _TWIN = b"worker", b"twin"  # orders to a template
+_ORDER, _ANSWER = struct.Struct(">cq"), struct.Struct(">qq")  # both with a number
+_WORKER, _TWIN = b"w", b"t"  # what is ordered
+_WANTED = b"!"  # to a twin: who ordered it knows of it
 _SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ETOOMANYREFS, errno.ENOMEM}
 
 
@@ -168,7 +179,7 @@ class _Template:
     "A process that makes workers, and twins of itself."
 
     def __init__(self, pid: int, orders: socket.socket):
-        self._pid, self._orders = pid, orders
+        self._pid, self._orders, self._number = pid, orders, 0
         orders.settimeout(_ANSWER_TIME)
 
     @property
@@ -186,17 +197,23 @@ class _Template:
 
     def make_twin(self) -> "_Template":
         "Make another template; errors as above."
-        return _Template(*self._make(_TWIN))
+        pid, orders = self._make(_TWIN)
+        orders.send(_WANTED)
+        return _Template(pid, orders)
 
     def _make(self, what: bytes) -> tuple[int, socket.socket]:
-        ours = None
+        ours, self._number = None, self._number + 1
         try:
             ours, theirs = socket.socketpair()
             with theirs:
-                socket.send_fds(self._orders, [what], [theirs.fileno()])
-            if not (said := self._orders.recv(32)):
-                raise ConnectionError("it has ended")
-            if (pid := int(said)) < 0:
+                order = _ORDER.pack(what, self._number)
+                socket.send_fds(self._orders, [order], [theirs.fileno()])
+            number = pid = 0
+            while number != self._number:  # an answer may come after its time
+                if len(said := self._orders.recv(_ANSWER.size)) < _ANSWER.size:
+                    raise ConnectionError("it has ended")
+                number, pid = _ANSWER.unpack(said)
+            if pid < 0:
                 raise RuntimeError(f"no process can be made: {os.strerror(-pid)}")
             return pid, ours
         except BaseException as error:
@@ -226,22 +243,25 @@ def _be_template(orders: socket.socket, fn: Callable) -> None:
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies
         while True:
-            said, sockets, _, _ = socket.recv_fds(orders, 16, 1)
+            said, sockets, _, _ = socket.recv_fds(orders, _ORDER.size, 1)
             if not said:
                 os.killpg(os.getpgrp(), signal.SIGKILL)
+            what, number = _ORDER.unpack(said)
             try:
                 pid = os.fork()
             except OSError as error:  # there are too many processes
                 pid = -(error.errno or errno.EAGAIN)
             if pid == 0:
                 orders.close()
-                if said == _TWIN:
+                if what == _TWIN:
                     orders = socket.socket(fileno=sockets[0])
+                    if orders.recv(1) != _WANTED:  # it was given up, others go on
+                        os._exit(0)
                     continue
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 _be_worker(Connection(sockets[0]), fn)
             os.close(sockets[0])
-            orders.send(b"%d" % pid)
+            orders.send(_ANSWER.pack(number, pid))
     finally:
         os._exit(0)  # nothing of the copied process is to run its clean-up
 

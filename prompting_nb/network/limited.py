@@ -95,36 +95,43 @@ _FIRST, _LAST = 60.0, 3600.0  # seconds between the calls that are tried beyond 
 
 @arguments_in_help
 class LeftBehind:
-    "The calls of a client that were given up and have not returned."
+    "The calls of a client, by kind, that were given up since one of the kind returned."
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,  # in seconds
     ):
-        self.calls: set[Future] = set()
-        self.clock, self.tried_at = clock, -math.inf
+        self.calls: dict[str, set[Future]] = {}  # those that have not returned
+        self.clock, self._tried_at = clock, dict[str, float]()
 
     def admit(
         self,
-        what: str,  # is to be called, for the message
+        what: str,  # kind of a call that is to be begun
     ) -> None:
-        "Raise `TimeoutError` while too many calls hang; one is tried now and then."
-        many, now = len(self.calls), self.clock()
-        if many < _MOST:
-            self.tried_at = now
-            return
-        pause = min(_FIRST * 2.0 ** (many - _MOST), _LAST)
-        if now - self.tried_at < pause:
-            raise TimeoutError(f"{what}: {many} calls to the chain hang; none is begun")
-        self.tried_at = now
+        "Raise `TimeoutError` while too many such hang; one is tried now and then."
+        many, now = len(self.calls.get(what, ())), self.clock()
+        if many >= _MOST:
+            pause = min(_FIRST * 2.0 ** (many - _MOST), _LAST)
+            if now - self._tried_at[what] < pause:
+                raise TimeoutError(f"{what}: {many} such calls hang; no other is begun")
+        self._tried_at[what] = now
 
     def add(
         self,
-        call: Future,  # of a call that is given up
+        what: str,  # kind of a call
+        call: Future,  # its outcome; it is given up
     ) -> None:
         "Count a call until it returns."
-        self.calls.add(call)
-        call.add_done_callback(self.calls.discard)
+        hanging = self.calls.setdefault(what, set())
+        hanging.add(call)
+        call.add_done_callback(hanging.discard)
+
+    def answered(
+        self,
+        what: str,  # kind of a call that has returned in time
+    ) -> None:
+        "Count no longer what hung before: the chain answers such calls again."
+        self.calls.pop(what, None)
 
 
 def within(
@@ -148,8 +155,10 @@ def within(
     wait([outcome], seconds)
     if not outcome.done():
         if left is not None:
-            left.add(outcome)
+            left.add(what, outcome)
         raise TimeoutError(f"{what}: the chain did not answer within {seconds:g} s")
+    if left is not None:
+        left.answered(what)
     error = outcome.exception()
     if error is not None and not isinstance(error, Exception):
         kind = type(error).__name__

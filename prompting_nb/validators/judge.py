@@ -356,8 +356,9 @@ def _at_fault(
         return []
     # beside another one: a judge that compares has nothing to do with a single answer
     beside = lambda i: [completions[i], _PLAIN[0]]
-    if found := [i for i in given if not works(beside(i), [hotkeys[i], ""])]:
-        return found
+    fails = lambda i: not works(beside(i), [hotkeys[i], ""])
+    if found := [i for i in given if fails(i) and fails(i)]:
+        return found if works(_PLAIN, nobody) else []  # it may have gone away meanwhile
     without = lambda i: [None if j == i else t for j, t in enumerate(completions)]
     few = given if 1 < len(given) <= _LEFT_OUT else []
     found = [i for i in few if works(without(i), hotkeys)]

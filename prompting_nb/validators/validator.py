@@ -300,7 +300,8 @@ class Validator:
         if len(self.pending):
             asked = asked + self.pending.waiting()
         if self.in_vain:
-            asked = asked + self.in_vain
+            # a copy, which other threads do not change while it is read
+            asked = asked + Counter(dict(self.in_vain))
         known = getattr(self.gate, "known", {})  # before the first question
         new = lambda key: asked[key] < self.policy.welcome and not known.get(key)
         serving = self.serving() if serving is None else serving
