@@ -956,6 +956,18 @@ def test_rewards_are_posted(network, tmp_path):
             assert error.value.code == 400
 
 
+@pytest.mark.parametrize("error, code", [(ConnectionRefusedError("no server"), 503), (ValueError("no such model"), 500)])
+def test_a_prompt_whose_judge_fails_says_so(network, tmp_path, error, code):
+    def judge(prompt, completions):
+        raise error
+
+    with service_of(network, tmp_path, judge=judge, prompts=None) as service, Endpoint(service) as endpoint:
+        with pytest.raises(urllib.error.HTTPError) as found:
+            post(endpoint.address, {"prompt": "Is 1 a number?"})
+        assert found.value.code == code and str(error) in json.load(found.value)["error"]
+        assert (found.value.headers["Retry-After"] == "1") == (code == 503)  # it is away, not broken
+
+
 def test_a_body_that_does_not_arrive_is_given_up(network, tmp_path, monkeypatch):
     monkeypatch.setattr("prompting_nb.loop.endpoint._BODY", 0.3)
     head = b"POST /prompt HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"

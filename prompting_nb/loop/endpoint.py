@@ -22,7 +22,7 @@ from ..config import InputError
 from .service import NotReady, Service, is_text
 from ..show import arguments_in_help
 from ..validators.event import Event
-from ..validators.judge import findings_of
+from ..validators.judge import JudgeError, findings_of
 from ..validators.validator import Round, Validator
 from ..validators.watch import alarms_of
 
@@ -134,9 +134,11 @@ class Endpoint:
             return web.json_response(found)
         except (NotReady, OSError) as error:
             return _refuse(503, str(error), retry=1)
+        except JudgeError as error:  # away, or broken
+            away = isinstance(error.__cause__, OSError)
+            return _refuse(503, str(error), retry=1) if away else _failed(error)
         except Exception as error:
-            _log.error("POST /prompt: %s: %s", type(error).__name__, error)
-            return _refuse(500, f"{type(error).__name__}: {error}")
+            return _failed(error)
         finally:
             self._places.release()
 
@@ -301,6 +303,12 @@ async def _read_json(request: web.Request) -> tuple[Any, Optional[web.Response]]
         return None, _refuse(400, "the body cannot be read")
     except (ValueError, LookupError, RecursionError):  # text, its encoding, depth
         return None, _refuse(400, "the body is not JSON")
+
+
+def _failed(error: Exception) -> web.Response:
+    what = f"{type(error).__name__}: {error}"
+    _log.error("POST /prompt: %s", what)
+    return _refuse(500, what)
 
 
 def _refuse(status: int, reason: str, retry: Optional[int] = None) -> web.Response:

@@ -45,6 +45,7 @@ _log = logging.getLogger(__name__)
 _CALLS_OF_A_LOOK = 5  # that one look at the chain has time for
 _FAILURES = 3  # of the chain in a row, that are a problem
 _MOST_LEFT_OUT = 10  # steps in a row, that are a problem
+_LONGEST = 30.0  # seconds until the next prompt, when ever more are left out
 _LATELY = 60.0  # seconds for which they are one: then others may try again
 _FAR = 3  # readings of the metagraph that it may be behind
 
@@ -322,7 +323,9 @@ class Service:
                 with self._lock:
                     self._pending -= 1
                     self._try_to_save()  # it says how many prompts are done
-                self._stopping.wait(pause)
+                # fewer and fewer are lost while nothing works
+                doubled = min(max(0, self._in_a_row - _MOST_LEFT_OUT), 10)
+                self._stopping.wait(min(pause * 2.0**doubled, max(pause, _LONGEST)))
                 return
             self._stopping.wait(pause)
 
