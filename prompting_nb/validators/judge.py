@@ -354,9 +354,11 @@ def _at_fault(
     nobody = ["", ""]
     if not works(_PLAIN, nobody):
         return []
-    # beside another one: a judge that compares has nothing to do with a single answer
-    beside = lambda i: [completions[i], _PLAIN[0]]
-    fails = lambda i: not works(beside(i), [hotkeys[i], ""])
+
+    def fails(i: int) -> bool:
+        # beside another one: a judge that compares has no use for a single answer
+        return not works([completions[i], _PLAIN[0]], [hotkeys[i], ""])
+
     if found := [i for i in given if fails(i) and fails(i)]:
         return found if works(_PLAIN, nobody) else []  # it may have gone away meanwhile
     without = lambda i: [None if j == i else t for j, t in enumerate(completions)]
