@@ -20,6 +20,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional, TypeGuard
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..baseminer.running import Runner
+from ..baseminer.subnet import block_of
 from prompting_nb.config import (
     InputError,
     NonNegativeInt,
@@ -255,7 +256,7 @@ class Service:
 
     def _old(self) -> str:
         "Say why the metagraph may be an old one; empty while it is not."
-        block = _block_of(self.validator.metagraph, self._synced_at)
+        block = block_of(self.validator.metagraph, self._synced_at)
         old, failures = f"the metagraph is of block {block:.0f}", self.runner.failures
         if failures >= _FAILURES:
             times = count_of(failures, "time")
@@ -487,12 +488,6 @@ class Service:
             else:
                 _log.info("%s: as usual again", subject)
             self._said[subject] = text
-
-
-def _block_of(metagraph: Any, otherwise: float) -> float:
-    "Return the block of which a metagraph is, where it says so."
-    block = getattr(metagraph, "block", None)
-    return block if isinstance(block, int) else otherwise
 
 
 def _kind_of(error: BaseException) -> str:
