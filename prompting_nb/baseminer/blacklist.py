@@ -71,6 +71,7 @@ class TooOften(Verdict):
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07044
 _log = logging.getLogger(__name__)
 Rule = Callable[[Caller], Optional[Verdict] | Awaitable[Optional[Verdict]]]
+_ADMITTED = Verdict(False, "admitted")
 
 
 def judge(
@@ -91,7 +92,7 @@ def judge(
         if inspect.isawaitable(result):
             return _judge_on(result, left, caller)
         return as_verdict(result)
-    return Verdict(False, "admitted")
+    return _ADMITTED
 
 
 async def _judge_on(result: Any, left: Iterable[Rule], caller: Caller) -> Verdict:
@@ -288,7 +289,8 @@ class RequestLog:
         hotkey: str,  # the caller's
     ) -> deque:  # seconds
         "Return the times of a caller who asks now, so that this one can be added."
-        hotkey = written_alike(hotkey)
+        if hotkey not in self._times:  # as it is written
+            hotkey = written_alike(hotkey)
         times = self._times.get(hotkey)
         if times is not None:
             self._times.move_to_end(hotkey)
@@ -332,9 +334,15 @@ def find_caller(
     callers: dict[str, Caller],  # from `index_callers`
 ) -> Optional[Caller]:  # None when the request does not say who sent it
     "Find the sender of a request; a `Caller` without uid if it is not registered."
-    hotkey = getattr(getattr(synapse, "dendrite", None), "hotkey", None)
+    try:
+        hotkey = synapse.dendrite.hotkey
+    except AttributeError:
+        return None
     if not isinstance(hotkey, str) or not hotkey:
         return None
+    caller = callers.get(hotkey)
+    if caller is not None:
+        return caller
     hotkey = written_alike(hotkey)
     return callers.get(hotkey) or Caller(hotkey)
 

@@ -54,8 +54,8 @@ class PromptCache:
         with self._lock:
             if self.recent(key, block):
                 return False
+            self._claims.pop(key, None)  # a claim that is too old stands further ahead
             self._claims[key] = block
-            self._claims.move_to_end(key)
             self._evict(block)
             return True
 
@@ -69,9 +69,8 @@ class PromptCache:
 
     def _evict(self, block: int) -> None:
         "Drop claims that are older than the span, and the oldest above `max_entries`."
-        claims = self._claims
-        too_old = lambda: next(iter(claims.values())) + self.span < block
-        while len(claims) > self.max_entries or too_old():
+        claims, oldest = self._claims, block - self.span
+        while len(claims) > self.max_entries or claims[next(iter(claims))] < oldest:
             claims.popitem(last=False)
 
 # %% ../../nbs/baseminer/09_cache.ipynb #m09011
