@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import inspect
 import json
+import os
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import bittensor as bt
+import psutil
 import pytest
 from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import given, settings
@@ -731,6 +733,42 @@ def test_a_prompt_that_failed_may_be_repeated(make, caplog):
     assert (first.completion, second.completion, third.completion) == (None, "Hello", None)
     word = first.dendrite.status_message.split("error ")[1].split()[0]  # the caller gets a word, the log the text
     assert word in caplog.text and "too large" in caplog.text and "too large" not in first.dendrite.status_message
+
+
+def test_processes_of_an_isolated_miner_have_what_its_init_made_and_end_with_its_run(make):
+    class Loaded(Echo):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            self.model = "what was loaded"
+
+        def prompt(self, synapse):
+            synapse.completion = f"{self.model} {os.getpid()}"
+            return synapse
+
+    miner = make(Loaded, {"axon.isolate": True})
+    for _ in range(2):
+        with miner:
+            said, pid = ask(miner).completion.rsplit(" ", 1)
+            assert said == "what was loaded" and int(pid) != os.getpid()
+            assert get(miner.axon, "/ready")[0] == 200
+            group = psutil.Process(os.getpgid(int(pid)))
+        with pytest.raises(psutil.NoSuchProcess):  # it was waited for
+            group.status()
+        assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("kind", ["template", "replay", "retrieval", "process"])
+def test_kinds_of_miners_whose_prompts_can_be_isolated(kind, tmp_path, client):
+    rows = {"replay": {"prompt": "Hello", "completion": "HELLO"}, "retrieval": {"text": "Hello", "answer": "HELLO"}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows.get(kind, {})) + "\n")
+    file = str(tmp_path / "rows.jsonl")
+    flags = {
+        "template": {"template.completion": "HELLO"}, "replay": {"replay.file": file},
+        "retrieval": {"retrieval.corpus": file}, "process": {"process.command": "tr a-z A-Z"},
+    }  # fmt: skip
+    config = {"axon.isolate": True, **flags[kind], **FAST}
+    with MINERS[kind](config, wallet=MINER, subtensor=client) as miner:
+        assert ask(miner).completion == "HELLO"
 
 
 @pytest.mark.parametrize("overridden", ["prompt", "_prompt", "blacklist", "priority"])

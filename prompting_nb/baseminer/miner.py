@@ -102,8 +102,8 @@ class Miner(abc.ABC):
         self.axon = self._new_axon(settings.axon, on_disk) if axon is None else axon
         self.runner = Runner(
             self._each_block,
-            on_start=self.axon.start,
-            on_stop=self.axon.stop,
+            on_start=self._start,
+            on_stop=self._stop,
             name=loop.name,
             poll_interval=loop.poll_interval,
             retries=loop.retries,
@@ -218,7 +218,7 @@ class Miner(abc.ABC):
                 what = "a plain `prompt`, and no `_prompt` of its own"
                 kind = type(self).__name__
                 raise InputError(f"--axon.isolate needs {what}: {kind} has another")
-            prompt = self._isolated = Isolated(prompt)
+            prompt = self._isolated = Isolated(prompt, start=False)
         forward = handler(prompt, self.once, name) if plain else self._prompt
         failed = Verdict(True, "the blacklist of this miner failed")
         refuse = guarded(self.blacklist, as_verdict, failed)
@@ -229,6 +229,23 @@ class Miner(abc.ABC):
             refuse = counted(refuse, quota, exempt=limits.whitelist)
         check = once.check_async if once.waits else once.check
         self.axon.attach(forward, refuse, rank, check)
+
+    def _start(self) -> None:
+        "Listen; before that, copy what `prompt` uses, which is complete by now."
+        if self._isolated is not None:
+            self._isolated.start()
+        try:
+            self.axon.start()
+        except BaseException:
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        try:
+            self.axon.stop()
+        finally:
+            if self._isolated is not None:
+                self._isolated.close()
 
     def _own_rules(self, settings: BlacklistSettings) -> BlacklistSettings:
         "Return the settings of the rules; a quota counted in a store is none of them."

@@ -159,6 +159,9 @@ class Refusal(Exception):
         self.status, self.reason = status, reason
         self.kind, self.headers = kind, headers
 
+    def __reduce__(self) -> tuple:  # by default `pickle` would call it with the reason
+        return type(self).__new__, (type(self), self.reason), vars(self)
+
 # %% ../../nbs/network/03_auth.ipynb #c029
 def sign_request(
     signer: Any,  # key of the caller's hotkey

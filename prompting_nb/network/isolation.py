@@ -8,21 +8,28 @@ __all__ = ['Isolated']
 # %% ../../nbs/network/16_isolation.ipynb #i003
 import errno
 import logging
+import math
 import os
 import pickle
+import select
 import signal
 import socket
 import struct
+import sys
 import threading
+import time
 import traceback
+import weakref
+from collections import deque
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
+import psutil
 from typing_extensions import Self
 
 from ..config import InputError
-from .queue import time_left
+from .auth import Refusal
+from .queue import limit_time, time_left
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/16_isolation.ipynb #i008
@@ -37,56 +44,88 @@ class Isolated:
         self,
         fn: Callable[[Any], Any],  # plain; argument and result must be picklable
         grace: float = 1.0,  # seconds after the caller's time until a process is killed
+        start: bool = True,  # False: `start` is called later, or by the first call
     ):
         if not hasattr(os, "fork"):
             raise InputError("this system has no fork: work cannot be isolated here")
         self.fn, self.grace = fn, grace
-        self._idle: list[_Worker] = []
-        self._lock = threading.Lock()  # of that list
+        self._idle: deque[_Worker] = deque()
+        self._templates: list[_Template] = []  # the first makes workers
         self._making = threading.Lock()  # held while a process is made
-        here, there = socket.socketpair()
-        self._group = os.fork()  # of processes, named after the first of them
-        if self._group == 0:
-            here.close()
-            _be_template(there, fn)
-        there.close()
-        self._templates = [_Template(self._group, here)]  # the first makes workers
-        self._complete()
+        self._shortage = -math.inf, ""  # when a process could last not be made, and why
+        self._end: Optional[Callable[[], Any]] = None  # ends all processes
+        if start:
+            self.start()
+
+    def start(self) -> Self:
+        """Make the process that makes workers, and its twin, unless they are there.
+
+        They are copies of this process, with all that the function uses by now.
+        """
+        with self._making:
+            if self._templates:
+                return self
+            here, there = socket.socketpair()
+            group = os.fork()  # of processes, named after the first of them
+            if group == 0:
+                here.close()
+                _be_template(there, self.fn)
+            there.close()
+            with suppress(OSError):  # the child does the same, whoever is first
+                os.setpgid(group, group)
+            self._end = weakref.finalize(self, _end_group, group, os.getpid())
+            self._templates.append(_Template(group, here))
+            self._complete()
+        _all.add(self)
+        return self
 
     def __call__(
         self,
         synapse: Any,  # with a `timeout` in seconds
-    ) -> Any:  # what the function returned
-        "Call the function in a process. Raises `TimeoutError` when it was killed."
+    ) -> Any:  # what the function returned; what it raised is raised here
+        """Call the function in a process.
+
+        Raises `TimeoutError` when the process was killed, and `Refusal` (status 503)
+        when there is none.
+        """
+        until = time.monotonic() + min(synapse.timeout, time_left())
+        question = pickle.dumps((synapse, until))
+        if self._end is None:
+            self.start()
         worker = self._take()
         try:
-            seconds = min(synapse.timeout, time_left())  # a part may be used already
-            done, result = worker.call(synapse, max(0.0, seconds) + self.grace)
+            error, result = worker.call(question, until + self.grace)
         except BaseException:
             worker.kill()
             raise
-        with self._lock:
-            self._idle.append(worker)
-        if not done:
-            raise RuntimeError(f"in the process of a worker: {result}")
-        return result
+        self._idle.append(worker)
+        if error is None:
+            return result
+        raise error from RuntimeError(f"in the process of a worker: {result}")
 
     def _take(self) -> "_Worker":
-        with self._lock:
-            while self._idle:
-                if (worker := self._idle.pop()).alive:
-                    return worker
-                worker.close()
+        while self._idle:
+            try:
+                worker = self._idle.pop()
+            except IndexError:  # another thread was faster
+                break
+            if worker.ready:
+                return worker
+            worker.kill()
         with self._making:
             while self._templates:
                 try:
                     worker = self._templates[0].make_worker()
+                except RuntimeError as error:  # of what the system has too few
+                    self._shortage = time.monotonic(), str(error)
+                    raise _refusal(str(error)) from None
                 except OSError as error:
                     self._drop_template(error)
                 else:
+                    self._shortage = -math.inf, ""
                     self._complete()
                     return worker
-        raise RuntimeError(_NO_TEMPLATE)
+        raise _refusal(_NO_TEMPLATE)
 
     def _drop_template(self, error: OSError) -> None:
         "Let the template's twin do its work."
@@ -110,22 +149,36 @@ class Isolated:
                 _log.warning("the process that makes workers has no twin: %s", error)
 
     def problem(self) -> str:
-        "Say why no workers can be made any more; empty while they can."
+        """Say why no workers can be made; empty while they can.
+
+        What the system was short of is forgotten after some seconds, or else nobody
+        would send the next request, which shows whether it still is.
+        """
         # without the lock, which is held while a process is made
-        return "" if any(t.alive for t in tuple(self._templates)) else _NO_TEMPLATE
+        if not any(template.alive for template in tuple(self._templates)):
+            return _NO_TEMPLATE
+        since, why = self._shortage
+        return why if time.monotonic() < since + _SHORTAGE_TIME else ""
 
     def close(self) -> None:
-        "End all processes, busy ones too."
-        with self._making, self._lock:
-            for process in (*self._idle, *self._templates):
-                process.kill()
-            self._idle.clear()
-            self._templates.clear()
-            if self._group:
-                with suppress(ProcessLookupError, ChildProcessError):
-                    os.killpg(self._group, signal.SIGKILL)
-                    os.waitpid(self._group, 0)  # until then the number is not reused
-                self._group = 0
+        "End all processes, busy ones too. `start` makes new ones."
+        with self._making:
+            _all.discard(self)
+            if self._end is not None:
+                self._end()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        "Close all connections to processes."
+        for process in (*self._idle, *self._templates):
+            process.close()
+        self._idle.clear()
+        self._templates.clear()
+
+    def _leave(self) -> None:
+        "Forget the processes, in a copy of the process that made them."
+        self._making = threading.Lock()  # whoever held it is not in the copy
+        self._let_go()
 
     def __enter__(self) -> Self:
         return self
@@ -135,39 +188,187 @@ class Isolated:
 
 
 _NO_TEMPLATE = "the processes that make workers have ended: start the miner anew"
+_SHORTAGE_TIME = 5.0  # seconds
 
 
+def _refusal(why: str) -> Refusal:
+    return Refusal(503, why, "isolated", ((b"retry-after", b"5"),))
+
+
+def _end_group(group: int, owner: int) -> None:
+    """Kill a group of processes, and the programs that they have started.
+
+    Does nothing in a copy of the process that made them.
+    """
+    if os.getpid() != owner:
+        return
+    _kill([process for process in psutil.process_iter() if _in_group(process, group)])
+    with suppress(OSError):
+        os.killpg(group, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(group, 0)  # until then the number is not given to another
+
+
+_all: weakref.WeakSet[Isolated] = weakref.WeakSet()  # that have processes
+
+
+def _leave_all() -> None:
+    """Forget the processes of all; called in a forked child.
+
+    They would not notice the end of their miner while a child holds its connections.
+    """
+    for isolated in tuple(_all):
+        isolated._leave()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all)
+
+# %% ../../nbs/network/16_isolation.ipynb #i009
 class _Worker:
     "A process that calls the function."
 
-    def __init__(self, pid: int, connection: Connection):
-        self._pid, self._connection = pid, connection
+    def __init__(self, pid: int, connection: socket.socket):
+        self._process, self._connection = _process(pid), connection
 
     @property
-    def alive(self) -> bool:
-        "Tell whether an idle worker has not ended: nothing can be read from it."
-        return not wait([self._connection], 0)
+    def ready(self) -> bool:
+        "Tell whether it waits for a call: it has not ended, and says nothing."
+        return not _events(self._connection)
 
-    def call(self, synapse: Any, seconds: float) -> tuple[bool, Any]:
-        "Call the function: True and its result, or False and its traceback."
+    def call(self, question: bytes, until: float) -> tuple:
+        "Return None and the function's result, or an error and its traceback."
+        begin = time.monotonic()
+        until = max(begin, until)
         try:
-            self._connection.send(synapse)
-            if not self._connection.poll(seconds):
-                raise TimeoutError(f"the handler was ended after {seconds:.3g} s")
-            return self._connection.recv()
+            _send(self._connection, question, until)
+            return pickle.loads(_receive(self._connection, until))
+        except TimeoutError:
+            took = f"the handler was ended after {until - begin:.3g} s"
+            raise TimeoutError(took) from None
         except (EOFError, ConnectionError):
             raise RuntimeError("the process of a worker has ended") from None
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+        "End it, and the programs that it has started."
+        if self._process is not None:
+            _kill([self._process])
         self.close()
 
     def close(self) -> None:
-        "Let go of a process that has ended: its number may be another's by now."
         self._connection.close()
 
-# %% ../../nbs/network/16_isolation.ipynb #i009
+
+def _process(pid: int) -> Optional[psutil.Process]:
+    "Return a process that is not mistaken for another one that has its number later."
+    try:
+        return psutil.Process(pid)
+    except psutil.Error:  # it has ended
+        return None
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    "Kill processes and all that they have started."
+    started = []
+    for process in processes:
+        with suppress(psutil.Error):
+            process.suspend()  # it starts no more meanwhile
+            started += process.children(recursive=True)
+    for process in (*processes, *started):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def _in_group(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group
+    except OSError:  # it has ended
+        return False
+
+
+def _events(connection: socket.socket) -> int:
+    "Return POLLIN if a process has said something, and more if it has ended."
+    looking = select.poll()
+    try:
+        looking.register(connection, select.POLLIN)
+    except (OSError, ValueError):  # closed in this moment
+        return select.POLLHUP
+    return sum(events for _, events in looking.poll(0))
+
+
+_SIZE = struct.Struct(">Q")  # of a message, which follows
+
+
+def _send(connection: socket.socket, message: bytes, until: float) -> None:
+    connection.settimeout(_left(until))
+    connection.sendall(_SIZE.pack(len(message)) + message)
+
+
+def _receive(connection: socket.socket, until: float) -> bytearray:
+    size = _SIZE.unpack(_read(connection, _SIZE.size, until))[0]
+    return _read(connection, size, until)
+
+
+def _read(connection: socket.socket, size: int, until: float) -> bytearray:
+    found = bytearray(size)
+    left = memoryview(found)
+    while left:
+        connection.settimeout(_left(until))
+        count = connection.recv_into(left)
+        if not count:
+            raise EOFError
+        left = left[count:]
+    return found
+
+
+def _left(until: float) -> Optional[float]:
+    "Return the seconds until then; None: without end."
+    if until == math.inf:
+        return None
+    seconds = until - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return min(seconds, _LONGEST)
+
+
+_LONGEST = 1e6  # seconds; a socket cannot wait much longer
+
+
+def _be_worker(connection: socket.socket, fn: Callable) -> None:
+    "Call the function for each synapse that is sent."
+    try:
+        if torch := sys.modules.get("torch"):  # its threads are not in the copy
+            torch.set_num_threads(1)
+        while True:
+            synapse, until = pickle.loads(_receive(connection, math.inf))
+            limit_time(until)
+            try:
+                answer = pickle.dumps((None, fn(synapse)))
+            except BaseException as error:  # an exit ends the call, not the worker
+                answer = _packed(error)
+            _send(connection, answer, math.inf)
+    except (EOFError, OSError):
+        pass  # the process that asks has ended
+    finally:
+        os._exit(0)
+
+
+def _packed(error: BaseException) -> bytes:
+    """Pickle an error and its traceback.
+
+    In place of what would end more than the call, and of an error that cannot be
+    pickled, there is a `RuntimeError`.
+    """
+    text = traceback.format_exc()
+    with suppress(Exception):
+        packed = pickle.dumps((error, text))
+        pickle.loads(packed)  # many can be written and not be read
+        if isinstance(error, Exception):
+            return packed
+    what = traceback.format_exception_only(error)[-1].strip()
+    return pickle.dumps((RuntimeError(f"in the process of a worker: {what}"), text))
+
+# %% ../../nbs/network/16_isolation.ipynb #i011
 _ANSWER_TIME = 10.0  # seconds within which a process must be made
 _ORDER, _ANSWER = struct.Struct(">cq"), struct.Struct(">qq")  # both with a number
 _WORKER, _TWIN = b"w", b"t"  # what is ordered
@@ -179,21 +380,17 @@ class _Template:
     "A process that makes workers, and twins of itself."
 
     def __init__(self, pid: int, orders: socket.socket):
-        self._pid, self._orders, self._number = pid, orders, 0
+        self._process, self._orders, self._number = _process(pid), orders, 0
         orders.settimeout(_ANSWER_TIME)
 
     @property
     def alive(self) -> bool:
-        "Tell whether it has not ended: between two orders nothing can be read from it."
-        try:
-            return not wait([self._orders], 0)
-        except (OSError, ValueError):  # closed in this moment
-            return False
+        "Tell whether it has not ended; it may say something that comes too late."
+        return not _events(self._orders) & ~select.POLLIN
 
     def make_worker(self) -> _Worker:
         "Make a worker; `OSError` if the template is lost, else `RuntimeError`."
-        pid, ours = self._make(_WORKER)
-        return _Worker(pid, Connection(ours.detach()))
+        return _Worker(*self._make(_WORKER))
 
     def make_twin(self) -> "_Template":
         "Make another template; errors as above."
@@ -226,8 +423,12 @@ class _Template:
 
     def kill(self) -> None:
         "End it, before its orders end: at their end it would take the others along."
-        with suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+        if self._process is not None:
+            with suppress(psutil.Error):
+                self._process.kill()
+        self.close()
+
+    def close(self) -> None:
         self._orders.close()
 
 
@@ -240,7 +441,7 @@ def _be_template(orders: socket.socket, fn: Callable) -> None:
     try:
         os.setpgid(0, 0)  # a group of processes of their own
         for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, _go_on)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies
         while True:
             said, sockets, _, _ = socket.recv_fds(orders, _ORDER.size, 1)
@@ -259,24 +460,12 @@ def _be_template(orders: socket.socket, fn: Callable) -> None:
                         os._exit(0)
                     continue
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _be_worker(Connection(sockets[0]), fn)
+                _be_worker(socket.socket(fileno=sockets[0]), fn)
             os.close(sockets[0])
             orders.send(_ANSWER.pack(number, pid))
     finally:
         os._exit(0)  # nothing of the copied process is to run its clean-up
 
 
-def _be_worker(connection: Connection, fn: Callable) -> None:
-    "Call the function for each synapse that is sent."
-    try:
-        while True:
-            synapse = connection.recv()
-            try:
-                answer = pickle.dumps((True, fn(synapse)))
-            except BaseException:  # an exit ends the call, not the worker
-                answer = pickle.dumps((False, traceback.format_exc()))
-            connection.send_bytes(answer)
-    except (EOFError, OSError):
-        pass  # the process that asks has ended
-    finally:
-        os._exit(0)
+def _go_on(*_) -> None:
+    "Do nothing at a signal. Programs that a worker starts do not inherit this."
