@@ -52,6 +52,7 @@ from prompting_nb.network.legacy import legacy_headers
 from prompting_nb.network.server import Door, Limits, Server, listen
 from prompting_nb.network.store import Store, StoredNonces
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
+from prompting_nb.validators.judge import reward_answers
 from test_store import REDIS, Redis
 
 MINER, VALIDATOR, STRANGER = (make_wallet(name) for name in ("miner", "validator", "stranger"))
@@ -2529,6 +2530,19 @@ def test_one_bad_miner_among_many(dendrite):
     with Axon(MINER).attach(echo) as axon:
         answers = dendrite.query([*bad, nobody, axon, axon], QUESTION, timeout=2)
     assert [a.dendrite.status_code for a in answers] == [408, 422, 413, 503, 200, 200]
+
+
+def test_answers_too_long_together():
+    """Two miners collude: the judge takes the answer of each, but not both together, which is to void every step.
+    Older validator: -"""
+
+    def judge(prompt, completions):
+        if sum(len(text or "") for text in completions) > 1000:
+            raise ValueError("context length exceeded")
+        return [0.5 if text else 0.0 for text in completions]
+
+    found = reward_answers(judge, "x", ["x" * 600, "y" * 601, "honest"], ["5a", "5b", "5c"])
+    assert found.rewards == [0.5, 0.0, 0.5] and found.refused == [1]
 
 
 @pytest.mark.parametrize("address", [

@@ -175,6 +175,62 @@ def test_all_answers_at_fault_are_found(answers):
             assert found.refused == [i for i, text in enumerate(answers) if text in bad] and "the judge failed" in found.why
 
 
+def with_a_limit(prompt, texts, most=100):
+    "A judge that reads so much at once and no more, as any language model."
+    if sum(len(text or "") for text in texts) > most:
+        raise ValueError("context length exceeded")
+    return [len(text or "") / most for text in texts]
+
+
+@pytest.mark.parametrize("lengths, refused", [
+    ([60, 61, 18], [1]), ([61, 60, 18], [0]), ([80, 31], [0]), ([80, 31, 32], [0]), ([70, 101, 80, 5], [1, 2]), ([200, 150], [0, 1]),
+    ([40] * 5, [2, 3, 4]), ([50, 50, 0, 1], [1])])
+def test_answers_that_fail_only_together_cost_no_step(lengths, refused):
+    calls = []
+
+    def judge(prompt, texts):
+        calls.append(texts)
+        return with_a_limit(prompt, texts)
+
+    found = reward_answers(judge, "x", ["a" * n for n in lengths], ["5"] * len(lengths))
+    assert found.rewards == [0 if i in refused else n / 100 for i, n in enumerate(lengths)] and found.refused == refused
+    assert "context length exceeded" in found.why and len(calls) <= 4 * len(lengths) + 8
+
+
+def test_an_answer_that_spoils_all_others_is_refused():
+    "It passes beside the plain answers, and comes first, since it is short."
+    def judge(prompt, texts):
+        if "!" in texts and any(text not in (None, "!", "Yes.", "I do not know.") for text in texts):
+            raise ValueError("no verdict")
+        return [0.5 if text else 0.0 for text in texts]
+
+    found = reward_answers(judge, "x", ["one", "!", "three", "four"], ["5"] * 4)
+    assert found[:2] == ([0.5, 0.0, 0.5, 0.5], [1])
+
+
+@pytest.mark.parametrize("answers, rewards", [(["a", "BAD"], [0.5, 0.0]), (["a", None], [0.5, 0.0]), ([None, None], [0.0, 0.0])])
+def test_a_judge_that_takes_no_single_answer_judges_it_beside_a_plain_one(answers, rewards):
+    def judge(prompt, texts):
+        given = [text for text in texts if text]
+        if len(given) < 2 or "BAD" in given:
+            raise ValueError("nothing to compare")
+        return [0.5 if text else 0.0 for text in texts]
+
+    assert reward_answers(judge, "x", answers, ["5", "6"]).rewards == rewards
+
+
+def test_an_error_whose_message_fails_is_an_error_of_the_judge():
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise self
+
+    def judge(prompt, texts):
+        raise Unspeakable
+
+    with pytest.raises(JudgeError, match="^the judge failed: Unspeakable, whose message cannot be shown$"):
+        reward_answers(judge, "x", ["a", "b"], ["5", "6"])
+
+
 def test_a_judge_that_fails_for_a_moment_refuses_nobody():
     calls = []
 
@@ -198,7 +254,7 @@ def test_a_judge_that_goes_away_while_answers_are_tried_refuses_nobody():
 
     with pytest.raises(JudgeError, match="no server"):
         reward_answers(judge, "x", ["a", "b"], ["5", "6"])
-    assert len(calls) == 8
+    assert len(calls) == 7
 
 
 @pytest.mark.parametrize("wrong", [lambda p, c: [1.0], lambda p, c: None, lambda p, c: [1e39] * len(c), lambda p, c: ["x"] * len(c)])
