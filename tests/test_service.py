@@ -333,6 +333,34 @@ def test_a_batch_loses_only_what_failed(network):
         assert validator.steps == 2 and sum(validator.averages.counts.values()) == 4
 
 
+@pytest.mark.parametrize("bad", ["", 7, "\ud800", None], ids=repr)
+def test_a_prompt_that_is_none_costs_a_batch_nothing_else(network, bad):
+    with Validator(network.wallet, network.client, by_length, policy=Policy(k=2, timeout=30)) as validator:
+        with pytest.raises(BatchError, match="1 of 3 prompts failed, the first with ") as found:
+            validator.batch(["one", bad, "three"])
+        assert [event and event.prompt for event in found.value.events] == ["one", None, "three"] and list(found.value.errors) == [1]
+        validator.policy = Policy(k=9)
+        with pytest.raises(InputError, match="more miners than there are"):
+            validator.batch(["one", "two"])
+
+
+@pytest.mark.parametrize("error, ends", [(Panic("index out of bounds"), False), (KeyboardInterrupt(), True), (GeneratorExit(), True)])
+def test_a_batch_goes_on_after_any_error_of_its_own(network, monkeypatch, error, ends):
+    with Validator(network.wallet, network.client, by_length, policy=Policy(k=2, timeout=30)) as validator:
+        backward, errors = validator.gate.backward, [error]
+
+        def fail_once(*given):
+            if errors:
+                raise errors.pop()
+            return backward(*given)
+
+        monkeypatch.setattr(validator.gate, "backward", fail_once)
+        with pytest.raises(type(error) if ends else BatchError) as found:
+            validator.batch(["one", "two", "three"])
+        if not ends:
+            assert [event and event.prompt for event in found.value.events] == [None, "two", "three"] and validator.steps == 2
+
+
 def test_fewer_miners_than_it_asks_for(network, tmp_path, caplog):
     with service_of(network, tmp_path, k=9, steps=3) as service:
         assert service.join(SECONDS)

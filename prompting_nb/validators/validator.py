@@ -9,8 +9,9 @@ __all__ = ['Rule', 'GATES', 'GATE', 'Validator', 'BatchError', 'Round', 'Policy'
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Literal, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Literal, Mapping, Optional, Sequence
 
 import torch
 
@@ -25,6 +26,7 @@ from prompting_nb.config import (
     check_settings,
     merge,
 )
+from ..files import words_of
 from ..network.chain import is_embedded
 from ..network.dendrite import Dendrite
 from ..network.limited import limited
@@ -141,27 +143,31 @@ class Validator:
     ) -> list[Event]:  # raises `InputError` when fewer than `policy.k` miners serve
         """Choose for all prompts, ask them at once, and learn from all of them.
 
-        Where some of them fail, it learns from the others and raises `BatchError`,
-        which has their events.
+        Where some of them fail, be it that a prompt is none, it learns from the others
+        and raises `BatchError`, which has their events.
         """
+        if len(prompts):
+            self.policy.check(len(self.serving()))
+        errors: dict[int, BaseException] = {}
         encoder = getattr(self.gate, "encoder", None)
         if encoder is not None and len(prompts) > 1:
-            encoder(list(prompts))  # at once is faster; the results are cached
-        rounds = [self.route(prompt) for prompt in prompts]
+            with _noted({}, 0):  # what cannot be encoded fails below, by itself
+                encoder(list(prompts))  # at once is faster; the results are cached
+        rounds: dict[int, Round] = {}
+        for i, prompt in enumerate(prompts):
+            with _noted(errors, i):
+                rounds[i] = self.route(prompt)
         with ThreadPoolExecutor(min(len(rounds), 16) or 1) as pool:
-            asked = [pool.submit(self.ask, round) for round in rounds]
-        events: list[Optional[Event]] = []
-        errors: dict[int, Exception] = {}
-        for i, (round, asking) in enumerate(zip(rounds, asked)):
-            try:
+            asked = {i: pool.submit(self.ask, round) for i, round in rounds.items()}
+        events: dict[int, Event] = {}
+        for i, asking in asked.items():
+            with _noted(errors, i):
                 asking.result()
-                events.append(self.learn(round))
-            except Exception as error:  # whatever it is, the others are learned from
-                events.append(None)
-                errors[i] = error
+                events[i] = self.learn(rounds[i])
         if errors:
-            raise BatchError(events, errors)
-        return [event for event in events if event is not None]
+            found = [events.get(i) for i in range(len(prompts))]
+            raise BatchError(found, dict(sorted(errors.items())))
+        return list(events.values())
 
     def reward(
         self,
@@ -424,13 +430,23 @@ class BatchError(RunError):
     def __init__(
         self,
         events: list[Optional[Event]],  # one for each prompt; `None`: it failed
-        errors: dict[int, Exception],  # by the place of the prompt in the batch
+        errors: dict[int, BaseException],  # by the place of the prompt in the batch
     ):
         self.events, self.errors = events, errors
         first = next(iter(errors.values()))
         failed = f"{len(errors)} of {count_of(len(events), 'prompt')} failed"
-        kind = type(first).__name__
-        super().__init__(f"{failed}, the first with {kind}: {first}; see `events`")
+        super().__init__(f"{failed}, the first with {words_of(first)}; see `events`")
+
+
+@contextmanager
+def _noted(errors: dict[int, BaseException], place: int) -> Iterator[None]:
+    "Write down what goes wrong, and go on."
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):  # for the whole program
+        raise
+    except BaseException as error:  # a panic of Rust, for example, is no Exception
+        errors[place] = error
 
 
 @arguments_in_help
