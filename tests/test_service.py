@@ -318,6 +318,15 @@ def test_an_asking_thread_that_ended_is_a_problem(network, tmp_path, caplog):
     assert len(events(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("neurons", [None, [SimpleNamespace(uid=0, hotkey="5A"), SimpleNamespace(uid=1, hotkey="5B")]])
+def test_a_metagraph_without_addresses_leaves_nobody_without_weight(network, neurons):
+    with Validator(network.wallet, network.client, by_length) as validator:
+        about = {} if neurons is None else {"neurons": neurons}
+        validator.metagraph = SimpleNamespace(hotkeys=["5A", "5B"], **about)
+        validator.averages.values = {"5A": 0.2, "5B": 0.6}
+        assert validator.weights() == pytest.approx({0: 0.25, 1: 0.75}) and validator.away == 0
+
+
 def test_a_batch_loses_only_what_failed(network):
     def judge(prompt, completions):
         if "bad" in prompt:

@@ -11,7 +11,16 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Iterator, Literal, Mapping, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Iterator,
+    Literal,
+    Mapping,
+    Optional,
+    Sequence,
+)
 
 import torch
 
@@ -78,6 +87,7 @@ class Validator:
     ):
         self.wallet, self.judge, self.netuid = wallet, judge, netuid
         self.left_out = 0  # uids without a row in the gate
+        self.away = 0  # hotkeys that `weights` left out, since they do not serve
         self.client = limited(client)
         found = self.client.subnets.metagraph(netuid)
         self.gate: Any = gate or default_gate(found, seed)
@@ -295,7 +305,7 @@ class Validator:
     def serving(self) -> list[int]:
         "Return the uids that can be asked: those with an address, except its own."
         own = self.wallet.hotkey.ss58_address
-        return [n.uid for n in self.metagraph if n.axon and n.hotkey != own]
+        return [n.uid for n in self.metagraph if _serves(n) and n.hotkey != own]
 
     def newcomers(
         self,
@@ -393,8 +403,19 @@ class Validator:
         return FirstUids(metagraph, rows) if left_out else metagraph
 
     def weights(self) -> dict[int, float]:  # uid -> share; empty while all are zero
-        "Return the moving averages of the registered hotkeys as shares."
-        return self.averages.weights(self.metagraph.hotkeys)
+        """Return the moving averages of the registered hotkeys as shares.
+
+        A hotkey without an address has no share until it serves again. It is asked no
+        more, and would keep for ever what it has earned; `away` counts these.
+        """
+        neurons = getattr(self.metagraph, "neurons", ())
+        gone = {n.hotkey for n in neurons if _serves(n) is False}
+        away = sum(self.averages.values.get(key, 0.0) > 0 for key in gone)
+        if away != self.away and away:
+            text = "%s without an address: no weight until they serve again"
+            _log.warning(text, count_of(away, "hotkey"))
+        self.away = away
+        return self.averages.weights(self.metagraph.hotkeys, gone)
 
     def set_weights(
         self,
@@ -479,6 +500,11 @@ class Round:
 def _five_digits(values: Any) -> list:
     "Return plain floats, rounded to five significant digits."
     return [float(f"{float(value):.5g}") for value in values]
+
+
+def _serves(neuron: Any) -> Optional[bool]:
+    "Tell whether it has an address; `None`: its metagraph knows of no addresses."
+    return bool(neuron.axon) if hasattr(neuron, "axon") else None
 
 # %% ../../nbs/validators/07_validator.ipynb #c027
 Rule = Literal["thompson", "ucb", "gumbel", "epsilon"]
@@ -661,9 +687,11 @@ class MovingAverage:
     def weights(
         self,
         hotkeys: list[str],  # of the network, by uid
+        without: Collection[str] = (),  # hotkeys that have no share now
     ) -> dict[int, float]:  # uid -> share; they sum to 1; empty if all averages are 0
         "Return the averages of the registered hotkeys as shares."
-        found = {uid: self.values.get(hotkey) for uid, hotkey in enumerate(hotkeys)}
+        there = {uid: key for uid, key in enumerate(hotkeys) if key not in without}
+        found = {uid: self.values.get(hotkey) for uid, hotkey in there.items()}
         earned = {uid: value for uid, value in found.items() if value}
         total = sum(earned.values())
         return {uid: value / total for uid, value in earned.items()}
