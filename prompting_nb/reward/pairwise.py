@@ -50,8 +50,7 @@ class PairwiseJudge:
         *,
         question: str = QUESTION,  # with {prompt}, {first} and {second}
         budget: int | None = None,  # questions in all, `None`: as many as it takes
-        # answers by SHA-256 of the question; `None`: keep ten million characters
-        cache: MutableMapping | None = None,
+        cache: MutableMapping | None = None,  # answers by hash; `None`: the latest ones
         threads: int = 1,  # questions at a time; `ask` is called from threads
         price: tuple[float, float] = (0.0, 0.0),  # of a million characters, in and out
     ):  # raises `InputError` for a question without the three names
