@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import aiohttp
 import psutil
 import pytest
-from bittensor import http_auth
+from bittensor import ServeAxon, http_auth
 from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -43,6 +43,8 @@ from prompting_nb.baseminer.processes import Followers
 from prompting_nb.baseminer.subnet import NotRegisteredError
 from prompting_nb.config import InputError, read_config
 from prompting_nb import protocol
+from prompting_nb.loop.network import Network
+from prompting_nb.loop.tasks import Worker
 from prompting_nb.network import addresses, auth, connection, isolation, legacy
 from prompting_nb.network.auth import FORGOTTEN, FileNonces, MemoryNonces, Refusal, sign_request
 from prompting_nb.network.axon import Axon
@@ -53,6 +55,8 @@ from prompting_nb.network.legacy import legacy_headers
 from prompting_nb.network.server import Door, Limits, Server, listen
 from prompting_nb.network.store import Store, StoredNonces
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
+from prompting_nb.validators.judge import reward_answers
+from prompting_nb.validators.validator import Policy, Validator
 from test_store import REDIS, Redis
 
 MINER, VALIDATOR, STRANGER = (make_wallet(name) for name in ("miner", "validator", "stranger"))
@@ -2656,6 +2660,44 @@ def test_one_bad_miner_among_many(dendrite):
     with Axon(MINER).attach(echo) as axon:
         answers = dendrite.query([*bad, nobody, axon, axon], QUESTION, timeout=2)
     assert [a.dendrite.status_code for a in answers] == [408, 422, 413, 503, 200, 200]
+
+
+def test_answers_too_long_together():
+    """Two miners collude: the judge takes the answer of each, but not both together, which is to void every step.
+    Older validator: -"""
+
+    def judge(prompt, completions):
+        if sum(len(text or "") for text in completions) > 1000:
+            raise ValueError("context length exceeded")
+        return [0.5 if text else 0.0 for text in completions]
+
+    found = reward_answers(judge, "x", ["x" * 600, "y" * 601, "honest"], ["5a", "5b", "5c"])
+    assert found.rewards == [0.5, 0.0, 0.5] and found.refused == [1]
+
+
+def test_miner_that_takes_its_address_away(caplog):
+    """After good answers a miner takes its address off the chain, where nobody asks it again and its average stays as it is.
+    Older validator: -"""
+
+    def publish(uid, host, port):
+        network.client.execute(ServeAxon(network.netuid, host, port), network.miners[uid].wallet).raise_for_failure()
+        network.chain.step()
+        validator.sync()
+
+    judge = lambda prompt, texts: [0.5 if text else 0.0 for text in texts]
+    workers = [Worker(name, lambda prompt: "yes") for name in ("leaver", "b")]
+    with Network(workers) as network, Validator(network.wallet, network.client, judge, policy=Policy(k=2, timeout=SECONDS)) as validator:
+        validator.step("is it?")
+        both = validator.weights()
+        leaver, other = both
+        axon = network.miners[leaver].axon
+        publish(leaver, "0.0.0.0", 0)
+        assert (validator.serving(), validator.weights(), validator.weights()) == ([other], {other: 1.0}, {other: 1.0})
+        assert validator.away == 1 and caplog.text.count("1 hotkey without an address: no weight until they serve again") == 1
+        publish(other, "0.0.0.0", 0)
+        assert (validator.set_weights(), validator.away, network.chain.weights) == ({}, 2, {})
+        publish(leaver, axon.host, axon.port)
+        assert validator.weights() == {leaver: 1.0}
 
 
 @pytest.mark.parametrize("address", [

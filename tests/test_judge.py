@@ -20,7 +20,7 @@ from prompting_nb.loop.run import Holder, Loop, Trace
 from prompting_nb.loop.tasks import Arena, Worker
 from prompting_nb.validators.audits import AuditedPolicy, Auditor, Audits, choice_value, gain
 from prompting_nb.validators.bayes import BayesianGatingModel
-from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_with, watched_by
+from prompting_nb.validators.judge import CrossEncoderScorer, Judge, reward_answers, reward_with, watched_by
 from prompting_nb.validators.offsets import Offsets, Usual, drift
 from prompting_nb.validators.policies import LinTS, MeanPerUid
 from prompting_nb.validators.simulate import Delay, GatePolicy, Lazy, Replace, Subnet, made_up, run_policy, simulate
@@ -297,6 +297,15 @@ def test_the_watch_logs_once_that_scores_leave_the_range(caplog):
     assert len(caplog.records) == 1 and "outside the range" in caplog.text
     (finding,) = judge.findings()
     assert "40 of 100 raw scores" in finding and "(20 below, 20 above)" in finding
+
+
+def test_the_watch_counts_no_trials():
+    "A search for an answer that the judge cannot take adds nothing but the scores that are used."
+    by_length = lambda _, texts: [[float("nan") if text == "BAD" else len(text)] for text in texts]
+    judge = Judge(SimpleNamespace(score=by_length), watch=Watch(5, 6))  # the plain answers are outside
+    for _ in range(50):
+        found = reward_answers(judge, "", ["fives", "BAD", "sixsix"], [*"abc"])
+    assert found.refused == [1] and watched_by(judge) == [100, 0, 0] and judge.findings() == []
 
 
 @pytest.mark.parametrize("restart", [None, "file", "events"])

@@ -1,6 +1,7 @@
 """A judge that compares: both orders, cache, budget and cost; behind a server on loopback that is busy, slow, broken or gone."""
 
 import json
+import shelve
 import threading
 import time
 from datetime import datetime, timedelta, timezone
@@ -14,6 +15,7 @@ from prompting_nb.baseminer import miners
 from prompting_nb.baseminer.miners import ChatClient, OpenAISettings, UpstreamError
 from prompting_nb.config import InputError
 from prompting_nb.loop.judging import server_judge
+from prompting_nb.reward import pairwise
 from prompting_nb.reward.evaluation import evaluate
 from prompting_nb.reward.pairwise import PairwiseJudge, read_verdict
 from prompting_nb.reward.preferences import Ranking
@@ -52,6 +54,27 @@ def test_a_budget_is_kept_and_nothing_is_lost():
     judge.budget = None
     judge.score("which?", ANSWERS[:3])
     assert judge.report()["questions"] == 6
+
+
+def test_what_is_kept_has_an_end(monkeypatch):
+    "Neither the texts that were compared stay, nor the answers of last month."
+    monkeypatch.setattr(pairwise, "_KEPT", 1000)
+    judge = PairwiseJudge(longer)
+    for n in range(20):
+        assert judge.score(f"{n}?", ["x" * 5000, "y" * 50, "z"]).flatten().tolist() == [1.0, 0.5, 0.0]
+        assert judge.score(f"{n}?", ["x" * 5000, "z"]).flatten().tolist() == [1.0, 0.0]
+    assert judge.report()["questions"] >= 120 and 1 <= len(judge.cache) <= 4
+    assert sum(map(len, judge.cache)) + sum(map(len, judge.cache.values())) < 1000
+    talkative = PairwiseJudge(lambda messages: "well, " * 1000 + longer(messages))
+    assert talkative.score("which?", ANSWERS).flatten().tolist() == PairwiseJudge(longer).score("which?", ANSWERS).flatten().tolist()
+
+
+def test_a_cache_of_ones_own_is_used(tmp_path):
+    with shelve.open(str(tmp_path / "answers")) as cache:
+        PairwiseJudge(longer, cache=cache).score("which?", ANSWERS)
+        again = PairwiseJudge(longer, cache=cache)
+        again.score("which?", ANSWERS)
+        assert again.report()["questions"] == 0 and len(cache) == again.report()["cached"] == 12
 
 
 def test_an_error_keeps_the_answers_before_it():

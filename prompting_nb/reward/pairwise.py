@@ -6,6 +6,7 @@
 __all__ = ['QUESTION', 'PairwiseJudge', 'Cost', 'read_verdict']
 
 # %% ../../nbs/reward/19_pairwise.ipynb #j003
+import hashlib
 import re
 import threading
 import time
@@ -15,6 +16,7 @@ from itertools import combinations, groupby
 from typing import Any, Callable, MutableMapping
 
 import torch
+from cachetools import LRUCache
 
 from ..config import InputError
 from .conversations import answer_of, prompt_of
@@ -48,7 +50,7 @@ class PairwiseJudge:
         *,
         question: str = QUESTION,  # with {prompt}, {first} and {second}
         budget: int | None = None,  # questions in all, `None`: as many as it takes
-        cache: MutableMapping | None = None,  # answers by question; a dict by default
+        cache: MutableMapping | None = None,  # answers by hash; `None`: the latest ones
         threads: int = 1,  # questions at a time; `ask` is called from threads
         price: tuple[float, float] = (0.0, 0.0),  # of a million characters, in and out
     ):  # raises `InputError` for a question without the three names
@@ -58,7 +60,9 @@ class PairwiseJudge:
         if missing := [name for name in names if name not in question]:
             raise InputError(f"the question has no {missing[0]}: put it in")
         self.ask, self.question, self.budget = ask, question, budget
-        self.cache: MutableMapping = {} if cache is None else cache
+        # even a gigantic answer has room, alone
+        size = lambda answer: min(_ENTRY + len(answer), _KEPT)
+        self.cache: Any = LRUCache(_KEPT, size) if cache is None else cache
         self.threads, self.price = threads, price
         self.counts, self._lock = Cost(), threading.Lock()
 
@@ -95,29 +99,13 @@ class PairwiseJudge:
     ) -> list[float]:  # 1: the first is better, 0: the second, 0.5: neither or unsure
         "Ask about each pair in both orders; InputError where the budget is too small."
         orders = [((p, a, b), (p, b, a)) for p, a, b in map(_texts, pairs)]
-        asked = {one: self._question(*one) for both in orders for one in both}
-        asked = {one: text for one, text in asked.items() if one[1] != one[2]}
-        open_ = [x for x in dict.fromkeys(asked.values()) if x not in self.cache]
-        left = None if self.budget is None else self.budget - self.counts.questions
-        if left is not None and len(open_) > left:
-            raise InputError(
-                f"{count_of(len(open_), 'question')} needed, {left} left of the budget "
-                f"of {self.budget}: raise it, or compare fewer answers; what was asked "
-                "so far stays in the cache"
-            )
-        if self.threads > 1:  # a question waits for its answer, and needs no core
-            with ThreadPoolExecutor(self.threads) as pool:
-                list(pool.map(self._ask, open_))
-        else:
-            for question in open_:
-                self._ask(question)
-        self.counts.cached += len(asked) - len(open_)
-        found = []
+        asked = [one for both in orders for one in both if one[1] != one[2]]
+        answers, found = self._answers(asked), []
         for one, other in orders:
-            if one not in asked:  # equal completions
+            if one not in answers:  # equal completions
                 found.append(0.5)
                 continue
-            there, back = (read_verdict(self.cache[asked[x]]) for x in (one, other))
+            there, back = (read_verdict(answers[x]) for x in (one, other))
             self.counts.unread += (there is None) + (back is None)
             there, back = (0.5 if x is None else x for x in (there, back))
             self.counts.pairs += 1
@@ -125,12 +113,36 @@ class PairwiseJudge:
             found.append((there + 1 - back) / 2)
         return found
 
+    def _answers(self, asked: list[tuple[str, str, str]]) -> dict[tuple, str]:
+        "Look up the answers to questions, and ask those that have none."
+        texts = {one: self._question(*one) for one in dict.fromkeys(asked)}
+        keys = {one: _key(text) for one, text in texts.items()}
+        questions = {keys[one]: text for one, text in texts.items()}
+        with self._lock:  # what is known now may be forgotten during the comparison
+            known = {key: self.cache[key] for key in questions if key in self.cache}
+        open_ = [key for key in questions if key not in known]
+        left = None if self.budget is None else self.budget - self.counts.questions
+        if left is not None and len(open_) > left:
+            raise InputError(
+                f"{count_of(len(open_), 'question')} needed, {left} left of the budget "
+                f"of {self.budget}: raise it, or compare fewer answers; what was asked "
+                "so far stays in the cache"
+            )
+        ask = lambda key: (key, self._ask(key, questions[key]))
+        if self.threads > 1:  # a question waits for its answer, and needs no core
+            with ThreadPoolExecutor(self.threads) as pool:
+                known.update(pool.map(ask, open_))
+        else:
+            known.update(map(ask, open_))
+        self.counts.cached += len(keys) - len(open_)
+        return {one: known[key] for one, key in keys.items()}
+
     def _question(self, prompt: str, first: str, second: str) -> str:
         "Fill in the question; braces in the texts stay as they are."
         parts = {"{prompt}": prompt, "{first}": first, "{second}": second}
         return re.sub("|".join(parts), lambda found: parts[found[0]], self.question)
 
-    def _ask(self, question: str) -> None:
+    def _ask(self, key: str, question: str) -> str:
         "Ask one question, and keep the answer."
         started = time.monotonic()
         answer = self.ask([{"role": "user", "content": question}])
@@ -138,17 +150,26 @@ class PairwiseJudge:
             kind = type(answer).__name__
             raise InputError(f"`ask` must return a text, and returned {kind}")
         with self._lock:
-            self.cache[question] = answer
+            self.cache[key] = answer
             self.counts.questions += 1
             self.counts.characters_in += len(question)
             self.counts.characters_out += len(answer)
             self.counts.seconds += time.monotonic() - started
+        return answer
 
     def report(self) -> dict:
         "Say what was asked, what it cost, and how often the order decided."
         into, out = self.counts.characters_in, self.counts.characters_out
         cost = (into * self.price[0] + out * self.price[1]) / 1e6
         return {**asdict(self.counts), "cost": round(cost, 6)}
+
+
+_KEPT, _ENTRY = 10_000_000, 200  # characters of all answers, and what a key counts as
+
+
+def _key(question: str) -> str:
+    "Return the key of a question, whose texts may be long, in the cache."
+    return hashlib.sha256(question.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _text(value: Any, simplify: Callable, what: str) -> str:

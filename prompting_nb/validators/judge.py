@@ -10,6 +10,7 @@ __all__ = ['Judge', 'watched_by', 'findings_of', 'inner_judge', 'reward_with', '
 import inspect
 import json
 import logging
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple, Optional, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from ..config import InputError, RunError
-from ..files import reason_of, write_file
+from ..files import reason_of, words_of, write_file
 from ..pretrained import load
 from ..show import arguments_in_help
 from .offsets import Offsets, Usual, check_names
@@ -311,60 +312,98 @@ def reward_answers(
     completions: Sequence[Optional[str]],  # k; `None` where there is none
     hotkeys: Sequence[str],  # who gave them
 ) -> Rewarded:  # raises `JudgeError` when the judge fails, and no answer is at fault
-    "Reward completions; one that the judge cannot take costs no other its reward."
+    """Reward completions; those that the judge cannot take cost no other its reward.
+
+    A judge that fails is called again, with fewer answers: at most four times for each
+    answer, and eight times more.
+    """
+    given = prompt, completions, hotkeys
     try:
-        return Rewarded(_judged(judge, prompt, completions, hotkeys), [])
+        return Rewarded(_twice(judge, *given), [])
     except JudgeError as error:
-        why = str(error)
-    try:  # it may have failed for a moment
-        return Rewarded(_judged(judge, prompt, completions, hotkeys), [])
-    except JudgeError:
-        refused = _at_fault(inner_judge(judge), prompt, completions, hotkeys)
-        if not refused:
+        trial = _uncounted(judge)
+        taken = _taken(trial, *given)
+        if taken is None:
             raise
-    kept = [None if i in refused else text for i, text in enumerate(completions)]
-    if not any(kept):
-        return Rewarded([0.0] * len(kept), refused, why)
-    rewards = _judged(judge, prompt, kept, hotkeys)
-    return Rewarded(
-        [0.0 if i in refused else r for i, r in enumerate(rewards)], refused, why
-    )
+        why = str(error)
+    kept = [text if i in taken else None for i, text in enumerate(completions)]
+    rewards: list = [0.0] * len(kept)
+    if taken:
+        rewards = _rewards_of_kept(judge, trial, prompt, kept, hotkeys)
+    refused = [i for i, text in enumerate(completions) if text and i not in taken]
+    rewards = [0.0 if i in refused else r for i, r in enumerate(rewards)]
+    return Rewarded(rewards, refused, why if refused else "")
 
 
 _PLAIN = "I do not know.", "Yes."  # answers that any judge can take
-_LEFT_OUT = 16  # answers at most of which one is left out at a time
 
 
-def _at_fault(
+def _uncounted(judge: Callable) -> Callable:
+    "Return a judge for trials, whose scores nobody uses and the watch must not see."
+    judge = inner_judge(judge)
+    if isinstance(judge, Judge):
+        judge = copy(judge)
+        judge.watch = Watch()
+    return judge
+
+
+def _taken(
     judge: Callable,
     prompt: str,
     completions: Sequence[Optional[str]],
     hotkeys: Sequence[str],
-) -> list[int]:
-    "Find the places of the answers that make a judge fail; none: it fails by itself."
+) -> Optional[list[int]]:
+    "Find the answers that a judge takes together; `None`: it fails by itself."
 
-    def works(texts: Sequence[Optional[str]], who: Sequence[str]) -> bool:
+    def works(places: Sequence[int], beside: Sequence[str] = ()) -> bool:
+        kept = [text if i in places else None for i, text in enumerate(completions)]
+        nobody = [""] * len(beside)
         try:
-            _judged(judge, prompt, texts, who)
+            _twice(judge, prompt, [*kept, *beside], [*hotkeys, *nobody])
             return True
         except JudgeError:
             return False
 
+    if not works([], _PLAIN):
+        return None
     given = [i for i, text in enumerate(completions) if text]
-    nobody = ["", ""]
-    if not works(_PLAIN, nobody):
-        return []
+    taken: list[int] = []
+    size = lambda i: len((completions[i] or "").encode("utf-8", "surrogatepass"))
+    for i in sorted(given, key=size):  # short ones leave most room for others
+        # a judge that compares has no use for a single answer
+        if works([*taken, i], () if taken else _PLAIN[1:]):
+            taken.append(i)
+        elif not works([], _PLAIN):  # it has gone away meanwhile
+            return None
+    if len(given) - len(taken) > 1:  # perhaps one that was taken spoils all others
+        rest = ([i for i in given if i != out] for out in taken)
+        return next(filter(works, rest), taken)
+    return taken
 
-    def fails(i: int) -> bool:
-        # beside another one: a judge that compares has no use for a single answer
-        return not works([completions[i], _PLAIN[0]], [hotkeys[i], ""])
 
-    if found := [i for i in given if fails(i) and fails(i)]:
-        return found if works(_PLAIN, nobody) else []  # it may have gone away meanwhile
-    without = lambda i: [None if j == i else t for j, t in enumerate(completions)]
-    few = given if 1 < len(given) <= _LEFT_OUT else []
-    found = [i for i in few if works(without(i), hotkeys)]
-    return found if len(found) == 1 else []
+def _rewards_of_kept(
+    judge: Callable,
+    trial: Callable,
+    prompt: str,
+    kept: Sequence[Optional[str]],
+    hotkeys: Sequence[str],
+) -> list[Optional[float]]:
+    "Reward the answers that a judge takes together, in one call."
+    try:
+        return _twice(judge, prompt, kept, hotkeys)
+    except JudgeError:
+        if sum(map(bool, kept)) > 1:
+            raise
+    # it takes none alone, but this one beside a plain one
+    return _twice(trial, prompt, [*kept, _PLAIN[1]], [*hotkeys, ""])[:-1]
+
+
+def _twice(judge: Callable, *given: Any) -> list[Optional[float]]:
+    "Judge; once more where that fails, since it may have failed for a moment."
+    try:
+        return _judged(judge, *given)
+    except JudgeError:
+        return _judged(judge, *given)
 
 
 def _judged(
@@ -384,8 +423,7 @@ def _judged(
     except (KeyboardInterrupt, SystemExit):  # these are for the whole program
         raise
     except BaseException as error:  # a panic of Rust, for example, is no Exception
-        what = f"{type(error).__name__}: {error}"
-        raise JudgeError(f"the judge failed: {what}") from error
+        raise JudgeError(f"the judge failed: {words_of(error)}") from error
 
 # %% ../../nbs/validators/05_judge.ipynb #j034
 @arguments_in_help

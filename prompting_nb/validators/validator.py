@@ -9,8 +9,18 @@ __all__ = ['Rule', 'GATES', 'GATE', 'Validator', 'BatchError', 'Round', 'Policy'
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Literal, Mapping, Optional, Sequence
+from typing import (
+    Any,
+    Callable,
+    Collection,
+    Iterator,
+    Literal,
+    Mapping,
+    Optional,
+    Sequence,
+)
 
 import torch
 
@@ -25,6 +35,7 @@ from prompting_nb.config import (
     check_settings,
     merge,
 )
+from ..files import words_of
 from ..network.chain import is_embedded
 from ..network.dendrite import Dendrite
 from ..network.limited import limited
@@ -76,6 +87,7 @@ class Validator:
     ):
         self.wallet, self.judge, self.netuid = wallet, judge, netuid
         self.left_out = 0  # uids without a row in the gate
+        self.away = 0  # hotkeys that `weights` left out, since they do not serve
         self.client = limited(client)
         found = self.client.subnets.metagraph(netuid)
         self.gate: Any = gate or default_gate(found, seed)
@@ -141,27 +153,31 @@ class Validator:
     ) -> list[Event]:  # raises `InputError` when fewer than `policy.k` miners serve
         """Choose for all prompts, ask them at once, and learn from all of them.
 
-        Where some of them fail, it learns from the others and raises `BatchError`,
-        which has their events.
+        Where some of them fail, be it that a prompt is none, it learns from the others
+        and raises `BatchError`, which has their events.
         """
+        if len(prompts):
+            self.policy.check(len(self.serving()))
+        errors: dict[int, BaseException] = {}
         encoder = getattr(self.gate, "encoder", None)
         if encoder is not None and len(prompts) > 1:
-            encoder(list(prompts))  # at once is faster; the results are cached
-        rounds = [self.route(prompt) for prompt in prompts]
+            with _noted({}, 0):  # what cannot be encoded fails below, by itself
+                encoder(list(prompts))  # at once is faster; the results are cached
+        rounds: dict[int, Round] = {}
+        for i, prompt in enumerate(prompts):
+            with _noted(errors, i):
+                rounds[i] = self.route(prompt)
         with ThreadPoolExecutor(min(len(rounds), 16) or 1) as pool:
-            asked = [pool.submit(self.ask, round) for round in rounds]
-        events: list[Optional[Event]] = []
-        errors: dict[int, Exception] = {}
-        for i, (round, asking) in enumerate(zip(rounds, asked)):
-            try:
+            asked = {i: pool.submit(self.ask, round) for i, round in rounds.items()}
+        events: dict[int, Event] = {}
+        for i, asking in asked.items():
+            with _noted(errors, i):
                 asking.result()
-                events.append(self.learn(round))
-            except Exception as error:  # whatever it is, the others are learned from
-                events.append(None)
-                errors[i] = error
+                events[i] = self.learn(rounds[i])
         if errors:
-            raise BatchError(events, errors)
-        return [event for event in events if event is not None]
+            found = [events.get(i) for i in range(len(prompts))]
+            raise BatchError(found, dict(sorted(errors.items())))
+        return list(events.values())
 
     def reward(
         self,
@@ -289,7 +305,7 @@ class Validator:
     def serving(self) -> list[int]:
         "Return the uids that can be asked: those with an address, except its own."
         own = self.wallet.hotkey.ss58_address
-        return [n.uid for n in self.metagraph if n.axon and n.hotkey != own]
+        return [n.uid for n in self.metagraph if _serves(n) and n.hotkey != own]
 
     def newcomers(
         self,
@@ -387,8 +403,19 @@ class Validator:
         return FirstUids(metagraph, rows) if left_out else metagraph
 
     def weights(self) -> dict[int, float]:  # uid -> share; empty while all are zero
-        "Return the moving averages of the registered hotkeys as shares."
-        return self.averages.weights(self.metagraph.hotkeys)
+        """Return the moving averages of the registered hotkeys as shares.
+
+        A hotkey without an address has no share until it serves again. It is asked no
+        more, and would keep for ever what it has earned; `away` counts these.
+        """
+        neurons = getattr(self.metagraph, "neurons", ())
+        gone = {n.hotkey for n in neurons if _serves(n) is False}
+        away = sum(self.averages.values.get(key, 0.0) > 0 for key in gone)
+        if away != self.away and away:
+            text = "%s without an address: no weight until they serve again"
+            _log.warning(text, count_of(away, "hotkey"))
+        self.away = away
+        return self.averages.weights(self.metagraph.hotkeys, gone)
 
     def set_weights(
         self,
@@ -424,13 +451,23 @@ class BatchError(RunError):
     def __init__(
         self,
         events: list[Optional[Event]],  # one for each prompt; `None`: it failed
-        errors: dict[int, Exception],  # by the place of the prompt in the batch
+        errors: dict[int, BaseException],  # by the place of the prompt in the batch
     ):
         self.events, self.errors = events, errors
         first = next(iter(errors.values()))
         failed = f"{len(errors)} of {count_of(len(events), 'prompt')} failed"
-        kind = type(first).__name__
-        super().__init__(f"{failed}, the first with {kind}: {first}; see `events`")
+        super().__init__(f"{failed}, the first with {words_of(first)}; see `events`")
+
+
+@contextmanager
+def _noted(errors: dict[int, BaseException], place: int) -> Iterator[None]:
+    "Write down what goes wrong, and go on."
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):  # for the whole program
+        raise
+    except BaseException as error:  # a panic of Rust, for example, is no Exception
+        errors[place] = error
 
 
 @arguments_in_help
@@ -463,6 +500,11 @@ class Round:
 def _five_digits(values: Any) -> list:
     "Return plain floats, rounded to five significant digits."
     return [float(f"{float(value):.5g}") for value in values]
+
+
+def _serves(neuron: Any) -> Optional[bool]:
+    "Tell whether it has an address; `None`: its metagraph knows of no addresses."
+    return bool(neuron.axon) if hasattr(neuron, "axon") else None
 
 # %% ../../nbs/validators/07_validator.ipynb #c027
 Rule = Literal["thompson", "ucb", "gumbel", "epsilon"]
@@ -645,9 +687,11 @@ class MovingAverage:
     def weights(
         self,
         hotkeys: list[str],  # of the network, by uid
+        without: Collection[str] = (),  # hotkeys that have no share now
     ) -> dict[int, float]:  # uid -> share; they sum to 1; empty if all averages are 0
         "Return the averages of the registered hotkeys as shares."
-        found = {uid: self.values.get(hotkey) for uid, hotkey in enumerate(hotkeys)}
+        there = {uid: key for uid, key in enumerate(hotkeys) if key not in without}
+        found = {uid: self.values.get(hotkey) for uid, hotkey in there.items()}
         earned = {uid: value for uid, value in found.items() if value}
         total = sum(earned.values())
         return {uid: value / total for uid, value in earned.items()}
