@@ -29,6 +29,7 @@ from types import SimpleNamespace
 
 import aiohttp
 import pytest
+from aiohttp.client_proto import ResponseHandler
 from bittensor import http_auth
 from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import HealthCheck, Phase, given, settings
@@ -43,6 +44,7 @@ from prompting_nb.baseminer.subnet import NotRegisteredError
 from prompting_nb.config import InputError, read_config
 from prompting_nb import protocol
 from prompting_nb.network import addresses, auth, connection, legacy
+from prompting_nb.network import dendrite as dendrite_page
 from prompting_nb.network.auth import FORGOTTEN, FileNonces, MemoryNonces, Refusal, sign_request
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
@@ -2499,6 +2501,48 @@ def test_flood_from_a_miner(dendrite, what):
     with Axon(MINER).attach(echo) as axon:
         flooded, good = dendrite.query([Flood(b""), axon], QUESTION, timeout=SECONDS)
     assert (flooded.dendrite.status_code, good.dendrite.status_code) == (422, 200)  # not 408, when the time is up
+
+
+TINY = {
+    "chunks": (Prompting, b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 4_000),
+    "lines": (StreamPrompting, b"content-length: 99999\r\n\r\n" + b"{}\n" * 8_000),
+}
+
+
+@pytest.mark.parametrize("what", TINY)
+def test_many_answers_in_tiny_parts(what, monkeypatch):
+    """Forty miners answer at once, in chunks of one byte, or in lines of a stream without a piece.
+    Older client: parses what each of them has sent before anything else."""
+    (kind, tiny), turn, work = TINY[what], [0], Counter()
+
+    def slowly(call):
+        def slow(*args):
+            if args[-1]:  # bytes; without any, aiohttp goes on with those that it has
+                work[turn[0]] += 1
+                time.sleep(0.001)
+            return call(*args)
+
+        return slow
+
+    owner, name = (ResponseHandler, "data_received") if what == "chunks" else (dendrite_page, "read_event")
+    monkeypatch.setattr(owner, name, slowly(getattr(owner, name)))
+    raws = [Raw(b"HTTP/1.1 200 OK\r\n" + tiny) for _ in range(40)]
+
+    async def count():
+        while True:
+            turn[0] += 1
+            await asyncio.sleep(0)
+
+    async def crowd():
+        counting = asyncio.create_task(count())
+        with Dendrite(VALIDATOR, allow_private=True) as dendrite:
+            answers = await dendrite(raws, kind.ask("hello"), 2.0)
+        counting.cancel()
+        return answers
+
+    answers = asyncio.run(crowd())
+    assert {answer.dendrite.status_code for answer in answers} == {408}
+    assert max(work.values()) < (20 if what == "chunks" else 80), sorted(work.values())[-9:]
 
 
 def test_refusal_that_moves_the_cursor(dendrite):

@@ -37,7 +37,7 @@ from yarl import URL
 from .addresses import find_addresses, hotkey_address, split_address
 from .auth import SIGNATURE, answer_fits, sign_request
 from .axon import Axon
-from .floods import Flood, PacedConnector, was_stale
+from .floods import Flood, PacedConnector, pace_here, was_stale
 from .server import new_loop, open_files
 from prompting_nb.protocol import (
     Prompting,
@@ -649,9 +649,6 @@ def _completion(status: int, body: bytes) -> str:
         raise _Failure(422, f"not a completion: {error}") from None
 
 # %% ../../nbs/network/01_dendrite.ipynb #c016
-_TURN = 0.005  # seconds of reading after which others have a turn
-
-
 async def _lines(response: aiohttp.ClientResponse, limit: int) -> AsyncIterator[bytes]:
     "Yield the lines of an answer; `_Failure` above `limit` bytes."
     size, rest = 0, b""
@@ -672,11 +669,10 @@ async def _read_stream(
     response: aiohttp.ClientResponse, limit: int, emit: Callable
 ) -> tuple[str, str | None]:
     "Return the completion and its signature; each piece goes to `emit` as it arrives."
-    pieces, began = [], time.monotonic()
+    pieces, pace = [], pace_here()
     async for line in _lines(response, limit):
-        if time.monotonic() - began > _TURN:  # many lines may arrive at once
+        if pace.is_over:  # many lines may arrive at once, of many streams
             await asyncio.sleep(0)
-            began = time.monotonic()
         try:
             event = read_event(line)
         except ValueError as error:
