@@ -2557,6 +2557,18 @@ def test_refusal_that_moves_the_cursor(dendrite):
     assert ask(dendrite, Raw(ok(event)), StreamPrompting).dendrite.status_message.isprintable()
 
 
+@pytest.mark.parametrize("reason", [b"", b" \\n\\t"], ids=["empty", "blank"])
+def test_refusal_without_a_reason(dendrite, reason):
+    """A miner refuses, or ends a stream with a failure, and gives an empty reason.
+    Older client: shows it as it is."""
+    event = b'{"done": true, "error": "%s"}\n' % reason
+    failed = ask(dendrite, Raw(ok(event)), StreamPrompting).dendrite
+    assert (failed.status_code, failed.status_message) == (500, "the miner reported a failure without a reason")
+    body = b'{"error": "%s"}' % reason
+    refused = ask(dendrite, Raw(b"HTTP/1.1 403 No\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))).dendrite
+    assert (refused.status_code, refused.status_message) == (403, "HTTP status 403")
+
+
 @pytest.mark.parametrize("code", [b"000", b"101", b"600", b"999"])
 def test_status_that_ends_no_answer(dendrite, code):
     """A miner answers with a status that HTTP does not have, or that is no end.
@@ -2631,6 +2643,33 @@ def test_target_whose_methods_fail(dendrite, method):
             answers = dendrite.query([*odd, axon], QUESTION)
             assert [a.dendrite.status_code for a in answers] == [503] * len(odd) + [200]
             assert all(dendrite.query(one, QUESTION)[0].dendrite.status_code == 503 for one in (odd[0], Neuron()))
+
+
+ODD_NAMES = {"half": "\ud800", "long": 1_000_000 * "x", "escape": "\x1b[2J\n", "number": 7, "error": RuntimeError("no")}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+def test_target_whose_class_has_an_odd_name(dendrite, name):
+    """Entries of the metagraph, addresses and their errors, whose class says of its name what no class is called.
+    Older client: -"""
+
+    class Odd(type):
+        @property
+        def __name__(self):
+            if isinstance(name, Exception):
+                raise name
+            return name
+
+    def fail(*_):
+        raise Odd("Error", (Exception,), {"__str__": fail})()
+
+    Thing, Neuron = Odd("Thing", (), {}), type("Neuron", (), {"hotkey": property(fail)})
+    odd = [Thing(), SimpleNamespace(hotkey=ME, axon=Thing()), Neuron()]
+    with Axon(MINER).attach(echo) as axon:
+        answers = dendrite.query([*odd, axon], QUESTION)
+    assert [a.dendrite.status_code for a in answers] == [503] * 3 + [200]
+    messages = [a.dendrite.status_message for a in answers]
+    assert all(message.isprintable() and message.encode() and len(message) <= 200 for message in messages)
 
 
 def test_300_silent_miners(dendrite):
