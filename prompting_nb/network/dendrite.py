@@ -199,7 +199,7 @@ def _check_bounds(**bounds: Any) -> None:
     "Raise `ValueError` that names a bound which lets nothing through, or is none."
     for name, bound in bounds.items():
         whole = isinstance(bound, Integral) and not isinstance(bound, bool)
-        if not (whole and bound >= 1):
+        if not (whole and int(bound) >= 1):
             wanted = "a whole number of at least 1"
             raise ValueError(f"Dendrite: {name} must be {wanted}, not {bound!r:.70}")
 
