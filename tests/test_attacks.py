@@ -30,6 +30,7 @@ from types import SimpleNamespace
 import aiohttp
 import psutil
 import pytest
+from aiohttp.client_proto import ResponseHandler
 from bittensor import ServeAxon, http_auth
 from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import HealthCheck, Phase, given, settings
@@ -46,6 +47,7 @@ from prompting_nb import protocol
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.tasks import Worker
 from prompting_nb.network import addresses, auth, connection, isolation, legacy
+from prompting_nb.network import dendrite as dendrite_page
 from prompting_nb.network.auth import FORGOTTEN, FileNonces, MemoryNonces, Refusal, sign_request
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
@@ -2632,6 +2634,48 @@ def test_flood_from_a_miner(dendrite, what):
     assert (flooded.dendrite.status_code, good.dendrite.status_code) == (422, 200)  # not 408, when the time is up
 
 
+TINY = {
+    "chunks": (Prompting, b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 4_000),
+    "lines": (StreamPrompting, b"content-length: 99999\r\n\r\n" + b"{}\n" * 8_000),
+}
+
+
+@pytest.mark.parametrize("what", TINY)
+def test_many_answers_in_tiny_parts(what, monkeypatch):
+    """Forty miners answer at once, in chunks of one byte, or in lines of a stream without a piece.
+    Older client: parses what each of them has sent before anything else."""
+    (kind, tiny), turn, work = TINY[what], [0], Counter()
+
+    def slowly(call):
+        def slow(*args):
+            if args[-1]:  # bytes; without any, aiohttp goes on with those that it has
+                work[turn[0]] += 1
+                time.sleep(0.001)
+            return call(*args)
+
+        return slow
+
+    owner, name = (ResponseHandler, "data_received") if what == "chunks" else (dendrite_page, "read_event")
+    monkeypatch.setattr(owner, name, slowly(getattr(owner, name)))
+    raws = [Raw(b"HTTP/1.1 200 OK\r\n" + tiny) for _ in range(40)]
+
+    async def count():
+        while True:
+            turn[0] += 1
+            await asyncio.sleep(0)
+
+    async def crowd():
+        counting = asyncio.create_task(count())
+        with Dendrite(VALIDATOR, allow_private=True) as dendrite:
+            answers = await dendrite(raws, kind.ask("hello"), 2.0)
+        counting.cancel()
+        return answers
+
+    answers = asyncio.run(crowd())
+    assert {answer.dendrite.status_code for answer in answers} == {408}
+    assert max(work.values()) < (20 if what == "chunks" else 80), sorted(work.values())[-9:]
+
+
 def test_refusal_that_moves_the_cursor(dendrite):
     """A miner's reason for its refusal holds escape sequences of a terminal, half a character, or a megabyte.
     Older client: shows it as it is."""
@@ -2642,6 +2686,18 @@ def test_refusal_that_moves_the_cursor(dendrite):
         assert message.isprintable() and message.encode() and len(message) <= 200
     event = b'{"done": true, "error": "\\u001b[2J"}\n'
     assert ask(dendrite, Raw(ok(event)), StreamPrompting).dendrite.status_message.isprintable()
+
+
+@pytest.mark.parametrize("reason", [b"", b" \\n\\t"], ids=["empty", "blank"])
+def test_refusal_without_a_reason(dendrite, reason):
+    """A miner refuses, or ends a stream with a failure, and gives an empty reason.
+    Older client: shows it as it is."""
+    event = b'{"done": true, "error": "%s"}\n' % reason
+    failed = ask(dendrite, Raw(ok(event)), StreamPrompting).dendrite
+    assert (failed.status_code, failed.status_message) == (500, "the miner reported a failure without a reason")
+    body = b'{"error": "%s"}' % reason
+    refused = ask(dendrite, Raw(b"HTTP/1.1 403 No\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))).dendrite
+    assert (refused.status_code, refused.status_message) == (403, "HTTP status 403")
 
 
 @pytest.mark.parametrize("code", [b"000", b"101", b"600", b"999"])
@@ -2756,6 +2812,33 @@ def test_target_whose_methods_fail(dendrite, method):
             answers = dendrite.query([*odd, axon], QUESTION)
             assert [a.dendrite.status_code for a in answers] == [503] * len(odd) + [200]
             assert all(dendrite.query(one, QUESTION)[0].dendrite.status_code == 503 for one in (odd[0], Neuron()))
+
+
+ODD_NAMES = {"half": "\ud800", "long": 1_000_000 * "x", "escape": "\x1b[2J\n", "number": 7, "error": RuntimeError("no")}
+
+
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+def test_target_whose_class_has_an_odd_name(dendrite, name):
+    """Entries of the metagraph, addresses and their errors, whose class says of its name what no class is called.
+    Older client: -"""
+
+    class Odd(type):
+        @property
+        def __name__(self):
+            if isinstance(name, Exception):
+                raise name
+            return name
+
+    def fail(*_):
+        raise Odd("Error", (Exception,), {"__str__": fail})()
+
+    Thing, Neuron = Odd("Thing", (), {}), type("Neuron", (), {"hotkey": property(fail)})
+    odd = [Thing(), SimpleNamespace(hotkey=ME, axon=Thing()), Neuron()]
+    with Axon(MINER).attach(echo) as axon:
+        answers = dendrite.query([*odd, axon], QUESTION)
+    assert [a.dendrite.status_code for a in answers] == [503] * 3 + [200]
+    messages = [a.dendrite.status_message for a in answers]
+    assert all(message.isprintable() and message.encode() and len(message) <= 200 for message in messages)
 
 
 def test_300_silent_miners(dendrite):

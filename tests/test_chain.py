@@ -407,3 +407,20 @@ def test_numbers_that_no_subnet_can_have_are_refused(wrong):
         EmbeddedChain(**wrong)
     with pytest.raises(ValueError, match="do not go back"):
         EmbeddedChain().step(-1)
+
+
+def test_a_listener_whose_loop_was_closed_stops_no_chain():
+    chain, loop = EmbeddedChain(), asyncio.new_event_loop()
+    headers = chain.substrate.blocks()
+
+    async def first():
+        waiting = asyncio.ensure_future(anext(headers))
+        await asyncio.sleep(0.01)
+        chain.step()
+        return await waiting
+
+    block = loop.run_until_complete(first())["header"]["number"]
+    loop.close()
+    assert (chain.step(), chain.step()) == (block + 1, block + 2)
+    assert not chain.substrate.listeners
+    asyncio.run(headers.aclose())  # the late end of what was abandoned

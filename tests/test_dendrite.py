@@ -421,6 +421,30 @@ def test_connections_that_are_kept_do_not_use_up_the_files(monkeypatch):
         assert max(most) <= 30 and len(session.http.connector.lines) <= 20  # some are being closed
 
 
+@pytest.mark.parametrize("name", ["max_answer", "connections", "per_target"])
+@pytest.mark.parametrize("bound", [0, -1, 1.5, float("nan"), float("inf"), True, "20"])
+def test_a_bound_that_lets_nothing_through_is_refused(name, bound):
+    with pytest.raises(ValueError, match=f"Dendrite: {name} must be a whole number of at least 1, not {bound!r}"):
+        Dendrite(VALIDATOR, **{name: bound})
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 10**400, "3"])
+def test_a_timeout_that_is_no_time_is_refused(dendrite, axon, timeout):
+    with pytest.raises(ValueError, match="timeout must be a positive number of seconds, not "):
+        dendrite.query(axon, QUESTION, timeout=timeout)
+
+
+def test_closing_as_the_last_act_of_a_loop_closes_all(axon):
+    async def ask():
+        with Dendrite(VALIDATOR, allow_private=True) as dendrite:
+            assert (await dendrite(axon, QUESTION))[0].completion == "hello"
+            return dendrite._sessions.here()
+
+    session = asyncio.run(ask())
+    assert session.http.closed and session.fresh.closed
+    assert not session.http.connector.lines  # all connections are lost, as asyncio says
+
+
 def test_one_target_cannot_have_all_places(axon, silent):
     with Dendrite(VALIDATOR, allow_private=True, connections=4, per_target=2) as dendrite:
 

@@ -92,6 +92,41 @@ def test_calls_that_never_return_do_not_become_ever_more():
     over.set()
 
 
+def test_calls_that_hang_every_second_time_leave_few_threads():
+    over, asked, now = threading.Event(), [0], [0.0]
+
+    def ask(*_):
+        asked[0] += 1
+        return asked[0] if asked[0] % 2 else over.wait(20)
+
+    client = limited(SimpleNamespace(execute=ask, balance=lambda: 7), 0.01)
+    client.left.clock = lambda: now[0]
+
+    def calls():
+        for _ in range(70):
+            for call in (client.execute, client.balance):
+                try:
+                    call()
+                except TimeoutError as error:
+                    yield str(error)
+
+    try:
+        *_, last = calls()
+        *_, last = calls()
+        assert (last, asked[0]) == ("balance: 64 calls hang; no other is begun", 128)
+        now[0] += 61.0  # one of each kind is tried
+        assert (client.execute(), client.balance()) == (129, 7)
+        with pytest.raises(TimeoutError, match="execute: 64 calls hang; no other is begun"):
+            client.execute()
+    finally:
+        over.set()
+    for _ in range(500):
+        if not client.left.alive:
+            break
+        threading.Event().wait(0.01)
+    assert [client.execute() is not None for _ in range(20)] == [True] * 20  # those that have returned count no longer
+
+
 @pytest.mark.parametrize("kind", ["validator", "miner"])
 def test_a_node_that_takes_connections_and_says_nothing(kind, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:

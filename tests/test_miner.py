@@ -1145,7 +1145,20 @@ def test_an_old_metagraph_is_a_reason_not_to_be_ready(make, chain, client):
         assert miner.subnet.read_at == chain.block
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST.", "::1", "10.1.2.3", "[fd00::1]"])
+@pytest.mark.parametrize("name", ["localhost", "LOCALHOST.", "miner.example", "127.1", "2130706433", "1.2.3.4:80", "http://1.2.3.4"])
+def test_a_name_is_no_address_to_publish(client, name):
+    axon = SimpleNamespace(host=name, port=8091, serve=lambda client, *where: client.execute(where, MINER))
+    for network in ("finney", "ws://embedded"):
+        nodes = Nodes(client, network)
+        nodes.execute = lambda where, wallet, nodes=nodes: nodes.calls.append(where)
+        subnet = Subnet(MINER, nodes, 1)
+        for ip in ("", name):  # the axon's own, and one that is given
+            with pytest.raises(NoAddressError, match="is no IP address in full, .*--axon.external_ip where others reach"):
+                subnet.publish(axon, ip, allow_private=True)
+        assert not nodes.calls
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "10.1.2.3", "[fd00::1]"])
 def test_a_private_address_is_published_on_an_embedded_chain_or_with_the_word(client, host):
     said = r"is not on the open internet \((loopback|private)\).*--axon.external_ip where others reach.*--axon.allow_private"
     axon = SimpleNamespace(host=host, port=8091, serve=lambda client, *where: client.execute(where, MINER))

@@ -140,18 +140,18 @@ class Subnet:
     def publish(
         self,
         axon: Any,  # a listening server: `host`, `port` and `serve`
-        ip: str = "",  # the address to publish; empty: the axon's own
+        ip: str = "",  # address to publish, not a name; empty: the axon's own
         port: int = 0,  # 0: the axon's own
         allow_private: bool = False,  # also one that is not on the open internet
     ) -> None:
         """Put our address on the chain, unless the metagraph shows it already.
 
-        Raises `NoAddressError` for one that leads nowhere, or that others cannot reach
-        and `allow_private` does not allow, except on an embedded chain. Raises what the
-        chain raises, too.
+        Raises `NoAddressError` for a name and for an address that leads nowhere, also
+        for one that others cannot reach and `allow_private` does not allow, except on
+        an embedded chain. Raises what the chain raises, too.
         """
         ip, port = (ip or axon.host).strip("[]"), port or axon.port
-        if why := no_address(ip):
+        if why := no_address(ip) or _no_ip(ip):
             raise NoAddressError(
                 f"{ip or repr(ip)} {why}, and is no address to publish: say with "
                 "--axon.external_ip where others reach this machine"
@@ -201,8 +201,8 @@ class Subnet:
 
 def no_address(
     host: str,  # an address or a name, without brackets
-) -> str:  # empty: it may be published
-    "Say why nobody can connect to this: it is every interface, or has a zone."
+) -> str:  # empty: somebody may; a name must be looked up before it is published
+    "Say why nobody could connect to this: it is every interface, or has a zone."
     try:
         found = ipaddress.ip_address(host)
     except ValueError:
@@ -215,6 +215,15 @@ def no_address(
         return "means every interface"
     zone = getattr(found, "scope_id", None)
     return f"has a zone, {zone}, that means something on one machine" if zone else ""
+
+
+def _no_ip(host: str) -> str:
+    "Say why the chain would not take this: it takes numbers alone, in full."
+    try:
+        ipaddress.ip_address(host)
+        return ""
+    except ValueError:
+        return "is no IP address in full"
 
 
 def not_reached(

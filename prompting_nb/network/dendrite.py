@@ -19,6 +19,7 @@ from collections.abc import Mapping  # that of `typing` is slow to look into
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
+from numbers import Integral
 from typing import (
     Any,
     AsyncIterator,
@@ -37,7 +38,7 @@ from yarl import URL
 from .addresses import find_addresses, hotkey_address, split_address
 from .auth import SIGNATURE, answer_fits, sign_request
 from .axon import Axon
-from .floods import Flood, PacedConnector, was_stale
+from .floods import Flood, PacedConnector, pace_here, was_stale
 from .server import new_loop, open_files
 from prompting_nb.protocol import (
     Prompting,
@@ -81,6 +82,9 @@ class Dendrite:
         self.require_signed, self._signer = require_signed, RequestSigner(wallet, clock)
         if connections is None:
             connections = max(16, min(4096, open_files() // 2))
+        _check_bounds(
+            max_answer=max_answer, connections=connections, per_target=per_target
+        )
         self._sessions = Sessions(connections, per_target, 8 * max_answer + 131_072)
         # the connections are also closed when the object is garbage collected
         self._closing = weakref.finalize(self, self._sessions.close)
@@ -159,9 +163,9 @@ class Dendrite:
             kind = type(synapse).__name__
             raise TypeError(f"ask with a Prompting or with a text, not with {kind}")
         limit = synapse.timeout if timeout is None else timeout
-        if not 0 < limit < float("inf"):
-            wrong = f"timeout must be a positive number of seconds, not {limit}"
-            raise ValueError(wrong)
+        if not _is_limit(limit):
+            wanted = "a positive number of seconds"
+            raise ValueError(f"timeout must be {wanted}, not {limit!r:.70}")
         if stream and not isinstance(synapse, StreamPrompting):
             synapse = StreamPrompting(
                 roles=synapse.roles, messages=synapse.messages, timeout=limit
@@ -189,6 +193,23 @@ class Dendrite:
         if len(asking) == 1:  # needs no task of its own
             return [await asking[0]]
         return await asyncio.gather(*asking)
+
+
+def _check_bounds(**bounds: Any) -> None:
+    "Raise `ValueError` that names a bound which lets nothing through, or is none."
+    for name, bound in bounds.items():
+        whole = isinstance(bound, Integral) and not isinstance(bound, bool)
+        if not (whole and int(bound) >= 1):
+            wanted = "a whole number of at least 1"
+            raise ValueError(f"Dendrite: {name} must be {wanted}, not {bound!r:.70}")
+
+
+def _is_limit(seconds: Any) -> bool:
+    "Tell whether this is a time that a clock can wait for."
+    try:
+        return 0 < float(seconds) < float("inf") and seconds > 0  # no text
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _listed(targets: Any) -> list:
@@ -557,14 +578,13 @@ def read_target(
         ours = issubclass(type(target), Axon) or issubclass(type(where), Axon)
         address, wrong = getattr(where, "address", where), ""
         if not isinstance(hotkey, str):
-            kind = "a string" if isinstance(target, str) else type(target).__name__
+            kind = "a string" if isinstance(target, str) else _kind(target)
             lacks = f"{kind} names no hotkey that the request could be signed for"
             hotkey, wrong = None, f"{lacks}: {_WANTED}"
         elif not address:
             wrong = "no axon is published"
         elif not isinstance(address, str):
-            kind = type(address).__name__
-            wrong = f"the address is of type {kind}, and no text ip:port"
+            wrong = f"the address is of type {_kind(address)}, and no text ip:port"
         known = [_plain(text) for text in (hotkey, address)]
         return Target(known[0], known[1], ours, wrong)
     except (KeyboardInterrupt, SystemExit):
@@ -581,11 +601,19 @@ def _plain(text: Any) -> str | None:
 
 def _described(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"
+        return f"{_kind(error)}: {error}"
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # its text fails as well
-        return type(error).__name__
+        return _kind(error)
+
+
+def _kind(thing: Any) -> str:
+    "Name the class of a thing in a line, whatever its metaclass says."
+    return _one_line(_class_name(type(thing)), 60)
+
+
+_class_name: Callable[[type], str] = type.__dict__["__name__"].__get__
 
 
 _WANTED = "ask a neuron, an axon, or what has `hotkey` and `axon`"
@@ -623,10 +651,10 @@ def _reason(status: int, body: bytes) -> str:
     "Return a miner's reason for its refusal, in one line."
     redirect = "redirects are not followed" if 300 <= status < 400 else None
     try:
-        reason = str(json.loads(body)["error"])
+        reason = _one_line(str(json.loads(body)["error"]))
     except (ValueError, TypeError, KeyError, RecursionError):
-        reason = redirect or f"HTTP status {status}"
-    return _one_line(reason)
+        reason = ""
+    return reason or redirect or f"HTTP status {status}"
 
 
 def _one_line(said: str, most: int = 200) -> str:
@@ -649,9 +677,6 @@ def _completion(status: int, body: bytes) -> str:
         raise _Failure(422, f"not a completion: {error}") from None
 
 # %% ../../nbs/network/01_dendrite.ipynb #c016
-_TURN = 0.005  # seconds of reading after which others have a turn
-
-
 async def _lines(response: aiohttp.ClientResponse, limit: int) -> AsyncIterator[bytes]:
     "Yield the lines of an answer; `_Failure` above `limit` bytes."
     size, rest = 0, b""
@@ -672,17 +697,17 @@ async def _read_stream(
     response: aiohttp.ClientResponse, limit: int, emit: Callable
 ) -> tuple[str, str | None]:
     "Return the completion and its signature; each piece goes to `emit` as it arrives."
-    pieces, began = [], time.monotonic()
+    pieces, pace = [], pace_here()
     async for line in _lines(response, limit):
-        if time.monotonic() - began > _TURN:  # many lines may arrive at once
+        if pace.is_over:  # many lines may arrive at once, of many streams
             await asyncio.sleep(0)
-            began = time.monotonic()
         try:
             event = read_event(line)
         except ValueError as error:
             raise _Failure(422, f"not a piece of a completion: {error}") from None
         if event.error is not None:
-            raise _Failure(500, _one_line(event.error))
+            silent = "the miner reported a failure without a reason"
+            raise _Failure(500, _one_line(event.error) or silent)
         if event.done:
             return "".join(pieces), event.signature
         pieces.append(event.piece)
@@ -860,19 +885,18 @@ def _close(loop: asyncio.AbstractEventLoop, session: Session) -> None:
     "Close a session, whether its loop runs, runs elsewhere, or has ended."
     for http in (session.http, session.fresh):
         try:
-            loop.call_soon_threadsafe(partial(_start_closing, loop, http))
+            loop.call_soon_threadsafe(_close_at_once, http)
         except RuntimeError:  # the loop has ended
-            with suppress(StopIteration):
-                http.close().send(None)  # has nothing to wait for
+            _close_at_once(http)
 
 
 _NOT_OPEN = "this dendrite is closed; make a new one"
 
 
-def _start_closing(
-    loop: asyncio.AbstractEventLoop, http: aiohttp.ClientSession
-) -> None:
-    loop.create_task(http.close())
+def _close_at_once(http: aiohttp.ClientSession) -> None:
+    "Close without a task, which a loop that ends would not begin any more."
+    with suppress(StopIteration):
+        http.close().send(None)  # closes all; what may follow only waits for that
 
 # %% ../../nbs/network/01_dendrite.ipynb #d018
 @arguments_in_help

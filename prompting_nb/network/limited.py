@@ -89,7 +89,8 @@ def limited(
     return LimitedClient(client, CALL_TIMEOUT if seconds is None else seconds)
 
 # %% ../../nbs/network/31_limited.ipynb #w3110
-_MOST = 16  # calls of a client that may be left behind
+_MOST = 16  # calls of a client, of one kind, that may be left behind
+_ALL = 64  # of all kinds, also of those that have answered since
 _FIRST, _LAST = 60.0, 3600.0  # seconds between the calls that are tried beyond that
 
 
@@ -102,18 +103,21 @@ class LeftBehind:
         clock: Callable[[], float] = time.monotonic,  # in seconds
     ):
         self.calls: dict[str, set[Future]] = {}  # those that have not returned
+        self.alive: set[Future] = set()  # the same, and those counted no longer
         self.clock, self._tried_at = clock, dict[str, float]()
 
     def admit(
         self,
         what: str,  # kind of a call that is to be begun
     ) -> None:
-        "Raise `TimeoutError` while too many such hang; one is tried now and then."
+        "Raise `TimeoutError` while too many hang; one is tried now and then."
         many, now = len(self.calls.get(what, ())), self.clock()
-        if many >= _MOST:
-            pause = min(_FIRST * 2.0 ** (many - _MOST), _LAST)
-            if now - self._tried_at[what] < pause:
-                raise TimeoutError(f"{what}: {many} such calls hang; no other is begun")
+        beyond = max(many - _MOST, len(self.alive) - _ALL)
+        if beyond >= 0:
+            pause = min(_FIRST * 2.0 ** min(beyond, 16), _LAST)
+            if now - self._tried_at.get(what, -math.inf) < pause:
+                which = f"{many} such" if many >= _MOST else f"{len(self.alive)}"
+                raise TimeoutError(f"{what}: {which} calls hang; no other is begun")
         self._tried_at[what] = now
 
     def add(
@@ -122,9 +126,9 @@ class LeftBehind:
         call: Future,  # its outcome; it is given up
     ) -> None:
         "Count a call until it returns."
-        hanging = self.calls.setdefault(what, set())
-        hanging.add(call)
-        call.add_done_callback(hanging.discard)
+        for hanging in (self.calls.setdefault(what, set()), self.alive):
+            hanging.add(call)
+            call.add_done_callback(hanging.discard)
 
     def answered(
         self,

@@ -44,12 +44,19 @@ def unpack(
     text: str | bytes,  # of `pack`
 ) -> Any:  # tuples come back as lists; raises `ValueError` for anything else
     "Read what `pack` wrote."
-    return json.loads(text, object_hook=_restored, parse_constant=_refused)
+    try:
+        return json.loads(text, object_hook=_restored, parse_constant=_refused)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply") from None
 
 
 def _restored(value: dict) -> Any:
     "Convert an object that stands for bytes."
-    return bytes.fromhex(value["bytes"]) if value.keys() == {"bytes"} else value
+    if value.keys() != {"bytes"}:
+        return value
+    if not isinstance(value["bytes"], str):
+        raise ValueError("bytes are written as a text of hexadecimal digits")
+    return bytes.fromhex(value["bytes"])
 
 
 def _refused(name: str) -> None:

@@ -8,6 +8,7 @@ __all__ = ['token_balance', 'no_fee', 'take_signed', 'open_key', 'sign_shielded'
 # %% ../../nbs/network/25_substrate.ipynb #0ad003
 import asyncio
 from collections import deque
+from contextlib import suppress
 from typing import Any, AsyncIterator, Callable, TypeVar
 
 from bittensor.balance import Balance
@@ -156,9 +157,17 @@ class MemorySubstrate:
         self,
         block: int,  # its number
     ) -> None:
-        "Send the number of a new block to all listeners, in any thread."
-        for loop, queue in list(self.listeners):
-            loop.call_soon_threadsafe(queue.put_nowait, block)
+        "Send the number of a new block to all who still listen, in any thread."
+        for listener in list(self.listeners):
+            loop, queue = listener
+            try:
+                loop.call_soon_threadsafe(queue.put_nowait, block)
+            except RuntimeError:  # its loop was closed: nobody listens any more
+                self._forget(listener)
+
+    def _forget(self, listener: tuple) -> None:
+        with suppress(ValueError):  # it is forgotten already
+            self.listeners.remove(listener)
 
     async def blocks(
         self,
@@ -172,7 +181,7 @@ class MemorySubstrate:
             while True:
                 yield {"header": {"number": await listener[1].get()}}
         finally:
-            self.listeners.remove(listener)
+            self._forget(listener)
 
     # queries
 
