@@ -414,13 +414,19 @@ def test_another_address_of_the_same_key(chain):
         assert [*heard, status(miner.axon, OLD, older(VALIDATOR, 0))] == [200, 429, 429, 429]
 
 
-def test_long_questions_signed_ahead_of_the_clock():
+@pytest.mark.parametrize("older", [False, True])
+def test_long_questions_signed_ahead_of_the_clock(older):
     """Strangers sign long questions up to two seconds ahead, which wait in memory until their time has come.
     Older server: answers them at once."""
-    body, lines = write_body(Prompting.ask("x" * 900)), []
+    question, lines = Prompting.ask("x" * 900), []
+    body = write_body(question)
+
+    def signed(wallet, seconds):
+        nonce = time.time_ns() + int(seconds * 1e9)
+        return old(question, wallet, nonce=nonce) if older else sign(body, wallet, nonce_ns=nonce)
 
     def ahead():
-        return request(body, sign(body, STRANGER, nonce_ns=time.time_ns() + int(1.9e9)))
+        return request(body, signed(STRANGER, 1.9))
 
     with Axon(MINER, max_body=1000).attach(echo, lambda synapse: synapse.dendrite.hotkey != VALIDATOR.hotkey.ss58_address) as axon:
         entry = axon._application._endpoints["/Prompting"]._btauth._entry
@@ -432,8 +438,7 @@ def test_long_questions_signed_ahead_of_the_clock():
             line.sendall(ahead())
             assert read_status(line) == 503
         assert status(axon) == 200  # one whose time has come
-        soon = sign(body, nonce_ns=time.time_ns() + int(1e9))
-        assert status(axon, body, soon) == 200  # and one whose clock is a little ahead
+        assert status(axon, body, signed(VALIDATOR, 1)) == 200  # and one whose clock is a little ahead
         assert [read_status(line) for line in lines[-1:]] == [503]  # in place of the last that came
         for line in lines:
             line.close()

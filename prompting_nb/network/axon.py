@@ -431,6 +431,7 @@ class _Endpoint:
             synapse = await request.wire.parse(request, caller)
         except ValueError as error:
             raise Refusal(400, str(error), "malformed") from None
+        request.body = b""  # it takes no memory while it is worked on
         if self._attached.check is not None:
             await _call(self._attached.check, synapse, request.wait)
         return synapse
@@ -775,6 +776,7 @@ class _Exchange:
         "deadline",
         "caller",
         "signed",
+        "body",
         "_head_sent",
         "_waited",
     )
@@ -793,6 +795,7 @@ class _Exchange:
         self._began, self.deadline = time.monotonic(), _Deadline(receive, on_leave)
         self.caller: Any = None  # `Terminal`, when it is verified
         self.signed: Any = None  # what `wire` keeps from `identify` to `parse`
+        self.body: bytes | None = None  # when it has been read, until it is parsed
         self._head_sent = False
         self._waited = 0.0  # seconds that pieces were not taken
 
@@ -802,15 +805,19 @@ class _Exchange:
         return time.monotonic() - self._began
 
     async def read(self, bounds: _Bounds) -> bytes:
-        "Read the body; `Refusal` 408 if it does not arrive in time."
+        "Read the body, once; `Refusal` 408 if it does not arrive in time."
+        if self.body is not None:
+            return self.body
         arrived = (self.scope.get("extensions") or {}).get("connection.arrived")
         if arrived is not None and arrived():
-            return await _read_body(self._receive, bounds.max_body)
+            self.body = await _read_body(self._receive, bounds.max_body)
+            return self.body
         late = "the body did not arrive in time"
         refusal = partial(Refusal, 408, late, "slow", _CLOSE)
         self.deadline.start(bounds.body_timeout, refusal)
         try:
-            return await _read_body(self._receive, bounds.max_body)
+            self.body = await _read_body(self._receive, bounds.max_body)
+            return self.body
         finally:
             self.deadline.stop()
 
@@ -911,15 +918,15 @@ class _Btauth:
         path = scope["raw_path"].decode("latin-1")
         if query := scope["query_string"].decode("latin-1"):
             path = f"{path}?{query}"
-        request.signed = body
         gate = self._entry.gate
         caller = gate.check(scope["headers"], body, scope["method"], path)
-        return await self._entry.accept(caller, request, len(body))
+        return await self._entry.accept(caller, request)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Parse the prompt in the body; `ValueError` if there is none."
         ends = {"dendrite": caller.dendrite, "axon": caller.axon}
-        return read_body(request.signed, self.bounds.max_timeout, self._kind, ends)
+        body, limit = request.body or b"", self.bounds.max_timeout
+        return read_body(body, limit, self._kind, ends)
 
     def answer(self, request: _Exchange, synapse: Prompting) -> tuple[bytes, tuple]:
         "Make body and headers of a completion."
@@ -974,7 +981,7 @@ class _Legacy:
         "Verify the caller. The signature covers a hash of the body's content."
         headers = request.scope["headers"]
         caller, request.signed = check_legacy(self._entry.gate, headers)
-        return await self._entry.accept(caller, request, 0)
+        return await self._entry.accept(caller, request)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Read the body and parse the prompt; `Refusal` 401 if the hash is another."
@@ -1027,15 +1034,22 @@ class _Entry:
         self.early = 0  # bytes of bodies in memory; `most` of them are allowed
         self._held: dict[_Exchange, tuple[int, int]] = {}  # nonce and bytes of each
 
-    async def accept(self, caller: Terminal, request: _Exchange, size: int) -> Terminal:
-        "Store the nonce of a caller with a body of `size`; `Refusal` 401 for a replay."
+    async def accept(self, caller: Terminal, request: _Exchange) -> Terminal:
+        "Store the nonce of a caller; `Refusal` 401 for a replay."
         gate = self.gate
-        if (ahead := (caller.nonce or 0) - gate.clock()) > 0:
-            with self._hold(request, caller.nonce or 0, size):
-                return await request.wait(gate.accept(caller), ahead / 1e9)
+        if (caller.nonce or 0) > gate.clock():
+            return await self._wait(caller, request)
         if isinstance(gate.nonces, MemoryNonces):  # nothing there has to be waited for
             return await gate.accept(caller)
         return await request.wait(gate.accept(caller))
+
+    async def _wait(self, caller: Terminal, request: _Exchange) -> Terminal:
+        "Accept a nonce when its time has come. Until then the whole body is counted."
+        gate, nonce = self.gate, caller.nonce or 0
+        body = await request.read(request.wire.bounds)  # it may come in this time
+        with self._hold(request, nonce, len(body)):
+            ahead = max(0, nonce - gate.clock())
+            return await request.wait(gate.accept(caller), ahead / 1e9)
 
     @contextmanager
     def _hold(self, request: _Exchange, nonce: int, size: int) -> Iterator[None]:
