@@ -1755,6 +1755,39 @@ def test_malformed_json_wrong_types_deep_nesting(axon, body):
     assert status(axon, body, old()) == 400
 
 
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("what", ["messages", "numbers", "names", "text"])
+def test_question_of_many_parts(what, older, monkeypatch):
+    """A permitted caller asks a megabyte of empty messages, or of other things in lists, which take long to read.
+    Older server: reads any JSON."""
+    count, reads, text = 150_000, [], ", [{" * 20_000
+    body = {
+        "messages": lambda: {"roles": [""] * count, "messages": [""] * count},
+        "numbers": lambda: {"roles": ["user"], "messages": ["x"], "other": [1] * 2 * count},
+        "names": lambda: {"roles": ["user"], "messages": ["x"], **dict.fromkeys(map(str, range(count // 2)), 0)},
+        "text": lambda: {"roles": ["user"], "messages": [text]},  # they are no parts
+    }[what]()
+    question = Prompting(roles=body["roles"], messages=body["messages"])
+    body = json.dumps(body, separators=(",", ":")).encode()
+    if what != "text":
+        monkeypatch.setattr(protocol, "_LONG_BODY", SimpleNamespace(validate_json=reads.append))
+    with Axon(MINER, max_body=2_000_000).attach(echo) as axon:
+        code, answer, _ = post(axon, body, old(question) if older else None)
+        if what == "text":
+            assert (code, answer["completion"]) == (200, text)
+        else:
+            assert code == 400 and "more than 10000 items" in answer["error"] and not reads
+
+
+def test_roles_that_the_older_format_does_not_know(axon, monkeypatch):
+    """A question in the older format whose roles are none, and whose hash takes long to compute.
+    Older server: takes any roles."""
+    question, hashed = Prompting(roles=["x" * 9999], messages=["x"]), []
+    signed = old(question)
+    monkeypatch.setattr(legacy, "body_hash", lambda *parts: hashed.append(parts))
+    assert status(axon, write_body(question), signed) == 400 and not hashed
+
+
 heads = st.sampled_from(
     [
         b"",
