@@ -23,9 +23,11 @@ from bittensor import http_auth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompting_nb.network import metrics as metrics_module
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.metrics import Metrics
 from prompting_nb.network.queue import WorkQueue
 from prompting_nb.network.server import Limits
 from prompting_nb.protocol import Prompting, write_body
@@ -837,3 +839,20 @@ def test_a_stream_without_its_last_line_is_no_completion(end, status):
     got = stream.answer
     assert (got.dendrite.status_code, got.completion) == (status, "Half of it" if status == 200 else None)
     assert got.dendrite.status_message == ("Success, unsigned" if status == 200 else "the answer was cut off")
+
+
+def test_a_page_of_metrics_of_many_processes_is_made_beside_the_event_loop(monkeypatch):
+    makers, merge = [], metrics_module.merge_texts
+    monkeypatch.setattr(metrics_module, "merge_texts", lambda texts: makers.append(threading.get_ident()) or merge(texts))
+
+    class Shared:
+        async def exchange(self, text):
+            return {"one": text, "two": text}
+
+    async def page():
+        metrics = Metrics(waiting=lambda: 3)
+        metrics.shared = Shared()
+        return await metrics.page()
+
+    assert b'axon_queue_depth{process="two"} 3.0' in asyncio.run(page())
+    assert len(makers) == 1 and makers[0] != threading.get_ident()
