@@ -2731,6 +2731,26 @@ def test_old_stream_is_plain_text():
         connection.close()
 
 
+def test_old_streams_that_are_late(caplog):
+    """A permitted caller asks for streams in the older format, and for less time than they take, to fill the log.
+    Older server: no time limit ends a handler."""
+
+    async def speak(synapse):
+        yield "zwei"
+        await asyncio.sleep(SECONDS)
+
+    body = write_body(Prompting.ask("hello", timeout=0.2))
+    with Axon(MINER).attach(speak) as axon, connect(axon) as line:
+        line.sendall(request(body, old(), "/StreamPrompting"))
+        heard = b""
+        with suppress(ConnectionResetError):
+            while more := line.recv(65536):
+                heard += more
+        assert b"zwei" in heard and not heard.endswith(b"0\r\n\r\n")  # it is told from a whole one
+        until(lambda: axon.metrics.totals() == {"late": 1})
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 # The world around it --------------------------------------------------------------------------------------------------
 
 

@@ -883,7 +883,9 @@ class _Exchange:
             await self._whole(refusal.status, body, (*refusal.headers, *headers))
         elif last := self.wire.broken(refusal):
             await self._body(last)
-        # otherwise the answer stays unfinished, and the connection is closed
+        elif "connection.arrived" in (self.scope.get("extensions") or ()):
+            await self._send({"type": "connection.unfinished"})
+        # another server sees that the answer is not whole, and closes the connection
 
     async def _whole(self, status: int, body: bytes, headers: tuple) -> None:
         length = (b"content-length", b"%d" % len(body))
