@@ -578,6 +578,17 @@ def test_stop_gives_up_what_does_not_end():
     until(lambda: threads_of(axon) == [])
 
 
+def test_stop_refuses_what_waits_until_the_time_of_its_nonce():
+    now, body = time.time_ns(), write_body(Prompting.ask("hello"))
+    axon = Axon(MINER, drain=SECONDS, clock=lambda: now).attach(echo).start()
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(post, axon, body, sign(body, nonce_ns=now + 19 * 10**8))
+        until(lambda: axon._entry.early)
+        axon.stop()
+        status, told, headers = asked.result()
+    assert (status, told, headers["retry-after"]) == (503, {"error": "the miner is stopping"}, "1")
+
+
 def test_starting_and_stopping_leaks_nothing():
     axon = Axon(MINER).attach(echo)
 

@@ -124,6 +124,7 @@ class Axon:
         )
         self._memory = MemoryNonces(clock)
         self._gate = Gatekeeper(self.hotkey, self._memory, clock)
+        self._entry = _Entry(self._gate, 0)
         self._attached: _Attached | None = None
         self._admission = _Admission(WorkQueue(workers, max_queue, ageing))
         self._application: _Application | None = None
@@ -167,7 +168,7 @@ class Axon:
             self.max_timeout,
             self._limits.write_timeout,
         )
-        entry = _Entry(self._gate, 16 * self.max_body)
+        self._entry = entry = _Entry(self._gate, 16 * self.max_body)
         queue = WorkQueue(self.workers, self.max_queue, self.ageing)
         self._admission = _Admission(queue)
         self._threads = Threads(self.workers, f"axon-{self.port}-work")
@@ -257,12 +258,16 @@ class Axon:
                     "stopping: %d requests may finish, new ones are refused",
                     len(admission.requests),
                 )
-                drain = partial(admission.drain, self.drain)
-                self._server.stop(drain, limit=self.drain + 3)
+                self._server.stop(self._drain, limit=self.drain + 3)
                 if self._threads is not None:
                     self._threads.close()
                 self._gate.nonces.close()
                 self._server = None
+
+    async def _drain(self) -> None:
+        "Refuse what waits to be admitted, and let the rest finish."
+        self._entry.stop()
+        await self._admission.drain(self.drain)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -608,8 +613,7 @@ class _Admission:
     def admit(self, deadline: _Deadline, priority: float) -> None:
         "Admit a request; `Refusal` 503 at a stop, or without a place in the queue."
         if self.stopping:
-            headers = (*_AGAIN, *_CLOSE)
-            raise Refusal(503, "the miner is stopping", "stopping", headers)
+            raise _stopping()
         try:
             self.queue.check(priority)
         except QueueFull:
@@ -632,8 +636,11 @@ class _Admission:
                 seconds,
             )
         for deadline in list(self.requests):
-            refusal = Refusal(503, "the miner is stopping", "stopping", _CLOSE)
-            deadline.cancel(refusal)
+            deadline.cancel(_stopping())
+
+
+def _stopping() -> Refusal:
+    return Refusal(503, "the miner is stopping", "stopping", (*_AGAIN, *_CLOSE))
 
 # %% ../../nbs/network/00_axon.ipynb #c019
 class _Worker:
@@ -1032,7 +1039,7 @@ class _Entry:
     """
 
     def __init__(self, gate: Gatekeeper, most: int):
-        self.gate, self._most = gate, most
+        self.gate, self._most, self._stopped = gate, most, False
         self.early = 0  # bytes of bodies in memory; `most` of them are allowed
         self._held: dict[_Exchange, tuple[int, int]] = {}  # nonce and bytes of each
 
@@ -1049,6 +1056,8 @@ class _Entry:
         "Accept a nonce when its time has come. Until then the whole body is counted."
         gate, nonce = self.gate, caller.nonce or 0
         body = await request.read(request.wire.bounds)  # it may come in this time
+        if self._stopped:
+            raise _stopping()
         with self._hold(request, nonce, len(body)):
             ahead = max(0, nonce - gate.clock())
             return await request.wait(gate.accept(caller), ahead / 1e9)
@@ -1056,9 +1065,8 @@ class _Entry:
     @contextmanager
     def _hold(self, request: _Exchange, nonce: int, size: int) -> Iterator[None]:
         "Count a body for a `with` block; `Refusal` 503 if there are too many."
-        if size:
-            self._held[request] = nonce, size
-            self.early += size
+        self._held[request] = nonce, size
+        self.early += size
         try:
             while self.early > self._most:
                 last = max(self._held, key=lambda held: self._held[held][0])
@@ -1069,6 +1077,12 @@ class _Entry:
             yield
         finally:
             self._forget(request)
+
+    def stop(self) -> None:
+        "Refuse those that wait until their time, now and from now on."
+        self._stopped = True
+        for request in self._held:
+            request.deadline.cancel(_stopping())
 
     def _forget(self, request: _Exchange) -> None:
         if (held := self._held.pop(request, None)) is not None:
