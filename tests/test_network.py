@@ -314,12 +314,12 @@ def test_malformed_bodies_are_the_callers_fault(axon, body):
 def test_size_limits(axon):
     big = b" " * 10_001
     assert post(axon, big, sign(big))[0] == 413
-    announced = b"POST /Prompting HTTP/1.1\r\ncontent-length: 50000000\r\n\r\n"
+    announced = b"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: 50000000\r\n\r\n"
     assert raw(axon, announced) == 413  # not one byte of the body was needed
     chunk = b"1000\r\n" + b"x" * 4096 + b"\r\n"
-    assert raw(axon, b"POST /Prompting HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" + 3 * chunk) == 413
-    assert raw(axon, b"POST /Prompting HTTP/1.1\r\nx: " + b"y" * 20_000 + b"\r\ncontent-length: 0\r\n\r\n") == 431
-    assert raw(axon, b"POST /Prompting HTTP/1.1\r\ncontent-length: 100\r\n\r\nthe rest never comes") == 408
+    assert raw(axon, b"POST /Prompting HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + 3 * chunk) == 413
+    assert raw(axon, b"POST /Prompting HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 20_000 + b"\r\ncontent-length: 0\r\n\r\n") == 431
+    assert raw(axon, b"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nthe rest never comes") == 408
     assert ask(axon)[0] == 200
 
 
@@ -351,7 +351,7 @@ def test_generated_nonsense_is_never_our_error(nonsense_axon, data, signed):
     if signed:
         status = post(nonsense_axon, data, sign(data))[0]
     else:
-        status = raw(nonsense_axon, b"POST /Prompting HTTP/1.1\r\n" + data + b"\r\n\r\n")
+        status = raw(nonsense_axon, b"POST /Prompting HTTP/1.1\r\nhost: x\r\n" + data + b"\r\n\r\n")
     assert status is None or 400 <= status < 500
 
 
@@ -366,7 +366,7 @@ def test_limits_are_shared_by_servers_that_share_nothing_else():
     told = []
     limits = Limits(head_timeout=0.2, refused=told.append)
     with Axon(MINER, limits=limits).attach(echo) as one, Axon(MINER, limits=limits).attach(echo) as two:
-        assert raw(one, b"GET / HTTP/1.1\r\nx: ") == 408
+        assert raw(one, b"GET / HTTP/1.1\r\nhost: x\r\nx: ") == 408
         refused = [a.metrics.registry.get_sample_value("axon_connections_refused_total", {"reason": "slow"})
                    for a in (one, two)]  # fmt: skip
         assert (refused, told) == ([1, None], ["slow"])
@@ -475,7 +475,7 @@ def test_work_whose_caller_is_gone_or_late_is_not_started():
         assert held.entered.wait(SECONDS)
         body = write_body(Prompting.ask("gone"))
         headers = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items())
-        request = f"POST /Prompting HTTP/1.1\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
+        request = f"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
         line = socket.create_connection((axon.host, axon.port))
         line.sendall(request)
         until(lambda: axon.health()["waiting"] == 1)
@@ -526,7 +526,7 @@ def test_the_time_that_a_body_takes_counts():
     body = write_body(Prompting.ask("hello", timeout=0.2))
     with Axon(MINER).attach(held) as axon, socket.create_connection((axon.host, axon.port), timeout=SECONDS) as line:
         headers = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items())
-        line.sendall(f"POST /Prompting HTTP/1.1\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body[:-1])
+        line.sendall(f"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body[:-1])
         time.sleep(0.3)  # longer than this caller wants to wait
         line.sendall(body[-1:])
         assert line.recv(4096).startswith(b"HTTP/1.1 504 ")
@@ -615,13 +615,13 @@ def test_a_forked_child_keeps_neither_port_nor_connections():
         warnings.simplefilter("ignore")
         with Axon(make_wallet("miner")).attach(lambda synapse: synapse) as axon:
             line = socket.create_connection((axon.host, axon.port), timeout=10)
-            line.sendall(b"GET /health HTTP/1.1\\r\\n\\r\\n")
+            line.sendall(b"GET /health HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
             assert b"200" in line.recv(4096)
             child = os.fork()
             if child == 0:
                 time.sleep(60)
                 os._exit(0)
-            line.sendall(b"GET /health HTTP/1.1\\r\\n\\r\\n")  # the parent goes on
+            line.sendall(b"GET /health HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")  # the parent goes on
             assert b"200" in line.recv(4096)
         assert line.recv(4096) == b""  # closed, although the child lives
         try:

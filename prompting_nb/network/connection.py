@@ -517,6 +517,8 @@ class _Reader:
             return ("CONNECT is not supported",)
         if self._hosts > 1:
             return ("there are two Host headers",)
+        if self._hosts == 0 and version == "1.1":
+            return ("there is no Host header",)
         if self._coding and (self._coding != b"chunked" or version == "1.0"):
             return ("chunked is the only transfer coding here",)
         texts = chain.from_iterable(self._headers)
