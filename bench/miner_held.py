@@ -61,12 +61,12 @@ class Held:
             await asyncio.sleep(pause)
 
     async def idle(self, loop, line) -> None:
-        await loop.sock_sendall(line, b"GET / HTTP/1.1\r\n\r\n")
+        await loop.sock_sendall(line, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         while await loop.sock_recv(line, 4096):
             pass
 
     async def writers(self, loop, line) -> None:
-        await loop.sock_sendall(line, b"POST /Prompting HTTP/1.1\r\nx-slow: ")
+        await loop.sock_sendall(line, b"POST /Prompting HTTP/1.1\r\nhost: x\r\nx-slow: ")
         while True:
             await asyncio.sleep(1.0)
             await loop.sock_sendall(line, b"x")

@@ -107,20 +107,27 @@ class StreamPrompting(Prompting):
 
 # %% ../nbs/02_protocol.ipynb #lg02
 _BRACKETS = 1_000  # that open a list or an object
-_NO_MARKS = bytes(set(range(256)) - set(b'"[{'))
+_COMMAS = 10_000  # between the items of all lists and objects
+_NO_MARKS = bytes(set(range(256)) - set(b'"[{,'))
 
 
-def _check_brackets(text: bytes) -> None:
-    "Raise `ValueError` if JSON holds more lists and objects than a message needs."
-    if len(text) <= _BRACKETS or text.count(b"[") + text.count(b"{") <= _BRACKETS:
+def _check_parts(text: bytes) -> None:
+    "Raise `ValueError` if JSON holds more lists, objects or items than a message needs."
+    if len(text) <= _BRACKETS:
+        return
+    brackets = text.count(b"[") + text.count(b"{")
+    if brackets <= _BRACKETS and text.count(b",") <= _COMMAS:
         return
     unescaped = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     # two quotes next to each other neither begin nor end the text around them, and
-    # without them there is a bracket between any two
+    # without them there is another mark between any two
     marks = unescaped.translate(None, _NO_MARKS).replace(b'""', b"")
-    outside = marks.split(b'"', 2 * _BRACKETS + 2)[::2]
-    if sum(map(len, outside)) > _BRACKETS:
+    outside = b"".join(marks.split(b'"', 2 * (_BRACKETS + _COMMAS) + 2)[::2])
+    commas = outside.count(b",")
+    if len(outside) - commas > _BRACKETS:
         raise ValueError(f"more than {_BRACKETS} lists and objects: a message has few")
+    if commas > _COMMAS:
+        raise ValueError(f"more than {_COMMAS} items: a message has few")
 
 
 _LONG = 16_384  # bytes
@@ -145,7 +152,7 @@ def _reader(model: type[BaseModel]) -> SchemaValidator:
 
 def _check_long(reader: SchemaValidator, text: bytes) -> None:
     "Raise `ValueError` with one line if a field of a long JSON object is wrong."
-    _check_brackets(text)
+    _check_parts(text)
     if len(text) <= _LONG:
         return
     found = reader.validate_json(text)

@@ -421,13 +421,19 @@ def test_another_address_of_the_same_key(chain):
         assert [*heard, status(miner.axon, OLD, older(VALIDATOR, 0))] == [200, 429, 429, 429]
 
 
-def test_long_questions_signed_ahead_of_the_clock():
+@pytest.mark.parametrize("older", [False, True])
+def test_long_questions_signed_ahead_of_the_clock(older):
     """Strangers sign long questions up to two seconds ahead, which wait in memory until their time has come.
     Older server: answers them at once."""
-    body, lines = write_body(Prompting.ask("x" * 900)), []
+    question, lines = Prompting.ask("x" * 900), []
+    body = write_body(question)
+
+    def signed(wallet, seconds):
+        nonce = time.time_ns() + int(seconds * 1e9)
+        return old(question, wallet, nonce=nonce) if older else sign(body, wallet, nonce_ns=nonce)
 
     def ahead():
-        return request(body, sign(body, STRANGER, nonce_ns=time.time_ns() + int(1.9e9)))
+        return request(body, signed(STRANGER, 1.9))
 
     with Axon(MINER, max_body=1000).attach(echo, lambda synapse: synapse.dendrite.hotkey != VALIDATOR.hotkey.ss58_address) as axon:
         entry = axon._application._endpoints["/Prompting"]._btauth._entry
@@ -439,8 +445,7 @@ def test_long_questions_signed_ahead_of_the_clock():
             line.sendall(ahead())
             assert read_status(line) == 503
         assert status(axon) == 200  # one whose time has come
-        soon = sign(body, nonce_ns=time.time_ns() + int(1e9))
-        assert status(axon, body, soon) == 200  # and one whose clock is a little ahead
+        assert status(axon, body, signed(VALIDATOR, 1)) == 200  # and one whose clock is a little ahead
         assert [read_status(line) for line in lines[-1:]] == [503]  # in place of the last that came
         for line in lines:
             line.close()
@@ -665,7 +670,7 @@ def test_body_of_50_mb_announced(axon):
     """A body of 50 MB, announced.
     Older server: no limit of its own: read whole, after the signature was checked."""
     with connect(axon) as line:
-        line.sendall(b"POST /Prompting HTTP/1.1\r\ncontent-length: 50000000\r\n\r\n")
+        line.sendall(b"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: 50000000\r\n\r\n")
         assert read_status(line) == 413  # not one byte of the body was needed
 
 
@@ -674,7 +679,7 @@ def test_body_of_50_mb_chunked(axon):
     Older server: the same."""
     chunk, sent = b"10000\r\n" + b"x" * 65536 + b"\r\n", 0
     with connect(axon) as line:
-        line.sendall(b"POST /Prompting HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n")
+        line.sendall(b"POST /Prompting HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
         try:
             while sent < 50_000_000:
                 sent += line.send(chunk)
@@ -689,23 +694,23 @@ def test_headers_of_100_kb(axon):
     many = b"".join(b"x-%d: y\r\n" % i for i in range(12_000))
     for head in (b"x: " + b"y" * 100_000 + b"\r\n\r\n", many + b"\r\n", b"x: " + b"y" * 100_000):
         with connect(axon) as line:
-            line.sendall(b"POST /Prompting HTTP/1.1\r\n" + head)
+            line.sendall(b"POST /Prompting HTTP/1.1\r\nhost: x\r\n" + head)
             assert read_status(line) == 431
     body = b"2\r\n{}\r\n0\r\n" + many * 4 + b"\r\n"  # trailers are headers, too
     with connect(axon) as line:
-        line.sendall(b"POST /Prompting HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" + body)
+        line.sendall(b"POST /Prompting HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + body)
         assert read_status(line) in (None, 401, 431)
 
 
-POST = b"POST /Prompting HTTP/1.1\r\n"
+POST = b"POST /Prompting HTTP/1.1\r\nhost: x\r\n"
 CHUNKED = POST + b"transfer-encoding: chunked\r\n\r\n"
 MANY = {  # a quarter of a megabyte in small parts: the last status, what is called for each part, and how often it may be
     "chunks": (CHUNKED + b"1\r\nx\r\n" * 40_000, 400, "on_body", 1100),
     "trailers": (CHUNKED + b"1\r\nx\r\n0\r\n" + b"a:\r\n" * 60_000, 431, "on_header", 200),
     "headers": (POST + b"a:\r\n" * 60_000, 431, "on_header", 200),
-    "requests": (b"GET / HTTP/1.1\r\n\r\n" * 14_000, 400, "on_headers_complete", 40),
+    "requests": (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 9_000, 400, "on_headers_complete", 40),
     "requests behind one that is refused": (
-        b"CONNECT / HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n" * 14_000, 400, "on_headers_complete", 2),
+        b"CONNECT / HTTP/1.1\r\nhost: x\r\n\r\n" + b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * 9_000, 400, "on_headers_complete", 2),
 }
 
 
@@ -747,7 +752,7 @@ def test_a_thousand_slow_clients(part):
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
-    head = b"POST /Prompting HTTP/1.1\r\ncontent-length: 1000\r\n"
+    head = b"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
     with Axon(MINER, body_timeout=5.0, limits=Limits(head_timeout=5.0)).attach(aecho) as axon:
         lines = []
         try:
@@ -774,7 +779,7 @@ def test_second_request_that_does_not_go_on():
     with Axon(MINER, limits=Limits(head_timeout=0.3)).attach(echo) as axon, connect(axon) as line:
         line.sendall(request())
         assert read_status(line) == 200
-        line.sendall(b"POST /Prompting HTTP/1.1\r\nx-slow: ")
+        line.sendall(b"POST /Prompting HTTP/1.1\r\nhost: x\r\nx-slow: ")
         assert read_status(line) == 408
         assert axon.metrics.registry.get_sample_value("axon_connections_refused_total", {"reason": "slow"}) == 1
 
@@ -795,10 +800,10 @@ def test_request_that_arrives_while_the_server_is_busy():
         assert read_status(line) == 200
 
 
-HALF = b"POST / HTTP/1.1\r\ncontent-length: 9000\r\n\r\n" + b"x" * 4000
+HALF = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9000\r\n\r\n" + b"x" * 4000
 NEXT = {  # what a caller does that has not read its answer, and what is too much then; the reason counted
     "silent": (b"", Limits(write_timeout=0.2), ["unread"]),
-    "oldest connection": (b"GET / HTTP/1.1\r\nx: ", Limits(max_connections=1), ["connections"]),
+    "oldest connection": (b"GET / HTTP/1.1\r\nhost: x\r\nx: ", Limits(max_connections=1), ["connections"]),
     "oldest body": (HALF, Limits(max_waiting=6000), ["memory"]),
     "endless body": (HALF, Limits(max_message=2000), ["message"]),
 }
@@ -827,7 +832,7 @@ def test_caller_that_does_not_read(then):
         with socket.socket() as line, socket.socket() as other:
             line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             line.connect(sock.getsockname())
-            line.sendall(b"PUT / HTTP/1.1\r\n\r\n")
+            line.sendall(b"PUT / HTTP/1.1\r\nhost: x\r\n\r\n")
             assert answered.wait(SECONDS)
             line.sendall(more)
             if then.startswith("oldest"):
@@ -914,7 +919,7 @@ def test_many_that_connect_while_the_server_is_busy():
         waiting, most = struct.unpack_from("2I", info, 24)
         free.set()
         for line in lines:
-            line.sendall(b"GET /nothing HTTP/1.1\r\n\r\n")
+            line.sendall(b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n")
         assert {read_status(line) for line in lines} == {404} and held.result() == 200
         for line in lines:
             line.close()
@@ -930,7 +935,7 @@ def test_idle_connections_that_have_had_an_answer():
             for _ in range(3):  # each time the lines that were closed are opened anew
                 for i, line in enumerate(held):
                     try:
-                        line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                        line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
                         assert read_status(line) in (404, None)
                     except OSError:
                         line.close()
@@ -1044,7 +1049,7 @@ def test_idle_time_is_short_when_nearly_all_places_are_taken():
     with Axon(MINER, limits=limits).attach(echo) as axon:
         held = [connect(axon) for _ in range(18)]
         for line in held:
-            line.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         assert [read_status(line) for line in held] == [404] * 18  # all of them are there, at first
         until(lambda: axon._server.connections <= 15)
         for line in held:
@@ -1056,7 +1061,7 @@ def test_pipelined_requests_whose_answers_nobody_reads():
     Older server: holds them for ever."""
     with Axon(MINER, limits=Limits(write_timeout=0.3, head_timeout=0.3)).attach(echo) as axon, connect(axon) as line:
         with suppress(OSError):
-            line.sendall(b"GET /x HTTP/1.1\r\n\r\n" * 35_000)
+            line.sendall(b"GET /x HTTP/1.1\r\nhost: x\r\n\r\n" * 35_000)
         until(lambda: axon._server.connections == 0)
         assert axon.metrics.requests.labels("refused", "http")._value.get() <= 20
         assert status(axon) == 200
@@ -1270,7 +1275,7 @@ def test_caller_of_a_long_question_is_heard_after_it():
         tasks, line = set(), Line()
         served = connection.Connection(app, connection.Crowd(Limits()), tasks)
         served.connection_made(line)
-        served.data_received(b"POST / HTTP/1.1\r\ncontent-length: 200000\r\n\r\n" + b"x" * 200_000)
+        served.data_received(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 200000\r\n\r\n" + b"x" * 200_000)
         assert not line.reading
         await asyncio.wait_for(taken.wait(), SECONDS)
         assert line.reading
@@ -1289,7 +1294,7 @@ def test_answered_request_leaves_nothing_in_memory():
             tasks = set()
             served = connection.Connection(axon, connection.Crowd(Limits()), tasks)
             served.connection_made(Nowhere())
-            asked = [request(), b"GET /nothing HTTP/1.1\r\n\r\n", request(headers={}), request()]
+            asked = [request(), b"GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n", request(headers={}), request()]
             gc.collect()
             gc.set_debug(gc.DEBUG_SAVEALL)  # keeps what the collector finds
             for data in asked:
@@ -1299,7 +1304,7 @@ def test_answered_request_leaves_nothing_in_memory():
             gc.collect()
             assert not [o for o in gc.garbage if type(o).__module__.startswith("prompting_nb")]
             served.connection_lost(None)
-            for end in (b"", b"GET / HTTP/1.1\r\nx: ", b"this is no HTTP", request()[:-9], request()):
+            for end in (b"", b"GET / HTTP/1.1\r\nhost: x\r\nx: ", b"this is no HTTP", request()[:-9], request()):
                 leaving = connection.Connection(axon, connection.Crowd(Limits()), tasks)
                 leaving.connection_made(Nowhere())
                 leaving.data_received(end)
@@ -1345,12 +1350,12 @@ def test_strangers_who_all_ask_at_once():
                 await asyncio.sleep(0)
 
         known = came()
-        known.data_received(b"GET /known HTTP/1.1\r\n\r\n")
+        known.data_received(b"GET /known HTTP/1.1\r\nhost: x\r\n\r\n")
         await until_done()
         for _ in range(50):
-            came().data_received(b"GET /stranger HTTP/1.1\r\n\r\n")
+            came().data_received(b"GET /stranger HTTP/1.1\r\nhost: x\r\n\r\n")
         for _ in range(3):
-            known.data_received(b"GET /known HTTP/1.1\r\n\r\n")
+            known.data_received(b"GET /known HTTP/1.1\r\nhost: x\r\n\r\n")
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         await until_done()
@@ -1395,11 +1400,11 @@ def test_strangers_whose_requests_take_long():
             return line
 
         for turn in range(300):
-            came().protocol.data_received(b"GET /stranger HTTP/1.1\r\n\r\n")
+            came().protocol.data_received(b"GET /stranger HTTP/1.1\r\nhost: x\r\n\r\n")
             if turn % 20 == 10:
                 asked.append(came())  # whose request is not here yet
             if turn % 20 == 15 and not asked[-1].closed:
-                asked[-1].protocol.data_received(b"GET /validator HTTP/1.1\r\n\r\n")
+                asked[-1].protocol.data_received(b"GET /validator HTTP/1.1\r\nhost: x\r\n\r\n")
             now[0] += 0.05
             await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -1429,12 +1434,12 @@ def test_strangers_who_come_again_as_soon_as_they_are_closed():
             line.protocol.data_received(data)
             return line
 
-        ahead, asked = b"GET /stranger HTTP/1.1\r\n\r\n" * 8, []
+        ahead, asked = b"GET /stranger HTTP/1.1\r\nhost: x\r\n\r\n" * 8, []
         for turn in range(300):
             for _ in range(60 if turn == 0 else 2):  # at first they all come at once
                 came(ahead)
             if turn % 20 == 10:
-                asked.append(came(b"GET /validator HTTP/1.1\r\n\r\n"))
+                asked.append(came(b"GET /validator HTTP/1.1\r\nhost: x\r\n\r\n"))
             await asyncio.sleep(0)
         assert len(crowd) <= 20 and len(turns) <= 20
         while tasks or len(turns):
@@ -1552,11 +1557,11 @@ def test_system_without_connections(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("parts, arrived", [
-    ([b"POST / HTTP/1.1\r\ncontent-length: 4\r\n\r\nbody"], True),
-    ([b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n"], True),
-    ([b"POST / HTTP/1.1\r\ncontent-length: 4\r\n\r\nbo", b"dy"], False),
-    ([b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n4\r\nbody\r\n", b"0\r\n\r\n"], False),
-    ([b"POST / HTTP/1.1\r\ncontent-length: 4\r\nexpect: 100-continue\r\n\r\n", b"body"], False),
+    ([b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nbody"], True),
+    ([b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"], True),
+    ([b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nbo", b"dy"], False),
+    ([b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n4\r\nbody\r\n", b"0\r\n\r\n"], False),
+    ([b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\nexpect: 100-continue\r\n\r\n", b"body"], False),
 ])  # fmt: skip
 def test_time_limit_of_a_body(parts, arrived):
     """A body is read without a clock only when all of it has come: a slow one has to keep `body_timeout`.
@@ -1632,7 +1637,7 @@ def http_get(axon, path, headers=None):
 def test_upgrade_whose_body_is_a_second_request(axon):
     """A POST with `Upgrade`, whose body looks like another request.
     Older server: leaves the body to another protocol, and reads it as a second request behind some proxies."""
-    smuggled = b"GET /metrics HTTP/1.1\r\n\r\n"
+    smuggled = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"
     upgrade = {"upgrade": "websocket", "connection": "upgrade"}
     for body in (BODY, smuggled):
         with connect(axon) as line:
@@ -1646,7 +1651,7 @@ def test_trailers_are_no_headers(axon):
     Older server: counts them as headers."""
     lines = "".join(f"{k}: {v}\r\n" for k, v in sign().items()).encode()
     chunks = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
-    head = b"POST /Prompting HTTP/1.1\r\ntransfer-encoding: chunked\r\n"
+    head = b"POST /Prompting HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
     for data, code in ((head + b"\r\n" + chunks + lines + b"\r\n", 401), (head + lines + b"\r\n" + chunks + b"\r\n", 200)):
         with connect(axon) as line:
             line.sendall(data)
@@ -1702,12 +1707,21 @@ AMBIGUOUS = {
 }
 
 
+@pytest.mark.parametrize("version, code", [("1.1", 400), ("1.0", 404)])
+def test_request_without_a_host(axon, version, code):
+    """A request that does not say which host it is for, as HTTP/1.1 demands and HTTP/1.0 does not.
+    Older server: answers it."""
+    with connect(axon) as line:
+        line.sendall(f"GET /nothing HTTP/{version}\r\n\r\n".encode())
+        assert read_status(line) == code
+
+
 @pytest.mark.parametrize("what", AMBIGUOUS)
 def test_request_that_two_servers_read_differently(axon, what):
     """A request that a proxy and the miner could divide differently: two lengths, odd codings, odd line ends.
     Older server: refuses most of them."""
     with connect(axon) as line:
-        line.sendall(b"POST /Prompting HTTP/1.1\r\n" + AMBIGUOUS[what] + request())
+        line.sendall(b"POST /Prompting HTTP/1.1\r\nhost: x\r\n" + AMBIGUOUS[what] + request())
         assert read_status(line) == 400
         try:
             assert line.recv(1) == b""  # and nothing after it is read
@@ -1757,6 +1771,39 @@ def test_malformed_json_wrong_types_deep_nesting(axon, body):
     assert status(axon, body, old()) == 400
 
 
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("what", ["messages", "numbers", "names", "text"])
+def test_question_of_many_parts(what, older, monkeypatch):
+    """A permitted caller asks a megabyte of empty messages, or of other things in lists, which take long to read.
+    Older server: reads any JSON."""
+    count, reads, text = 150_000, [], ", [{" * 20_000
+    body = {
+        "messages": lambda: {"roles": [""] * count, "messages": [""] * count},
+        "numbers": lambda: {"roles": ["user"], "messages": ["x"], "other": [1] * 2 * count},
+        "names": lambda: {"roles": ["user"], "messages": ["x"], **dict.fromkeys(map(str, range(count // 2)), 0)},
+        "text": lambda: {"roles": ["user"], "messages": [text]},  # they are no parts
+    }[what]()
+    question = Prompting(roles=body["roles"], messages=body["messages"])
+    body = json.dumps(body, separators=(",", ":")).encode()
+    if what != "text":
+        monkeypatch.setattr(protocol, "_LONG_BODY", SimpleNamespace(validate_json=reads.append))
+    with Axon(MINER, max_body=2_000_000).attach(echo) as axon:
+        code, answer, _ = post(axon, body, old(question) if older else None)
+        if what == "text":
+            assert (code, answer["completion"]) == (200, text)
+        else:
+            assert code == 400 and "more than 10000 items" in answer["error"] and not reads
+
+
+def test_roles_that_the_older_format_does_not_know(axon, monkeypatch):
+    """A question in the older format whose roles are none, and whose hash takes long to compute.
+    Older server: takes any roles."""
+    question, hashed = Prompting(roles=["x" * 9999], messages=["x"]), []
+    signed = old(question)
+    monkeypatch.setattr(legacy, "body_hash", lambda *parts: hashed.append(parts))
+    assert status(axon, write_body(question), signed) == 400 and not hashed
+
+
 heads = st.sampled_from(
     [
         b"",
@@ -1777,18 +1824,18 @@ heads = st.sampled_from(
 )
 lines = st.sampled_from(
     [
-        b"POST /Prompting HTTP/1.1",
-        b"POST /StreamPrompting HTTP/1.1",
+        b"POST /Prompting HTTP/1.1\r\nhost: x",
+        b"POST /StreamPrompting HTTP/1.1\r\nhost: x",
         b"GET /Prompting HTTP/1.0",
         b"POST /%ff%00/../Prompting HTTP/1.1",
         b"POST * HTTP/1.1",
         b"POST http://x/Prompting HTTP/1.1",
-        b"OPTIONS /Prompting HTTP/1.1",
+        b"OPTIONS /Prompting HTTP/1.1\r\nhost: x",
         b"POST /Prompting?\xc3\xa4 HTTP/1.1",
         b"POST /Prompting",
         b"PRI * HTTP/2.0",
         b"CONNECT x:1 HTTP/1.1",
-        b"GET /metrics/ HTTP/1.1",
+        b"GET /metrics/ HTTP/1.1\r\nhost: x",
         b"DELETE /health HTTP/1.1",
     ]
 )
@@ -2104,8 +2151,8 @@ def test_every_worker_hangs(caplog):
     free, body = threading.Event(), write_body(Prompting.ask("x", timeout=0.2))
     with Axon(MINER, workers=2).attach(lambda s: free.wait(SECONDS) and echo(s)) as axon:
         assert status(axon, body) == 504
-        code, text = http_get(axon, "/ready")
-        assert (code, json.loads(text)["stuck"]) == (200, 1)  # one worker is left
+        until(lambda: axon.health()["stuck"] == 1)
+        assert http_get(axon, "/ready")[0] == 200  # one worker is left
         assert status(axon, body) == 504
         until(lambda: any("all 2 workers are held" in r.getMessage() for r in caplog.records))
         code, text = http_get(axon, "/ready")
@@ -2943,6 +2990,26 @@ def test_old_stream_is_plain_text():
         assert answer.getheader("bt_header_axon_status_code") == "200"
         assert answer.read().decode() == "zwei\nWörter 😀"
         connection.close()
+
+
+def test_old_streams_that_are_late(caplog):
+    """A permitted caller asks for streams in the older format, and for less time than they take, to fill the log.
+    Older server: no time limit ends a handler."""
+
+    async def speak(synapse):
+        yield "zwei"
+        await asyncio.sleep(SECONDS)
+
+    body = write_body(Prompting.ask("hello", timeout=0.2))
+    with Axon(MINER).attach(speak) as axon, connect(axon) as line:
+        line.sendall(request(body, old(), "/StreamPrompting"))
+        heard = b""
+        with suppress(ConnectionResetError):
+            while more := line.recv(65536):
+                heard += more
+        assert b"zwei" in heard and not heard.endswith(b"0\r\n\r\n")  # it is told from a whole one
+        until(lambda: axon.metrics.totals() == {"late": 1})
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 # The world around it --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from prompting_nb.baseminer.answering import Once, RepeatedPrompt
 from prompting_nb.baseminer.cache import PromptCache, prompt_key
 from prompting_nb.protocol import Prompting
 
@@ -32,6 +33,18 @@ def test_a_claim_that_is_released_may_be_made_again():
     assert cache.claim(b"k", 5)
     cache.release(b"k"), cache.release(b"never claimed")
     assert not cache.recent(b"k", 5) and cache.claim(b"k", 5)
+
+
+def test_a_claim_is_released_by_the_request_that_has_made_it():
+    block, question = [1], Prompting.ask("hello")
+    once = Once(PromptCache(span=1), lambda: block[0])
+    with pytest.raises(ValueError, match="late"), once.claimed(question):
+        block[0] = 3
+        with once.claimed(question):
+            pass
+        raise ValueError("late")
+    with pytest.raises(RepeatedPrompt), once.claimed(question):  # it has been answered at block 3
+        pass
 
 
 def test_old_claims_and_the_oldest_beyond_the_bound_are_dropped():

@@ -922,19 +922,21 @@ def test_what_is_valid_does_not_depend_on_the_length(read, message):
 
 
 @settings(max_examples=300, deadline=None)
-@given(message=JSON | st.recursive(st.text('"\\\\[{x', max_size=6), lambda inner: st.lists(inner, max_size=4), max_leaves=8),
-       most=st.integers(0, 4), loose=st.booleans())  # fmt: skip
-def test_brackets_are_counted_outside_of_texts(message, most, loose):
+@given(message=JSON | st.recursive(st.text('"\\\\[{,x', max_size=6), lambda inner: st.lists(inner, max_size=4), max_leaves=8),
+       most=st.integers(0, 4), commas=st.integers(0, 4), loose=st.booleans())  # fmt: skip
+def test_brackets_and_commas_are_counted_outside_of_texts(message, most, commas, loose):
     text = json.dumps(message, separators=None if loose else (",", ":"))
     outside = re.sub(r'"(\\.|[^"\\])*"', "", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(protocol, "_BRACKETS", most)
+        patch.setattr(protocol, "_COMMAS", commas)
+        few = outside.count("[") + outside.count("{") <= most and outside.count(",") <= commas
         try:
-            protocol._check_brackets(text.encode())
+            protocol._check_parts(text.encode())
         except ValueError:
-            assert outside.count("[") + outside.count("{") > most
+            assert not few
         else:
-            assert outside.count("[") + outside.count("{") <= most or len(text) <= most
+            assert few or len(text) <= most
 
 
 @pytest.mark.parametrize("read", [read_reply, read_event, read_body])

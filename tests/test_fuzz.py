@@ -77,7 +77,8 @@ def changed(data: bytes, edits: list) -> bytes:
 
 TOKENS = [b"\r\n", b"\n", b"\r", b" ", b":", b"\0", b"\xff", b",", b";", b"0", b"-1", b"9" * 20, b"content-length: 3\r\n", b"chunked",
           b"transfer-encoding: chunked\r\n", b"upgrade: x\r\nconnection: upgrade\r\n", b"expect: 100-continue\r\n", b"HTTP/1.0",
-          b"connection: close\r\n", b"{", b"]", b'"', b"null", b"\\ud800", b"1e999", b"GET / HTTP/1.1\r\n\r\n"]  # fmt: skip
+          b"connection: close\r\n", b"{", b"]", b'"', b"null", b"\\ud800", b"1e999", b"host: x\r\n",
+          b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"]  # fmt: skip
 edits = st.tuples(
     st.floats(0, 1),
     st.sampled_from(["cut", "put", "replace", "repeat", "end"]),

@@ -23,9 +23,11 @@ from bittensor import http_auth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompting_nb.network import metrics as metrics_module
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.metrics import Metrics
 from prompting_nb.network.queue import WorkQueue
 from prompting_nb.network.server import Limits
 from prompting_nb.protocol import Prompting, write_body
@@ -312,12 +314,12 @@ def test_malformed_bodies_are_the_callers_fault(axon, body):
 def test_size_limits(axon):
     big = b" " * 10_001
     assert post(axon, big, sign(big))[0] == 413
-    announced = b"POST /Prompting HTTP/1.1\r\ncontent-length: 50000000\r\n\r\n"
+    announced = b"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: 50000000\r\n\r\n"
     assert raw(axon, announced) == 413  # not one byte of the body was needed
     chunk = b"1000\r\n" + b"x" * 4096 + b"\r\n"
-    assert raw(axon, b"POST /Prompting HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" + 3 * chunk) == 413
-    assert raw(axon, b"POST /Prompting HTTP/1.1\r\nx: " + b"y" * 20_000 + b"\r\ncontent-length: 0\r\n\r\n") == 431
-    assert raw(axon, b"POST /Prompting HTTP/1.1\r\ncontent-length: 100\r\n\r\nthe rest never comes") == 408
+    assert raw(axon, b"POST /Prompting HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n" + 3 * chunk) == 413
+    assert raw(axon, b"POST /Prompting HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 20_000 + b"\r\ncontent-length: 0\r\n\r\n") == 431
+    assert raw(axon, b"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nthe rest never comes") == 408
     assert ask(axon)[0] == 200
 
 
@@ -349,7 +351,7 @@ def test_generated_nonsense_is_never_our_error(nonsense_axon, data, signed):
     if signed:
         status = post(nonsense_axon, data, sign(data))[0]
     else:
-        status = raw(nonsense_axon, b"POST /Prompting HTTP/1.1\r\n" + data + b"\r\n\r\n")
+        status = raw(nonsense_axon, b"POST /Prompting HTTP/1.1\r\nhost: x\r\n" + data + b"\r\n\r\n")
     assert status is None or 400 <= status < 500
 
 
@@ -364,7 +366,7 @@ def test_limits_are_shared_by_servers_that_share_nothing_else():
     told = []
     limits = Limits(head_timeout=0.2, refused=told.append)
     with Axon(MINER, limits=limits).attach(echo) as one, Axon(MINER, limits=limits).attach(echo) as two:
-        assert raw(one, b"GET / HTTP/1.1\r\nx: ") == 408
+        assert raw(one, b"GET / HTTP/1.1\r\nhost: x\r\nx: ") == 408
         refused = [a.metrics.registry.get_sample_value("axon_connections_refused_total", {"reason": "slow"})
                    for a in (one, two)]  # fmt: skip
         assert (refused, told) == ([1, None], ["slow"])
@@ -473,7 +475,7 @@ def test_work_whose_caller_is_gone_or_late_is_not_started():
         assert held.entered.wait(SECONDS)
         body = write_body(Prompting.ask("gone"))
         headers = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items())
-        request = f"POST /Prompting HTTP/1.1\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
+        request = f"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
         line = socket.create_connection((axon.host, axon.port))
         line.sendall(request)
         until(lambda: axon.health()["waiting"] == 1)
@@ -524,7 +526,7 @@ def test_the_time_that_a_body_takes_counts():
     body = write_body(Prompting.ask("hello", timeout=0.2))
     with Axon(MINER).attach(held) as axon, socket.create_connection((axon.host, axon.port), timeout=SECONDS) as line:
         headers = "".join(f"{k}: {v}\r\n" for k, v in sign(body).items())
-        line.sendall(f"POST /Prompting HTTP/1.1\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body[:-1])
+        line.sendall(f"POST /Prompting HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body[:-1])
         time.sleep(0.3)  # longer than this caller wants to wait
         line.sendall(body[-1:])
         assert line.recv(4096).startswith(b"HTTP/1.1 504 ")
@@ -576,6 +578,17 @@ def test_stop_gives_up_what_does_not_end():
     until(lambda: threads_of(axon) == [])
 
 
+def test_stop_refuses_what_waits_until_the_time_of_its_nonce():
+    now, body = time.time_ns(), write_body(Prompting.ask("hello"))
+    axon = Axon(MINER, drain=SECONDS, clock=lambda: now).attach(echo).start()
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(post, axon, body, sign(body, nonce_ns=now + 19 * 10**8))
+        until(lambda: axon._entry.early)
+        axon.stop()
+        status, told, headers = asked.result()
+    assert (status, told, headers["retry-after"]) == (503, {"error": "the miner is stopping"}, "1")
+
+
 def test_starting_and_stopping_leaks_nothing():
     axon = Axon(MINER).attach(echo)
 
@@ -602,13 +615,13 @@ def test_a_forked_child_keeps_neither_port_nor_connections():
         warnings.simplefilter("ignore")
         with Axon(make_wallet("miner")).attach(lambda synapse: synapse) as axon:
             line = socket.create_connection((axon.host, axon.port), timeout=10)
-            line.sendall(b"GET /health HTTP/1.1\\r\\n\\r\\n")
+            line.sendall(b"GET /health HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
             assert b"200" in line.recv(4096)
             child = os.fork()
             if child == 0:
                 time.sleep(60)
                 os._exit(0)
-            line.sendall(b"GET /health HTTP/1.1\\r\\n\\r\\n")  # the parent goes on
+            line.sendall(b"GET /health HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")  # the parent goes on
             assert b"200" in line.recv(4096)
         assert line.recv(4096) == b""  # closed, although the child lives
         try:
@@ -837,3 +850,20 @@ def test_a_stream_without_its_last_line_is_no_completion(end, status):
     got = stream.answer
     assert (got.dendrite.status_code, got.completion) == (status, "Half of it" if status == 200 else None)
     assert got.dendrite.status_message == ("Success, unsigned" if status == 200 else "the answer was cut off")
+
+
+def test_a_page_of_metrics_of_many_processes_is_made_beside_the_event_loop(monkeypatch):
+    makers, merge = [], metrics_module.merge_texts
+    monkeypatch.setattr(metrics_module, "merge_texts", lambda texts: makers.append(threading.get_ident()) or merge(texts))
+
+    class Shared:
+        async def exchange(self, text):
+            return {"one": text, "two": text}
+
+    async def page():
+        metrics = Metrics(waiting=lambda: 3)
+        metrics.shared = Shared()
+        return await metrics.page()
+
+    assert b'axon_queue_depth{process="two"} 3.0' in asyncio.run(page())
+    assert len(makers) == 1 and makers[0] != threading.get_ident()

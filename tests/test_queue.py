@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompting_nb.network import queue as queue_module
 from prompting_nb.network.queue import QueueFull, Slot, Threads, WorkQueue, apart, is_stream, work
 
 SECONDS = 10  # longest wait for something that must happen
@@ -269,6 +270,33 @@ async def test_a_slot_is_free_when_its_last_holder_lets_go():
         assert queue.running == running
 
 
+def test_work_that_ends_when_it_is_cancelled_is_not_logged(caplog, monkeypatch):
+    monkeypatch.setattr(queue_module, "_MARGIN", SECONDS)
+
+    async def ends():
+        try:
+            await asyncio.sleep(SECONDS)
+        finally:
+            for _ in range(5):
+                time.sleep(0.002)  # as other requests do, each in a turn of the loop
+                await asyncio.sleep(0)
+
+    async def test():
+        queue = WorkQueue(1, 1)
+        slot = await queue.slot(0)
+        task = asyncio.ensure_future(apart(ends(), slot))
+        await turns()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        slot.release()
+        queue.outlive(slot, queue.clock())
+        await until(lambda: not queue.running)
+
+    asyncio.run(test())
+    assert not caplog.records
+
+
 def test_work_that_goes_on_after_its_time_is_counted_and_logged(caplog):
     held = "work goes on although its time is up: {} of 2 workers are held by such"
     every = "all 2 workers are held by work whose time is up; no request is answered until one of them ends"
@@ -286,11 +314,16 @@ def test_work_that_goes_on_after_its_time_is_counted_and_logged(caplog):
         asyncio.get_running_loop().call_later = lambda seconds, *call: looks.append((seconds, *call))
         queue.outlive(one, 103.0)
         queue.outlive(two, 99.0)
-        assert looks == [(pytest.approx(3.001), queue._look, one), (0.001, queue._look, two)]
+        assert looks == [(pytest.approx(3.051), queue._look, one), (pytest.approx(0.051), queue._look, two)]
+        assert (queue.stuck, queue.running) == (0, 2)  # it may be about to end
+        now[0] = 100.049
+        queue._look(two)  # the timer was early: it is set again
+        assert looks[2:] == [(pytest.approx(0.002), queue._look, two)] and said() == []
+        now[0] = 100.051
         assert (queue.stuck, queue.running) == (1, 2)
         queue._look(two)
         assert said() == [("WARNING", held.format(1))]
-        now[0] = 103.0
+        now[0] = 103.051
         assert queue.stuck == 2
         queue._look(one)
         assert said() == [("WARNING", held.format(2)), ("ERROR", every)]
@@ -302,9 +335,10 @@ def test_work_that_goes_on_after_its_time_is_counted_and_logged(caplog):
         two.release()
         assert said() == [] and (queue.stuck, queue.running) == (0, 0)
         queue.outlive(two, 99.0)  # nobody holds it
-        assert len(looks) == 2 and queue.stuck == 0
+        assert len(looks) == 3 and queue.stuck == 0
         for slot in (await queue.slot(0), await queue.slot(0)):
             queue.outlive(slot, 0.0)
+        now[0] += 0.051
         queue._look(slot)
         assert said() == [("WARNING", held.format(2)), ("ERROR", every)]  # again, since one was free in between
 

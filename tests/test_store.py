@@ -24,7 +24,7 @@ from prompting_nb.network.auth import Refusal
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.legacy import legacy_headers
-from prompting_nb.network.store import Store, StoredNonces, StoredQuota
+from prompting_nb.network.store import Store, StoredNonces, StoredPrompts, StoredQuota
 from prompting_nb.protocol import Prompting, write_body
 
 REDIS = shutil.which("redis-server")
@@ -330,6 +330,18 @@ def test_a_follower_neither_publishes_nor_sets_weights(pair):
     assert leader.axon.port != follower.axon.port
     published = leader.subtensor.subnets.metagraph(1).neuron(0).axon
     assert published == leader.axon.address
+
+
+def test_a_stored_claim_is_released_by_its_block(redis):
+    with Axon(MINER, nonces=StoredNonces(store := Store(redis.url, ME))).attach(echo):
+        prompts = StoredPrompts(store, span=1)
+        assert prompts.claim(b"k", 1) and prompts.claim(b"k", 3)
+        prompts.release(b"k", 1)  # a slow answer to the first has failed
+        assert prompts.recent(b"k", 3)
+        prompts.release(b"k", 3)
+        assert not prompts.recent(b"k", 3) and prompts.claim(b"k", 3)
+        prompts.release(b"k")  # whoever has claimed it
+        assert not prompts.recent(b"k", 3)
 
 
 def page(axon):

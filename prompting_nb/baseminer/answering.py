@@ -164,6 +164,7 @@ class Claim:
         synapse: Prompting,  # the request, whose roles and messages count
     ):
         self.once, self.synapse, self.key, self.kept = once, synapse, b"", False
+        self.block = 0  # at which it was claimed
 
     def keep(self) -> None:
         "Keep the claim, whatever comes."
@@ -173,13 +174,14 @@ class Claim:
         once = self.once
         if once.cache is not None:
             self.key = prompt_key(self.synapse, once.per_caller)
-            if not once.cache.claim(self.key, once.block()):
+            self.block = once.block()
+            if not once.cache.claim(self.key, self.block):
                 raise once.repeated()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None and not self.kept and self.once.cache is not None:
-            self.once.cache.release(self.key)
+            self.once.cache.release(self.key, self.block)
 
 
 def _give_back(claim: Claim, claiming: asyncio.Future) -> None:

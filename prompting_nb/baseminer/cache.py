@@ -62,10 +62,12 @@ class PromptCache:
     def release(
         self,
         key: bytes,  # from `prompt_key`
+        block: int | None = None,  # of the claim; None: whoever has claimed it
     ) -> None:
         "Give a claimed prompt back, because it could not be answered."
         with self._lock:
-            self._claims.pop(key, None)
+            if block is None or self._claims.get(key) == block:
+                self._claims.pop(key, None)
 
     def _evict(self, block: int) -> None:
         "Drop claims that are older than the span, and the oldest above `max_entries`."

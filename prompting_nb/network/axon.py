@@ -124,6 +124,7 @@ class Axon:
         )
         self._memory = MemoryNonces(clock)
         self._gate = Gatekeeper(self.hotkey, self._memory, clock)
+        self._entry = _Entry(self._gate, 0)
         self._attached: _Attached | None = None
         self._admission = _Admission(WorkQueue(workers, max_queue, ageing))
         self._application: _Application | None = None
@@ -167,7 +168,7 @@ class Axon:
             self.max_timeout,
             self._limits.write_timeout,
         )
-        entry = _Entry(self._gate, 16 * self.max_body)
+        self._entry = entry = _Entry(self._gate, 16 * self.max_body)
         queue = WorkQueue(self.workers, self.max_queue, self.ageing)
         self._admission = _Admission(queue)
         self._threads = Threads(self.workers, f"axon-{self.port}-work")
@@ -257,12 +258,16 @@ class Axon:
                     "stopping: %d requests may finish, new ones are refused",
                     len(admission.requests),
                 )
-                drain = partial(admission.drain, self.drain)
-                self._server.stop(drain, limit=self.drain + 3)
+                self._server.stop(self._drain, limit=self.drain + 3)
                 if self._threads is not None:
                     self._threads.close()
                 self._gate.nonces.close()
                 self._server = None
+
+    async def _drain(self) -> None:
+        "Refuse what waits to be admitted, and let the rest finish."
+        self._entry.stop()
+        await self._admission.drain(self.drain)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -431,6 +436,7 @@ class _Endpoint:
             synapse = await request.wire.parse(request, caller)
         except ValueError as error:
             raise Refusal(400, str(error), "malformed") from None
+        request.body = b""  # it takes no memory while it is worked on
         if self._attached.check is not None:
             await _call(self._attached.check, synapse, request.wait)
         return synapse
@@ -607,8 +613,7 @@ class _Admission:
     def admit(self, deadline: _Deadline, priority: float) -> None:
         "Admit a request; `Refusal` 503 at a stop, or without a place in the queue."
         if self.stopping:
-            headers = (*_AGAIN, *_CLOSE)
-            raise Refusal(503, "the miner is stopping", "stopping", headers)
+            raise _stopping()
         try:
             self.queue.check(priority)
         except QueueFull:
@@ -631,8 +636,11 @@ class _Admission:
                 seconds,
             )
         for deadline in list(self.requests):
-            refusal = Refusal(503, "the miner is stopping", "stopping", _CLOSE)
-            deadline.cancel(refusal)
+            deadline.cancel(_stopping())
+
+
+def _stopping() -> Refusal:
+    return Refusal(503, "the miner is stopping", "stopping", (*_AGAIN, *_CLOSE))
 
 # %% ../../nbs/network/00_axon.ipynb #c019
 class _Worker:
@@ -775,6 +783,7 @@ class _Exchange:
         "deadline",
         "caller",
         "signed",
+        "body",
         "_head_sent",
         "_waited",
     )
@@ -793,6 +802,7 @@ class _Exchange:
         self._began, self.deadline = time.monotonic(), _Deadline(receive, on_leave)
         self.caller: Any = None  # `Terminal`, when it is verified
         self.signed: Any = None  # what `wire` keeps from `identify` to `parse`
+        self.body: bytes | None = None  # when it has been read, until it is parsed
         self._head_sent = False
         self._waited = 0.0  # seconds that pieces were not taken
 
@@ -802,15 +812,19 @@ class _Exchange:
         return time.monotonic() - self._began
 
     async def read(self, bounds: _Bounds) -> bytes:
-        "Read the body; `Refusal` 408 if it does not arrive in time."
+        "Read the body, once; `Refusal` 408 if it does not arrive in time."
+        if self.body is not None:
+            return self.body
         arrived = (self.scope.get("extensions") or {}).get("connection.arrived")
         if arrived is not None and arrived():
-            return await _read_body(self._receive, bounds.max_body)
+            self.body = await _read_body(self._receive, bounds.max_body)
+            return self.body
         late = "the body did not arrive in time"
         refusal = partial(Refusal, 408, late, "slow", _CLOSE)
         self.deadline.start(bounds.body_timeout, refusal)
         try:
-            return await _read_body(self._receive, bounds.max_body)
+            self.body = await _read_body(self._receive, bounds.max_body)
+            return self.body
         finally:
             self.deadline.stop()
 
@@ -876,7 +890,9 @@ class _Exchange:
             await self._whole(refusal.status, body, (*refusal.headers, *headers))
         elif last := self.wire.broken(refusal):
             await self._body(last)
-        # otherwise the answer stays unfinished, and the connection is closed
+        elif "connection.arrived" in (self.scope.get("extensions") or ()):
+            await self._send({"type": "connection.unfinished"})
+        # another server sees that the answer is not whole, and closes the connection
 
     async def _whole(self, status: int, body: bytes, headers: tuple) -> None:
         length = (b"content-length", b"%d" % len(body))
@@ -911,15 +927,15 @@ class _Btauth:
         path = scope["raw_path"].decode("latin-1")
         if query := scope["query_string"].decode("latin-1"):
             path = f"{path}?{query}"
-        request.signed = body
         gate = self._entry.gate
         caller = gate.check(scope["headers"], body, scope["method"], path)
-        return await self._entry.accept(caller, request, len(body))
+        return await self._entry.accept(caller, request)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Parse the prompt in the body; `ValueError` if there is none."
         ends = {"dendrite": caller.dendrite, "axon": caller.axon}
-        return read_body(request.signed, self.bounds.max_timeout, self._kind, ends)
+        body, limit = request.body or b"", self.bounds.max_timeout
+        return read_body(body, limit, self._kind, ends)
 
     def answer(self, request: _Exchange, synapse: Prompting) -> tuple[bytes, tuple]:
         "Make body and headers of a completion."
@@ -974,7 +990,7 @@ class _Legacy:
         "Verify the caller. The signature covers a hash of the body's content."
         headers = request.scope["headers"]
         caller, request.signed = check_legacy(self._entry.gate, headers)
-        return await self._entry.accept(caller, request, 0)
+        return await self._entry.accept(caller, request)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Read the body and parse the prompt; `Refusal` 401 if the hash is another."
@@ -1023,26 +1039,34 @@ class _Entry:
     """
 
     def __init__(self, gate: Gatekeeper, most: int):
-        self.gate, self._most = gate, most
+        self.gate, self._most, self._stopped = gate, most, False
         self.early = 0  # bytes of bodies in memory; `most` of them are allowed
         self._held: dict[_Exchange, tuple[int, int]] = {}  # nonce and bytes of each
 
-    async def accept(self, caller: Terminal, request: _Exchange, size: int) -> Terminal:
-        "Store the nonce of a caller with a body of `size`; `Refusal` 401 for a replay."
+    async def accept(self, caller: Terminal, request: _Exchange) -> Terminal:
+        "Store the nonce of a caller; `Refusal` 401 for a replay."
         gate = self.gate
-        if (ahead := (caller.nonce or 0) - gate.clock()) > 0:
-            with self._hold(request, caller.nonce or 0, size):
-                return await request.wait(gate.accept(caller), ahead / 1e9)
+        if (caller.nonce or 0) > gate.clock():
+            return await self._wait(caller, request)
         if isinstance(gate.nonces, MemoryNonces):  # nothing there has to be waited for
             return await gate.accept(caller)
         return await request.wait(gate.accept(caller))
 
+    async def _wait(self, caller: Terminal, request: _Exchange) -> Terminal:
+        "Accept a nonce when its time has come. Until then the whole body is counted."
+        gate, nonce = self.gate, caller.nonce or 0
+        body = await request.read(request.wire.bounds)  # it may come in this time
+        if self._stopped:
+            raise _stopping()
+        with self._hold(request, nonce, len(body)):
+            ahead = max(0, nonce - gate.clock())
+            return await request.wait(gate.accept(caller), ahead / 1e9)
+
     @contextmanager
     def _hold(self, request: _Exchange, nonce: int, size: int) -> Iterator[None]:
         "Count a body for a `with` block; `Refusal` 503 if there are too many."
-        if size:
-            self._held[request] = nonce, size
-            self.early += size
+        self._held[request] = nonce, size
+        self.early += size
         try:
             while self.early > self._most:
                 last = max(self._held, key=lambda held: self._held[held][0])
@@ -1053,6 +1077,12 @@ class _Entry:
             yield
         finally:
             self._forget(request)
+
+    def stop(self) -> None:
+        "Refuse those that wait until their time, now and from now on."
+        self._stopped = True
+        for request in self._held:
+            request.deadline.cancel(_stopping())
 
     def _forget(self, request: _Exchange) -> None:
         if (held := self._held.pop(request, None)) is not None:

@@ -517,6 +517,8 @@ class _Reader:
             return ("CONNECT is not supported",)
         if self._hosts > 1:
             return ("there are two Host headers",)
+        if self._hosts == 0 and version == "1.1":
+            return ("there is no Host header",)
         if self._coding and (self._coding != b"chunked" or version == "1.0"):
             return ("chunked is the only transfer coding here",)
         texts = chain.from_iterable(self._headers)
@@ -722,13 +724,17 @@ class _Exchange:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
-        "Send the start of the answer, or a part of its body."
-        if message["type"] == "http.response.start":
+        "Send the start of the answer or a part of its body, or leave it unfinished."
+        kind = message["type"]
+        if kind == "http.response.start":
             self._start(message)
-        elif message["type"] != "http.response.body" or self._head is None:
-            raise RuntimeError(f"unexpected ASGI message {message['type']}")
-        else:
+        elif kind == "http.response.body" and self._head is not None:
             await self._send(message.get("body", b""), message.get("more_body", False))
+        elif kind == "connection.unfinished":
+            self._gone = True
+            self._connection.evict("unfinished")
+        else:
+            raise RuntimeError(f"unexpected ASGI message {kind}")
 
     async def _send(self, body: bytes, more: bool) -> None:
         if self._gone:

@@ -6,6 +6,7 @@
 __all__ = ['Metrics', 'outcome', 'merge_texts']
 
 # %% ../../nbs/network/07_metrics.ipynb #c002
+import asyncio
 from typing import Any, Callable, Mapping
 
 from prometheus_client import (
@@ -98,7 +99,8 @@ class Metrics:
         "Return the metrics; with a store, those of the other processes as well."
         if self.shared is None:
             return self.text()
-        return merge_texts(await self.shared.exchange(self.text().decode()))
+        texts = await self.shared.exchange(self.text().decode())
+        return await asyncio.to_thread(merge_texts, texts)  # slow for many processes
 
 
 _SECONDS = 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1  # upper bounds of buckets

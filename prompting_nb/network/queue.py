@@ -47,7 +47,7 @@ class WorkQueue:
         self.running = 0  # slots that are taken
         self._passed_on = 0  # slots given to requests that waited, so far
         self._line = _Line()
-        self._outlived: dict[Slot, float] = {}  # until when their requests had time
+        self._outlived: dict[Slot, float] = {}  # from when on they count as stuck
         self._told = False  # that every slot is held by work that is late
 
     @property
@@ -59,7 +59,7 @@ class WorkQueue:
     def stuck(self) -> int:
         "Count the slots held by work whose request has ended and whose time is up."
         now = self.clock()
-        return sum(until <= now for until in self._outlived.values())
+        return sum(since <= now for since in self._outlived.values())
 
     @property
     def full(self) -> bool:
@@ -142,14 +142,17 @@ class WorkQueue:
     ) -> None:
         "Note that the work for a request goes on after it has ended, if it does."
         if slot.held:
-            self._outlived[slot] = until
-            seconds = max(0.0, until - self.clock())
-            loop = asyncio.get_running_loop()
-            loop.call_later(seconds + 0.001, self._look, slot)
+            self._outlived[slot] = max(until, self.clock()) + _MARGIN
+            self._look(slot)
 
     def _look(self, slot: "Slot") -> None:
-        "Log that the time of a slot's work is up, and once if that is so for all."
+        "Log when the time of a slot's work is up, and once if that is so for all."
         if slot not in self._outlived:
+            return
+        wait = self._outlived[slot] - self.clock()
+        if wait > 0:  # also after a timer, which goes by another clock
+            loop = asyncio.get_running_loop()
+            loop.call_later(wait + 0.001, self._look, slot)
             return
         late = "work goes on although its time is up: %d of %d workers are held by such"
         _log.warning(late, self.stuck, self.workers)
@@ -160,6 +163,9 @@ class WorkQueue:
                 "no request is answered until one of them ends",
                 self.workers,
             )
+
+
+_MARGIN = 0.05  # seconds in which work that was cancelled may end
 
 
 class QueueFull(Exception):

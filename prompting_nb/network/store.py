@@ -331,7 +331,12 @@ end
 if ARGV[3] ~= '0' then redis.call('set', KEYS[1], ARGV[1], 'px', ARGV[3]) end
 return 1
 """
-_RELEASE = "return redis.call('del', KEYS[1])"
+_RELEASE = """
+if ARGV[1] == '' or redis.call('get', KEYS[1]) == ARGV[1] then
+  return redis.call('del', KEYS[1])
+end
+return 0
+"""
 _BLOCK = 24_000  # milliseconds: twice what a block takes
 
 
@@ -368,10 +373,11 @@ class StoredPrompts:
     def release(
         self,
         key: bytes,  # of `prompt_key`
+        block: int | None = None,  # of the claim; None: whoever has claimed it
     ) -> None:
         "Give a claimed prompt back, because it could not be answered."
         with suppress(Refusal):  # the store is away, and has said so
-            self._ask(_RELEASE, key, [])
+            self._ask(_RELEASE, key, ["" if block is None else block])
 
     def _ask(self, script: str, key: bytes, arguments: list) -> int:
         keys = [self.store.key("prompt", key.hex())]
