@@ -442,6 +442,36 @@ def test_a_chain_that_stands_still_is_a_problem():
     assert by_hand.problem() is None  # as on any embedded chain, whose blocks may be made by hand
 
 
+def test_a_source_of_prompts_that_waits_keeps_nobody_else_waiting(network, tmp_path):
+    "As a pipe that says nothing for hours: prompts come over HTTP meanwhile, the chain is followed, and a stop saves the state."
+    waiting, more = threading.Event(), threading.Event()
+
+    def prompts():
+        yield "Is 1 a number?"
+        waiting.set()
+        more.wait()
+        yield "Is 2 a number?"
+
+    with service_of(network, tmp_path, prompts=prompts(), concurrent=2, sync_every=1) as service, Endpoint(service) as endpoint:
+        assert waiting.wait(SECONDS)
+        asked = [threading.Thread(target=post, args=(endpoint.address, {"prompt": f"{n}?"}), daemon=True) for n in range(3)]
+        for thread in asked:
+            thread.start()
+        for thread in asked:
+            thread.join(SECONDS)
+        assert not any(thread.is_alive() for thread in asked) and service.validator.steps == 4
+        network.chain.step(30)
+        until(lambda: service._synced_at >= 30)
+        assert not service.join(0.01) and not service.problems()
+        stopping = threading.Thread(target=service.stop, args=(SECONDS,), daemon=True)
+        stopping.start()
+        stopping.join(SECONDS / 2)  # nothing is under way: there is nothing to wait for
+        assert not stopping.is_alive() and read_about(tmp_path)["step"] == 4
+        more.set()
+        assert service.join(SECONDS)
+    assert len(events(tmp_path)) == 4
+
+
 def test_prompts_that_cannot_be_read_end_the_asking_and_are_reported(network, tmp_path, caplog):
     def prompts():
         yield "Is 1 a number?"

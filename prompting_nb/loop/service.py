@@ -125,11 +125,12 @@ class Service:
             longest_pause=30.0,
             longest_look=_CALLS_OF_A_LOOK * validator.client.seconds,
         )
-        self._lock = threading.Lock()  # of gate, averages, journal and prompts
+        self._lock = threading.Lock()  # of gate, averages and journal
+        self._taking = threading.Lock()  # of the prompts: their source may wait long
         self._stopping, self._ended = threading.Event(), threading.Event()
         self._unwritten: deque[Event] = deque()  # learned, but not on disk yet
         self._under_way = 0  # rounds that are asked now
-        self._pending = 0  # prompts of the list without an event
+        self._done = self.prompts.taken  # prompts of the source with an event, or lost
         # steps without an event, ever and in a row, and why the latest is one
         before = self.saved.about if self.saved else {}
         self._left_out = int(before.get("steps_left_out", 0))
@@ -137,6 +138,7 @@ class Service:
         self._last_start = -math.inf
         self._synced_at, self._tried_at = 0.0, -math.inf  # blocks
         self._asking: list[threading.Event] = []  # of each thread: set when it ends
+        self._idle: set[threading.Event] = set()  # of those that wait for a prompt
         self._died: list[str] = []  # threads that ended by an error, and by which
         self._said: dict[str, str] = {}
 
@@ -160,16 +162,16 @@ class Service:
         "Finish what is under way, save the state and close; once."
         if self._ended.is_set():
             return
-        self._stopping.set()
         deadline = time.monotonic() + timeout
-        late = sum(
-            not ended.wait(max(0.0, deadline - time.monotonic()))
-            for ended in self._asking
-        )
-        if late:
+        left = lambda: max(0.0, deadline - time.monotonic())
+        with self._lock:
+            self._stopping.set()
+            busy = [ended for ended in self._asking if ended not in self._idle]
+        self.runner.stopping.set()
+        if late := sum(not ended.wait(left()) for ended in busy):
             late = count_of(late, "prompt")
             _log.error("%s did not end within %g s", late, timeout)
-        self.runner.stop()
+        self.runner.stop(min(10.0, max(0.1, left())))
         with self._lock:
             try:
                 self._flush()
@@ -280,7 +282,9 @@ class Service:
     def _ask_on(self, ended: threading.Event) -> None:
         "Ask prompt after prompt until told to stop; set `ended` then."
         try:
-            self._ask_all()
+            while (prompt := self._next_prompt(ended)) is not None:
+                self._pace()
+                self._ask_once(prompt)
         except BaseException as error:  # nobody else sees what ends a thread
             what = f"{type(error).__name__}: {error}"
             name = threading.current_thread().name
@@ -289,23 +293,30 @@ class Service:
         finally:
             ended.set()
 
-    def _ask_all(self) -> None:
-        while not self._stopping.is_set():
+    def _next_prompt(self, idle: threading.Event) -> Optional[str]:
+        "Wait for the next prompt; `None`: there are no more, or it is to stop."
+        with self._lock:
+            if self._stopping.is_set():
+                return None
+            self._idle.add(idle)  # a stop does not wait for it
+        try:
+            with self._taking:
+                over = self._stopping.is_set() or self._is_enough()
+                prompt = None if over else self.prompts.take()
+        except Exception as error:  # of a stranger's iterator
+            text = "no more prompts can be read: %s: %s"
+            _log.error(text, type(error).__name__, error)
+            return None
+        finally:
             with self._lock:
-                limit = self.settings.steps
-                if limit and self.validator.steps + self._pending >= limit:
-                    return
-                try:
-                    prompt = self.prompts.take()
-                except Exception as error:  # of a stranger's iterator
-                    text = "no more prompts can be read: %s: %s"
-                    _log.error(text, type(error).__name__, error)
-                    prompt = None
-                if prompt is None:  # the iterator has ended
-                    return
-                self._pending += 1
-            self._pace()
-            self._ask_once(prompt)
+                self._idle.discard(idle)
+        return None if self._stopping.is_set() else prompt
+
+    def _is_enough(self) -> bool:
+        "Tell whether the prompts that were taken lead to the last step."
+        with self._lock:
+            pending = self.prompts.taken - self._done
+            return 0 < self.settings.steps <= self.validator.steps + pending
 
     def _ask_once(self, prompt: str) -> None:
         "Ask a prompt as soon as that is possible; leave it out when the step fails."
@@ -322,7 +333,7 @@ class Service:
                 text = "a step failed and is left out (%s: %s); prompt: %.100s"
                 _log.error(text, type(error).__name__, error, prompt)
                 with self._lock:
-                    self._pending -= 1
+                    self._done += 1
                     self._try_to_save()  # it says how many prompts are done
                 # fewer and fewer are lost while nothing works
                 doubled = min(max(0, self._in_a_row - _MOST_LEFT_OUT), 10)
@@ -384,7 +395,7 @@ class Service:
     def _learn(self, round: Round, listed: bool) -> Event:
         "Learn from a round, write its event, and save the state when it is time."
         event = self.validator.learn(round, block=self.chain.block)
-        self._pending -= listed
+        self._done += listed
         self._in_a_row = 0
         self._unwritten.append(event)
         self.latest = event
@@ -407,7 +418,7 @@ class Service:
     def _save(self) -> None:
         "Save the state, unless there are events that are not on disk."
         if not self._unwritten:
-            about = {"prompts_taken": self.prompts.taken - self._pending}
+            about = {"prompts_taken": self._done}
             about["late_rewards"] = self.journal.late_rewards
             about["steps_left_out"] = self._left_out
             save_state(self.validator, self.folder, **self.about, **about)
