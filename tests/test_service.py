@@ -329,6 +329,73 @@ def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
         assert read_about(tmp_path)["step"] == 1
 
 
+def test_a_prompt_that_is_late_at_the_stop_leaves_the_folder_to_the_next(tmp_path):
+    "Were it learned and written after the end, the log would hold two steps of one number, and no validator would start."
+    begun, over, found = threading.Event(), threading.Event(), []
+
+    def slow(prompt):
+        if prompt == "slow?":
+            begun.set()
+            over.wait(SECONDS)
+        return "at last"
+
+    def ask(service):
+        try:
+            found.append(service.step("slow?"))
+        except NotReady as error:
+            found.append(str(error))
+
+    with Network([Worker("slow", slow)]) as network:
+        with service_of(network, tmp_path, k=1, prompts=None, judge=later) as first:
+            first.step("quick?")
+            asking = threading.Thread(target=ask, args=(first,))
+            asking.start()
+            assert begun.wait(SECONDS)
+        with service_of(network, tmp_path, k=1, prompts=None, judge=later) as second:
+            second.step("first of the second")
+            over.set()
+            asking.join(SECONDS)
+            first._try_to_save()
+            with pytest.raises(NotReady, match="the validator has ended"):
+                first.reward(0, {1: 0.5})
+            assert found == ["the validator has ended"] and first.validator.steps == 1
+            second.step("second of the second")
+        assert [e["prompt"] for e in events(tmp_path)] == ["quick?", "first of the second", "second of the second"]
+        killed_early(tmp_path)
+        assert service_of(network, tmp_path, k=1, prompts=None, judge=later).validator.steps == 3 and not Journal(tmp_path).late()
+
+
+def test_a_stop_that_is_interrupted_writes_nothing_later(network, tmp_path, monkeypatch):
+    "As by a second Ctrl-C."
+    service = service_of(network, tmp_path, steps=0)
+    service.start()
+    until(lambda: service.validator.steps > 2)
+
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(service, "_finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        service.stop()
+    service._stopping.set()
+    assert service.join(SECONDS) and len(events(tmp_path)) == service.validator.steps == read_about(tmp_path)["step"]
+
+
+def test_a_service_that_cannot_start_its_threads_leaves_none_behind(network, tmp_path, monkeypatch):
+    start = threading.Thread.start
+    service = service_of(network, tmp_path, concurrent=3)
+
+    def limited(self):
+        if self.name == "asking-1":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        service.start()
+    assert service.join(0) and not service.runner.is_running and len(events(tmp_path)) == service.validator.steps
+
+
 def test_a_chain_that_is_away(network, tmp_path, caplog):
     with service_of(network, tmp_path, steps=0) as service:
         until(lambda: service.validator.steps > 2)
@@ -449,7 +516,7 @@ def test_a_source_of_prompts_that_waits_keeps_nobody_else_waiting(network, tmp_p
     def prompts():
         yield "Is 1 a number?"
         waiting.set()
-        more.wait()
+        more.wait(SECONDS)
         yield "Is 2 a number?"
 
     with service_of(network, tmp_path, prompts=prompts(), concurrent=2, sync_every=1) as service, Endpoint(service) as endpoint:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, TypeGuard
 
@@ -148,12 +147,16 @@ class Service:
         for finding in findings_of(self.validator.judge):
             _log.warning("the judge: %s", finding)
         self._save()  # so that events never stand without a state to start from
-        self.runner.start()
-        for number in range(self.settings.concurrent if self.prompts else 0):
-            ended = threading.Event()
-            self._asking.append(ended)
-            work, name = partial(self._ask_on, ended), f"asking-{number}"
-            threading.Thread(target=work, name=name, daemon=True).start()
+        try:
+            self.runner.start()
+            for number in range(self.settings.concurrent if self.prompts else 0):
+                work, name = self._ask_on, f"asking-{number}"
+                ended = threading.Event()
+                threading.Thread(None, work, name, [ended], daemon=True).start()
+                self._asking.append(ended)
+        except BaseException:  # there are no more threads: those that began end too
+            self.stop()
+            raise
 
     def stop(
         self,
@@ -162,6 +165,13 @@ class Service:
         "Finish what is under way, save the state and close; once."
         if self._ended.is_set():
             return
+        try:
+            self._finish(timeout)
+        finally:  # after a second Ctrl-C, too: from now on nothing is written
+            self._close()
+
+    def _finish(self, timeout: float) -> None:
+        "Wait for what is under way, and for no longer than that."
         deadline = time.monotonic() + timeout
         left = lambda: max(0.0, deadline - time.monotonic())
         with self._lock:
@@ -170,8 +180,12 @@ class Service:
         self.runner.stopping.set()
         if late := sum(not ended.wait(left()) for ended in busy):
             late = count_of(late, "prompt")
-            _log.error("%s did not end within %g s", late, timeout)
+            text = "%s did not end within %g s: what comes of it is not learned"
+            _log.error(text, late, timeout)
         self.runner.stop(min(10.0, max(0.1, left())))
+
+    def _close(self) -> None:
+        "Save the state; who comes later than this finds the service closed."
         with self._lock:
             try:
                 self._flush()
@@ -219,9 +233,10 @@ class Service:
         """Learn from rewards that the judge did not have; several threads may.
 
         Raises `InputError` for rewards that are not finite or for which nobody waits,
-        `NotReady` while the disk is full.
+        `NotReady` while the disk is full, and after the end.
         """
         with self._lock:
+            self._check_open()
             _, held = self.validator.pending.open.get(step, ("", {}))
             try:
                 given = {u: r for u, r in finite(rewards).items() if u in held}
@@ -394,6 +409,7 @@ class Service:
 
     def _learn(self, round: Round, listed: bool) -> Event:
         "Learn from a round, write its event, and save the state when it is time."
+        self._check_open()
         event = self.validator.learn(round, block=self.chain.block)
         self._done += listed
         self._in_a_row = 0
@@ -410,14 +426,20 @@ class Service:
 
     def _flush(self) -> None:
         "Write the events that are not on disk yet; raise OSError where that fails."
+        self._check_open()
         while self._unwritten:
             self.journal.append(self._unwritten[0])
             self._unwritten.popleft()
         self._say("disk", "")
 
+    def _check_open(self) -> None:
+        "Raise `NotReady` after the end: the folder may be another validator's by now."
+        if self._ended.is_set():
+            raise NotReady("the validator has ended")
+
     def _save(self) -> None:
-        "Save the state, unless there are events that are not on disk."
-        if not self._unwritten:
+        "Save the state, unless there are events that are not on disk, or it has ended."
+        if not self._unwritten and not self._ended.is_set():
             about = {"prompts_taken": self._done}
             about["late_rewards"] = self.journal.late_rewards
             about["steps_left_out"] = self._left_out
