@@ -1,5 +1,6 @@
 "A validator as a service: killed, without miners, without a chain, on a full disk; and the processes of a subnet."
 
+import asyncio
 import http.client
 import json
 import logging
@@ -1064,6 +1065,40 @@ def test_a_prompt_whose_judge_fails_says_so(network, tmp_path, error, code):
             post(endpoint.address, {"prompt": "Is 1 a number?"})
         assert found.value.code == code and str(error) in json.load(found.value)["error"]
         assert (found.value.headers["Retry-After"] == "1") == (code == 503)  # it is away, not broken
+
+
+@pytest.mark.parametrize("hangs", ["a prompt", "the server"])
+def test_an_endpoint_ends_whatever_is_under_way(tmp_path, monkeypatch, caplog, hangs):
+    "A miner that is silent for longer than a stop waits must neither hide a Ctrl-C nor leave a thread behind."
+    monkeypatch.setattr("prompting_nb.loop.endpoint._END", 0.2, raising=False)
+    begun, over, ended = threading.Event(), threading.Event(), []
+
+    def silent(prompt):
+        begun.set()
+        over.wait(SECONDS)
+        return "late"
+
+    async def never():
+        await asyncio.Event().wait()
+
+    def ask():
+        with pytest.raises((urllib.error.URLError, OSError)):
+            post(endpoint.address, {"prompt": "Is 1 a number?"})
+        ended.append(True)
+
+    with Network([Worker("silent", silent)]) as network:
+        with service_of(network, tmp_path, k=1, prompts=None) as service, pytest.raises(KeyboardInterrupt):
+            with Endpoint(service) as endpoint:
+                asking = threading.Thread(target=ask)
+                asking.start()
+                assert begun.wait(SECONDS)
+                if hangs == "the server":
+                    endpoint._runner = SimpleNamespace(cleanup=never)
+                raise KeyboardInterrupt
+        assert not endpoint._thread.is_alive() and ("in an orderly way" in caplog.text) == (hangs == "the server")
+        over.set()
+        asking.join(SECONDS)
+    assert ended and "Exception" not in caplog.text
 
 
 def test_a_body_that_does_not_arrive_is_given_up(network, tmp_path, monkeypatch):
