@@ -233,6 +233,71 @@ def test_a_judge_that_is_away_is_a_problem_and_other_uids_are_asked(network, tmp
         assert again._left_out == service._left_out >= 10
 
 
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), NotReady("the subnet is closed")], ids=["no file is free", "not ready"])
+def test_that_no_step_can_be_taken_is_a_problem(network, tmp_path, monkeypatch, error):
+    "The same prompt is asked again for ever, which no number of left-out steps tells."
+    with service_of(network, tmp_path) as service:
+        ask, broken = service.validator.ask, threading.Event()
+
+        def failing(round):
+            if broken.is_set():
+                raise error
+            ask(round)
+
+        monkeypatch.setattr(service.validator, "ask", failing)
+        broken.set()
+        until(service.problems)
+        (problem,) = service.problems()
+        assert re.fullmatch(rf"1\d steps in a row could not be taken: (OSError: )?{re.escape(str(error))}", problem)
+        assert service._left_out == 0
+        broken.clear()
+        until(lambda: not service.problems())
+        error.__traceback__ = None  # which holds the whole service
+    found = events(tmp_path)
+    assert [e["prompt"] for e in found] == [PROMPTS[n % 7] for n in range(len(found))]
+
+
+def test_a_step_that_hangs_is_a_problem_until_it_ends(network, tmp_path):
+    hangs, over = threading.Event(), threading.Event()
+
+    def judge(prompt, completions):
+        if hangs.is_set():
+            over.wait(SECONDS)
+        return by_length(prompt, completions)
+
+    with service_of(network, tmp_path, judge) as service:
+        service.validator.policy = Policy(k=2, timeout=0.5)
+        service.settings.patience = 0.5
+        hangs.set()
+        until(service.problems)
+        (problem,) = service.problems()
+        said = r"a step is under way for \d+ s, of which its miners have 0.5 s: the judge hangs, or takes too long"
+        assert re.fullmatch(said, problem)
+        hangs.clear()
+        over.set()
+        until(lambda: not service.problems())
+
+
+def test_no_two_steps_draw_with_one_ticket(network, tmp_path, monkeypatch):
+    "Chance follows from the number of steps that were taken, are under way or were left out: it must never stand still."
+    tickets = []
+    monkeypatch.setattr("prompting_nb.loop.service.random", SimpleNamespace(Random=lambda seed: tickets.append(seed) or random.Random(seed)))
+
+    def judge(prompt, completions):
+        if "3" in prompt:
+            raise ValueError("odd")
+        return by_length(prompt, completions)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with service_of(network, tmp_path, judge, concurrent=8, steps=60) as service:
+            assert service.join(SECONDS)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(tickets) == len(set(tickets)) >= 60
+
+
 def test_who_was_asked_in_vain_is_no_newcomer_until_the_judge_works_again(network):
     away = [True]
 

@@ -44,7 +44,7 @@ from ..help.usage import count_of
 _log = logging.getLogger(__name__)
 _CALLS_OF_A_LOOK = 5  # that one look at the chain has time for
 _FAILURES = 3  # of the chain in a row, that are a problem
-_MOST_LEFT_OUT = 10  # steps in a row, that are a problem
+_MOST_FAILED = 10  # steps in a row, that are a problem
 _LONGEST = 30.0  # seconds until the next prompt, when ever more are left out
 _LATELY = 60.0  # seconds for which they are one: then others may try again
 _FAR = 3  # readings of the metagraph that it may be behind
@@ -64,7 +64,8 @@ class ServiceSettings:
         version_key: Version key of the weights; a subnet may require a least one.
         no_set_weights: Do not set weights.
         poll_interval: Seconds between two looks at the block number.
-        patience: Seconds without news of the chain after which it counts as away.
+        patience: Seconds without news of the chain after which it counts as away; a
+            step that takes so much longer than its timeout counts as hanging.
         log_size: Megabytes of events after which a new file is started.
     """
 
@@ -128,12 +129,13 @@ class Service:
         self._taking = threading.Lock()  # of the prompts: their source may wait long
         self._stopping, self._ended = threading.Event(), threading.Event()
         self._unwritten: deque[Event] = deque()  # learned, but not on disk yet
-        self._under_way = 0  # rounds that are asked now
+        self._under_way: dict[int, float] = {}  # rounds asked now: since when
         self._done = self.prompts.taken  # prompts of the source with an event, or lost
-        # steps without an event, ever and in a row, and why the latest is one
         before = self.saved.about if self.saved else {}
-        self._left_out = int(before.get("steps_left_out", 0))
-        self._in_a_row, self._why_left_out, self._left_out_at = 0, "", -math.inf
+        self._left_out = int(before.get("steps_left_out", 0))  # without an event, ever
+        # steps that failed in a row, and what became of the latest, why and when
+        self._in_a_row, self._failed_at = 0, -math.inf
+        self._fate, self._why = "", ""
         self._last_start = -math.inf
         self._synced_at, self._tried_at = 0.0, -math.inf  # blocks
         self._asking: list[threading.Event] = []  # of each thread: set when it ends
@@ -255,11 +257,7 @@ class Service:
 
     def problems(self) -> list[str]:  # empty: ready
         "Say why the service cannot do its work now."
-        found = [self.chain.problem(), self._old(), *self._died]
-        lately = time.monotonic() - self._left_out_at < _LATELY
-        if self._in_a_row >= _MOST_LEFT_OUT and lately:
-            times = count_of(self._in_a_row, "step")
-            found.append(f"{times} in a row were left out: {self._why_left_out}")
+        found = [self.chain.problem(), self._old(), *self._died, self._hanging()]
         if self._ended.is_set() or self._stopping.is_set():
             found.append("it is stopping")
         if not self.validator.serving():
@@ -269,7 +267,22 @@ class Service:
             found.append(
                 f"{count_of(len(self._unwritten), 'event')} could not be written"
             )
+        lately = time.monotonic() - self._failed_at < _LATELY
+        if self._in_a_row >= _MOST_FAILED and lately and self._why not in found:
+            times = count_of(self._in_a_row, "step")
+            found.append(f"{times} in a row {self._fate}: {self._why}")
         return [problem for problem in found if problem]
+
+    def _hanging(self) -> str:
+        "Say that a step takes far longer than its miners may; empty while none does."
+        now, limit = time.monotonic(), self.validator.policy.timeout
+        took = now - min(list(self._under_way.values()), default=now)
+        if took <= limit + self.settings.patience:
+            return ""
+        return (
+            f"a step is under way for {took:.0f} s, of which its miners have "
+            f"{limit:g} s: the judge hangs, or takes too long"
+        )
 
     def _old(self) -> str:
         "Say why the metagraph may be an old one; empty while it is not."
@@ -351,34 +364,38 @@ class Service:
                     self._done += 1
                     self._try_to_save()  # it says how many prompts are done
                 # fewer and fewer are lost while nothing works
-                doubled = min(max(0, self._in_a_row - _MOST_LEFT_OUT), 10)
+                doubled = min(max(0, self._in_a_row - _MOST_FAILED), 10)
                 self._stopping.wait(min(pause * 2.0**doubled, max(pause, _LONGEST)))
                 return
             self._stopping.wait(pause)
 
     def _step(self, prompt: str, listed: bool) -> tuple[Round, Event]:
         "Route, ask and learn; only the asking runs beside other prompts."
+        step = threading.get_ident()  # a thread takes one at a time
         try:
             with self._lock:
                 round = self._route(prompt)
-                self._under_way += 1
-            try:
-                self.validator.ask(round)
-            finally:
-                with self._lock:
-                    self._under_way -= 1
+                self._under_way[step] = time.monotonic()
+            self.validator.ask(round)
             with self._lock:
-                return round, self._learn(round, listed)
-        except (NotReady, OSError):  # to be asked again
-            raise
+                event = self._learn(round, listed)
+                # not before: no other step may draw with this one's ticket
+                del self._under_way[step]
+            return round, event
         except BaseException as error:
             with self._lock:
-                self._left_out += 1  # or the next step would ask the same uids again
-                self._in_a_row, self._left_out_at = self._in_a_row + 1, time.monotonic()
-                judged = isinstance(error, JudgeError)
-                kind = type(error).__name__
-                self._why_left_out = str(error) if judged else f"{kind}: {error}"
+                self._under_way.pop(step, None)
+                self._note_failure(error)
             raise
+
+    def _note_failure(self, error: BaseException) -> None:
+        "Count a step that failed; one that is to be asked again is not left out."
+        again = isinstance(error, (NotReady, OSError))
+        self._left_out += not again  # or the next step would ask the same uids again
+        self._in_a_row, self._failed_at = self._in_a_row + 1, time.monotonic()
+        self._fate = "could not be taken" if again else "were left out"
+        said = isinstance(error, (JudgeError, NotReady))
+        self._why = str(error) if said else f"{type(error).__name__}: {error}"
 
     def _pace(self) -> None:
         "Wait until the interval since the last start is over."
@@ -402,7 +419,7 @@ class Service:
             )
         else:
             self._say("few", "")
-        ticket = self.validator.steps + self._under_way + self._left_out
+        ticket = self.validator.steps + len(self._under_way) + self._left_out
         chance = random.Random(f"{self.seed}-{ticket}").getrandbits(63)
         self.validator.generator.manual_seed(chance)
         return self.validator.route(prompt, min(serving, k))
