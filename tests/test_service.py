@@ -557,6 +557,40 @@ def test_a_node_that_shows_nobody_makes_the_gate_forget_nothing(network, monkeyp
     assert validator.gate(PROMPTS[0]).tolist() == before and len(validator.serving()) == 4
 
 
+class Nobody(list):
+    "A metagraph without a uid, which is false."
+
+    hotkeys, neurons = [], []
+
+
+@pytest.mark.parametrize("found", [None, Nobody()], ids=["nothing", "nobody"])
+def test_a_node_that_shows_nobody_keeps_no_prompt_waiting(network, tmp_path, found):
+    "Were the metagraph read once more, and under the lock of gate and journal, a node that hangs then would stop every prompt."
+    client, bad, over, reads = network.client, threading.Event(), threading.Event(), []
+
+    class Subnets:
+        def metagraph(self, netuid):
+            if not bad.is_set():
+                return client.subnets.metagraph(netuid)
+            reads.append(service._lock.locked())
+            return found if len(reads) == 1 else over.wait(SECONDS) and found
+
+    class Node:
+        network, subnets, execute, block = "local", Subnets(), client.execute, property(lambda self: client.block)
+
+    validator = Validator(network.wallet, Node(), by_length, policy=Policy(k=2, timeout=30), allow_private=True)
+    settings = ServiceSettings(no_set_weights=True, sync_every=5, poll_interval=0.01)
+    with Service(validator, tmp_path, None, settings) as service:
+        bad.set()
+        network.chain.step(50)
+        until(lambda: len(reads) == 2)  # at the next attempt
+        assert not service._lock.locked() and service.route("Is 1 a number?").uids
+        assert service.runner.failures == 1 and len(service.validator.metagraph.hotkeys) == 5
+        bad.clear()
+        over.set()
+        until(lambda: service.runner.failures == 0 and not service.problems())
+
+
 def test_a_chain_that_stands_still_is_a_problem():
     now, client = [0.0], SimpleNamespace(block=7)
     watch = ChainWatch(client, clock=lambda: now[0])
@@ -665,6 +699,24 @@ def test_refused_weights_are_tried_again(network, tmp_path, monkeypatch, caplog)
         network.chain.step(1)
         until(lambda: len(calls) >= 2)
     assert "too soon; another attempt" in caplog.text and abs(sum(calls[-1].values()) - 1) < 1e-6
+
+
+def test_refused_weights_wait_for_the_next_block(network, tmp_path, monkeypatch):
+    blocks = []
+
+    def refuse(*_):
+        blocks.append(network.chain.block)
+        raise RuntimeError("the chain refused the weights: too soon")
+
+    with service_of(network, tmp_path, prompts=None, no_set_weights=False, weights_every=1, poll_interval=0.01) as service:
+        monkeypatch.setattr(service.validator, "set_weights", refuse)
+        service.step("Is 1 a number?")
+        for block in range(network.chain.block + 2, network.chain.block + 5):
+            network.chain.step()
+            until(lambda: service.runner.block == network.chain.block)
+            looks = service.chain.heard_at
+            until(lambda: service.chain.heard_at > looks + 0.1)  # ten more looks
+    assert len(blocks) == len(set(blocks)) >= 2
 
 
 def test_that_no_weights_are_set_is_said(network, tmp_path, caplog):
@@ -864,6 +916,25 @@ def test_a_full_disk_is_waited_out(network, tmp_path, caplog):
     found = [e["step"] for e in events(tmp_path)]
     assert found == list(range(len(found))) and len(found) == service.validator.steps
     assert "No space left" in caplog.text
+
+
+def test_a_full_disk_is_over_without_another_prompt(network, tmp_path, monkeypatch):
+    "Where prompts come over HTTP only, nobody sends one to a validator that is not ready."
+    with service_of(network, tmp_path, prompts=None) as service:
+        append, full = service.journal.append, threading.Event()
+
+        def limited(event):
+            if full.is_set():
+                raise OSError(28, "No space left on device")
+            append(event)
+
+        monkeypatch.setattr(service.journal, "append", limited)
+        full.set()
+        service.step("Is 1 a number?")
+        assert service.problems() == ["1 event could not be written"]
+        full.clear()
+        until(lambda: not service.problems())
+        assert len(events(tmp_path)) == 1
 
 
 def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, TypeGuard
@@ -138,6 +139,7 @@ class Service:
         self._fate, self._why = "", ""
         self._last_start = -math.inf
         self._synced_at, self._tried_at = 0.0, -math.inf  # blocks
+        self._refused_at = -math.inf  # the block, of weights
         self._asking: list[threading.Event] = []  # of each thread: set when it ends
         self._idle: set[threading.Event] = set()  # of those that wait for a prompt
         self._died: list[str] = []  # threads that ended by an error, and by which
@@ -472,11 +474,14 @@ class Service:
 
     def _each_block(self) -> int:
         "Follow the chain: read the metagraph and set weights when it is time."
+        # without prompts nobody else would find out that the disk has room again
+        with self._lock, suppress(OSError, NotReady):
+            self._flush()
         block, reached = self.chain.look(), max(self._synced_at, self._tried_at)
         # restored from an older copy, perhaps; a few blocks back is another node
         if reached - block >= self.settings.sync_every:
             _log.warning("the chain went back from block %d to %d", reached, block)
-            self._synced_at, self._tried_at = -math.inf, -math.inf
+            self._synced_at = self._tried_at = self._refused_at = -math.inf
         too_few = len(self.validator.serving()) < self.validator.policy.k
         if block - self._synced_at >= self.settings.sync_every or too_few:
             self._sync(block)
@@ -486,7 +491,10 @@ class Service:
 
     def _sync(self, block: int) -> None:
         "Read the metagraph; after a change the state is saved at once."
-        metagraph = self.validator.client.subnets.metagraph(self.validator.netuid)
+        netuid = self.validator.netuid
+        metagraph = self.validator.client.subnets.metagraph(netuid)
+        if not len(getattr(metagraph, "hotkeys", ())):  # a node that knows no subnet
+            raise RuntimeError(f"the chain shows nobody on subnet {netuid}")
         with self._lock:
             changed = self.validator.sync(metagraph)
             self._synced_at = block
@@ -495,6 +503,8 @@ class Service:
                 self._try_to_save()
 
     def _weights_are_due(self, block: int) -> bool:
+        if block <= self._refused_at:
+            return False
         metagraph = self.validator.metagraph
         metagraph = getattr(metagraph, "whole", metagraph)  # our uid may be left out
         own = self.validator.wallet.hotkey.ss58_address
@@ -523,6 +533,7 @@ class Service:
             else:
                 self._say("weights", "none are set while no miner has earned anything")
         except RuntimeError as error:
+            self._refused_at = block
             self.metrics.weights.labels("refused").inc()
             self._say("weights", f"{error}; another attempt at the next block")
 
