@@ -1079,6 +1079,22 @@ def test_a_line_that_cannot_be_learned_from_is_named(network, tmp_path):
         service_of(network, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["steps_left_out", "prompts_taken", "late_rewards", "netuid", "price_weight", "step"])
+def test_a_number_of_a_state_that_is_none_is_named(network, tmp_path, name):
+    with service_of(network, tmp_path, prompts=None):
+        pass
+    (state,) = tmp_path.glob("state-*")
+    content = json.loads((state / "validator.json").read_text())
+    place = content if name in content else content["about"]
+    for odd in ("x", -5, [1], True, 10**400, None, math.inf):
+        if (name, odd) == ("price_weight", None) or (name != "price_weight" and odd == 10**400):
+            continue  # no budget, and a count that may be as long as it likes
+        place[name] = odd
+        (state / "validator.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=rf"{state} is no state of a validator \(its {name} is .* remove it to go on from the state before"):
+            service_of(network, tmp_path, prompts=None)
+
+
 def test_old_files_of_a_log_are_not_read_again(network, tmp_path, monkeypatch):
     with service_of(network, tmp_path, steps=12, log_size=0.004) as service:
         assert service.join(SECONDS)
