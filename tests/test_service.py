@@ -27,6 +27,7 @@ import bittensor as bt
 import pytest
 import torch
 
+from prompting_nb.baseminer.miners import OpenAISettings, UpstreamError
 from prompting_nb.baseminer.subnet import open_client
 from prompting_nb.config import InputError
 from prompting_nb.loop.ask import ask_parser, post_prompt, run_ask
@@ -34,6 +35,7 @@ from prompting_nb.loop.endpoint import Endpoint, status_of
 from prompting_nb.loop.follow import Follower
 from prompting_nb.loop import journal as journal_module
 from prompting_nb.loop.journal import Journal
+from prompting_nb.loop.judging import OwnJudge, server_judge
 from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.service import ChainWatch, NotReady, Service, ServiceSettings
 from prompting_nb.loop.state import read_about, resume
@@ -1207,7 +1209,8 @@ def test_rewards_are_posted(network, tmp_path):
             assert error.value.code == 400
 
 
-@pytest.mark.parametrize("error, code", [(ConnectionRefusedError("no server"), 503), (ValueError("no such model"), 500)])
+@pytest.mark.parametrize("error, code", [(ConnectionRefusedError("no server"), 503), (ValueError("no such model"), 500),
+                                         (UpstreamError("busy", away=True), 503), (UpstreamError("no such model"), 500)])
 def test_a_prompt_whose_judge_fails_says_so(network, tmp_path, error, code):
     def judge(prompt, completions):
         raise error
@@ -1251,6 +1254,17 @@ def test_an_endpoint_ends_whatever_is_under_way(tmp_path, monkeypatch, caplog, h
         over.set()
         asking.join(SECONDS)
     assert ended and "Exception" not in caplog.text
+
+
+def test_a_prompt_whose_judge_has_a_model_server_that_is_away_is_told_to_come_back(network, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"  # where nobody listens any more
+    judge = OwnJudge(server_judge(OpenAISettings(base_url=url, model="m"), timeout=SECONDS, tries=1)).fitted_to([])
+    with service_of(network, tmp_path, judge, prompts=None) as service, Endpoint(service) as endpoint:
+        with pytest.raises(urllib.error.HTTPError) as found:
+            post(endpoint.address, {"prompt": "Is 1 a number?"})
+        assert found.value.code == 503 and found.value.headers["Retry-After"] == "1"
+        assert "the model server cannot be reached: ConnectError" in json.load(found.value)["error"]
 
 
 def test_a_body_that_does_not_arrive_is_given_up(network, tmp_path, monkeypatch):

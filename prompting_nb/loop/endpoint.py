@@ -143,7 +143,8 @@ class Endpoint:
         except (NotReady, OSError) as error:
             return _refuse(503, str(error), retry=1)
         except JudgeError as error:  # away, or broken
-            away = isinstance(error.__cause__, OSError)
+            cause = error.__cause__  # of a model server it says so, as `UpstreamError`
+            away = isinstance(cause, OSError) or getattr(cause, "away", False) is True
             return _refuse(503, str(error), retry=1) if away else _failed(error)
         except Exception as error:
             return _failed(error)
