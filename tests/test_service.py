@@ -235,7 +235,7 @@ def test_a_judge_that_is_away_is_a_problem_and_other_uids_are_asked(network, tmp
         assert again._left_out == service._left_out >= 10
 
 
-@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), NotReady("the subnet is closed")], ids=["no file is free", "not ready"])
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), NotReady("the subnet is closed")], ids=["no file", "not ready"])
 def test_that_no_step_can_be_taken_is_a_problem(network, tmp_path, monkeypatch, error):
     "The same prompt is asked again for ever, which no number of left-out steps tells."
     with service_of(network, tmp_path) as service:
@@ -283,7 +283,8 @@ def test_a_step_that_hangs_is_a_problem_until_it_ends(network, tmp_path):
 def test_no_two_steps_draw_with_one_ticket(network, tmp_path, monkeypatch):
     "Chance follows from the number of steps that were taken, are under way or were left out: it must never stand still."
     tickets = []
-    monkeypatch.setattr("prompting_nb.loop.service.random", SimpleNamespace(Random=lambda seed: tickets.append(seed) or random.Random(seed)))
+    drawn = SimpleNamespace(Random=lambda ticket: tickets.append(ticket) or random.Random(ticket))
+    monkeypatch.setattr("prompting_nb.loop.service.random", drawn)
 
     def judge(prompt, completions):
         if "3" in prompt:
@@ -1093,7 +1094,8 @@ def test_a_number_of_a_state_that_is_none_is_named(network, tmp_path, name):
             continue  # no budget, and a count that may be as long as it likes
         place[name] = odd
         (state / "validator.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=rf"{state} is no state of a validator \(its {name} is .* remove it to go on from the state before"):
+        said = rf"{state} is no state of a validator \(its {name} is .* remove it to go on from the state before"
+        with pytest.raises(InputError, match=said):
             service_of(network, tmp_path, prompts=None)
 
 

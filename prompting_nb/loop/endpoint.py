@@ -65,9 +65,9 @@ class Endpoint:
     def start(self) -> None:  # raises `InputError` when the port is taken
         "Listen, in a thread."
         self._loop = asyncio.new_event_loop()
-        # of aiohttp, which waits twice as long: until it cancels, and after that
-        limit = {"shutdown_timeout": _END / 2}
-        self._runner = web.AppRunner(self._app(), access_log=None, **limit)
+        app = self._app()
+        # aiohttp waits twice as long: until it cancels, and after that
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_END / 2)
         work = self._loop.run_forever
         self._thread = threading.Thread(target=work, name="endpoint", daemon=True)
         self._thread.start()

@@ -191,6 +191,8 @@ class Service:
     def _close(self) -> None:
         "Save the state; who comes later than this finds the service closed."
         with self._lock:
+            if self._ended.is_set():  # by another thread meanwhile
+                return
             try:
                 self._flush()
                 self._save()
