@@ -145,9 +145,9 @@ def test_a_server_judges(server):
 def test_a_server_that_fails(server, answer, reason, tries):
     address, answers, seen = server
     answers += [answer] * 3
-    with pytest.raises(UpstreamError, match=reason):
+    with pytest.raises(UpstreamError, match=reason) as found:
         ChatClient(OpenAISettings(base_url=address, model="m")).complete([], timeout=0.3, tries=3, pause=0.01)
-    assert len(seen) == tries
+    assert len(seen) == tries and found.value.away == (tries > 1)
 
 
 @pytest.mark.parametrize("wish, waited", [

@@ -1,5 +1,6 @@
 "A validator as a service: killed, without miners, without a chain, on a full disk; and the processes of a subnet."
 
+import asyncio
 import http.client
 import json
 import logging
@@ -26,6 +27,7 @@ import bittensor as bt
 import pytest
 import torch
 
+from prompting_nb.baseminer.miners import OpenAISettings, UpstreamError
 from prompting_nb.baseminer.subnet import open_client
 from prompting_nb.config import InputError
 from prompting_nb.loop.ask import ask_parser, post_prompt, run_ask
@@ -33,6 +35,7 @@ from prompting_nb.loop.endpoint import Endpoint, status_of
 from prompting_nb.loop.follow import Follower
 from prompting_nb.loop import journal as journal_module
 from prompting_nb.loop.journal import Journal
+from prompting_nb.loop.judging import OwnJudge, server_judge
 from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.service import ChainWatch, NotReady, Service, ServiceSettings
 from prompting_nb.loop.state import read_about, resume
@@ -288,6 +291,72 @@ def test_a_judge_that_is_away_is_a_problem_and_other_uids_are_asked(network, tmp
         assert again._left_out == service._left_out >= 10
 
 
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), NotReady("the subnet is closed")], ids=["no file", "not ready"])
+def test_that_no_step_can_be_taken_is_a_problem(network, tmp_path, monkeypatch, error):
+    "The same prompt is asked again for ever, which no number of left-out steps tells."
+    with service_of(network, tmp_path) as service:
+        ask, broken = service.validator.ask, threading.Event()
+
+        def failing(round):
+            if broken.is_set():
+                raise error
+            ask(round)
+
+        monkeypatch.setattr(service.validator, "ask", failing)
+        broken.set()
+        until(service.problems)
+        (problem,) = service.problems()
+        assert re.fullmatch(rf"1\d steps in a row could not be taken: (OSError: )?{re.escape(str(error))}", problem)
+        assert service._left_out == 0
+        broken.clear()
+        until(lambda: not service.problems())
+        error.__traceback__ = None  # which holds the whole service
+    found = events(tmp_path)
+    assert [e["prompt"] for e in found] == [PROMPTS[n % 7] for n in range(len(found))]
+
+
+def test_a_step_that_hangs_is_a_problem_until_it_ends(network, tmp_path):
+    hangs, over = threading.Event(), threading.Event()
+
+    def judge(prompt, completions):
+        if hangs.is_set():
+            over.wait(SECONDS)
+        return by_length(prompt, completions)
+
+    with service_of(network, tmp_path, judge) as service:
+        service.validator.policy = Policy(k=2, timeout=0.5)
+        service.settings.patience = 0.5
+        hangs.set()
+        until(service.problems)
+        (problem,) = service.problems()
+        said = r"a step is under way for \d+ s, of which its miners have 0.5 s: the judge hangs, or takes too long"
+        assert re.fullmatch(said, problem)
+        hangs.clear()
+        over.set()
+        until(lambda: not service.problems())
+
+
+def test_no_two_steps_draw_with_one_ticket(network, tmp_path, monkeypatch):
+    "Chance follows from the number of steps that were taken, are under way or were left out: it must never stand still."
+    tickets = []
+    drawn = SimpleNamespace(Random=lambda ticket: tickets.append(ticket) or random.Random(ticket))
+    monkeypatch.setattr("prompting_nb.loop.service.random", drawn)
+
+    def judge(prompt, completions):
+        if "3" in prompt:
+            raise ValueError("odd")
+        return by_length(prompt, completions)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with service_of(network, tmp_path, judge, concurrent=8, steps=60) as service:
+            assert service.join(SECONDS)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(tickets) == len(set(tickets)) >= 60
+
+
 def test_who_was_asked_in_vain_is_no_newcomer_until_the_judge_works_again(network):
     away = [True]
 
@@ -422,6 +491,73 @@ def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
         assert read_about(tmp_path)["step"] == 1
 
 
+def test_a_prompt_that_is_late_at_the_stop_leaves_the_folder_to_the_next(tmp_path):
+    "Were it learned and written after the end, the log would hold two steps of one number, and no validator would start."
+    begun, over, found = threading.Event(), threading.Event(), []
+
+    def slow(prompt):
+        if prompt == "slow?":
+            begun.set()
+            over.wait(SECONDS)
+        return "at last"
+
+    def ask(service):
+        try:
+            found.append(service.step("slow?"))
+        except NotReady as error:
+            found.append(str(error))
+
+    with Network([Worker("slow", slow)]) as network:
+        with service_of(network, tmp_path, k=1, prompts=None, judge=later) as first:
+            first.step("quick?")
+            asking = threading.Thread(target=ask, args=(first,))
+            asking.start()
+            assert begun.wait(SECONDS)
+        with service_of(network, tmp_path, k=1, prompts=None, judge=later) as second:
+            second.step("first of the second")
+            over.set()
+            asking.join(SECONDS)
+            first._try_to_save()
+            with pytest.raises(NotReady, match="the validator has ended"):
+                first.reward(0, {1: 0.5})
+            assert found == ["the validator has ended"] and first.validator.steps == 1
+            second.step("second of the second")
+        assert [e["prompt"] for e in events(tmp_path)] == ["quick?", "first of the second", "second of the second"]
+        killed_early(tmp_path)
+        assert service_of(network, tmp_path, k=1, prompts=None, judge=later).validator.steps == 3 and not Journal(tmp_path).late()
+
+
+def test_a_stop_that_is_interrupted_writes_nothing_later(network, tmp_path, monkeypatch):
+    "As by a second Ctrl-C."
+    service = service_of(network, tmp_path, steps=0)
+    service.start()
+    until(lambda: service.validator.steps > 2)
+
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(service, "_finish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        service.stop()
+    service._stopping.set()
+    assert service.join(SECONDS) and len(events(tmp_path)) == service.validator.steps == read_about(tmp_path)["step"]
+
+
+def test_a_service_that_cannot_start_its_threads_leaves_none_behind(network, tmp_path, monkeypatch):
+    start = threading.Thread.start
+    service = service_of(network, tmp_path, concurrent=3)
+
+    def limited(self):
+        if self.name == "asking-1":
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        service.start()
+    assert service.join(0) and not service.runner.is_running and len(events(tmp_path)) == service.validator.steps
+
+
 def test_a_chain_that_is_away(network, tmp_path, caplog):
     with service_of(network, tmp_path, steps=0) as service:
         until(lambda: service.validator.steps > 2)
@@ -517,6 +653,40 @@ def test_a_node_that_shows_nobody_makes_the_gate_forget_nothing(network, monkeyp
     assert validator.gate(PROMPTS[0]).tolist() == before and len(validator.serving()) == 4
 
 
+class Nobody(list):
+    "A metagraph without a uid, which is false."
+
+    hotkeys, neurons = [], []
+
+
+@pytest.mark.parametrize("found", [None, Nobody()], ids=["nothing", "nobody"])
+def test_a_node_that_shows_nobody_keeps_no_prompt_waiting(network, tmp_path, found):
+    "Were the metagraph read once more, and under the lock of gate and journal, a node that hangs then would stop every prompt."
+    client, bad, over, reads = network.client, threading.Event(), threading.Event(), []
+
+    class Subnets:
+        def metagraph(self, netuid):
+            if not bad.is_set():
+                return client.subnets.metagraph(netuid)
+            reads.append(service._lock.locked())
+            return found if len(reads) == 1 else over.wait(SECONDS) and found
+
+    class Node:
+        network, subnets, execute, block = "local", Subnets(), client.execute, property(lambda self: client.block)
+
+    validator = Validator(network.wallet, Node(), by_length, policy=Policy(k=2, timeout=30), allow_private=True)
+    settings = ServiceSettings(no_set_weights=True, sync_every=5, poll_interval=0.01)
+    with Service(validator, tmp_path, None, settings) as service:
+        bad.set()
+        network.chain.step(50)
+        until(lambda: len(reads) == 2)  # at the next attempt
+        assert not service._lock.locked() and service.route("Is 1 a number?").uids
+        assert service.runner.failures == 1 and len(service.validator.metagraph.hotkeys) == 5
+        bad.clear()
+        over.set()
+        until(lambda: service.runner.failures == 0 and not service.problems())
+
+
 def test_a_chain_that_stands_still_is_a_problem():
     now, client = [0.0], SimpleNamespace(block=7)
     watch = ChainWatch(client, clock=lambda: now[0])
@@ -533,6 +703,36 @@ def test_a_chain_that_stands_still_is_a_problem():
     now[0] += 1000
     by_hand.look()
     assert by_hand.problem() is None  # as on any embedded chain, whose blocks may be made by hand
+
+
+def test_a_source_of_prompts_that_waits_keeps_nobody_else_waiting(network, tmp_path):
+    "As a pipe that says nothing for hours: prompts come over HTTP meanwhile, the chain is followed, and a stop saves the state."
+    waiting, more = threading.Event(), threading.Event()
+
+    def prompts():
+        yield "Is 1 a number?"
+        waiting.set()
+        more.wait(SECONDS)
+        yield "Is 2 a number?"
+
+    with service_of(network, tmp_path, prompts=prompts(), concurrent=2, sync_every=1) as service, Endpoint(service) as endpoint:
+        assert waiting.wait(SECONDS)
+        asked = [threading.Thread(target=post, args=(endpoint.address, {"prompt": f"{n}?"}), daemon=True) for n in range(3)]
+        for thread in asked:
+            thread.start()
+        for thread in asked:
+            thread.join(SECONDS)
+        assert not any(thread.is_alive() for thread in asked) and service.validator.steps == 4
+        network.chain.step(30)
+        until(lambda: service._synced_at >= 30)
+        assert not service.join(0.01) and not service.problems()
+        stopping = threading.Thread(target=service.stop, args=(SECONDS,), daemon=True)
+        stopping.start()
+        stopping.join(SECONDS / 2)  # nothing is under way: there is nothing to wait for
+        assert not stopping.is_alive() and read_about(tmp_path)["step"] == 4
+        more.set()
+        assert service.join(SECONDS)
+    assert len(events(tmp_path)) == 4
 
 
 def test_prompts_that_cannot_be_read_end_the_asking_and_are_reported(network, tmp_path, caplog):
@@ -595,6 +795,24 @@ def test_refused_weights_are_tried_again(network, tmp_path, monkeypatch, caplog)
         network.chain.step(1)
         until(lambda: len(calls) >= 2)
     assert "too soon; another attempt" in caplog.text and abs(sum(calls[-1].values()) - 1) < 1e-6
+
+
+def test_refused_weights_wait_for_the_next_block(network, tmp_path, monkeypatch):
+    blocks = []
+
+    def refuse(*_):
+        blocks.append(network.chain.block)
+        raise RuntimeError("the chain refused the weights: too soon")
+
+    with service_of(network, tmp_path, prompts=None, no_set_weights=False, weights_every=1, poll_interval=0.01) as service:
+        monkeypatch.setattr(service.validator, "set_weights", refuse)
+        service.step("Is 1 a number?")
+        for block in range(network.chain.block + 2, network.chain.block + 5):
+            network.chain.step()
+            until(lambda: service.runner.block == network.chain.block)
+            looks = service.chain.heard_at
+            until(lambda: service.chain.heard_at > looks + 0.1)  # ten more looks
+    assert len(blocks) == len(set(blocks)) >= 2
 
 
 def test_that_no_weights_are_set_is_said(network, tmp_path, caplog):
@@ -796,6 +1014,25 @@ def test_a_full_disk_is_waited_out(network, tmp_path, caplog):
     assert "No space left" in caplog.text
 
 
+def test_a_full_disk_is_over_without_another_prompt(network, tmp_path, monkeypatch):
+    "Where prompts come over HTTP only, nobody sends one to a validator that is not ready."
+    with service_of(network, tmp_path, prompts=None) as service:
+        append, full = service.journal.append, threading.Event()
+
+        def limited(event):
+            if full.is_set():
+                raise OSError(28, "No space left on device")
+            append(event)
+
+        monkeypatch.setattr(service.journal, "append", limited)
+        full.set()
+        service.step("Is 1 a number?")
+        assert service.problems() == ["1 event could not be written"]
+        full.clear()
+        until(lambda: not service.problems())
+        assert len(events(tmp_path)) == 1
+
+
 def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):
     "A real limit on the size of files, in a process of its own."
     code = f"""
@@ -938,6 +1175,23 @@ def test_a_line_that_cannot_be_learned_from_is_named(network, tmp_path):
         service_of(network, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["steps_left_out", "prompts_taken", "late_rewards", "netuid", "price_weight", "step"])
+def test_a_number_of_a_state_that_is_none_is_named(network, tmp_path, name):
+    with service_of(network, tmp_path, prompts=None):
+        pass
+    (state,) = tmp_path.glob("state-*")
+    content = json.loads((state / "validator.json").read_text())
+    place = content if name in content else content["about"]
+    for odd in ("x", -5, [1], True, 10**400, None, math.inf):
+        if (name, odd) == ("price_weight", None) or (name != "price_weight" and odd == 10**400):
+            continue  # no budget, and a count that may be as long as it likes
+        place[name] = odd
+        (state / "validator.json").write_text(json.dumps(content))
+        said = rf"{state} is no state of a validator \(its {name} is .* remove it to go on from the state before"
+        with pytest.raises(InputError, match=said):
+            service_of(network, tmp_path, prompts=None)
+
+
 def test_old_files_of_a_log_are_not_read_again(network, tmp_path, monkeypatch):
     with service_of(network, tmp_path, steps=12, log_size=0.004) as service:
         assert service.join(SECONDS)
@@ -1050,7 +1304,8 @@ def test_rewards_are_posted(network, tmp_path):
             assert error.value.code == 400
 
 
-@pytest.mark.parametrize("error, code", [(ConnectionRefusedError("no server"), 503), (ValueError("no such model"), 500)])
+@pytest.mark.parametrize("error, code", [(ConnectionRefusedError("no server"), 503), (ValueError("no such model"), 500),
+                                         (UpstreamError("busy", away=True), 503), (UpstreamError("no such model"), 500)])
 def test_a_prompt_whose_judge_fails_says_so(network, tmp_path, error, code):
     def judge(prompt, completions):
         raise error
@@ -1060,6 +1315,51 @@ def test_a_prompt_whose_judge_fails_says_so(network, tmp_path, error, code):
             post(endpoint.address, {"prompt": "Is 1 a number?"})
         assert found.value.code == code and str(error) in json.load(found.value)["error"]
         assert (found.value.headers["Retry-After"] == "1") == (code == 503)  # it is away, not broken
+
+
+@pytest.mark.parametrize("hangs", ["a prompt", "the server"])
+def test_an_endpoint_ends_whatever_is_under_way(tmp_path, monkeypatch, caplog, hangs):
+    "A miner that is silent for longer than a stop waits must neither hide a Ctrl-C nor leave a thread behind."
+    monkeypatch.setattr("prompting_nb.loop.endpoint._END", 0.2, raising=False)
+    begun, over, ended = threading.Event(), threading.Event(), []
+
+    def silent(prompt):
+        begun.set()
+        over.wait(SECONDS)
+        return "late"
+
+    async def never():
+        await asyncio.Event().wait()
+
+    def ask():
+        with pytest.raises((urllib.error.URLError, OSError)):
+            post(endpoint.address, {"prompt": "Is 1 a number?"})
+        ended.append(True)
+
+    with Network([Worker("silent", silent)]) as network:
+        with service_of(network, tmp_path, k=1, prompts=None) as service, pytest.raises(KeyboardInterrupt):
+            with Endpoint(service) as endpoint:
+                asking = threading.Thread(target=ask)
+                asking.start()
+                assert begun.wait(SECONDS)
+                if hangs == "the server":
+                    endpoint._runner = SimpleNamespace(cleanup=never)
+                raise KeyboardInterrupt
+        assert not endpoint._thread.is_alive() and ("in an orderly way" in caplog.text) == (hangs == "the server")
+        over.set()
+        asking.join(SECONDS)
+    assert ended and "Exception" not in caplog.text
+
+
+def test_a_prompt_whose_judge_has_a_model_server_that_is_away_is_told_to_come_back(network, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"  # where nobody listens any more
+    judge = OwnJudge(server_judge(OpenAISettings(base_url=url, model="m"), timeout=SECONDS, tries=1)).fitted_to([])
+    with service_of(network, tmp_path, judge, prompts=None) as service, Endpoint(service) as endpoint:
+        with pytest.raises(urllib.error.HTTPError) as found:
+            post(endpoint.address, {"prompt": "Is 1 a number?"})
+        assert found.value.code == 503 and found.value.headers["Retry-After"] == "1"
+        assert "the model server cannot be reached: ConnectError" in json.load(found.value)["error"]
 
 
 def test_a_body_that_does_not_arrive_is_given_up(network, tmp_path, monkeypatch):

@@ -497,8 +497,17 @@ class OpenAICompatibleMiner(Miner):
                 yield piece
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01044
+@arguments_in_help
 class UpstreamError(RunError):
     "The model server gave no answer. The message is safe to pass on to a caller."
+
+    def __init__(
+        self,
+        message: str,  # why
+        away: bool = False,  # out of reach or busy: it may answer later
+    ):
+        super().__init__(message)
+        self.away = away
 
 
 @arguments_in_help
@@ -538,7 +547,8 @@ class ChatClient:
                 # a server closes idle connections, perhaps just as a request comes
                 if again or begun or not isinstance(error, _BROKEN):
                     what = f"the model server cannot be reached: {type(error).__name__}"
-                    raise UpstreamError(what) from error
+                    away = isinstance(error, httpx.HTTPError)
+                    raise UpstreamError(what, away) from error
 
     def _request(self, synapse: Prompting) -> Any:
         "Make the request to the server; entering its context sends it."
@@ -581,8 +591,8 @@ class ChatClient:
             try:
                 status, text, wait = self._post(messages, timeout)
             except httpx.HTTPError as error:
-                kind = type(error).__name__
-                reason = UpstreamError(f"the model server cannot be reached: {kind}")
+                what = f"the model server cannot be reached: {type(error).__name__}"
+                reason = UpstreamError(what, away=True)
                 continue
             except (httpx.InvalidURL, UnicodeDecodeError) as error:
                 what = f"the model server cannot be reached: {type(error).__name__}"
@@ -590,7 +600,7 @@ class ChatClient:
             try:
                 return _said(_answer(status, text), "message")
             except UpstreamError as error:
-                if status not in _BUSY:
+                if not error.away:
                     raise
                 reason = error
         raise reason
@@ -676,7 +686,8 @@ def _answer(status: int, text: str) -> dict:
         reason = _reason(answer)
     except (ValueError, LookupError, AttributeError, RecursionError):
         reason = "the answer is not the JSON that was expected"
-    raise UpstreamError(f"the model server answered {status}: {str(reason)[:200]}")
+    said = f"the model server answered {status}: {str(reason)[:200]}"
+    raise UpstreamError(said, away=status in _BUSY)
 
 
 def _reason(answer: Any) -> str:

@@ -30,6 +30,7 @@ from ..validators.watch import alarms_of
 _log = logging.getLogger(__name__)
 _LARGEST = 1_000_000  # bytes of a request
 _BODY = 10.0  # seconds for a body to arrive
+_END = 8.0  # seconds of a stop after which what still runs is given up
 
 
 @arguments_in_help
@@ -64,8 +65,9 @@ class Endpoint:
     def start(self) -> None:  # raises `InputError` when the port is taken
         "Listen, in a thread."
         self._loop = asyncio.new_event_loop()
-        # what still runs after eight seconds of a stop is given up
-        self._runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=8.0)
+        app = self._app()
+        # aiohttp waits twice as long: until it cancels, and after that
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=_END / 2)
         work = self._loop.run_forever
         self._thread = threading.Thread(target=work, name="endpoint", daemon=True)
         self._thread.start()
@@ -82,13 +84,19 @@ class Endpoint:
         "Close all connections and end the thread. A second call does nothing."
         if self._loop is None or self._thread is None:
             return
-        closing = asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop)
-        closing.result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-        self._loop = None
-        self._workers.shutdown(wait=False)
+        loop, self._loop = self._loop, None
+        try:
+            closing = asyncio.run_coroutine_threadsafe(self._runner.cleanup(), loop)
+            closing.result(_END + 2)
+        except Exception as error:
+            text = "the endpoint could not be closed in an orderly way (%s: %s)"
+            _log.error(text, type(error).__name__, error)
+        finally:  # whatever is under way still, and after Ctrl-C as well
+            asyncio.run_coroutine_threadsafe(_end_loop(), loop)
+            self._thread.join(10)
+            if not self._thread.is_alive():
+                loop.close()
+            self._workers.shutdown(wait=False)
 
     def __enter__(self) -> "Endpoint":
         self.start()
@@ -135,7 +143,8 @@ class Endpoint:
         except (NotReady, OSError) as error:
             return _refuse(503, str(error), retry=1)
         except JudgeError as error:  # away, or broken
-            away = isinstance(error.__cause__, OSError)
+            cause = error.__cause__  # of a model server it says so, as `UpstreamError`
+            away = isinstance(cause, OSError) or getattr(cause, "away", False) is True
             return _refuse(503, str(error), retry=1) if away else _failed(error)
         except Exception as error:
             return _failed(error)
@@ -303,6 +312,17 @@ async def _read_json(request: web.Request) -> tuple[Any, Optional[web.Response]]
         return None, _refuse(400, "the body cannot be read")
     except (ValueError, LookupError, RecursionError):  # text, its encoding, depth
         return None, _refuse(400, "the body is not JSON")
+
+
+async def _end_loop() -> None:
+    "Give up what still runs in this event loop, and stop it."
+    loop = asyncio.get_running_loop()
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest, timeout=1)
+    loop.stop()
 
 
 def _failed(error: Exception) -> web.Response:

@@ -12,8 +12,8 @@ import random
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, TypeGuard
 
@@ -45,7 +45,7 @@ from ..help.usage import count_of
 _log = logging.getLogger(__name__)
 _CALLS_OF_A_LOOK = 5  # that one look at the chain has time for
 _FAILURES = 3  # of the chain in a row, that are a problem
-_MOST_LEFT_OUT = 10  # steps in a row, that are a problem
+_MOST_FAILED = 10  # steps in a row, that are a problem
 _LONGEST = 30.0  # seconds until the next prompt, when ever more are left out
 _LATELY = 60.0  # seconds for which they are one: then others may try again
 _FAR = 3  # readings of the metagraph that it may be behind
@@ -65,7 +65,8 @@ class ServiceSettings:
         version_key: Version key of the weights; a subnet may require a least one.
         no_set_weights: Do not set weights.
         poll_interval: Seconds between two looks at the block number.
-        patience: Seconds without news of the chain after which it counts as away.
+        patience: Seconds without news of the chain after which it counts as away; a
+            step that takes so much longer than its timeout counts as hanging.
         log_size: Megabytes of events after which a new file is started.
     """
 
@@ -125,18 +126,22 @@ class Service:
             longest_pause=30.0,
             longest_look=_CALLS_OF_A_LOOK * validator.client.seconds,
         )
-        self._lock = threading.Lock()  # of gate, averages, journal and prompts
+        self._lock = threading.Lock()  # of gate, averages and journal
+        self._taking = threading.Lock()  # of the prompts: their source may wait long
         self._stopping, self._ended = threading.Event(), threading.Event()
         self._unwritten: deque[Event] = deque()  # learned, but not on disk yet
-        self._under_way = 0  # rounds that are asked now
-        self._pending = 0  # prompts of the list without an event
-        # steps without an event, ever and in a row, and why the latest is one
+        self._under_way: dict[int, float] = {}  # rounds asked now: since when
+        self._done = self.prompts.taken  # prompts of the source with an event, or lost
         before = self.saved.about if self.saved else {}
-        self._left_out = int(before.get("steps_left_out", 0))
-        self._in_a_row, self._why_left_out, self._left_out_at = 0, "", -math.inf
+        self._left_out = int(before.get("steps_left_out", 0))  # without an event, ever
+        # steps that failed in a row, and what became of the latest, why and when
+        self._in_a_row, self._failed_at = 0, -math.inf
+        self._fate, self._why = "", ""
         self._last_start = -math.inf
         self._synced_at, self._tried_at = 0.0, -math.inf  # blocks
+        self._refused_at = -math.inf  # the block, of weights
         self._asking: list[threading.Event] = []  # of each thread: set when it ends
+        self._idle: set[threading.Event] = set()  # of those that wait for a prompt
         self._died: list[str] = []  # threads that ended by an error, and by which
         self._said: dict[str, str] = {}
 
@@ -146,12 +151,16 @@ class Service:
         for finding in findings_of(self.validator.judge):
             _log.warning("the judge: %s", finding)
         self._save()  # so that events never stand without a state to start from
-        self.runner.start()
-        for number in range(self.settings.concurrent if self.prompts else 0):
-            ended = threading.Event()
-            self._asking.append(ended)
-            work, name = partial(self._ask_on, ended), f"asking-{number}"
-            threading.Thread(target=work, name=name, daemon=True).start()
+        try:
+            self.runner.start()
+            for number in range(self.settings.concurrent if self.prompts else 0):
+                work, name = self._ask_on, f"asking-{number}"
+                ended = threading.Event()
+                threading.Thread(None, work, name, [ended], daemon=True).start()
+                self._asking.append(ended)
+        except BaseException:  # there are no more threads: those that began end too
+            self.stop()
+            raise
 
     def stop(
         self,
@@ -160,17 +169,30 @@ class Service:
         "Finish what is under way, save the state and close; once."
         if self._ended.is_set():
             return
-        self._stopping.set()
+        try:
+            self._finish(timeout)
+        finally:  # after a second Ctrl-C, too: from now on nothing is written
+            self._close()
+
+    def _finish(self, timeout: float) -> None:
+        "Wait for what is under way, and for no longer than that."
         deadline = time.monotonic() + timeout
-        late = sum(
-            not ended.wait(max(0.0, deadline - time.monotonic()))
-            for ended in self._asking
-        )
-        if late:
-            late = count_of(late, "prompt")
-            _log.error("%s did not end within %g s", late, timeout)
-        self.runner.stop()
+        left = lambda: max(0.0, deadline - time.monotonic())
         with self._lock:
+            self._stopping.set()
+            busy = [ended for ended in self._asking if ended not in self._idle]
+        self.runner.stopping.set()
+        if late := sum(not ended.wait(left()) for ended in busy):
+            late = count_of(late, "prompt")
+            text = "%s did not end within %g s: what comes of it is not learned"
+            _log.error(text, late, timeout)
+        self.runner.stop(min(10.0, max(0.1, left())))
+
+    def _close(self) -> None:
+        "Save the state; who comes later than this finds the service closed."
+        with self._lock:
+            if self._ended.is_set():  # by another thread meanwhile
+                return
             try:
                 self._flush()
                 self._save()
@@ -217,9 +239,10 @@ class Service:
         """Learn from rewards that the judge did not have; several threads may.
 
         Raises `InputError` for rewards that are not finite or for which nobody waits,
-        `NotReady` while the disk is full.
+        `NotReady` while the disk is full, and after the end.
         """
         with self._lock:
+            self._check_open()
             _, held = self.validator.pending.open.get(step, ("", {}))
             try:
                 given = {u: r for u, r in finite(rewards).items() if u in held}
@@ -238,11 +261,7 @@ class Service:
 
     def problems(self) -> list[str]:  # empty: ready
         "Say why the service cannot do its work now."
-        found = [self.chain.problem(), self._old(), *self._died]
-        lately = time.monotonic() - self._left_out_at < _LATELY
-        if self._in_a_row >= _MOST_LEFT_OUT and lately:
-            times = count_of(self._in_a_row, "step")
-            found.append(f"{times} in a row were left out: {self._why_left_out}")
+        found = [self.chain.problem(), self._old(), *self._died, self._hanging()]
         if self._ended.is_set() or self._stopping.is_set():
             found.append("it is stopping")
         if not self.validator.serving():
@@ -252,7 +271,22 @@ class Service:
             found.append(
                 f"{count_of(len(self._unwritten), 'event')} could not be written"
             )
+        lately = time.monotonic() - self._failed_at < _LATELY
+        if self._in_a_row >= _MOST_FAILED and lately and self._why not in found:
+            times = count_of(self._in_a_row, "step")
+            found.append(f"{times} in a row {self._fate}: {self._why}")
         return [problem for problem in found if problem]
+
+    def _hanging(self) -> str:
+        "Say that a step takes far longer than its miners may; empty while none does."
+        now, limit = time.monotonic(), self.validator.policy.timeout
+        took = now - min(list(self._under_way.values()), default=now)
+        if took <= limit + self.settings.patience:
+            return ""
+        return (
+            f"a step is under way for {took:.0f} s, of which its miners have "
+            f"{limit:g} s: the judge hangs, or takes too long"
+        )
 
     def _old(self) -> str:
         "Say why the metagraph may be an old one; empty while it is not."
@@ -280,7 +314,9 @@ class Service:
     def _ask_on(self, ended: threading.Event) -> None:
         "Ask prompt after prompt until told to stop; set `ended` then."
         try:
-            self._ask_all()
+            while (prompt := self._next_prompt(ended)) is not None:
+                self._pace()
+                self._ask_once(prompt)
         except BaseException as error:  # nobody else sees what ends a thread
             what = f"{type(error).__name__}: {error}"
             name = threading.current_thread().name
@@ -289,23 +325,30 @@ class Service:
         finally:
             ended.set()
 
-    def _ask_all(self) -> None:
-        while not self._stopping.is_set():
+    def _next_prompt(self, idle: threading.Event) -> Optional[str]:
+        "Wait for the next prompt; `None`: there are no more, or it is to stop."
+        with self._lock:
+            if self._stopping.is_set():
+                return None
+            self._idle.add(idle)  # a stop does not wait for it
+        try:
+            with self._taking:
+                over = self._stopping.is_set() or self._is_enough()
+                prompt = None if over else self.prompts.take()
+        except Exception as error:  # of a stranger's iterator
+            text = "no more prompts can be read: %s: %s"
+            _log.error(text, type(error).__name__, error)
+            return None
+        finally:
             with self._lock:
-                limit = self.settings.steps
-                if limit and self.validator.steps + self._pending >= limit:
-                    return
-                try:
-                    prompt = self.prompts.take()
-                except Exception as error:  # of a stranger's iterator
-                    text = "no more prompts can be read: %s: %s"
-                    _log.error(text, type(error).__name__, error)
-                    prompt = None
-                if prompt is None:  # the iterator has ended
-                    return
-                self._pending += 1
-            self._pace()
-            self._ask_once(prompt)
+                self._idle.discard(idle)
+        return None if self._stopping.is_set() else prompt
+
+    def _is_enough(self) -> bool:
+        "Tell whether the prompts that were taken lead to the last step."
+        with self._lock:
+            pending = self.prompts.taken - self._done
+            return 0 < self.settings.steps <= self.validator.steps + pending
 
     def _ask_once(self, prompt: str) -> None:
         "Ask a prompt as soon as that is possible; leave it out when the step fails."
@@ -322,37 +365,41 @@ class Service:
                 text = "a step failed and is left out (%s: %s); prompt: %.100s"
                 _log.error(text, type(error).__name__, error, prompt)
                 with self._lock:
-                    self._pending -= 1
+                    self._done += 1
                     self._try_to_save()  # it says how many prompts are done
                 # fewer and fewer are lost while nothing works
-                doubled = min(max(0, self._in_a_row - _MOST_LEFT_OUT), 10)
+                doubled = min(max(0, self._in_a_row - _MOST_FAILED), 10)
                 self._stopping.wait(min(pause * 2.0**doubled, max(pause, _LONGEST)))
                 return
             self._stopping.wait(pause)
 
     def _step(self, prompt: str, listed: bool) -> tuple[Round, Event]:
         "Route, ask and learn; only the asking runs beside other prompts."
+        step = threading.get_ident()  # a thread takes one at a time
         try:
             with self._lock:
                 round = self._route(prompt)
-                self._under_way += 1
-            try:
-                self.validator.ask(round)
-            finally:
-                with self._lock:
-                    self._under_way -= 1
+                self._under_way[step] = time.monotonic()
+            self.validator.ask(round)
             with self._lock:
-                return round, self._learn(round, listed)
-        except (NotReady, OSError):  # to be asked again
-            raise
+                event = self._learn(round, listed)
+                # not before: no other step may draw with this one's ticket
+                del self._under_way[step]
+            return round, event
         except BaseException as error:
             with self._lock:
-                self._left_out += 1  # or the next step would ask the same uids again
-                self._in_a_row, self._left_out_at = self._in_a_row + 1, time.monotonic()
-                judged = isinstance(error, JudgeError)
-                kind = type(error).__name__
-                self._why_left_out = str(error) if judged else f"{kind}: {error}"
+                self._under_way.pop(step, None)
+                self._note_failure(error)
             raise
+
+    def _note_failure(self, error: BaseException) -> None:
+        "Count a step that failed; one that is to be asked again is not left out."
+        again = isinstance(error, (NotReady, OSError))
+        self._left_out += not again  # or the next step would ask the same uids again
+        self._in_a_row, self._failed_at = self._in_a_row + 1, time.monotonic()
+        self._fate = "could not be taken" if again else "were left out"
+        said = isinstance(error, (JudgeError, NotReady))
+        self._why = str(error) if said else f"{type(error).__name__}: {error}"
 
     def _pace(self) -> None:
         "Wait until the interval since the last start is over."
@@ -376,15 +423,16 @@ class Service:
             )
         else:
             self._say("few", "")
-        ticket = self.validator.steps + self._under_way + self._left_out
+        ticket = self.validator.steps + len(self._under_way) + self._left_out
         chance = random.Random(f"{self.seed}-{ticket}").getrandbits(63)
         self.validator.generator.manual_seed(chance)
         return self.validator.route(prompt, min(serving, k))
 
     def _learn(self, round: Round, listed: bool) -> Event:
         "Learn from a round, write its event, and save the state when it is time."
+        self._check_open()
         event = self.validator.learn(round, block=self.chain.block)
-        self._pending -= listed
+        self._done += listed
         self._in_a_row = 0
         self._unwritten.append(event)
         self.latest = event
@@ -399,15 +447,21 @@ class Service:
 
     def _flush(self) -> None:
         "Write the events that are not on disk yet; raise OSError where that fails."
+        self._check_open()
         while self._unwritten:
             self.journal.append(self._unwritten[0])
             self._unwritten.popleft()
         self._say("disk", "")
 
+    def _check_open(self) -> None:
+        "Raise `NotReady` after the end: the folder may be another validator's by now."
+        if self._ended.is_set():
+            raise NotReady("the validator has ended")
+
     def _save(self) -> None:
-        "Save the state, unless there are events that are not on disk."
-        if not self._unwritten:
-            about = {"prompts_taken": self.prompts.taken - self._pending}
+        "Save the state, unless there are events that are not on disk, or it has ended."
+        if not self._unwritten and not self._ended.is_set():
+            about = {"prompts_taken": self._done}
             about["late_rewards"] = self.journal.late_rewards
             about["steps_left_out"] = self._left_out
             save_state(self.validator, self.folder, **self.about, **about)
@@ -422,11 +476,14 @@ class Service:
 
     def _each_block(self) -> int:
         "Follow the chain: read the metagraph and set weights when it is time."
+        # without prompts nobody else would find out that the disk has room again
+        with self._lock, suppress(OSError, NotReady):
+            self._flush()
         block, reached = self.chain.look(), max(self._synced_at, self._tried_at)
         # restored from an older copy, perhaps; a few blocks back is another node
         if reached - block >= self.settings.sync_every:
             _log.warning("the chain went back from block %d to %d", reached, block)
-            self._synced_at, self._tried_at = -math.inf, -math.inf
+            self._synced_at = self._tried_at = self._refused_at = -math.inf
         too_few = len(self.validator.serving()) < self.validator.policy.k
         if block - self._synced_at >= self.settings.sync_every or too_few:
             self._sync(block)
@@ -436,7 +493,10 @@ class Service:
 
     def _sync(self, block: int) -> None:
         "Read the metagraph; after a change the state is saved at once."
-        metagraph = self.validator.client.subnets.metagraph(self.validator.netuid)
+        netuid = self.validator.netuid
+        metagraph = self.validator.client.subnets.metagraph(netuid)
+        if not len(getattr(metagraph, "hotkeys", ())):  # a node that knows no subnet
+            raise RuntimeError(f"the chain shows nobody on subnet {netuid}")
         with self._lock:
             changed = self.validator.sync(metagraph)
             self._synced_at = block
@@ -445,6 +505,8 @@ class Service:
                 self._try_to_save()
 
     def _weights_are_due(self, block: int) -> bool:
+        if block <= self._refused_at:
+            return False
         metagraph = self.validator.metagraph
         metagraph = getattr(metagraph, "whole", metagraph)  # our uid may be left out
         own = self.validator.wallet.hotkey.ss58_address
@@ -473,6 +535,7 @@ class Service:
             else:
                 self._say("weights", "none are set while no miner has earned anything")
         except RuntimeError as error:
+            self._refused_at = block
             self.metrics.weights.labels("refused").inc()
             self._say("weights", f"{error}; another attempt at the next block")
 

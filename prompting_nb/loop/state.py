@@ -8,10 +8,10 @@ __all__ = ['Saved', 'save_state', 'resume', 'read_about', 'saved_width']
 # %% ../../nbs/loop/09_state.ipynb #c003
 import json
 import logging
-import math
 import os
 import re
 import shutil
+import sys
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -266,24 +266,29 @@ def _read(path: Path) -> dict:
     for name, (kind, fits) in _PARTS.items():
         if type(part := saved.get(name)) is not kind or not fits(part):
             raise _damaged(path, name)
+    for place, numbers in ((saved, _NUMBERS), (saved["about"], _COUNTS)):
+        for name, fits in numbers.items():
+            if name in place and not fits(place[name]):
+                raise _damaged(path, name)
     return saved
 
 
 _whole = lambda value: type(value) is int and value >= 0
-_number = lambda value: type(value) in (int, float) and math.isfinite(value)
+_most = sys.float_info.max  # an int may be larger
+_number = lambda value: type(value) in (int, float) and abs(value) <= _most
 _PARTS: dict[str, tuple[type, Callable]] = {  # its type, and what else it must be
     "format": (int, _whole),
     "step": (int, _whole),
     "hotkeys": (list, lambda keys: all(isinstance(key, str) for key in keys)),
     "counts": (dict, lambda counts: all(map(_whole, counts.values()))),
     "averages": (dict, lambda averages: all(map(_number, averages.values()))),
-    "about": (
-        dict,
-        lambda about: all(
-            _whole(about.get(name, 0)) for name in ("late_rewards", "prompts_taken")
-        ),
-    ),
+    "about": (dict, lambda about: True),
 }
+_NUMBERS: dict[str, Callable] = {  # where they are there: earlier versions had fewer
+    "netuid": _whole,
+    "price_weight": lambda value: value is None or (_number(value) and value >= 0),
+}
+_COUNTS = dict.fromkeys(("late_rewards", "prompts_taken", "steps_left_out"), _whole)
 
 
 def _damaged(path: Path, name: str) -> InputError:
