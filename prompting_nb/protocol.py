@@ -112,7 +112,7 @@ _NO_MARKS = bytes(set(range(256)) - set(b'"[{,'))
 
 
 def _check_parts(text: bytes) -> None:
-    "Raise `ValueError` if JSON holds more lists, objects or items than a message needs."
+    "Raise `ValueError` if JSON holds more lists, objects or items than messages do."
     if len(text) <= _BRACKETS:
         return
     brackets = text.count(b"[") + text.count(b"{")

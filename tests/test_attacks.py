@@ -1379,6 +1379,41 @@ class Line(Nowhere):
             asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_whole_requests_that_wait_for_their_turn(ahead):
+    """Strangers send long requests faster than they can be served, each at once or behind one that takes long.
+    Older server: sets no limit."""
+
+    async def check():
+        tasks, crowd, turns, free = set(), connection.Crowd(Limits(max_waiting=1_000_000)), connection.Turns(), asyncio.Event()
+        short, long = (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % n + b"x" * n for n in (9, 50_000))
+
+        async def app(scope, receive, send):
+            await receive()
+            if (b"content-length", b"9") in scope["headers"]:
+                await free.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body"})
+
+        lines = [Line() for _ in range(40)]
+        for line in lines:
+            line.protocol = connection.Connection(app, crowd, tasks, turns)
+            line.protocol.connection_made(line)
+            line.protocol.data_received(short + long if ahead else long)
+            assert crowd.size <= 1_000_000
+        assert crowd.size > 900_000 and 19 <= sum(line.closed for line in lines) <= 22
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert (crowd.size > 900_000) == ahead  # the others have had their turn
+        free.set()
+        while tasks or len(turns):
+            await asyncio.sleep(0)
+        assert crowd.size == 0 and not crowd.begun
+        assert all(line.closed or line.answers == 1 + ahead for line in lines)
+
+    asyncio.run(check())
+
+
 def test_strangers_whose_requests_take_long():
     """Strangers hold all places with whole requests that are made to take long, and more of them come.
     Older server: sets no limit; its file descriptors run out."""

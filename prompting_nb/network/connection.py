@@ -48,6 +48,7 @@ class Connection(asyncio.Protocol):
         self._reader = _Reader(self, self._limits)
         self._serving: Optional[_Exchange] = None  # what the application works on
         self._ahead: deque[_Exchange] = deque()  # requests that wait their turn
+        self._waits = False  # so does the one that is served next, in `turns`
         self._last = b""  # the error that is sent when they are answered
         self._ending = False  # no request is taken any more
         self._closed = False  # nothing is written any more
@@ -95,7 +96,11 @@ class Connection(asyncio.Protocol):
             self._clock.wait("head")
         self._crowd.stir(self)
         reader.feed(data)
-        if not reader.part or self._ending:
+        if self._ending:
+            return
+        if not reader.part:
+            if self._waits or self._ahead:  # as a whole, and it stays in memory
+                self._crowd.count(self, len(data))
             return
         if reader.part == "head" and reader.size > self._limits.max_head:
             longest = self._limits.max_head
@@ -169,7 +174,8 @@ class Connection(asyncio.Protocol):
         exchange: "_Exchange",  # with its body
     ) -> None:
         "Take a request that is complete."
-        self._crowd.forget(self)
+        if not (self._waits or self._ahead):
+            self._crowd.forget(self)
         if exchange.answered and self._serving is exchange:
             self._next()
         elif not self._again:
@@ -205,9 +211,20 @@ class Connection(asyncio.Protocol):
         self._serving = exchange
         self._clock.wait("app")
         if self._turns is not None and self._crowd.is_stranger(self):
-            self._turns.add(self, partial(self._start, exchange), self._again)
+            self._waits = True
+            self._turns.add(self, partial(self._take_turn, exchange), self._again)
         else:
             self._start(exchange)
+
+    def _take_turn(self, exchange: "_Exchange") -> None:
+        self._waits = False
+        self._uncount()
+        self._start(exchange)
+
+    def _uncount(self) -> None:
+        "Stop counting bytes, unless some of them are still to come or wait their turn."
+        if not (self._waits or self._ahead or self._reader.part):
+            self._crowd.forget(self)
 
     def _start(self, exchange: "_Exchange") -> None:
         if self._transport.is_closing():
@@ -243,6 +260,7 @@ class Connection(asyncio.Protocol):
                 self._crowd.rest(self)  # only a first request is spared
             if self._full is None:
                 self._serve(self._ahead.popleft())
+                self._uncount()
             return
         if self._last:
             self._transport.write(self._last)
