@@ -1830,15 +1830,6 @@ def test_question_of_many_parts(what, older, monkeypatch):
             assert code == 400 and "more than 10000 items" in answer["error"] and not reads
 
 
-def test_roles_that_the_older_format_does_not_know(axon, monkeypatch):
-    """A question in the older format whose roles are none, and whose hash takes long to compute.
-    Older server: takes any roles."""
-    question, hashed = Prompting(roles=["x" * 9999], messages=["x"]), []
-    signed = old(question)
-    monkeypatch.setattr(legacy, "body_hash", lambda *parts: hashed.append(parts))
-    assert status(axon, write_body(question), signed) == 400 and not hashed
-
-
 heads = st.sampled_from(
     [
         b"",

@@ -169,7 +169,7 @@ def test_roles_and_messages_do_not_change_places(roles, messages):
     read = lambda *lists: read_legacy(json.dumps(dict(zip(("roles", "messages"), lists))).encode(), covered, 120.0)
     covered = body_hash(tuple(roles), tuple(messages))
     assert read(roles, messages).prompt
-    with pytest.raises((Refusal, ValueError), match="BadSignature|is none of system, user, assistant"):
+    with pytest.raises(Refusal, match="BadSignature"):
         read(messages, roles)
     covered = body_hash(tuple(messages), tuple(roles))  # by a class that lists the messages first
     with pytest.raises(Refusal, match="in this order"):

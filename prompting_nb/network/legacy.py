@@ -82,14 +82,14 @@ def read_legacy(
     Raises `Refusal` 401 when it does not, and `ValueError` when it is no question.
     """
     synapse = read_body(body, limit, kind)
-    if other := [role for role in synapse.roles if role not in ROLES]:
-        raise ValueError(f"roles: {other[0]!r:.40} is none of {', '.join(ROLES)}")
-    if signed != body_hash(synapse.roles, synapse.messages):  # slow for a long body
+    if signed != body_hash(synapse.roles, synapse.messages):
         raise _refused(
             "BadSignature",
             "the signed hash is not that of the body; "
             'required_hash_fields must be ("roles", "messages"), in this order',
         )
+    if other := [role for role in synapse.roles if role not in ROLES]:
+        raise ValueError(f"roles: {other[0]!r:.40} is none of {', '.join(ROLES)}")
     return synapse
 
 
