@@ -355,7 +355,7 @@ def test_a_connection_that_the_model_server_closed_costs_no_answer(place, first)
         if first:
             assert asyncio.run(three(miner)) == [["ok"]] * 3 and len(seen) == 3
         else:
-            with pytest.raises(UpstreamError, match="RemoteProtocolError"):
+            with pytest.raises(UpstreamError, match="(RemoteProtocol|Read|Write)Error"):  # it may be reset as well
                 asyncio.run(three(miner))
             assert len(seen) == 2
 
