@@ -539,8 +539,8 @@ def test_a_stop_that_is_interrupted_writes_nothing_later(network, tmp_path, monk
     monkeypatch.setattr(service, "_finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         service.stop()
-    service._stopping.set()
     assert service.join(SECONDS) and len(events(tmp_path)) == service.validator.steps == read_about(tmp_path)["step"]
+    until(lambda: not service.runner.is_running)
 
 
 def test_a_service_that_cannot_start_its_threads_leaves_none_behind(network, tmp_path, monkeypatch):

@@ -190,6 +190,8 @@ class Service:
 
     def _close(self) -> None:
         "Save the state; who comes later than this finds the service closed."
+        self._stopping.set()
+        self.runner.stopping.set()
         with self._lock:
             if self._ended.is_set():  # by another thread meanwhile
                 return
