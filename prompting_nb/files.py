@@ -83,7 +83,7 @@ def reason_of(
 
 def words_of(
     error: BaseException,  # of any code, perhaps not ours
-) -> str:  # as in "ValueError: too long"; the kind alone where it has no words
+) -> str:  # as in "ValueError: too long"
     "Say kind and message of an error, whose message may itself fail."
     kind = type(error).__name__
     try:

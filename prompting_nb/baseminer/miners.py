@@ -546,9 +546,7 @@ class ChatClient:
             except (httpx.HTTPError, httpx.InvalidURL, UnicodeDecodeError) as error:
                 # a server closes idle connections, perhaps just as a request comes
                 if again or begun or not isinstance(error, _BROKEN):
-                    what = f"the model server cannot be reached: {type(error).__name__}"
-                    away = isinstance(error, httpx.HTTPError)
-                    raise UpstreamError(what, away) from error
+                    raise _unreachable(error) from error
 
     def _request(self, synapse: Prompting) -> Any:
         "Make the request to the server; entering its context sends it."
@@ -591,12 +589,10 @@ class ChatClient:
             try:
                 status, text, wait = self._post(messages, timeout)
             except httpx.HTTPError as error:
-                what = f"the model server cannot be reached: {type(error).__name__}"
-                reason = UpstreamError(what, away=True)
+                reason = _unreachable(error)
                 continue
             except (httpx.InvalidURL, UnicodeDecodeError) as error:
-                what = f"the model server cannot be reached: {type(error).__name__}"
-                raise UpstreamError(what) from error
+                raise _unreachable(error) from error
             try:
                 return _said(_answer(status, text), "message")
             except UpstreamError as error:
@@ -622,6 +618,14 @@ class ChatClient:
 
 
 _BUSY = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another attempt
+
+
+def _unreachable(error: Exception) -> UpstreamError:
+    "Say that there was no answer; another try may help, unless the address is wrong."
+    what = f"the model server cannot be reached: {type(error).__name__}"
+    return UpstreamError(what, away=isinstance(error, httpx.HTTPError))
+
+
 _BROKEN = httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError  # connections
 
 

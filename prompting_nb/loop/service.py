@@ -39,6 +39,7 @@ from ..validators.judge import JudgeError, findings_of
 from ..validators.pending import finite
 from ..validators.validator import Round, Validator
 from ..show import arguments_in_help
+from ..files import words_of
 from ..help.usage import count_of
 
 # %% ../../nbs/loop/10_service.ipynb #c008
@@ -169,6 +170,8 @@ class Service:
         "Finish what is under way, save the state and close; once."
         if self._ended.is_set():
             return
+        self._stopping.set()
+        self.runner.stopping.set()
         try:
             self._finish(timeout)
         finally:  # after a second Ctrl-C, too: from now on nothing is written
@@ -179,9 +182,7 @@ class Service:
         deadline = time.monotonic() + timeout
         left = lambda: max(0.0, deadline - time.monotonic())
         with self._lock:
-            self._stopping.set()
             busy = [ended for ended in self._asking if ended not in self._idle]
-        self.runner.stopping.set()
         if late := sum(not ended.wait(left()) for ended in busy):
             late = count_of(late, "prompt")
             text = "%s did not end within %g s: what comes of it is not learned"
@@ -190,8 +191,6 @@ class Service:
 
     def _close(self) -> None:
         "Save the state; who comes later than this finds the service closed."
-        self._stopping.set()
-        self.runner.stopping.set()
         with self._lock:
             if self._ended.is_set():  # by another thread meanwhile
                 return
@@ -320,7 +319,7 @@ class Service:
                 self._pace()
                 self._ask_once(prompt)
         except BaseException as error:  # nobody else sees what ends a thread
-            what = f"{type(error).__name__}: {error}"
+            what = words_of(error)
             name = threading.current_thread().name
             self._died.append(f"the thread {name} has ended ({what})")
             _log.error("the thread %s has ended (%s)", name, what, exc_info=True)
@@ -401,7 +400,7 @@ class Service:
         self._in_a_row, self._failed_at = self._in_a_row + 1, time.monotonic()
         self._fate = "could not be taken" if again else "were left out"
         said = isinstance(error, (JudgeError, NotReady))
-        self._why = str(error) if said else f"{type(error).__name__}: {error}"
+        self._why = str(error) if said else words_of(error)
 
     def _pace(self) -> None:
         "Wait until the interval since the last start is over."
@@ -473,8 +472,7 @@ class Service:
             self._save()
             self._say("state", "")
         except Exception as error:  # whatever it is, the asking goes on
-            what = f"{type(error).__name__}: {error}"
-            self._say("state", f"the state could not be saved: {what}")
+            self._say("state", f"the state could not be saved: {words_of(error)}")
 
     def _each_block(self) -> int:
         "Follow the chain: read the metagraph and set weights when it is time."

@@ -813,18 +813,19 @@ class _Exchange:
 
     async def read(self, bounds: _Bounds) -> bytes:
         "Read the body, once; `Refusal` 408 if it does not arrive in time."
-        if self.body is not None:
-            return self.body
+        if self.body is None:
+            self.body = await self._read(bounds)
+        return self.body
+
+    async def _read(self, bounds: _Bounds) -> bytes:
         arrived = (self.scope.get("extensions") or {}).get("connection.arrived")
         if arrived is not None and arrived():
-            self.body = await _read_body(self._receive, bounds.max_body)
-            return self.body
+            return await _read_body(self._receive, bounds.max_body)
         late = "the body did not arrive in time"
         refusal = partial(Refusal, 408, late, "slow", _CLOSE)
         self.deadline.start(bounds.body_timeout, refusal)
         try:
-            self.body = await _read_body(self._receive, bounds.max_body)
-            return self.body
+            return await _read_body(self._receive, bounds.max_body)
         finally:
             self.deadline.stop()
 
