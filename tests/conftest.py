@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if os.access(p, os.X_OK)), None)
+
+
+def alive(pid):
+    "Tell whether a process has not ended; one that nobody has asked for its status has."
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def pytest_collection_modifyitems(config, items):

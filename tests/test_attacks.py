@@ -28,7 +28,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import aiohttp
-import psutil
 import pytest
 from aiohttp.client_proto import ResponseHandler
 from bittensor import ServeAxon, http_auth
@@ -36,6 +35,7 @@ from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from conftest import alive
 from prompting_nb.baseminer.answering import Once, handler
 from prompting_nb.baseminer.blacklist import Verdict
 from prompting_nb.baseminer.cache import PromptCache
@@ -2178,7 +2178,8 @@ def test_every_worker_hangs(caplog):
     with Axon(MINER, workers=2).attach(lambda s: free.wait(SECONDS) and echo(s)) as axon:
         assert status(axon, body) == 504
         until(lambda: axon.health()["stuck"] == 1)
-        assert http_get(axon, "/ready")[0] == 200  # one worker is left
+        code, text = http_get(axon, "/ready")
+        assert (code, json.loads(text)["stuck"]) == (200, 1)  # one worker is left
         assert status(axon, body) == 504
         until(lambda: any("all 2 workers are held" in r.getMessage() for r in caplog.records))
         code, text = http_get(axon, "/ready")
@@ -2307,9 +2308,9 @@ def test_process_of_a_request_that_has_waited(tmp_path):
         take = isolated._take
 
         def noted():
-            worker = take()
+            begin, worker = time.monotonic(), take()
             call = worker.call
-            worker.call = lambda question, limit: seconds.append(limit - time.monotonic()) or call(question, limit)
+            worker.call = lambda question, limit: seconds.append(limit - begin) or call(question, limit)
             return worker
 
         isolated._take = noted
@@ -2319,7 +2320,7 @@ def test_process_of_a_request_that_has_waited(tmp_path):
             second = pool.submit(status, axon, write_body(Prompting.ask("second", timeout=0.9)))
             assert [first.result(), second.result()] == [504, 504]
             until(lambda: axon.health()["running"] == 0)
-    assert len(seconds) == 2 and seconds[1] < 0.9 - 0.6 + 0.1  # and not from the start of its call
+    assert len(seconds) == 2 and 0.1 <= seconds[1] < 0.9 - 0.6 + 0.1  # and not from the start of its call
 
 
 @pytest.mark.parametrize("when", ["before the question", "in its answer"])
@@ -2370,7 +2371,7 @@ assert abs(found - wanted) < 1e-3 * abs(wanted) + 1, (found, wanted)
 def test_programs_of_a_handler_that_hangs():
     """A handler hangs in a program that it has started, in a process of its own.
     Older server: -"""
-    told, lives = os.pipe(), lambda pid: psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    told = os.pipe()
 
     def run(synapse):
         with subprocess.Popen(["sleep", "1000"], start_new_session=True) as program:
@@ -2385,13 +2386,13 @@ def test_programs_of_a_handler_that_hangs():
         with pytest.raises(TimeoutError):
             isolated(Prompting.ask("hang", timeout=0.3))
         program = int(os.read(told[0], 100))
-        until(lambda: not lives(program))
+        until(lambda: not alive(program))
         with ThreadPoolExecutor(1) as pool:
             busy = pool.submit(isolated, Prompting.ask("hang"))
             program = int(os.read(told[0], 100))
             isolated.close()
             assert isinstance(busy.exception(SECONDS), RuntimeError)
-        until(lambda: not lives(program))
+        until(lambda: not alive(program))
     for end in told:
         os.close(end)
 

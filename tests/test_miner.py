@@ -3,7 +3,6 @@
 import abc
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import http.client
 import inspect
@@ -27,6 +26,7 @@ from bittensor.sp_core import ss58_decode, ss58_encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import alive
 from prompting_nb.baseminer.blacklist import Caller, RateLimiter, Verdict
 from prompting_nb.baseminer.cache import PromptCache
 from prompting_nb.baseminer.flags import MinerSettings
@@ -755,11 +755,7 @@ def test_processes_of_an_isolated_miner_have_what_its_init_made_and_end_with_its
             group = psutil.Process(os.getpgid(int(pid)))
         with pytest.raises(psutil.NoSuchProcess):  # it was waited for
             group.status()
-        end = time.monotonic() + SECONDS
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE:  # nobody may ask for its status
-                assert time.monotonic() < end
-                time.sleep(0.01)
+        wait_until(lambda: not alive(int(pid)))
 
 
 @pytest.mark.parametrize("kind", ["template", "replay", "retrieval", "process"])

@@ -333,11 +333,18 @@ def test_a_connection_that_the_model_server_closed_costs_no_answer(place, first)
     answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
     seen = []
 
+    def read(line):
+        "Read a request as a whole: closed with unread bytes, a connection would be reset."
+        found = b""
+        while not found.endswith(b"}") and (more := line.recv(65536)):
+            found += more
+        return found
+
     def serve(line):
         with line:
-            if first and line.recv(65536):
+            if first and read(line):
                 line.sendall(answer)
-            line.recv(65536)
+            read(line)
 
     def accept():
         with suppress(OSError):
@@ -355,7 +362,7 @@ def test_a_connection_that_the_model_server_closed_costs_no_answer(place, first)
         if first:
             assert asyncio.run(three(miner)) == [["ok"]] * 3 and len(seen) == 3
         else:
-            with pytest.raises(UpstreamError, match="(RemoteProtocol|Read|Write)Error"):  # it may be reset as well
+            with pytest.raises(UpstreamError, match="RemoteProtocolError"):
                 asyncio.run(three(miner))
             assert len(seen) == 2
 

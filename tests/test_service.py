@@ -27,6 +27,7 @@ import bittensor as bt
 import pytest
 import torch
 
+from conftest import alive
 from prompting_nb.baseminer.miners import OpenAISettings, UpstreamError
 from prompting_nb.baseminer.subnet import open_client
 from prompting_nb.config import InputError
@@ -1464,14 +1465,6 @@ def test_a_killed_validator_goes_on_with_the_same_choices(served, judged, tmp_pa
 @pytest.mark.long
 def test_a_validator_that_is_killed_twenty_times(served, judged, tmp_path):
     _kills(served, judged, tmp_path, kills=20, after=50)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 class Asking(threading.Thread):
