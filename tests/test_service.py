@@ -39,7 +39,7 @@ from prompting_nb.loop.journal import Journal
 from prompting_nb.loop.judging import OwnJudge, server_judge
 from prompting_nb.loop.network import Network, WorkerMiner
 from prompting_nb.loop.service import ChainWatch, NotReady, Service, ServiceSettings
-from prompting_nb.loop.state import read_about, resume
+from prompting_nb.loop.state import first_needed, read_about, resume
 from prompting_nb.loop.tasks import Worker
 from prompting_nb.network.chain_server import read_token
 from prompting_nb.network.command import find_chain
@@ -1203,6 +1203,53 @@ def test_old_files_of_a_log_are_not_read_again(network, tmp_path, monkeypatch):
     assert len(files) > 3
     assert [e["step"] for e in journal.read(start=11)] == [11]
     assert [step for name, step in read if name == files[0]] == []
+
+
+def test_full_files_of_events_are_removed_when_no_state_needs_them(network, tmp_path, caplog):
+    "Miners that send long answers would fill the disk, and a full disk ends all learning."
+    caplog.set_level(logging.INFO)
+    settings = {"log_size": 0.002, "log_files": 2, "save_every": 10}
+    with service_of(network, tmp_path, steps=27, **settings) as service:
+        assert service.join(SECONDS)
+    left = events(tmp_path)
+    assert first_needed(tmp_path) == 20 and 17 <= left[0]["step"] <= 20, [e["step"] for e in left]
+    assert [e["step"] for e in left] == list(range(left[0]["step"], 27)) and len(Journal(tmp_path).files()) > 3
+    assert "removed events.000001.jsonl" in caplog.text and "log_files is 2" in caplog.text
+    assert [state.name for state in sorted(tmp_path.glob("state-*"))] == ["state-000000020", "state-000000027"]
+    shutil.rmtree(tmp_path / "state-000000027")  # the state before it goes on as well
+    with service_of(network, tmp_path, steps=40, **settings) as service:
+        assert (service.saved.step, service.saved.replayed) == (20, 7) and service.join(SECONDS)
+    assert "were removed" not in caplog.text and events(tmp_path)[-1]["step"] == 39
+    assert len(Journal(tmp_path).files()) <= 12, "those since the state before the last, and at least two"
+
+
+def test_all_files_of_events_are_kept_by_default(network, tmp_path):
+    with service_of(network, tmp_path, steps=12, log_size=0.002) as service:
+        assert service.join(SECONDS)
+    assert len(Journal(tmp_path).files()) > 5 and [e["step"] for e in events(tmp_path)] == list(range(12))
+
+
+def test_files_of_events_that_cannot_be_removed_cost_no_state(network, tmp_path, caplog, monkeypatch):
+    def unlink(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_module.Path, "unlink", unlink)
+        with service_of(network, tmp_path, steps=12, log_size=0.002, log_files=1) as service:
+            assert service.join(SECONDS)
+    assert read_about(tmp_path)["step"] == 12 and [e["step"] for e in events(tmp_path)] == list(range(12))
+    assert caplog.text.count("old files of events could not be removed: PermissionError") == 1
+
+
+def test_answers_above_the_bound_of_a_validator_are_not_kept(tmp_path):
+    "A miner that sends as much as it may fills the log of events with it."
+    long = Worker("long", lambda prompt: "x" * 50_000)
+    short = [Worker(f"short-{n}", lambda prompt: "four") for n in range(3)]
+    with Network([long, *short]) as network:
+        validator = Validator(network.wallet, network.client, by_length, policy=Policy(k=4, timeout=30), max_answer=10_000)
+        event = validator.step("What is 2 plus 2?")
+        assert sorted(event.statuses) == [200, 200, 200, 413] and len(event.to_json()) < 10_000
+        assert event.completions[event.statuses.index(413)] is None and event.rewards[event.statuses.index(413)] == 0
 
 
 def test_the_endpoint_serves_while_the_service_asks(network, tmp_path):

@@ -105,6 +105,23 @@ class Journal:
         "List the files, the oldest first."
         return event_files(self.folder)
 
+    def forget(
+        self,
+        before: int,  # steps from this one on are still needed
+        keep: int,  # full files that stay, however old they are
+    ) -> list[Path]:  # that were removed; raises OSError where one cannot be
+        "Remove the oldest full files, of which no step is needed."
+        files, removed = [path for path in self.files() if path != self.path], []
+        for path, newer in zip(files, [*files[1:], self.path]):
+            if len(files) - len(removed) <= keep:
+                break
+            first = next(_entries(newer), None) if newer.is_file() else None
+            if (first["step"] if first else self.next_step) > before:
+                break
+            path.unlink(missing_ok=True)
+            removed.append(path)
+        return removed
+
     def close(self) -> None:
         "Close the files; `append` and `append_late` open them again."
         self._close_events()

@@ -32,7 +32,7 @@ from prompting_nb.config import (
     check_settings,
 )
 from .journal import Journal
-from .state import Saved, resume, save_state
+from .state import Saved, first_needed, resume, save_state
 from ..network.limited import BlockWatch
 from ..validators.event import Event
 from ..validators.judge import JudgeError, findings_of
@@ -69,6 +69,8 @@ class ServiceSettings:
         patience: Seconds without news of the chain after which it counts as away; a
             step that takes so much longer than its timeout counts as hanging.
         log_size: Megabytes of events after which a new file is started.
+        log_files: Full files of events to keep; 0 for all. Of those above this number
+            the oldest are removed, as soon as no saved state needs them.
     """
 
     concurrent: PositiveInt = 1
@@ -82,6 +84,7 @@ class ServiceSettings:
     poll_interval: PositiveSeconds = 2.0
     patience: PositiveSeconds = 60.0
     log_size: PositiveFloat = 100.0
+    log_files: NonNegativeInt = 0
 
     def __post_init__(self):
         check_settings(self)
@@ -466,6 +469,20 @@ class Service:
             about["late_rewards"] = self.journal.late_rewards
             about["steps_left_out"] = self._left_out
             save_state(self.validator, self.folder, **self.about, **about)
+            self._forget()
+
+    def _forget(self) -> None:
+        "Remove old files of events, if the settings say how many to keep."
+        if keep := self.settings.log_files:
+            try:
+                gone = self.journal.forget(first_needed(self.folder), keep)
+                self._say("log", "")
+            except (OSError, InputError) as error:
+                text = f"old files of events could not be removed: {words_of(error)}"
+                return self._say("log", text)
+            if gone:
+                names = ", ".join(path.name for path in gone)
+                _log.info("removed %s: log_files is %d", names, keep)
 
     def _try_to_save(self) -> None:
         try:

@@ -56,6 +56,8 @@ class ValidatorSettings:
             is none: rewards come by POST /reward.
         top_k: Miners asked for each prompt.
         timeout: Seconds that the miners have to answer.
+        max_answer: Most bytes that are read of one answer; a longer one counts as
+            failed. Answers are kept in the log of events.
         gate: Gating model that chooses the miners.
         rule: How chance takes part in the choice. Without it: thompson with the gate
             bayes, epsilon with the others, for which thompson and ucb are refused.
@@ -72,6 +74,7 @@ class ValidatorSettings:
     reward: Optional[str] = None
     top_k: PositiveInt = 3
     timeout: PositiveSeconds = 12.0
+    max_answer: PositiveInt = 1_000_000
     gate: Literal["bayes", "sentence", "last-token"] = "bayes"
     rule: Optional[Literal["thompson", "ucb", "gumbel", "epsilon"]] = None
     distinct: bool = False
@@ -166,7 +169,8 @@ def make_service(
     gate = default_gate(metagraph, run.seed, {"gating": gating}, run.gate)
     parts = (wallet, client, judge, gate, policy, place.netuid, run.seed)
     private = run.allow_private or local
-    validator = Validator(*parts, allow_private=private, prices=prices)
+    work = {"allow_private": private, "prices": prices, "max_answer": run.max_answer}
+    validator = Validator(*parts, **work)
     about = {
         "network": network,
         "netuid": place.netuid,

@@ -84,6 +84,7 @@ class Validator:
         seed: int = 0,  # of the choices, and of the default gate's weights
         allow_private: bool | None = None,  # as of `Dendrite`; None: on `EmbeddedChain`
         prices: Optional[Prices] = None,  # of the answers; `None`: they cost nothing
+        max_answer: int = 1_000_000,  # most bytes that are read of one answer
     ):
         self.wallet, self.judge, self.netuid = wallet, judge, netuid
         self.left_out = 0  # uids without a row in the gate
@@ -101,7 +102,8 @@ class Validator:
         self.pending = Pending(self.gate, metagraph=self.metagraph)
         if allow_private is None:
             allow_private = is_embedded(client)
-        self.dendrite = Dendrite(wallet, allow_private=allow_private)
+        bounds = {"allow_private": allow_private, "max_answer": max_answer}
+        self.dendrite = Dendrite(wallet, **bounds)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0  # taken so far
         self.refused = 0  # answers that the judge could not take
