@@ -583,7 +583,7 @@ def test_stop_refuses_what_waits_until_the_time_of_its_nonce():
     axon = Axon(MINER, drain=SECONDS, clock=lambda: now).attach(echo).start()
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(post, axon, body, sign(body, nonce_ns=now + 19 * 10**8))
-        until(lambda: axon._entry.early)
+        until(lambda: axon._waiting.size)
         axon.stop()
         status, told, headers = asked.result()
     assert (status, told, headers["retry-after"]) == (503, {"error": "the miner is stopping"}, "1")

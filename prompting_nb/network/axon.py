@@ -16,12 +16,12 @@ import secrets
 import sqlite3
 import threading
 import time
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterable, NamedTuple
 
 import bittensor as bt
 from starlette.applications import Starlette
@@ -124,7 +124,7 @@ class Axon:
         )
         self._memory = MemoryNonces(clock)
         self._gate = Gatekeeper(self.hotkey, self._memory, clock)
-        self._entry = _Entry(self._gate, 0)
+        self._waiting = _Waiting(0)
         self._attached: _Attached | None = None
         self._admission = _Admission(WorkQueue(workers, max_queue, ageing))
         self._application: _Application | None = None
@@ -168,14 +168,14 @@ class Axon:
             self.max_timeout,
             self._limits.write_timeout,
         )
-        self._entry = entry = _Entry(self._gate, 16 * self.max_body)
+        self._waiting = _Waiting(16 * self.max_body)
+        common = self._gate, self._waiting, self._signer, bounds
         queue = WorkQueue(self.workers, self.max_queue, self.ageing)
         self._admission = _Admission(queue)
         self._threads = Threads(self.workers, f"axon-{self.port}-work")
         endpoints = {}
         for kind in (Prompting, StreamPrompting):
-            btauth = _Btauth(kind, entry, self._signer, bounds)
-            older = _Legacy(kind, entry, self._signer, bounds)
+            btauth, older = _Btauth(kind, *common), _Legacy(kind, *common)
             most = self.max_answer
             worker = _Worker(kind, attached.forward, queue, self._threads, most)
             endpoints[kind.path] = _Endpoint(
@@ -266,7 +266,7 @@ class Axon:
 
     async def _drain(self) -> None:
         "Refuse what waits to be admitted, and let the rest finish."
-        self._entry.stop()
+        self._waiting.stop()
         await self._admission.drain(self.drain)
 
     def __enter__(self) -> Self:
@@ -408,9 +408,9 @@ class _Endpoint:
         deadline = request.deadline
         try:
             caller = await self._identify(request)
-            wait = request.wait
-            await _permit(self._attached.blacklist, caller, wait)
-            priority = await _priority(self._attached.priority, caller, wait)
+            await _permit(self._attached.blacklist, caller, request.hold)
+            request.allow()
+            priority = await _priority(self._attached.priority, caller, request.hold)
             self._admission.admit(deadline, priority)
             synapse = await self._parse(request, caller)
             request.permit()  # nothing more is waited for that the caller has to send
@@ -829,8 +829,26 @@ class _Exchange:
         finally:
             self.deadline.stop()
 
+    async def hold(self, awaitable: Awaitable, more: float = 0.0) -> Any:
+        """Await what decides whether the request is admitted; its body is counted.
+
+        `Refusal` as of `wait`, and 503 when too many bodies wait.
+        """
+        waiting = self.wire.waiting
+        try:
+            await self.read(self.wire.bounds)  # it may come meanwhile
+            waiting.enter(self, more or self.wire.patience, early=more > 0)
+        except BaseException:
+            if (end := getattr(awaitable, "close", None)) is not None:
+                end()  # or Python warns of a coroutine that nobody has awaited
+            raise
+        try:
+            return await self.wait(awaitable, more)
+        finally:
+            waiting.leave(self)
+
     async def wait(self, awaitable: Awaitable, more: float = 0.0) -> Any:
-        """Await what this miner waits for before it admits the request.
+        """Await what this miner waits for before it works on the request.
 
         `Refusal` 503 after as long as a body may take, and `more` seconds; 499 at a
         hang-up. Not for what is there at once: it starts a timer and a task.
@@ -845,8 +863,14 @@ class _Exchange:
         finally:
             self.deadline.stop()
 
+    def allow(self) -> None:
+        "Tell the server who the caller is, and that it may ask."
+        extensions = self.scope.get("extensions") or {}
+        if (allow := extensions.get("connection.allow")) is not None:
+            allow(self.caller.hotkey)
+
     def permit(self) -> None:
-        "Tell the server that the caller may ask, so that it keeps the connection."
+        "Tell the server that the caller is answered, so that it keeps the connection."
         extensions = self.scope.get("extensions") or {}
         if (permit := extensions.get("connection.permit")) is not None:
             permit()
@@ -916,10 +940,15 @@ class _Btauth:
     stream_type = (b"content-type", b"application/x-ndjson")
 
     def __init__(
-        self, kind: type[Prompting], entry: "_Entry", signer: Any, bounds: _Bounds
+        self,
+        kind: type[Prompting],
+        gate: Gatekeeper,
+        waiting: "_Waiting",
+        signer: Any,
+        bounds: _Bounds,
     ):
-        self._kind, self._entry, self._signer = kind, entry, signer
-        self.bounds = bounds
+        self._kind, self._gate, self._signer = kind, gate, signer
+        self.waiting, self.bounds = waiting, bounds
         self.patience = bounds.body_timeout  # seconds for what is waited for
 
     async def identify(self, request: _Exchange) -> Terminal:
@@ -928,9 +957,9 @@ class _Btauth:
         path = scope["raw_path"].decode("latin-1")
         if query := scope["query_string"].decode("latin-1"):
             path = f"{path}?{query}"
-        gate = self._entry.gate
+        gate = self._gate
         caller = gate.check(scope["headers"], body, scope["method"], path)
-        return await self._entry.accept(caller, request)
+        return await _accept(gate, caller, request)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Parse the prompt in the body; `ValueError` if there is none."
@@ -981,17 +1010,22 @@ class _Legacy:
     stream_type = (b"content-type", b"text/event-stream")
 
     def __init__(
-        self, kind: type[Prompting], entry: "_Entry", signer: Any, bounds: _Bounds
+        self,
+        kind: type[Prompting],
+        gate: Gatekeeper,
+        waiting: "_Waiting",
+        signer: Any,
+        bounds: _Bounds,
     ):
-        self._kind, self._entry, self._signer = kind, entry, signer
-        self.bounds = bounds
+        self._kind, self._gate, self._signer = kind, gate, signer
+        self.waiting, self.bounds = waiting, bounds
         self.patience = bounds.body_timeout  # seconds for what is waited for
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers a hash of the body's content."
         headers = request.scope["headers"]
-        caller, request.signed = check_legacy(self._entry.gate, headers)
-        return await self._entry.accept(caller, request)
+        caller, request.signed = check_legacy(self._gate, headers)
+        return await _accept(self._gate, caller, request)
 
     async def parse(self, request: _Exchange, caller: Synapse) -> Prompting:
         "Read the body and parse the prompt; `Refusal` 401 if the hash is another."
@@ -1033,66 +1067,67 @@ class _Legacy:
         )
 
 
-class _Entry:
-    """Accepts the nonces of callers, and bounds the bodies that wait until their time.
+async def _accept(gate: Gatekeeper, caller: Terminal, request: _Exchange) -> Terminal:
+    """Store the nonce of a caller; `Refusal` 401 for a replay.
 
-    When they are too many, those that would wait longest are refused.
+    One that is ahead of our clock waits until its time has come.
+    """
+    ahead = max(0, (caller.nonce or 0) - gate.clock())
+    if not ahead and isinstance(gate.nonces, MemoryNonces):
+        return await gate.accept(caller)  # nothing has to be waited for
+    return await request.hold(gate.accept(caller), ahead / 1e9)
+
+
+class _Waiting:
+    """Bounds the bodies in memory of requests that nobody has decided about yet.
+
+    They wait until the time of their nonce, for a store of nonces, or for a function of
+    the miner. When they are too many, those are refused that would take most memory for
+    longest, in bytes times seconds: an honest request is small, or soon decided.
     """
 
-    def __init__(self, gate: Gatekeeper, most: int):
-        self.gate, self._most, self._stopped = gate, most, False
-        self.early = 0  # bytes of bodies in memory; `most` of them are allowed
-        self._held: dict[_Exchange, tuple[int, int]] = {}  # nonce and bytes of each
+    def __init__(self, most: int):
+        self.size, self._most = 0, most  # bytes of bodies
+        self._held: dict[_Exchange, tuple[int, float, bool]] = {}
+        self._stopped = False
 
-    async def accept(self, caller: Terminal, request: _Exchange) -> Terminal:
-        "Store the nonce of a caller; `Refusal` 401 for a replay."
-        gate = self.gate
-        if (caller.nonce or 0) > gate.clock():
-            return await self._wait(caller, request)
-        if isinstance(gate.nonces, MemoryNonces):  # nothing there has to be waited for
-            return await gate.accept(caller)
-        return await request.wait(gate.accept(caller))
-
-    async def _wait(self, caller: Terminal, request: _Exchange) -> Terminal:
-        "Accept a nonce when its time has come. Until then the whole body is counted."
-        gate, nonce = self.gate, caller.nonce or 0
-        body = await request.read(request.wire.bounds)  # it may come in this time
+    def enter(self, request: _Exchange, seconds: float, early: bool) -> None:
+        "Count a body that may wait so long; `Refusal` 503 if there is no room for it."
         if self._stopped:
             raise _stopping()
-        with self._hold(request, nonce, len(body)):
-            ahead = max(0, nonce - gate.clock())
-            return await request.wait(gate.accept(caller), ahead / 1e9)
+        size, now = len(request.body or b""), time.monotonic()
+        self._held[request] = size, now + seconds, early
+        self.size += size
+        while self.size > self._most:
+            last = max(self._held, key=lambda held: self._weight(held, now))
+            refusal = _too_many(self._held[last][2])
+            self.leave(last)
+            if last is request:
+                raise refusal
+            last.deadline.cancel(refusal)
 
-    @contextmanager
-    def _hold(self, request: _Exchange, nonce: int, size: int) -> Iterator[None]:
-        "Count a body for a `with` block; `Refusal` 503 if there are too many."
-        self._held[request] = nonce, size
-        self.early += size
-        try:
-            while self.early > self._most:
-                last = max(self._held, key=lambda held: self._held[held][0])
-                self._forget(last)
-                if last is request:
-                    raise _too_early()
-                last.deadline.cancel(_too_early())
-            yield
-        finally:
-            self._forget(request)
+    def _weight(self, request: _Exchange, now: float) -> tuple[float, float]:
+        size, until, _ = self._held[request]
+        return size * max(0.0, until - now), until
+
+    def leave(self, request: _Exchange) -> None:
+        "Count a body no more."
+        size, _, _ = self._held.pop(request, (0, 0.0, False))
+        self.size -= size
 
     def stop(self) -> None:
-        "Refuse those that wait until their time, now and from now on."
+        "Refuse those that wait, now and from now on."
         self._stopped = True
         for request in self._held:
             request.deadline.cancel(_stopping())
 
-    def _forget(self, request: _Exchange) -> None:
-        if (held := self._held.pop(request, None)) is not None:
-            self.early -= held[1]
 
-
-def _too_early() -> Refusal:
-    reason = "too many requests wait whose clocks are ahead of this miner's"
-    return Refusal(503, reason, "early", _AGAIN)
+def _too_many(early: bool) -> Refusal:
+    if early:
+        reason = "too many requests wait whose clocks are ahead of this miner's"
+        return Refusal(503, reason, "early", _AGAIN)
+    reason = "too many requests wait until this miner has decided about them"
+    return Refusal(503, reason, "undecided", _AGAIN)
 
 # %% ../../nbs/network/00_axon.ipynb #c022
 class _Application:

@@ -150,7 +150,7 @@ class Connection(asyncio.Protocol):
             else:
                 self._clock.written()
                 if self._serving.permitted:
-                    self._crowd.permit(self)
+                    self._crowd.permit(self, self._serving.caller)
 
     # Called by the reader
 
@@ -240,6 +240,8 @@ class Connection(asyncio.Protocol):
         "End a request: the application has sent the whole answer."
         self._clock.write()
         self._again = True
+        if not exchange.permitted and exchange.caller is None:
+            self._crowd.demote(self)
         if not exchange.keep_alive:
             self._ahead.clear()
             self._end(linger=not exchange.complete)
@@ -310,9 +312,10 @@ class Connection(asyncio.Protocol):
 
     def permit(self) -> None:
         "Keep the connection as long as the present request is worked on."
-        if self._serving is not None:
-            self._serving.permitted = True
-        self._crowd.permit(self)
+        serving = self._serving
+        if serving is not None:
+            serving.permitted = True
+        self._crowd.permit(self, serving and serving.caller)
 
     # Called by the server and the crowd
 
@@ -625,6 +628,7 @@ class _Exchange:
         "_ended",
         "_on_leave",
         "permitted",
+        "caller",
     )
 
     def __init__(
@@ -640,6 +644,7 @@ class _Exchange:
         scope["extensions"] |= {
             "connection.on_leave": self.on_leave,
             "connection.arrived": self.arrived,
+            "connection.allow": self.allow,
         }
         self.keep_alive, self._continue = keep_alive, asks
         self._body, self.complete, self._gone = bytearray(), False, False
@@ -648,6 +653,7 @@ class _Exchange:
         self._head: Optional[bytes] = None  # of the answer
         self._chunked, self._left = False, -1  # bytes of an announced answer to come
         self.answered, self._no_body, self.permitted = False, False, False
+        self.caller: Any = None  # who may ask, if the application has said so
 
     @property
     def begun(self) -> bool:
@@ -688,6 +694,13 @@ class _Exchange:
     def arrived(self) -> bool:
         "Tell whether the whole body is here, so that `receive` does not wait."
         return self.complete
+
+    def allow(
+        self,
+        caller: Any,  # such as a hotkey
+    ) -> None:
+        "Note who may ask, whatever else becomes of the request."
+        self.caller = caller
 
     def _tell(self) -> None:
         if self._news is not None and not self._news.done():

@@ -53,6 +53,11 @@ class Limits:
         return min(self.max_connections, max(64, self.max_connections // 4))
 
     @property
+    def share_of_caller(self) -> int:
+        "Return how many permitted, idle connections one caller may have."
+        return min(self.max_connections, max(64, self.max_connections // 8))
+
+    @property
     def tick(self) -> float:
         "Return seconds between two looks at the connections."
         least = min(self.head_timeout, self.idle_timeout, self.write_timeout)
@@ -128,6 +133,57 @@ def _first(line: OrderedDict, but: object) -> tuple[Optional[Guest], float]:
 
 _ASKED = 0.5  # seconds for which a stranger's request outweighs how long others wait
 
+
+class _Unfinished:
+    """Requests of which a part is in memory, and which of them takes most.
+
+    They stand in lines of about the same size, from one power of two to the next, so
+    that nobody has to look at all of them.
+    """
+
+    def __init__(self):
+        self.size = 0  # bytes of all
+        self._of: dict[Guest, tuple[int, float]] = {}  # bytes, and since when
+        self._lines: dict[int, OrderedDict] = {}  # by the bits of the size
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __iter__(self) -> Iterator[Guest]:
+        return iter(list(self._of))
+
+    def __contains__(self, connection: object) -> bool:
+        return connection in self._of
+
+    def add(self, connection: Guest, size: int, now: float) -> None:
+        "Count more bytes of a connection."
+        before, since = self._of.get(connection, (0, now))
+        self._of[connection], self.size = (before + size, since), self.size + size
+        bits, after = before.bit_length(), (before + size).bit_length()
+        if bits != after or connection not in self._lines.get(bits, ()):
+            self._lines.get(bits, {}).pop(connection, None)
+            self._lines.setdefault(after, OrderedDict())[connection] = None
+
+    def forget(self, connection: Guest) -> None:
+        "Count a connection no more."
+        if connection in self._of:
+            size, _ = self._of.pop(connection)
+            self.size -= size
+            del self._lines[size.bit_length()][connection]
+
+    def heaviest(self, now: float) -> Guest:
+        "Return the one that has taken most memory for longest; there must be one."
+        first = [next(iter(line)) for line in self._lines.values() if line]
+
+        def weight(connection: Guest) -> float:  # bytes times seconds
+            size, since = self._of[connection]
+            return size * (now - since + _MOMENT)
+
+        return max(first, key=weight)
+
+
+_MOMENT = 0.01  # seconds: of those that came at once, the largest has to go
+
 # %% ../../nbs/network/12_limits.ipynb #l013
 _log = logging.getLogger(__name__)
 _FRESH = 1.0  # seconds in which a request may be on its way
@@ -147,10 +203,11 @@ class Crowd:
         self._clock = clock
         self._group_of: dict[Guest, _Group] = {}  # of its address
         self._all, self._addresses = _Group(), {}
-        self.begun: OrderedDict[Guest, int] = OrderedDict()  # bytes, oldest first
-        self._known_begun: OrderedDict[Guest, int] = OrderedDict()  # of known callers
+        self._caller_of: dict[Guest, Any] = {}  # who was permitted on a connection
+        self._idle: dict[Any, OrderedDict] = {}  # known ones of a caller, oldest first
+        self.begun = _Unfinished()  # requests of strangers
+        self._known_begun = _Unfinished()  # and of known callers
         self._failures: set[type] = set()  # of functions that are told, in the log
-        self.size = 0  # bytes of all unfinished requests
 
     def __len__(self) -> int:
         return len(self._group_of)
@@ -160,6 +217,11 @@ class Crowd:
 
     def __contains__(self, connection: object) -> bool:
         return connection in self._group_of
+
+    @property
+    def size(self) -> int:
+        "Return the bytes of all unfinished requests."
+        return self.begun.size + self._known_begun.size
 
     @property
     def strangers(self) -> int:
@@ -231,6 +293,7 @@ class Crowd:
     ) -> None:
         "Forget a connection that was closed; does nothing for one that is not known."
         self.forget(connection)
+        self._forget_caller(connection)
         group = self._group_of.pop(connection, None)
         if group is None:
             return
@@ -243,12 +306,34 @@ class Crowd:
     def permit(
         self,
         connection: Guest,  # whose request was admitted
+        caller: Any = None,  # whose it is, such as a hotkey; None: nobody's
     ) -> None:
         "Keep a connection while its request is worked on; it is known from now on."
         group = self._group_of.get(connection)
         if group is not None:
+            self._forget_caller(connection)
+            if caller is not None:
+                self._caller_of[connection] = caller
             for each in (group, self._all):
                 each.move(connection, None, 0.0)
+
+    def demote(
+        self,
+        connection: Guest,  # whose answer is complete: it was not permitted to ask
+    ) -> None:
+        "Make a connection a stranger's again, which is idle from now on."
+        group, now = self._group_of.get(connection), self._clock()
+        if group is not None:
+            self._forget_caller(connection)
+            for each in (group, self._all):
+                each.move(connection, each.strangers, now)
+
+    def _forget_caller(self, connection: Guest) -> None:
+        caller = self._caller_of.pop(connection, None)
+        if (idle := self._idle.get(caller)) is not None:
+            idle.pop(connection, None)
+            if not idle:
+                del self._idle[caller]
 
     def rest(
         self,
@@ -261,6 +346,16 @@ class Crowd:
             for each in (group, self._all):
                 line = each.strangers if stranger else each.known
                 each.move(connection, line, now)
+            if (caller := self._caller_of.get(connection)) is not None:
+                self._rest_of(caller, connection)
+
+    def _rest_of(self, caller: Any, connection: Guest) -> None:
+        "Put a connection last among those of its caller; above its share the first goes."
+        idle = self._idle.setdefault(caller, OrderedDict())
+        idle[connection] = None
+        idle.move_to_end(connection)
+        if len(idle) > self.limits.share_of_caller:
+            self.demote(next(iter(idle)))
 
     def ask(
         self,
@@ -282,6 +377,8 @@ class Crowd:
             for line in (self._group_of[connection].known, self._all.known):
                 line[connection] = now
                 line.move_to_end(connection)
+            if (caller := self._caller_of.get(connection)) in self._idle:
+                self._idle[caller].move_to_end(connection)
 
     def is_stranger(
         self,
@@ -297,14 +394,15 @@ class Crowd:
     ) -> None:
         """Count bytes of unfinished requests.
 
-        Above the limit the oldest of them is dropped, of a stranger if there is one.
+        Above the limit the one is dropped that has taken most memory for longest, of a
+        stranger, unless known callers take more than half of it.
         """
         stranger = self.is_stranger(connection) or connection in self.begun
-        begun = self.begun if stranger else self._known_begun
-        begun[connection] = begun.get(connection, 0) + size
-        self.size += size
-        while self.size > self.limits.max_waiting:
-            self._drop(next(iter(self.begun or self._known_begun)), "memory")
+        begun, known, most = self.begun, self._known_begun, self.limits.max_waiting
+        (begun if stranger else known).add(connection, size, self._clock())
+        while self.size > most:
+            line = begun if begun and 2 * known.size <= most else known
+            self._drop(line.heaviest(self._clock()), "memory")
 
     def forget(
         self,
@@ -312,7 +410,7 @@ class Crowd:
     ) -> None:
         "Stop counting the bytes of a connection."
         for begun in (self.begun, self._known_begun):
-            self.size -= begun.pop(connection, 0)
+            begun.forget(connection)
 
 # %% ../../nbs/network/12_limits.ipynb #t017
 @arguments_in_help
