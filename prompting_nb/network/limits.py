@@ -350,7 +350,7 @@ class Crowd:
                 self._rest_of(caller, connection)
 
     def _rest_of(self, caller: Any, connection: Guest) -> None:
-        "Put a connection last among those of its caller; above its share the first goes."
+        "Put a connection last among its caller's; above the share demote the first."
         idle = self._idle.setdefault(caller, OrderedDict())
         idle[connection] = None
         idle.move_to_end(connection)
