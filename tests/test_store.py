@@ -84,11 +84,14 @@ class Redis:
 
     def answers(self):
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 1) as line:
-                line.sendall(b"PING\r\n")
-                return line.recv(5) == b"+PONG"
+            return self.told("PING") == b"+PONG\r\n"
         except OSError:
             return False
+
+    def told(self, command):
+        with socket.create_connection(("127.0.0.1", self.port), SECONDS) as line:
+            line.sendall(f"{command}\r\n".encode())
+            return line.recv(100)
 
     def kill(self):
         self.process.kill()
@@ -130,6 +133,21 @@ def test_without_redis_requests_are_refused_until_it_is_back(redis, caplog):
         until(lambda: status(axon) == 200)
         assert status(axon, headers=before) == 401  # signed before the new memory began
         assert any("answers again" in r.getMessage() for r in caplog.records)
+
+
+def test_what_redis_accepted_after_its_snapshot_is_no_good_after_a_restart(redis):
+    with stored(redis) as axon:
+        assert status(axon) == 200
+        assert redis.told("SAVE") == b"+OK\r\n"
+        headers = sign()
+        assert [status(axon, headers=headers) for _ in range(2)] == [200, 401]
+        redis.kill()
+        redis.start()
+        answers = []
+        until(lambda: answers.append(status(axon, headers=headers)) or answers[-1] != 503)
+        assert answers[-1] == 401
+        until(lambda: status(axon) == 200)  # signed by a clock of this run
+        assert [status(axon, headers=headers), status(axon)] == [401, 200]
 
 
 def ready(axon):

@@ -170,21 +170,24 @@ def _checked(url: str) -> str:
 
 # %% ../../nbs/network/15_store.ipynb #r009
 _ACCEPT = """
-local nonce, now, skewed, fresh = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local nonce, now, fresh = ARGV[1], ARGV[2], tonumber(ARGV[4])
+local skewed, ahead = ARGV[3], ARGV[9]
 local time = redis.call('time')
 time = time[1] * 1000 + math.floor(time[2] / 1000)
 local slot = function(nanoseconds, before)
   return math.floor((tonumber(string.sub(nanoseconds, 1, 11)) - before) / 10)
 end
 local floor = redis.call('get', KEYS[1])
-if not floor or floor > skewed then
-  if floor then
+local restarted = floor and redis.call('get', KEYS[6]) ~= run
+if not floor or floor > ahead or restarted then
+  if floor and floor > ahead then
     for gone = slot(floor, 10), slot(floor, 0) do
       redis.call('zadd', KEYS[3], time - fresh, gone)
     end
   end
-  floor = now
+  floor = restarted and skewed or now
   redis.call('set', KEYS[1], floor)
+  redis.call('set', KEYS[6], run)
 end
 if nonce < floor then return 2 end
 local here = string.format('%d', slot(nonce, 0))
@@ -212,7 +215,13 @@ redis.call('pexpire', KEYS[3], ARGV[5])
 if redis.call('set', KEYS[2], '', 'nx', 'px', fresh) then return 1 end
 return 0
 """
-_BEGIN = "return redis.call('set', KEYS[1], ARGV[1], 'nx')"
+_BEGIN = """
+if redis.call('set', KEYS[1], ARGV[1], 'nx') then
+  redis.call('set', KEYS[2], run)
+end
+"""
+# before these scripts: a Redis that was started again may know less than before
+_RUN = "local run = string.match(redis.call('info', 'server'), 'run_id:(%x+)') or ''"
 _WEEK = 7 * 24 * 3_600_000  # milliseconds
 _CROWDED, _PAIRS = 256, 65_536  # callers in ten seconds; pairs of these and a caller
 _EARLY = "signed before the store of this miner began to remember what it accepted"
@@ -232,8 +241,8 @@ class StoredNonces:
     def begin(self) -> None:
         "Write the time at which a new store began. One that is away is no error yet."
         with suppress(Refusal):
-            began, now = self.store.key("began"), f"{self.store.clock():020}"
-            self.store.run_in_thread(_BEGIN, [began], [now])
+            keys = [self.store.key("began"), self.store.key("run")]
+            self.store.run_in_thread(_RUN + _BEGIN, keys, [f"{self.store.clock():020}"])
 
     async def accept(
         self,
@@ -261,11 +270,13 @@ class StoredNonces:
             raise stale("the nonce is no time in nanoseconds")
         key, now = self.store.key, self.store.clock()
         keys = [key("began"), key("nonce", hotkey, nonce), key("seconds")]
-        keys += [key("callers"), key("asked")]
-        times = nonce, now, now + int(MAX_SKEW * 1e9)
-        texts = [f"{time:020}" for time in times]
+        keys += [key("callers"), key("asked"), key("run")]
+        # clocks of hosts differ: a floor of one is not ahead to another
+        skew = int(MAX_SKEW * 1e9)
+        times = nonce, now, now + skew, now + 2 * skew
+        *texts, ahead = [f"{time:020}" for time in times]
         bounds = [int(1000 * self.kept), _WEEK, hotkey, _CROWDED, _PAIRS]
-        return _ACCEPT, keys, [*texts, *bounds]
+        return _RUN + _ACCEPT, keys, [*texts, *bounds, ahead]
 
     def close(self) -> None:
         "Close the store."
