@@ -357,7 +357,7 @@ def test_threads_are_daemons_started_when_they_are_needed():
     assert (threads.limit, threads.name, names("pool")) == (2, "pool", [])
     assert threads.submit(lambda a, b: a + b, 1, 2).result(SECONDS) == 3
     end = time.monotonic() + SECONDS
-    while not threads._idle._value and time.monotonic() < end:
+    while not threads._free and time.monotonic() < end:
         time.sleep(0.001)  # the first thread is idle again
     waiting = [threads.submit(free.wait, SECONDS)]
     assert names("pool") == ["pool-0"]  # it is used again
@@ -409,6 +409,16 @@ async def test_a_thread_that_cannot_be_started_costs_no_slot():
     free.set()
     assert (await asyncio.wrap_future(waits), await asyncio.wrap_future(busy)) == (0, True)
     threads.close()  # no thread that never ran is waited for
+
+
+def test_after_a_shortage_there_are_as_many_threads_as_are_needed():
+    threads, all_here = Threads(8, "short"), threading.Barrier(8)
+    threads.submit(int).result(SECONDS)
+    with patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        assert [future.result(SECONDS) for future in [threads.submit(int) for _ in range(20)]] == [0] * 20
+    together = [threads.submit(all_here.wait, SECONDS) for _ in range(8)]
+    assert sorted(future.result(SECONDS) for future in together) == [*range(8)]
+    threads.close()
 
 
 def test_cancelled_work_is_not_started():

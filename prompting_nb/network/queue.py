@@ -347,8 +347,9 @@ class Threads:
         name: str,  # of the threads, before a number
     ):
         self.limit, self.name = limit, name
-        self._work, self._idle = queue.SimpleQueue(), threading.Semaphore(0)
+        self._work, self._lock = queue.SimpleQueue(), threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._free = 0  # threads less calls; below zero there are calls that wait
 
     def submit(
         self,
@@ -359,8 +360,10 @@ class Threads:
 
         Raises `RuntimeError` if there is none and none can be started.
         """
-        if not self._idle.acquire(blocking=False) and len(self._threads) < self.limit:
-            self._add()
+        with self._lock:
+            if self._free <= 0 and len(self._threads) < self.limit:
+                self._add()
+            self._free -= 1
         future = Future()
         self._work.put((future, fn, args))
         return future
@@ -376,6 +379,7 @@ class Threads:
                 raise
         else:
             self._threads.append(thread)
+            self._free += 1
 
     def _run(self) -> None:
         "Call what is submitted, until `close`."
@@ -389,7 +393,8 @@ class Threads:
                 except BaseException as error:  # SystemExit ends one request only
                     future.set_exception(error)
             del item, future, fn, args
-            self._idle.release()
+            with self._lock:
+                self._free += 1
 
     def close(
         self,
