@@ -301,6 +301,31 @@ def test_a_file_that_is_lost_again_and_again_is_given_up(tmp_path, clock, caplog
     store.close()
 
 
+def test_a_closed_file_is_opened_again(tmp_path, clock):
+    store = FileNonces(tmp_path / "nonces", clock)
+    store.begin()  # it is open
+    assert store.check_and_store("a", START)
+    store.close()
+    assert asyncio.run(store.problem()) == f"{store.path} is closed"
+    store.begin()
+    assert [asyncio.run(store.accept("a", START + i)) for i in range(2)] == [False, True]
+    assert asyncio.run(store.problem()) == ""
+    store.close()
+
+
+def test_a_file_that_cannot_be_written_is_said_once_and_that_it_can_again(tmp_path, clock, caplog):
+    store = FileNonces(tmp_path / "nonces", clock)
+    for turn in range(2):
+        store._file.db.execute("PRAGMA query_only = on")  # as good as a full disk
+        for number in range(50):
+            assert refused(store.check_and_store, "a", START + number).status == 503
+        store._file.db.execute("PRAGMA query_only = off")
+        assert store.check_and_store("a", START + 50 + turn)
+    told = [(record.levelname, "refused" in record.getMessage()) for record in caplog.records]
+    assert told == [("ERROR", True), ("WARNING", False)] * 2
+    store.close()
+
+
 def test_a_file_is_set_aside_with_its_log(tmp_path):
     path = tmp_path / "nonces"
     for end in ("", "-wal", "-shm"):

@@ -6,6 +6,7 @@ import gc
 import gzip
 import http.client
 import json
+import math
 import os
 import signal
 import socket
@@ -24,11 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prompting_nb.network import metrics as metrics_module
+from prompting_nb.network.auth import FileNonces
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
 from prompting_nb.network.metrics import Metrics
-from prompting_nb.network.queue import WorkQueue
+from prompting_nb.network.queue import WorkQueue, time_left
 from prompting_nb.network.server import Limits
 from prompting_nb.protocol import Prompting, write_body
 
@@ -277,6 +279,33 @@ def test_a_request_is_good_once_also_across_a_restart(axon):
     with Axon(MINER).attach(echo) as reborn:  # another process with the same key knows no nonces
         status, answer, _ = post(reborn, BODY, headers)
     assert status == 401 and "before this miner began" in answer["error"]
+
+
+@pytest.mark.parametrize("given", [str, FileNonces])
+def test_an_axon_that_is_started_again_goes_on_with_its_nonces(tmp_path, given):
+    axon = Axon(MINER, nonces=given(tmp_path / "nonces")).attach(echo)
+    with axon:
+        headers = sign(BODY)
+        assert post(axon, BODY, headers)[0] == 200
+    with axon:
+        assert [post(axon, BODY, headers)[0], ask(axon)[0]] == [401, 200]
+
+
+def test_a_request_behind_another_one_begins_without_its_time_limit():
+    async def answered(synapse):
+        return echo(synapse)
+
+    left = []
+    with Axon(MINER).attach(answered, lambda synapse: left.append(time_left())) as axon:
+        requests = []
+        for _ in range(2):
+            head = {"host": "x", "content-length": len(BODY), **sign(BODY)}
+            lines = ["POST /Prompting HTTP/1.1", *(f"{name}: {value}" for name, value in head.items())]
+            requests.append("\r\n".join([*lines, "", ""]).encode() + BODY)
+        with socket.create_connection((axon.host, axon.port), timeout=SECONDS) as line:
+            line.sendall(b"".join(requests))
+            until(lambda: len(left) == 2)
+    assert left == [math.inf, math.inf]
 
 
 def test_freshness_follows_the_given_clock():

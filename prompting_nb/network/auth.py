@@ -579,15 +579,21 @@ class FileNonces:
         clock: Callable[[], int] = time.time_ns,  # nanoseconds since 1970
     ):
         self.path, self.clock, self._watch = Path(path), clock, ClockWatch()
-        self._file = NonceFile.open(self.path, clock())
         self._writing = threading.Lock()  # of the file
-        self._drop(clock())
         self._lock = threading.Lock()  # of the next two
         self._waiting: list[tuple[str, int, Future]] = []
         self._busy = False  # whether the thread is told to store what waits
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nonces")
         self._problem, self._tried = "", 0.0  # of the latest attempt
-        self._closed = False
+        self._closed = True
+        self.begin()
+
+    def begin(self) -> None:
+        "Open the file, unless it is open: an axon that is started again goes on."
+        if self._closed:
+            self._file = NonceFile.open(self.path, self.clock())
+            self._drop(self.clock())
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="nonces")
+            self._closed = False
 
     def __len__(self) -> int:
         return self._file.count()
@@ -642,7 +648,8 @@ class FileNonces:
 
     def _note(self, error: Exception) -> str:
         "Note that nonces could not be stored; return what callers are told."
-        _log.error("%s cannot be used, requests are refused: %s", self.path, error)
+        if not self._problem:  # once, since every request comes here
+            _log.error("%s cannot be used, requests are refused: %s", self.path, error)
         self._problem = "this miner cannot write down what it accepts"
         self._tried = time.monotonic()
         return self._problem
@@ -652,9 +659,11 @@ class FileNonces:
 
         Tries anew, in the thread, when that was five seconds ago.
         """
+        if self._closed:  # by another axon, which has used it as well
+            return f"{self.path} is closed"
         if self._problem and time.monotonic() > self._tried + 5.0:
             self._tried = time.monotonic()
-            with suppress(RuntimeError):  # closed
+            with suppress(RuntimeError):  # closed in this moment
                 self._thread.submit(self._store, [])
         return self._problem
 
@@ -682,7 +691,9 @@ class FileNonces:
         try:
             with self._writing:
                 outcomes = self._written(nonces)
-            self._problem = ""
+            if self._problem:
+                self._problem = ""
+                _log.warning("%s can be used again", self.path)
             return outcomes
         except (sqlite3.Error, OSError) as error:
             reason = self._note(error)
@@ -716,7 +727,7 @@ class FileNonces:
         self._watch.look(now, self._file.drop(now))
 
     def close(self) -> None:
-        "Write what waits, and close the file."
+        "Write what waits, and close the file, until `begin`."
         self._closed = True
         self._thread.shutdown()
         self._file.close()

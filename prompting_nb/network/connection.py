@@ -10,6 +10,7 @@ import asyncio
 import logging
 import select
 from collections import deque
+from contextvars import copy_context
 from functools import partial
 from http import HTTPStatus
 from itertools import chain
@@ -43,6 +44,7 @@ class Connection(asyncio.Protocol):
         self._app, self._crowd, self._limits = app, crowd, crowd.limits
         self._tasks, self._turns = set() if tasks is None else tasks, turns
         self._loop = asyncio.get_running_loop()
+        self._context = copy_context()  # in which each request begins
         self._transport: Any = None
         self._clock = _Clock(self._limits, self._loop.time)
         self._reader = _Reader(self, self._limits)
@@ -229,7 +231,9 @@ class Connection(asyncio.Protocol):
     def _start(self, exchange: "_Exchange") -> None:
         if self._transport.is_closing():
             return  # while it waited for its turn
-        task = self._loop.create_task(exchange.run(self._app))
+        # the task of the request before may run now: what that has set is its own
+        create_task = self._loop.create_task
+        task = self._context.run(create_task, exchange.run(self._app))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
