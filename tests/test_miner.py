@@ -550,7 +550,7 @@ EFFECTS = {  # flag: (what is written, what else is written in both cases, what 
     "--axon.nonces": (["made_here.sqlite"], [], lambda miner, chain: miner.axon.nonces),
     "--axon.store": (["redis://127.0.0.1:1/0"], [], lambda miner, chain: type(miner.axon.nonces).__name__),
     "--axon.processes": (["2"], ["--axon.store", "redis://127.0.0.1:1/0"], lambda miner, chain: miner.axon.shared_port),
-    "--axon.follower": ([], [], after_blocks(lambda m, c: "set_mechanism_weights" in c.calls, 100)),
+    "--axon.follower": ([], ["--axon.store", "redis://127.0.0.1:1/0"], after_blocks(lambda m, c: "set_mechanism_weights" in c.calls, 100)),
     "--axon.status_token": (["sesame"], [], lambda miner, chain: miner.axon.status_token),
     "--axon.trusted_proxies": (["10.0.0.1", "10.1.0.0/16"], [], lambda miner, chain: bool(miner.axon.proxies)),
     "--axon.isolate": ([], [], calls_here),

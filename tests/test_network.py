@@ -24,11 +24,13 @@ from bittensor import http_auth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prompting_nb.network import isolation
 from prompting_nb.network import metrics as metrics_module
-from prompting_nb.network.auth import FileNonces
+from prompting_nb.network.auth import FileNonces, Refusal
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite
+from prompting_nb.network.isolation import Isolated
 from prompting_nb.network.metrics import Metrics
 from prompting_nb.network.queue import WorkQueue, time_left
 from prompting_nb.network.server import Limits
@@ -306,6 +308,44 @@ def test_a_request_behind_another_one_begins_without_its_time_limit():
             line.sendall(b"".join(requests))
             until(lambda: len(left) == 2)
     assert left == [math.inf, math.inf]
+
+
+def completion_of(isolated):
+    "What a new worker answers, or the status with which the call is refused."
+    while isolated._idle:
+        isolated._idle.pop().kill()
+    try:
+        return isolated(Prompting.ask("hello", timeout=SECONDS)).completion
+    except Refusal as refusal:
+        return refusal.status
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_processes_that_make_workers_are_kept_when_both_are_late(monkeypatch):
+    monkeypatch.setattr(isolation, "_ANSWER_TIME", 0.5)
+    with Isolated(echo) as isolated:
+        until(lambda: completion_of(isolated) == "hello" and len(isolated._templates) == 2)
+        processes = [template._process for template in isolated._templates]
+        for process in processes:
+            process.suspend()  # as in a cgroup that is frozen
+        assert [completion_of(isolated) for _ in range(4)] == [503] * 4
+        assert all(template.alive for template in isolated._templates) and len(isolated._templates) == 2
+        for process in processes:
+            process.resume()
+        until(lambda: completion_of(isolated) == "hello")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_makes_workers_and_stays_silent_is_replaced_by_its_twin(monkeypatch):
+    monkeypatch.setattr(isolation, "_ANSWER_TIME", 0.5)
+    with Isolated(echo) as isolated:
+        until(lambda: completion_of(isolated) == "hello" and len(isolated._templates) == 2)
+        silent = isolated._templates[0]._process
+        silent.suspend()
+        assert completion_of(isolated) == 503
+        until(lambda: completion_of(isolated) == "hello" and len(isolated._templates) == 2)
+        until(lambda: not silent.is_running() or silent.status() == "zombie")
+        assert silent not in [template._process for template in isolated._templates]
 
 
 def test_freshness_follows_the_given_clock():

@@ -389,6 +389,8 @@ def test_metrics_of_one_process_show_those_of_all(pair, redis):
 def test_several_processes_need_a_store():
     with pytest.raises(InputError, match="--axon.store redis://"):
         Echo({"axon.processes": 2}, wallet=MINER, subtensor=EmbeddedChain().client())
+    with pytest.raises(InputError, match="--axon.follower: it and its leader need a store"):
+        Echo({"axon.follower": True}, wallet=MINER, subtensor=EmbeddedChain().client())
 
 
 def test_the_command_with_several_processes(redis):

@@ -170,7 +170,7 @@ class AxonSettings:
         nonces: File of accepted nonces; memory; or empty: a file if the wallet is one.
         store: Redis that all processes of this miner share, such as redis://host/0.
         processes: Processes on this host that answer; more than one need a store.
-        follower: Only answer; another process publishes the address and sets weights.
+        follower: Only answer; another process, with the same store, does the rest.
         status_token: Token for /health, /ready and /metrics; empty: this machine only.
         trusted_proxies: Addresses of proxies that say whom a request comes from.
         isolate: Answer in processes that are ended when they hang (plain prompts only).
@@ -203,10 +203,12 @@ class AxonSettings:
             self._check_external_ip()
         for proxy in self.trusted_proxies:
             read_network(proxy)
-        if self.processes > 1 and not self.store:
+        if self.shared_port and not self.store:
+            one = "--axon.follower: it and its leader"
+            flag = one if self.follower else f"--axon.processes {self.processes}"
             raise InputError(
-                f"--axon.processes {self.processes} need a store in which they tell "
-                "each other what was answered: --axon.store redis://127.0.0.1:6379/0"
+                f"{flag} need a store in which they tell each other what was answered: "
+                "--axon.store redis://127.0.0.1:6379/0"
             )
         if self.processes > 1 and self.follower:
             alone = "a follower is one process; start several of them"

@@ -112,13 +112,23 @@ class Isolated:
             if worker.ready:
                 return worker
             worker.kill()
+        asked = time.monotonic()
         with self._making:
+            since, why = self._shortage
+            if since > asked:  # another call, which was first, has waited in vain
+                raise _refusal(why)
             while self._templates:
                 try:
                     worker = self._templates[0].make_worker()
                 except RuntimeError as error:  # of what the system has too few
                     self._shortage = time.monotonic(), str(error)
                     raise _refusal(str(error)) from None
+                except TimeoutError:  # both may be late, and go on after that
+                    first, *others = self._templates
+                    self._templates = [*others, first]
+                    self._shortage = time.monotonic(), _LATE
+                    _log.error(_LATE)
+                    raise _refusal(_LATE) from None
                 except OSError as error:
                     self._drop_template(error)
                 else:
@@ -137,9 +147,9 @@ class Isolated:
             _log.error(_NO_TEMPLATE)
 
     def _complete(self) -> None:
-        "Give the template a twin if it has none that is alive."
+        "Give the template, which has just answered, a twin that answers as well."
         for twin in self._templates[1:]:
-            if not twin.alive:
+            if twin.late or not twin.alive:
                 twin.kill()
                 self._templates.remove(twin)
         if len(self._templates) == 1:
@@ -188,6 +198,7 @@ class Isolated:
 
 
 _NO_TEMPLATE = "the processes that make workers have ended: start the miner anew"
+_LATE = "the process that makes workers does not answer in time"
 _SHORTAGE_TIME = 5.0  # seconds
 
 
@@ -381,6 +392,7 @@ class _Template:
 
     def __init__(self, pid: int, orders: socket.socket):
         self._process, self._orders, self._number = _process(pid), orders, 0
+        self.late = False  # it has not answered the latest order in time
         orders.settimeout(_ANSWER_TIME)
 
     @property
@@ -410,10 +422,12 @@ class _Template:
                 if len(said := self._orders.recv(_ANSWER.size)) < _ANSWER.size:
                     raise ConnectionError("it has ended")
                 number, pid = _ANSWER.unpack(said)
+            self.late = False
             if pid < 0:
                 raise RuntimeError(f"no process can be made: {os.strerror(-pid)}")
             return pid, ours
         except BaseException as error:
+            self.late = isinstance(error, TimeoutError)
             if ours is not None:
                 ours.close()
             # of files or memory, which is no fault of the template
