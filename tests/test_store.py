@@ -441,3 +441,56 @@ def test_followers_end_when_their_leader_is_killed(redis):
     finally:
         process.kill()
         process.wait()
+
+
+BLOCKS = """
+import os, sys, time
+from functools import partial
+from pathlib import Path
+from prompting_nb.baseminer import command
+from prompting_nb.baseminer.miners import MINERS
+
+async def prompt(miner, synapse):
+    if Path("block").exists() and "_PROMPTING_NB_LEADER" in os.environ:
+        Path("blocked").write_text(str(os.getpid()))
+        time.sleep(1000)
+    synapse.completion = "here"
+    return synapse
+
+follow = command._follow
+command._follow = lambda *given: [sys.executable, __file__, *follow(*given)[4:]]
+command.Followers = partial(command.Followers, patience=3.0)
+MINERS["template"].prompt = prompt
+command.run_miner(command.miner_parser().parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_follower_whose_event_loop_hangs_is_replaced(redis, tmp_path):
+    script, blocked, lines = tmp_path / "blocks.py", tmp_path / "blocked", []
+    script.write_text(BLOCKS)
+    line = [sys.executable, str(script), "--axon.processes", "2", "--axon.store", redis.url]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(line, cwd=tmp_path, **pipes)
+    try:
+        words = process.stdout.readline().split()
+        there = "127.0.0.1", int(words[-1].rpartition(":")[2])
+        assert process.stdout.readline()  # the follower says that it listens
+        (tmp_path / "block").touch()
+
+        def asks():
+            lines.append(socket.create_connection(there, SECONDS))
+            head = {"host": "x", "content-length": len(BODY), **sign(receiver=words[1])}
+            text = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+            lines[-1].sendall(f"POST /Prompting HTTP/1.1\r\n{text}\r\n".encode() + BODY)
+
+        until(lambda: blocked.exists() and blocked.read_text() or asks())
+        (tmp_path / "block").unlink()
+        pid = int(blocked.read_text())
+        until(lambda: pid not in [child.pid for child in psutil.Process(process.pid).children()])
+        process.terminate()
+        assert "process 2 of 2 hangs (no sign of life for 3 s): killed" in process.communicate(timeout=SECONDS)[1]
+    finally:
+        process.kill()
+        process.wait()
+        for one in lines:
+            one.close()

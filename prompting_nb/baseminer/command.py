@@ -8,6 +8,7 @@ __all__ = ['EMBEDDED', 'VALIDATOR', 'CommandSettings', 'miner_parser', 'make_min
 # %% ../../nbs/baseminer/02_command.ipynb #m02000
 import logging
 import sys
+import threading
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -150,7 +151,10 @@ def run_miner(
             freeze_loaded()
             more, port = settings.axon.processes - 1, miner.axon.port
             with Followers(partial(_follow, settings, port), more):
-                while miner.is_running and not leader_is_gone():
+                turned = threading.Event()  # the event loop of the server
+                while miner.is_running and not leader_is_gone(turned.is_set()):
+                    turned.clear()
+                    miner.axon.call_soon(turned.set)
                     wait = 1.0 if settings.axon.follower else 3600.0
                     miner.wait_for_block(sys.maxsize, timeout=wait)
     except KeyboardInterrupt:

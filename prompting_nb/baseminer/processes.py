@@ -153,13 +153,16 @@ def end_processes(
             process.wait()
 
 
-def leader_is_gone() -> bool:
+def leader_is_gone(
+    alive: bool = True,  # False: what this process is there for may hang
+) -> bool:
     """Tell whether this process was started by `Followers` whose process has ended.
 
-    To be asked every second or so: it is the sign of life for a leader that goes on.
+    To be asked every second or so: if this process is `alive`, it is the sign of life
+    for a leader that goes on.
     """
     leader, beat = os.environ.get(_LEADER), os.environ.get(_BEAT)
-    if beat is not None and leader == str(os.getppid()):
+    if alive and beat is not None and leader == str(os.getppid()):
         with contextlib.suppress(OSError):  # the leader has ended, or does not read
             os.set_blocking(int(beat), False)
             os.write(int(beat), b".")

@@ -269,6 +269,14 @@ class Axon:
         self._waiting.stop()
         await self._admission.drain(self.drain)
 
+    def call_soon(
+        self,
+        fn: Callable[[], Any],  # must return at once
+    ) -> None:
+        "Call a function in the event loop of the server, if the axon is running."
+        if self._server is not None:
+            self._server.call_soon(fn)
+
     def __enter__(self) -> Self:
         return self.start()
 

@@ -167,8 +167,15 @@ class Server:
             _log.error("the server thread %s did not end within %g s", name, limit)
 
     def _leave(self, _: object) -> None:
+        self.call_soon(self._leaving.set)
+
+    def call_soon(
+        self,
+        fn: Callable[[], Any],  # must return at once
+    ) -> None:
+        "Call a function in the event loop, from any thread; not after its end."
         with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._leaving.set)
+            self.loop.call_soon_threadsafe(fn)
 
 
 def _number(connection: Any) -> int:
