@@ -936,3 +936,36 @@ def test_a_page_of_metrics_of_many_processes_is_made_beside_the_event_loop(monke
 
     assert b'axon_queue_depth{process="two"} 3.0' in asyncio.run(page())
     assert len(makers) == 1 and makers[0] != threading.get_ident()
+
+
+def test_many_who_ask_for_metrics_get_one_page_and_take_no_thread_of_requests(monkeypatch):
+    pages, free, merge = [], threading.Event(), metrics_module.merge_texts
+
+    def merge_slowly(texts):
+        pages.append(texts)
+        assert free.wait(10 * SECONDS)
+        return merge(texts)
+
+    class Shared:
+        async def exchange(self, text):
+            return {"one": text}
+
+    async def asked():
+        metrics = Metrics()
+        metrics.shared = Shared()
+        asking = [asyncio.create_task(metrics.page()) for _ in range(100)]
+        await asyncio.sleep(0)
+        asking[0].cancel()  # it was the first, and others wait for the same page
+        try:
+            await asyncio.wait_for(asyncio.to_thread(int), SECONDS)  # as a request does that waits for a store
+        finally:
+            free.set()
+        found = await asyncio.gather(*asking[1:])
+        assert len(pages) == 1 and {b'process="one"' in page for page in found} == {True}
+        metrics._fresh_until = math.inf  # not a second ago
+        assert await metrics.page() is found[0]
+        metrics._fresh_until = 0.0
+        assert await metrics.page() == found[0] and len(pages) == 2
+
+    monkeypatch.setattr(metrics_module, "merge_texts", merge_slowly)
+    asyncio.run(asked())

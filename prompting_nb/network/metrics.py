@@ -7,7 +7,8 @@ __all__ = ['Metrics', 'outcome', 'merge_texts']
 
 # %% ../../nbs/network/07_metrics.ipynb #c002
 import asyncio
-from typing import Any, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Mapping, Optional
 
 from prometheus_client import (
     CollectorRegistry,
@@ -34,6 +35,10 @@ class Metrics:
         self.registry = here = CollectorRegistry()
         self._children, reason = {}, ["reason"]
         self.shared: Any = None  # `StoredMetrics` of several processes
+        self._merging: Optional[asyncio.Task] = None  # the latest page of them
+        self._fresh_until = 0.0  # of the loop's clock
+        # not the threads of the event loop, for which requests wait
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self.requests = Counter(
             "axon_requests",
             "Requests by outcome and reason.",
@@ -96,11 +101,25 @@ class Metrics:
         return generate_latest(self.registry)
 
     async def page(self) -> bytes:
-        "Return the metrics; with a store, those of the other processes as well."
+        """Return the metrics; with a store, those of the other processes as well.
+
+        Pages of several processes are made one at a time, and are good for a second.
+        """
         if self.shared is None:
             return self.text()
+        loop, latest = asyncio.get_running_loop(), self._merging
+        if latest is not None and latest.get_loop() is not loop:
+            latest = None  # of a server that was stopped
+        if latest is None or (latest.done() and loop.time() > self._fresh_until):
+            latest = self._merging = loop.create_task(self._merged())
+        return await asyncio.shield(latest)
+
+    async def _merged(self) -> bytes:
         texts = await self.shared.exchange(self.text().decode())
-        return await asyncio.to_thread(merge_texts, texts)  # slow for many processes
+        loop = asyncio.get_running_loop()
+        page = await loop.run_in_executor(self._thread, merge_texts, texts)
+        self._fresh_until = loop.time() + 1.0
+        return page
 
 
 _SECONDS = 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1  # upper bounds of buckets
