@@ -62,7 +62,7 @@ def status(*args, **kwargs):
 
 
 def until(condition):
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + 3 * SECONDS  # starts of processes among others
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
