@@ -25,7 +25,7 @@ help:            ## show this list
 demo: $(VENV)/.library  ## install the library and run the whole loop (ARGS="--steps 100" adds flags)
 	$(BIN)/prompting-nb loop $(ARGS)
 
-test: $(VENV)/.dev  ## install everything, run every notebook and every test (K=miner picks some)
+test: $(VENV)/.dev  ## install everything, run everything but the long forms (K=miner picks some)
 	$(PYTEST) -n $(WORKERS) --dist worksteal $(PICKED)
 
 test-fast: $(VENV)/.dev  ## the quick tests alone (K=miner picks those with a word in their name)
@@ -35,7 +35,7 @@ test-fast: $(VENV)/.dev  ## the quick tests alone (K=miner picks those with a wo
 test-long: $(VENV)/.dev  ## the long forms: many fuzz inputs, killed processes, subnets for minutes (K=chain picks some)
 	$(PYTEST) -n $(WORKERS) --dist worksteal -m long $(PICKED)
 
-check: $(VENV)/.dev  ## style, formatting, types, notebooks in sync, who imports whom, stored benchmark figures (under a minute)
+check: $(VENV)/.dev  ## style, formatting, types, notebooks in sync, who imports whom, stored benchmark figures (about two minutes)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check nbs
 	$(BIN)/python -m basedpyright --pythonpath $(BIN)/python

@@ -387,7 +387,7 @@ def test_a_run_says_what_it_knew_before(tmp_path, reward, recordings):
         events, summary = results(out)
         shown[name] = events, summary, (out / "report.html").read_text(), done.stdout
         assert {row["hotkey"] for row in summary["judge_offsets"]} <= {f"model-{m}" for m in range(5)}
-        assert 0 <= summary["favourites"] <= summary["oracle"] + 1e-4 and "the best of the judged rankings" in done.stdout
+        assert 0 <= summary["favourites"] <= summary["oracle"] + 1e-4 and "always the miners that ranked best before the run" in done.stdout
         assert json.loads((out / "judge.json").read_text())["correct"] is (name == "all")
     events, summary, page, told = shown["all"]
     assert summary["warm"] and summary["judge_corrected"] and summary["known_rankings"] == 21

@@ -212,7 +212,7 @@ def test_the_table_of_miners_fits_a_terminal_of_80_columns(place, tmp_path):
     words = set(re.findall(r"[\w.]+", told))
     for row in summary["miners"]:
         assert {row["name"], row["kind"], f"{row['share']:.3f}", f"{row['weight']:.3f}", f"{row['incentive']:.3f}"} <= words
-    assert "…" not in told and "dividends" not in told.partition("The epoch")[0]  # nobody earned any
+    assert "…" not in told and "dividends" not in told.partition("At the next epoch")[0]  # nobody earned any
     assert all(len(line) <= 80 and line[-1] in "┓┃┩│┘" for line in told.splitlines() if line[0] in "┏┃┡│└")
     summary["miners"][0]["dividends"] = 0.125
     print_tables(summary, console)

@@ -49,6 +49,13 @@ def test_the_first_page_shows_the_figures_that_are_stored():
     assert [row for row in rows if row] == [[said(column[kind]) for column in columns if kind in column] for kind in kinds]
 
 
+def test_the_readme_lists_every_module():
+    "Its table links to each page below `nbs/` but the tutorials, which another page lists."
+    listed = set(re.findall(r"\(nbs/([\w/]+\.ipynb)\)", (ROOT / "README.md").read_text()))
+    pages = {p.relative_to(ROOT / "nbs").as_posix() for p in PAGES if p.parent.name != "tutorials"}
+    assert pages - listed == {"index.ipynb"}
+
+
 def test_sidebar_lists_every_page():
     listed = set(re.findall(r"[\w/]+\.ipynb", (ROOT / "_quarto.yml").read_text()))
     pages = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb")

@@ -53,7 +53,8 @@ class LoopSettings:
         blocks_per_epoch: Blocks between two readings of the metagraph.
         poll_interval: Seconds between two looks at the block number.
         retries: Failures of the chain in a row after which it is asked again.
-        no_set_weights: Do not set weights.
+        no_set_weights: Do not set weights. A miner sets them for itself alone, to show
+            that it is active; nobody is paid by them.
         blacklist: Whom to serve.
         priority: Whom to serve first.
     """
@@ -167,7 +168,8 @@ class AxonSettings:
         external_port: Port to publish on the chain, if not the one listened on.
         allow_private: Publish an address that is not on the open internet.
         no_legacy: Do not answer validators of bittensor 7 to 10.5.
-        nonces: File of accepted nonces; memory; or empty: a file if the wallet is one.
+        nonces: Where accepted nonces are kept: a file; memory; by default a file when
+            the wallet is on disk.
         store: Redis that all processes of this miner share, such as redis://host/0.
         processes: Processes on this host that answer; more than one need a store.
         follower: Only answer; another process, with the same store, does the rest.

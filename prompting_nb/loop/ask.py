@@ -107,16 +107,22 @@ class RouteSettings:
     __post_init__ = check_settings
 
 
+_ROWS = """The row of a miner says which reward the gate expects of it (score), +- the
+standard deviation of that estimate, and why it is chosen: good (it is among the best),
+cheap (among the best for the price), new (little is known of it), uncertain (it may be
+better than expected) or by chance."""
+
+
 def ask_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb ask`."
-    about = "Ask a question through a trained gate, or one miner."
-    return _parser("ask", AskSettings, about)
+    about = "Ask a question through a trained gate, or one miner. * is the best answer."
+    return _parser("ask", AskSettings, f"{about} {_ROWS}")
 
 
 def route_parser() -> jsonargparse.ArgumentParser:
     "Make the parser of `prompting-nb route`."
     about = "Say which miners a question would go to, and why; nobody is asked."
-    return _parser("route", RouteSettings, about)
+    return _parser("route", RouteSettings, f"{about} {_ROWS}")
 
 
 def _parser(name: str, Settings: type, about: str) -> jsonargparse.ArgumentParser:

@@ -524,8 +524,8 @@ def payment(
     miners = sum(row["incentive"] or 0.0 for row in summary["miners"])
     own = summary["validator_dividends"]
     return (
-        f"The epoch after the run pays the miners by their incentive, {miners:.3f} in "
-        f"all, and the validator by its dividends, {own:.3f}."
+        f"At the next epoch the miners share {miners:.3f} of the incentive, and the "
+        f"validator gets {own:.3f} of the dividends."
     )
 
 
@@ -560,8 +560,8 @@ def knowledge(
     if (slope := summary.get("judge_slope", 1.0)) > 0.995:
         return text
     return (
-        f"{text} Differences between the answers of one miner count {slope:.2f} times, "
-        "as the grades differ less than the rewards."
+        f"{text} Differences between the answers of one miner are scaled by "
+        f"{slope:.2f}, as the grades differ less than the rewards."
     )
 
 
@@ -796,7 +796,7 @@ _CHOICES = {
     "gate": "the gate, exploration included",
     "oracle": "the best for each prompt",
 }
-_FAVOURITES = "the best of the judged rankings, always"
+_FAVOURITES = "always the miners that ranked best before the run"
 _OFFSET_TITLES = {
     "hotkey": "miner",
     "value": "added to its rewards",

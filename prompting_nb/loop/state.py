@@ -46,7 +46,8 @@ class Saved:
 
     def __str__(self) -> str:
         steps = count_of(self.step, "step")
-        return f"{self.path.name}: {steps}, and {self.replayed} from the log"
+        later = count_of(self.replayed, "later one")
+        return f"{self.path.name}: {steps}, and {later} replayed from the log"
 
 
 def save_state(

@@ -61,7 +61,7 @@ class SubnetSettings:
         timeout: Seconds that the miners have to answer.
         interval: Least seconds from one prompt to the next.
         block_time: Seconds from block to block.
-        tempo: Blocks of an epoch.
+        tempo: Blocks of an epoch, at the end of which the chain pays.
         seed: Of everything that is drawn at random.
         quiet: Show no live view.
         debug: Show the traceback of an error.

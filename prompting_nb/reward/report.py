@@ -55,15 +55,19 @@ def write_report(
 def _evaluation(found: RewardEvaluation) -> list[str]:
     "Write the part about the evaluation."
     low, high = found.interval
+    # fewer show too little of how much they differ
+    sure = f" (95 % interval {low:.3f} to {high:.3f})" if found.n_pairs >= 10 else ""
     counts = found.confusion
     cell = lambda judge, given: counts[f"judge {judge}, scores {given}"]
     lines = [
         "## On other prompts",
         "",
-        f"{found.accuracy:.3f} of {count_of(found.n_pairs, 'pair')} in the right order "
-        f"(95 % interval {low:.3f} to {high:.3f}).",
+        f"{found.accuracy:.3f} of {count_of(found.n_pairs, 'pair')} in the right "
+        f"order{sure}.",
         "",
         "![Margins of the pairs](margins.svg)",
+        "",
+        "In how many pairs judge and model preferred the longer or the shorter answer:",
         "",
         "| | model: longer | model: shorter |",
         "|---|---:|---:|",
