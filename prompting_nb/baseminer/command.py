@@ -19,7 +19,7 @@ from .flags import MinerSettings
 from .miner import Miner
 from .miners import MINERS
 from .processes import Followers, leader_is_gone
-from .subnet import NotRegisteredError
+from .subnet import NotRegisteredError, not_connected
 from ..config import Config, InputError, RunError, add_argument, add_settings
 from ..config import check_settings, command_parser, merge
 from ..files import log_to_stderr
@@ -101,10 +101,14 @@ def make_miner(
     )
     del own.miner["kind"]
     _warn_of_ignored(settings, kind)
+    from bittensor.result import RpcConnectionError
+
     try:
         return MINERS[kind](own, **(_embedded(settings) if embedded else {}))
     except NotRegisteredError as error:
         raise InputError(str(error)) from error
+    except RpcConnectionError as error:
+        raise not_connected(settings.subtensor.network, error) from error
 
 
 def _warn_of_ignored(settings: Config, kind: str) -> None:
