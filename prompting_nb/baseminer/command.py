@@ -145,9 +145,7 @@ def run_miner(
     miner = make_miner(settings)
     try:
         with miner:
-            who = f"{type(miner).__name__} {miner.hotkey} is uid {miner.uid}"
-            where = f"subnet {miner.netuid} ({settings.subtensor.network})"
-            say(f"{who} of {where} and listens on {miner.axon.address}")
+            say(miner.introduction())
             if settings.ask is not None:
                 say(_ask(miner, settings.ask))
                 return
