@@ -57,7 +57,9 @@ bench-reward: $(VENV)/.dev $(PEERS)/.trl  ## measure the reward model beside TRL
 bench-gating: $(VENV)/.dev  ## measure how well and how fast gates learn (JSON=FILE keeps the figures; half an hour)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/gating.py $(if $(JSON),--json $(JSON)) $(ARGS)
 
-lab: $(VENV)/.dev  ## open the notebooks in JupyterLab
+lab: $(VENV)/.dev  ## open the notebooks in JupyterLab (as root: ARGS=--allow-root)
+	@if [ "$$(id -u)" = 0 ] && [ -z "$(findstring --allow-root,$(ARGS))" ]; then \
+		echo 'JupyterLab refuses to run as root: make lab ARGS=--allow-root'; fi
 	$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
 
 docs: $(VENV)/.dev  ## build the documentation into _docs/, with Quarto where it is installed

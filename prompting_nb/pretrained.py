@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 def load(
     loader: Callable,  # such as transformers' `AutoModel.from_pretrained`
     name: str,  # as for `resolve`
+    encoder: bool = True,  # whether the built-in encoder would do as well
     **kwargs,  # for the loader
 ) -> Any:  # what the loader returns; raises `InputError` when there is no such model
     "Call a loader for a model name."
@@ -59,9 +60,11 @@ def load(
         reason = reason or _refusal(error)
         if reason.startswith("the hub"):  # perhaps a misspelt folder was meant
             reason = f"there is no such folder, and {reason}"
+        hub = " or connect to the hub"
+        if encoder:
+            hub = f", connect to the hub, or use the built-in {MINILM!r}"
         raise InputError(
-            f"{what} ({reason}): give a local folder with its weights, connect to the "
-            f"hub, or use the built-in {MINILM!r}"
+            f"{what} ({reason}): give a local folder with its weights{hub}"
         ) from error
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 
 import pytest
@@ -299,6 +300,8 @@ REFUSED = [
     (["reward", "train", "--data", "ROWS", "--out", "o", "--length", "1e300"], "--length must be at most 1000000"),
     (["miner", "--miner.kind", "transformers", "--transformers.model_name", "minilm"],
      "minilm is no causal language model: its weights lack"),
+    (["miner", "--miner.kind", "transformers", "--transformers.model_name", "no/such-model"],
+     "give a local folder with its weights or connect to the hub"),  # minilm writes no text
     (["miner", "--axon.nonces", "/proc/version"],
      "/proc/version cannot keep nonces (unable to open database file): give another file to --axon.nonces"),
     (["miner", "--ask", " "], "--ask needs some text"),
@@ -319,6 +322,19 @@ def test_what_cannot_work_is_refused_before_the_work_and_leaves_nothing(tmp_path
     (data / "rows.jsonl").write_text("".join(f'{{"prompt": "{n}", "chosen": "a", "rejected": "b"}}\n' for n in range(9)))
     assert said in failed(capsys, *(files.get(word, word) for word in argv))
     assert [path.name for path in work.rglob("*")] == []
+
+
+def test_a_server_that_is_not_there_is_named_in_the_log_with_its_flag(capsys, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # closed below: nobody listens
+        port = server.getsockname()[1]
+    argv = ["--openai.base_url", f"http://me:secret@127.0.0.1:{port}/v1", "--openai.model", "small"]
+    with pytest.raises(SystemExit):
+        main(["miner", "--miner.kind", "openai", *argv, "--ask", "why?"])
+    said = capsys.readouterr().err
+    [logged] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    where = f"look at --openai.base_url http://127.0.0.1:{port}/v1 and --openai.model small"
+    assert logged.endswith(f"the model server cannot be reached: ConnectError; {where}")
+    assert "the miner failed (error " in said.splitlines()[-1] and "secret" not in said + logged
 
 
 def test_a_program_that_fails_is_one_line_in_the_log(capsys, caplog):

@@ -981,8 +981,24 @@ def test_a_second_start_starts_nothing(make):
     assert miner.is_running
     miner.run_in_background_thread()
     assert len(threads("only one-run")) == 1 and miner.axon.port == port
-    with pytest.raises(RuntimeError, match="only one is running already"):
+    with pytest.raises(RuntimeError, match="only one is running already: stop it, or call `run` without `with`"):
         miner.run()
+
+
+def test_a_miner_that_runs_says_where_it_listens(make, capsys):
+    "A class of one's own that is run from a file showed nothing at all."
+    miner, said = make(), []
+
+    def stop_at(line):
+        said.append((line, miner.axon.address))
+        miner.runner.stopping.set()
+
+    miner.run(stop_at)
+    [(line, address)] = said
+    assert line == f"Echo {miner.hotkey} is uid 2 of subnet 1 (ws://embedded) and listens on {address}"
+    with miner:
+        assert len(said) == 1, "in the background, it is its caller who says so"
+    assert capsys.readouterr().out == ""
 
 
 def test_start_stop_start(make):

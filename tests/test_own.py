@@ -17,16 +17,19 @@ import transformers as hf
 from rich.console import Console
 from toys import byte_tokenizer, letter_tokenizer, save_model
 
-from prompting_nb.config import InputError
+from prompting_nb.baseminer.command import make_miner, miner_parser
+from prompting_nb.config import InputError, RunError
+from prompting_nb.loop import command
+from prompting_nb.loop import validator as validator_module
 from prompting_nb.loop.command import loop_parser, run_loop
 from prompting_nb.loop.miners import read_miners
 from prompting_nb.loop.network import Network
 from prompting_nb.loop.processes import free_port, is_free
 from prompting_nb.loop.report import print_tables
 from prompting_nb.loop.run import Loop
-from prompting_nb.loop.subnet import SubnetProcesses, SubnetSettings
+from prompting_nb.loop.subnet import SubnetProcesses, SubnetSettings, run_subnet, subnet_parser
 from prompting_nb.loop.tasks import Arena, Worker
-from prompting_nb.loop.validator import make_service, validator_parser
+from prompting_nb.loop.validator import make_service, run_validator, validator_parser
 from prompting_nb.network.chain_server import ChainServer
 from prompting_nb.network.chain_store import open_chain
 from prompting_nb.network.dendrite import Dendrite
@@ -35,6 +38,7 @@ from prompting_nb.network.wallets import local_wallet
 from prompting_nb.protocol import Prompting
 from prompting_nb.reward import RewardModel
 from prompting_nb.validators.judge import CrossEncoderScorer
+from prompting_nb.validators.pending import later
 from prompting_nb.validators.validator import Policy, Validator
 
 OWN = """
@@ -222,14 +226,64 @@ def test_the_table_of_miners_fits_a_terminal_of_80_columns(place, tmp_path):
 def test_a_judge_of_ones_own_and_a_uid_that_changes_hands(place, tmp_path):
     flags = ["--judge.kind", "python", "--judge.python", f"{place}/own.py:shorter", "--churn", 1, "--top-k", 1, "--distinct"]
     summary, answers, said = loop(place, tmp_path / "run", "--miners", place / "miners.yaml", *flags)
-    asked = f"--miners {place / 'miners.yaml'} --prompts {place / 'mine.txt'}"
-    assert f"next: prompting-nb subnet {asked} --dir run" in " ".join(said.split()) and "--reward" not in said, "there is no such folder"
+    assert "graded by own.py:shorter" in said and "the reward model" not in said and summary["graded_by"] == "own.py:shorter"
+    step = "prompting-nb validator --reward later, to which a program posts the rewards of own.py:shorter"
+    assert f"next: {step} (prompting-nb subnet takes no --judge.kind)" in said, "a subnet would ask another judge"
     assert summary["moved_at"] == 2 and summary["churn"] == 1 and summary["judge"].endswith("own.py:shorter")
     assert summary["policy"]["distinct"] and (summary["policy"]["width"], summary["policy"]["least"]) == (1.3, 0.65)
     assert [row["kind"] for row in summary["miners"] if row["name"] == "beginner"] == ["built-in"]
     for row in answers:
         if row["step"] >= 0:
             assert row["grade"] == pytest.approx(1 / (1 + len(row["completion"])), abs=1e-6)
+
+
+def test_own_miners_and_prompts_without_a_judge_take_one_of_the_built_in_tasks(place, tmp_path, monkeypatch):
+    "As with built-in miners; it used to learn from no ranking at all."
+    (tmp_path / "miners.yaml").write_text("- {kind: template, count: 2}\n- {kind: template, name: short, completion: No.}\n")
+    monkeypatch.setitem(command._QUICK, "max_seconds", 0.1)
+    summary, _, said = loop(place, tmp_path / "run", "--miners", tmp_path / "miners.yaml")
+    assert re.search(r"teaching the reward model on \d\d rankings", said) and len(summary["miners"]) == 3
+    assert "may not be like these prompts: give a better one with --reward or --judge.kind" in said
+    assert f"--reward {tmp_path / 'run' / 'reward'} --dir run" in said and "graded by the reward model" in said
+
+
+def test_it_is_said_that_a_model_of_the_built_in_tasks_judges_other_prompts(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(validator_module, "open_judge", lambda *_: later)
+    told = "are judged by a reward model that was taught on the built-in tasks"
+    with open_chain(tmp_path / "chain") as chain, ChainServer(chain, token="t") as server:
+        remote, wallets = RemoteChain(server.address, "t"), tmp_path / "wallets"
+        remote.register(local_wallet(wallets, "judge"), stake=1000.0, validator_permit=True)
+        here = ["--subtensor.network", server.address, "--wallet.path", str(wallets), "--wallet.name", "judge"]
+        for given, warns in (
+            (["--prompts", str(place / "mine.txt")], True),
+            (["--prompts", "-"], True),
+            (["--prompts", str(place / "mine.txt"), "--reward", "later"], False),
+            (["--prompts", "tasks"], False),
+            ([], False),
+        ):
+            said = []
+            flags = ["--dir", str(tmp_path / "v"), *here, *given]
+            with make_service(validator_parser().parse_args(flags), said.append).validator:
+                pass
+            found = " ".join(said)
+            assert (told in found) == warns and ("--reward FOLDER, or --reward later" in found) == warns, given
+    said = []
+    flags = ["--miners", str(tmp_path / "gone.yaml"), "--prompts", str(place / "mine.txt"), "--dir", str(tmp_path / "net")]
+    with pytest.raises(InputError, match="gone.yaml is not a file"):
+        run_subnet(subnet_parser().parse_args(flags), said.append)
+    assert told in said[0] and said[0].endswith("--reward FOLDER"), "a subnet takes no `later`"
+
+
+def test_a_chain_that_is_not_there_is_named_with_what_to_do_and_leaves_nothing(tmp_path):
+    network = f"embedded://127.0.0.1:{free_port()}"
+    local_wallet(tmp_path / "wallets", "me")
+    here = ["--subtensor.network", network, "--wallet.path", str(tmp_path / "wallets"), "--wallet.name", "me"]
+    told = f"the chain {network} cannot be reached.*another one to --subtensor.network, or start it with prompting-nb chain"
+    with pytest.raises(RunError, match=told):
+        run_validator(validator_parser().parse_args(["--dir", str(tmp_path / "v"), *here]))
+    assert not (tmp_path / "v").exists()
+    with pytest.raises(RunError, match=told):
+        make_miner(miner_parser().parse_args(here))
 
 
 def test_a_model_behind_a_server_judges_a_loop(place, tmp_path):

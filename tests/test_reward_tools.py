@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from prompting_nb.reward.evaluation import (Answers, accuracy_by_length, best_of
                                             rejection_curve, ties_score)
 from prompting_nb.reward.preferences import Ranking, parse_ranking, rankings_from
 from prompting_nb.reward import PairwiseLoss, RankingLoss, RewardModel
-from prompting_nb.reward.training import TrainConfig
+from prompting_nb.reward.training import Tracker, TrainConfig
 
 PAIR = {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "A carrot."}
 CHATML = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}[SEP]{% endfor %}"
@@ -143,6 +144,30 @@ def test_the_command_says_what_is_wrong_in_one_line(argv, reason, tmp_path, monk
     [line] = capsys.readouterr().err.strip().splitlines()[-1:]
     assert end.value.code == 2 and reason in line
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_an_interrupted_command_says_where_its_steps_are(tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": f"Say {n}.", "chosen": f"Gladly: {n}", "rejected": f"I do not say {n}"} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    argv = ["reward", "train", "--data", "pairs.jsonl", "--out", "mine", "--max-length", "16", "--depth", "1", "--quiet",
+            "--held-out", "0", "--max-steps", "4", "--checkpoint", "points"]
+    shows = Tracker.show
+
+    def interrupts(self, bar, record):
+        shows(self, bar, record)
+        if record["step"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(Tracker, "show", interrupts)
+        main(argv)
+    said = capsys.readouterr()
+    assert end.value.code == 130 and said.err.strip().endswith("prompting-nb reward train: interrupted")
+    assert "interrupted after 2 of 4 steps, which are saved in points: the same once more goes on from there" in said.out
+    assert not (tmp_path / "mine").exists()
+    main(argv)
+    assert "after 4 steps in 1 process" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from prompting_nb.loop import journal as journal_module
 from prompting_nb.loop.journal import Journal
 from prompting_nb.loop.judging import OwnJudge, server_judge
 from prompting_nb.loop.network import Network, WorkerMiner
+from prompting_nb.loop.processes import is_locked, lock_folder
 from prompting_nb.loop.service import ChainWatch, NotReady, Service, ServiceSettings
 from prompting_nb.loop.state import first_needed, read_about, resume
 from prompting_nb.loop.tasks import Worker
@@ -1291,6 +1292,42 @@ def test_a_question_waits_for_a_subnet_that_starts_for_the_first_time(network, t
         assert len(ask()["answers"]) == 2
         starting.join()
         endpoint.stop()
+
+
+@pytest.mark.parametrize("subnet", [False, True])
+def test_a_question_waits_longer_for_a_validator_that_lives_and_does_not_listen_yet(network, tmp_path, capsys, subnet):
+    "At its first start it teaches a reward model, which takes longer than an answer may."
+    place = tmp_path / "validator"
+    given = ["Is 1 a number?", "--dir", str(tmp_path if subnet else place), "--timeout", "0.5"]
+    ask = lambda *flags: run_ask(ask_parser().parse_args([*given, *flags]), lambda text: None)
+    place.mkdir()
+    if subnet:
+        (tmp_path / "processes.json").write_text(json.dumps([{"name": "chain", "pid": os.getpid(), "address": ""}]))
+    with lock_folder(place / "validator.lock"):
+        with pytest.raises(RuntimeError, match="still being started after 0.7 s, see .*--start-timeout"):
+            ask("--start-timeout", "0.7")
+        said = capsys.readouterr().err
+        assert said.count("it teaches its reward model, which takes a minute or two") == 1
+        assert ("logs/validator.log" in said) == subnet
+        with service_of(network, place, prompts=None) as service:
+            for state in place.glob("state-*"):
+                shutil.rmtree(state)
+            with Endpoint(service) as endpoint:
+                found = json.dumps({"address": endpoint.address})
+                writes = threading.Timer(1.5, (place / "endpoint.json").write_text, [found])
+                writes.start()
+                assert len(ask("--timeout", "30")["answers"]) == 2
+                writes.join()
+
+
+def test_a_look_at_the_lock_of_a_folder_refuses_nobody(tmp_path):
+    lock = tmp_path / "validator.lock"
+    assert not is_locked(lock) and not lock.exists()
+    with lock_folder(lock):
+        assert is_locked(lock)
+        with pytest.raises(InputError, match="another process works in"):
+            lock_folder(lock)
+    assert not is_locked(lock)
 
 
 def post(address, body, path="/prompt"):

@@ -64,6 +64,46 @@ def test_a_killed_run_resumes_to_the_same_weights(toys, tmp_path, kind, kill):  
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
+def test_a_run_that_is_interrupted_saves_its_steps_and_goes_on(toys, tmp_path):  # noqa: F811
+    "Also one that is far from its next checkpoint; a step is never left half done."
+    rankings, config = list(kind_words(13, random.Random(0))), TrainConfig(max_steps=5, lr=1e-3, tokens_per_batch=200, bf16=False)
+
+    def run(folder, on_step=None):
+        torch.manual_seed(0)
+        model = toy(toys, "bert")
+        return model, train(model, rankings, config, progress=False, checkpoint=folder, on_step=on_step)
+
+    def stop(times):
+        def stop(record):
+            for _ in range(times if record["step"] == 2 else 0):
+                signal.raise_signal(signal.SIGINT)
+
+        return stop
+
+    whole, before = run(tmp_path / "whole")[0], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=f"interrupted after 3 of 5 steps, which are saved in {tmp_path}/points: "):
+        run(tmp_path / "points", stop(1))
+    with pytest.raises(KeyboardInterrupt) as second:
+        run(tmp_path / "impatient", stop(2))
+    assert not second.value.args and not (tmp_path / "impatient").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+    model, history = run(tmp_path / "points")
+    assert history.resumed == 3 and len(history.steps) == 5
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_run_without_checkpoints_is_interrupted_at_once(toys):  # noqa: F811
+    steps = []
+
+    def stop(record):
+        steps.append(record)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as error:
+        train(toy(toys, "bert"), list(kind_words(13, random.Random(0))), TrainConfig(max_steps=5, bf16=False), progress=False, on_step=stop)
+    assert not error.value.args and len(steps) == 1
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
 def test_packed_training_is_plain_training(toys, kind):  # noqa: F811
     losses = []

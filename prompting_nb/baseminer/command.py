@@ -20,7 +20,7 @@ from .flags import MinerSettings
 from .miner import Miner
 from .miners import MINERS
 from .processes import Followers, leader_is_gone
-from .subnet import NotRegisteredError
+from .subnet import NotRegisteredError, not_connected
 from ..config import Config, InputError, RunError, add_argument, add_settings
 from ..config import check_settings, command_parser, merge
 from ..files import log_to_stderr
@@ -102,10 +102,14 @@ def make_miner(
     )
     del own.miner["kind"]
     _warn_of_ignored(settings, kind)
+    from bittensor.result import RpcConnectionError
+
     try:
         return MINERS[kind](own, **(_embedded(settings) if embedded else {}))
     except NotRegisteredError as error:
         raise InputError(str(error)) from error
+    except RpcConnectionError as error:
+        raise not_connected(settings.subtensor.network, error) from error
 
 
 def _warn_of_ignored(settings: Config, kind: str) -> None:
@@ -142,9 +146,7 @@ def run_miner(
     miner = make_miner(settings)
     try:
         with miner:
-            who = f"{type(miner).__name__} {miner.hotkey} is uid {miner.uid}"
-            where = f"subnet {miner.netuid} ({settings.subtensor.network})"
-            say(f"{who} of {where} and listens on {miner.axon.address}")
+            say(miner.introduction())
             if settings.ask is not None:
                 say(_ask(miner, settings.ask))
                 return

@@ -52,7 +52,7 @@ class LoopSettings:
         name: Name in the log and of the thread.
         blocks_per_epoch: Blocks between two readings of the metagraph.
         poll_interval: Seconds between two looks at the block number.
-        retries: Failures of the chain in a row after which it is asked again.
+        retries: Failures of the chain in a row that it outlives; one more ends it.
         no_set_weights: Do not set weights. A miner sets them for itself alone, to show
             that it is active; nobody is paid by them.
         blacklist: Whom to serve.

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, ClassVar
 from typing import Iterable, Iterator, Optional
 
@@ -88,6 +89,7 @@ class Miner(abc.ABC):
         # a client of our own has a limit for what a subclass asks, too; another one is
         # used as it is, and `_not_ready` tells of a look at the chain that hangs
         self.subtensor = self.subnet.client if opened else subtensor
+        self._say: Optional[Callable[[str], None]] = None  # told where it listens
         self._unpublished = True  # since the start, or the latest epoch
         self._refused = 0  # failed attempts in a row to publish the address
         self._publish_at = -math.inf  # by `clock`: not before the end of a pause
@@ -236,6 +238,8 @@ class Miner(abc.ABC):
             self._isolated.start()
         try:
             self.axon.start()
+            if self._say is not None:
+                self._say(self.introduction())
         except BaseException:
             self._stop()
             raise
@@ -441,14 +445,30 @@ class Miner(abc.ABC):
         "Return the prompts answered recently; None: every prompt is answered."
         return self.once.cache
 
-    def run(self) -> None:
+    def introduction(self) -> str:
+        "Say who the running miner is, and where it listens."
+        network = self.settings.subtensor.network
+        network = getattr(self.subtensor, "network", network)
+        who = f"{type(self).__name__} {self.hotkey} is uid {self.uid}"
+        where = f"subnet {self.netuid} ({network})"
+        return f"{who} of {where} and listens on {self.axon.address}"
+
+    def run(
+        self,
+        say: Callable[[str], None] = partial(print, flush=True),  # told where it is
+    ) -> None:
         """Listen for requests, publish the address and follow the chain until stopped.
 
-        Raises `NotRegisteredError` when the hotkey loses its uid, and the chain's own
-        error when more than `--miner.retries` attempts in a row fail. However it ends,
-        by Ctrl-C or SIGTERM as well, the axon is stopped.
+        Says who it is and where it listens. Raises `NotRegisteredError` when the hotkey
+        loses its uid, and the chain's own error when more than `--miner.retries`
+        attempts in a row fail. However it ends, by Ctrl-C or SIGTERM as well, the axon
+        is stopped.
         """
-        self.runner.run()
+        self._say = say
+        try:
+            self.runner.run()
+        finally:
+            self._say = None
 
     def run_in_background_thread(self) -> None:
         """Do `run` in a background thread, and return when the axon listens.

@@ -278,7 +278,7 @@ class LanguageModel:
 
         name, self.settings = settings.model_name, settings
         device = known_device(settings.device, "--transformers.device")
-        self.tokenizer = load(AutoTokenizer.from_pretrained, name)
+        self.tokenizer = load(AutoTokenizer.from_pretrained, name, encoder=False)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         model = _causal_model(name)
         self.model = model.eval().to(device)
@@ -358,7 +358,7 @@ def _causal_model(name: str) -> Any:
     reports.set_verbosity_error()  # it would print tables of names
     try:
         load_it = AutoModelForCausalLM.from_pretrained
-        model, found = load(load_it, name, output_loading_info=True)
+        model, found = load(load_it, name, False, output_loading_info=True)
     finally:
         reports.set_verbosity(before)
     if lost := sorted(found["missing_keys"]):
@@ -492,9 +492,15 @@ class OpenAICompatibleMiner(Miner):
         synapse: Prompting,  # the conversation
     ) -> AsyncIterator[str]:
         "Yield what the model says, as it says it. Raises `UpstreamError`."
-        async with aclosing(self.chat.stream(synapse)) as pieces:
-            async for piece in pieces:
-                yield piece
+        try:
+            async with aclosing(self.chat.stream(synapse)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except UpstreamError as error:  # goes to the log; the caller gets its number
+            given = self.own_settings
+            url = re.sub("//[^/]*@", "//", given.base_url)  # without a password
+            where = f"--openai.base_url {url} and --openai.model {given.model}"
+            raise UpstreamError(f"{error}; look at {where}", error.away) from error
 
 # %% ../../nbs/baseminer/01_miners.ipynb #m01044
 @arguments_in_help

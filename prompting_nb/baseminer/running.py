@@ -111,7 +111,9 @@ class Runner:
         "Take the lock, reset the state of the last run and call `on_start`."
         if not self._busy.acquire(blocking=False):
             stopping = self.stopping.is_set()
-            state = "has not stopped yet" if stopping else "is running already"
+            state = "has not stopped yet: wait until `is_running` is false"
+            if not stopping:
+                state = "is running already: stop it, or call `run` without `with`"
             raise RuntimeError(f"{self.name} {state}")
         try:
             self.stopping.clear()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NotRegisteredError', 'NoAddressError', 'Subnet', 'no_address', 'not_reached', 'block_of', 'open_wallet',
-           'open_client']
+           'open_client', 'not_connected']
 
 # %% ../../nbs/baseminer/04_subnet.ipynb #m04002
 import ipaddress
@@ -13,7 +13,7 @@ import socket
 from typing import Any, Mapping, Optional
 
 from .blacklist import Caller, find_caller, index_callers
-from ..config import InputError
+from ..config import InputError, RunError
 from prompting_nb.network.addresses import (
     not_public,
     same_hotkey,
@@ -296,3 +296,16 @@ def open_client(
         return limited(bittensor.SyncClient(network), timeout)
     except ValueError as error:
         raise InputError(f"{error} Or embedded://HOST:PORT.") from error
+
+
+def not_connected(
+    network: str,  # of `--subtensor.network`
+    error: Exception,  # that a call to it raised
+) -> RunError:
+    "Say that a chain cannot be reached, and what to do."
+    served = network.startswith("embedded://")
+    start = ", or start it with prompting-nb chain" if served else ""
+    return RunError(
+        f"the chain {network} cannot be reached ({error}): give another one to "
+        f"--subtensor.network{start}"
+    )

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import secrets
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +35,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from .follow import open_local, validator_address
+from .processes import is_locked
 from ..network.limited import CALL_TIMEOUT
 from ..help.usage import count_of
 from ..show import shortened
@@ -49,6 +51,7 @@ class AskSettings:
         axon: Ask this miner instead, HOST:PORT.
         hotkey: Hotkey of that miner, its ss58 address.
         timeout: Seconds to wait for the answers.
+        start_timeout: Seconds to wait for a validator that is being started.
         json: Print JSON, for programs.
         debug: Show the traceback of an error.
         subtensor: The chain of the folder, where no validator runs with it.
@@ -59,6 +62,7 @@ class AskSettings:
     axon: Optional[str] = None
     hotkey: Optional[str] = None
     timeout: PositiveSeconds = 30.0
+    start_timeout: PositiveSeconds = 600.0
     json: bool = False
     debug: bool = False
     subtensor: "CallSettings" = field(default_factory=lambda: CallSettings())
@@ -95,12 +99,14 @@ class RouteSettings:
     Args:
         question: What would be asked.
         dir: Folder of a subnet or of a validator.
+        start_timeout: Seconds to wait for a validator that is being started.
         json: Print JSON, for programs.
         debug: Show the traceback of an error.
     """
 
     question: str
     dir: NotEmptyStr
+    start_timeout: PositiveSeconds = 600.0
     json: bool = False
     debug: bool = False
 
@@ -147,7 +153,8 @@ def run_ask(
         found = _ask_one(run)
     else:
         folder = _find_folder(run.dir or "")
-        found = _post_when_up(folder, run.question, False, run.timeout)
+        limits = run.timeout, run.start_timeout
+        found = _post_when_up(folder, run.question, False, *limits)
         if found is None:
             limits = run.timeout, run.subtensor.timeout
             found = _ask_saved(folder, run.question, *limits)
@@ -162,7 +169,7 @@ def run_route(
     "Run the command `prompting-nb route`."
     run = settings_of(RouteSettings, settings, ignore_unknown=True)
     folder = _find_folder(run.dir)
-    found = _post_when_up(folder, run.question, True)
+    found = _post_when_up(folder, run.question, True, 30.0, run.start_timeout)
     if found is None:
         found = _route_saved(folder, run.question)
     say(json.dumps(found, ensure_ascii=False) if run.json else as_text(found))
@@ -178,6 +185,8 @@ def _find_folder(
         raise InputError(f"there is no folder {path}: give a validator's to --dir")
     for place in (folder / "validator", folder):
         if (place / "endpoint.json").exists() or list(place.glob("state-*")):
+            return place
+        if is_locked(place / _LOCK):  # a validator that starts for the first time
             return place
     if _is_supervised(folder / "validator"):  # a subnet that starts for the first time
         return folder / "validator"
@@ -235,23 +244,47 @@ def _reason(error: urllib.error.HTTPError) -> str:
 def _post_when_up(
     folder: Path,  # of a validator
     question: str,  # the prompt
-    route: bool = False,  # ask nobody, only say who would be asked
-    timeout: float = 30.0,  # seconds
+    route: bool,  # ask nobody, only say who would be asked
+    timeout: float,  # seconds for the answer
+    start: float,  # seconds for a validator that lives, and does not listen yet
 ) -> Optional[dict]:  # `None`: no validator runs, and none is being started again
-    "Post a question; wait while the validator is busy, or is being started again."
-    deadline, log = time.monotonic() + timeout, folder.parent / "logs/validator.log"
+    "Post a question; wait while the validator is busy, or is being started."
+    begun = time.monotonic()
+    deadline, told = begun + timeout, False
+    log = folder.parent / "logs" / "validator.log"  # of a subnet
+    where = f"see {log}" if _is_supervised(folder) else "see what it says itself"
     while True:
-        rest, last = deadline - time.monotonic(), f"it is being started, see {log}"
+        rest, last = deadline - time.monotonic(), f"it is being started, {where}"
         try:
             found = post_prompt(folder, question, route, max(rest, 1.0))
-            if found is not None or not _is_supervised(folder):
+            starts = found is None and is_locked(folder / _LOCK)
+            if found is not None or not (starts or _is_supervised(folder)):
                 return found
         except NotNow as error:  # busy, without miners, or killed while it answered
-            last = str(error)
-        if time.monotonic() > deadline:
+            starts, last = False, str(error)
+        now = time.monotonic()
+        if starts and now < begun + start:
+            deadline = now + timeout  # which counts from when it listens
+            if not told:
+                told, first = True, "at the first start it teaches its reward model"
+                print(
+                    f"the validator is being started, {where}: {first}, which takes a "
+                    f"minute or two; waiting for {start:g} s at most",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        elif starts:
+            raise RunError(
+                f"the validator is still being started after {start:g} s, {where}: ask "
+                "again when it listens, or wait longer with --start-timeout"
+            )
+        elif now > deadline:
             late = f"the validator did not answer within {timeout:g} s"
-            raise RunError(f"{late}: {last}")
+            raise RunError(f"{late}: {last}; ask again, or wait longer with --timeout")
         time.sleep(0.2)
+
+
+_LOCK = "validator.lock"  # that a validator holds while it lives
 
 
 def _is_supervised(folder: Path) -> bool:

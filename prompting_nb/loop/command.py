@@ -251,6 +251,8 @@ def run_loop(
     if prices and not any(worker.name in prices.prices for worker in arena.workers):
         names = ", ".join(worker.name for worker in arena.workers[:5])
         raise InputError(f"--prices.file names none of the miners: {names} ...")
+    if arena.grade is None:
+        arena.graded_by = _grader(judging)
     say(str(arena))
     model, assessment, judge, about = _judge(arena, run, judging, say)
     folder = make_folder(run.out, run.force)
@@ -300,13 +302,18 @@ def run_loop(
 
 
 def _next(run: LoopSettings, judging: JudgeSettings, folder: Path) -> str:
-    "Name the command that keeps the same miners running."
+    "Name the command that keeps the same miners running, with the same judge."
+    if judging.kind != "reward":
+        judge, later = _grader(judging), "prompting-nb validator --reward later"
+        return (
+            f"next: {later}, to which a program posts the rewards of {judge} "
+            "(prompting-nb subnet takes no --judge.kind)"
+        )
     own = isinstance(run.miners, str)
     words = ["subnet", "--miners", run.miners if own else min(run.miners or 8, 250)]
     if own and run.prompts:
         words += ["--prompts", run.prompts]
-    if judging.kind == "reward":  # a subnet takes no other judge
-        words += ["--reward", run.reward or folder / "reward"]
+    words += ["--reward", run.reward or folder / "reward"]
     return next_step(*words, "--dir", "run")
 
 
@@ -351,14 +358,22 @@ def _judge(arena: Any, run: LoopSettings, judging: JudgeSettings, say: Callable)
     if arena.grade is None and not arena.test:
         from prompting_nb.loop.judging import OwnJudge
 
-        if judging.kind != "reward":
-            arena.graded_by = "the judge"
         return new, None, OwnJudge(scorer, about), about
     if judging.kind in ("openai", "python"):
         what = "needs --prompts with plain prompts, and compares nothing else"
         raise InputError(f"--judge.kind {judging.kind} {what}")
     assessment, judge = assess(scorer, arena, not run.quiet, judging.correct)
     return new, assessment, judge, about
+
+
+def _grader(judging: JudgeSettings) -> str:
+    "Name the judge of prompts that come without grades."
+    return {
+        "reward": "the reward model",
+        "cross-encoder": "the cross-encoder",
+        "openai": judging.model,
+        "python": Path(judging.python).name,
+    }[judging.kind]
 
 
 def _scorer(arena: Any, run: LoopSettings, judging: JudgeSettings, say: Callable):

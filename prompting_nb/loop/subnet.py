@@ -385,9 +385,11 @@ def run_subnet(
     "Run the command `prompting-nb subnet`."
     run = settings_of(SubnetSettings, settings, ignore_unknown=True)
     if run.prompts:
-        from prompting_nb.loop.validator import open_prompts
+        from prompting_nb.loop.validator import open_prompts, tasks_only
 
         open_prompts(run.prompts)  # to find out now whether it can be read
+        if warning := tasks_only(run.prompts, run.reward):
+            say(warning)
     if run.reward and not Path(run.reward).expanduser().is_dir():
         raise InputError(
             f"{run.reward} is no folder: give a reward model's to --reward"

@@ -717,8 +717,8 @@ def ungraded(
     arena = Arena(name, asked, [], newcomer=_BEGINNER, train=[], test=[])
     arena.graded_by = "the reward model"
     if train or miners:  # what is known of them is of other prompts than these
-        tasks = built_in(encode, 1, seed, train=train, test=0, miners=miners)
-        arena.train, arena.workers = tasks.train, tasks.workers
+        tasks = built_in(encode, 1, seed, train=train, test=0, miners=miners or 10)
+        arena.train, arena.workers = tasks.train, tasks.workers[:miners]
     return arena
 
 

@@ -81,7 +81,7 @@ def load_classifier(
     "Load a sequence classifier with one label."
     options = {"dtype": "auto", **options}
     make = AutoModelForSequenceClassification.from_pretrained
-    classifier, report = load(make, name, output_loading_info=True, **options)
+    classifier, report = load(make, name, False, output_loading_info=True, **options)
     check_no_adapters(classifier, name)
     label = classifier.config.num_labels
     others = {name for name, *_ in report["mismatched_keys"]}  # of other shapes

@@ -373,16 +373,21 @@ def _run_train(
         f"training on {count_of(prompts, 'prompt')} in "
         f"{count_of(processes, 'process')}, evaluating on {others}"
     )
-    history = train(
-        model,
-        learn,
-        config,
-        watched,
-        bar,
-        checkpoint=output.checkpoint,
-        log_folder=output.log_folder,
-        trackers=output.track.split(",") if output.track else None,
-    )
+    try:
+        history = train(
+            model,
+            learn,
+            config,
+            watched,
+            bar,
+            checkpoint=output.checkpoint,
+            log_folder=output.log_folder,
+            trackers=output.track.split(",") if output.track else None,
+        )
+    except KeyboardInterrupt as error:
+        if error.args:  # how many steps are saved, and where
+            say(str(error))
+        raise
     if rank:
         return {}
     try:

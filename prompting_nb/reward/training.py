@@ -12,6 +12,8 @@ import copy
 import logging
 import math
 import random
+import signal
+import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -330,8 +332,11 @@ class Run:
         progress: bool = True,  # show a progress bar
         on_step: Callable[[dict], None] | None = None,  # gets each step's record
     ) -> History:
-        "Train until the plan, the time limit or the patience is over."
-        first = self.resume()
+        """Train until the plan, the time limit or the patience is over.
+
+        With a checkpoint, Ctrl-C ends it after a step, which is saved.
+        """
+        first, interrupted = self.resume(), False
         logging.getLogger(__name__).info(
             "training on %s, %s, bf16 %s, packed %s, sharded %s",
             self.processes.device,
@@ -346,9 +351,12 @@ class Run:
             training_mode(model, self.config.encoder_dropout),
             adding_rows(model, alone=self.processes.count == 1),
             self.tracker.bar(len(self.plan), first, progress) as bar,
+            _held_back(self.checkpoint is not None) as stops,
         ):
             for number in range(first, len(self.plan)):
-                used = self._agree(self.watch.seconds())
+                used = self._agree(math.inf if stops else self.watch.seconds())
+                if interrupted := math.isinf(used):  # in one process, and so in all
+                    break
                 used /= self.config.max_seconds or math.inf
                 if used >= 1 or self.evaluation.out_of_patience:
                     history.stopped = "max_seconds" if used >= 1 else "patience"
@@ -363,8 +371,13 @@ class Run:
                     self.save()
                 if on_step:
                     on_step(history.steps[-1])
-        if self.checkpoint:
+        if self.checkpoint and history.steps:
             self.save()
+        if interrupted or stops:
+            done = f"{len(history.steps)} of {count_of(len(self.plan), 'step')}"
+            where = f"which are saved in {self.checkpoint and self.checkpoint.folder}"
+            again = "the same once more goes on from there"
+            raise KeyboardInterrupt(f"interrupted after {done}, {where}: {again}")
         return history
 
     def _agree(self, seconds: float) -> float:
@@ -420,6 +433,32 @@ class Run:
         self.tracker.finish()
 
 # %% ../../nbs/reward/05_training.ipynb #t008
+@contextmanager
+def _held_back(hold: bool) -> Iterator[list]:
+    "Collect Ctrl-C and SIGTERM in a `with` block; a second one stops at once."
+    came = []
+    if not hold or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    both = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in both}
+    # one that is ignored, or ends the process without Python, stays as it is
+    before = {number: act for number, act in before.items() if callable(act)}
+
+    def note(number: int, frame: Any) -> None:
+        if came:
+            before[number](number, frame)
+        came.append(number)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, act in before.items():
+            signal.signal(number, act)
+
+
 def _finite(value: float, what: str, step: int) -> float:
     "Return the value; a RuntimeError says what to do where it is not finite."
     if not math.isfinite(value):

@@ -467,4 +467,4 @@ def _cross_encoder(name: str | Path) -> Any:
     "Load a cross-encoder."
     from sentence_transformers import CrossEncoder
 
-    return load(CrossEncoder, str(name))
+    return load(CrossEncoder, str(name), encoder=False)
