@@ -28,11 +28,12 @@ from hypothesis import strategies as st
 
 from prompting_nb import protocol
 from prompting_nb.network import dendrite as dendrite_module
+from prompting_nb.network import floods
 from prompting_nb.network.addresses import find_addresses
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite, Question
-from prompting_nb.network.floods import PacedConnector
+from prompting_nb.network.floods import Paced, PacedConnector
 from prompting_nb.protocol import Prompting, StreamPrompting, read_body, read_event, read_reply
 from prompting_nb.validators.validator import Validator
 
@@ -889,6 +890,51 @@ def test_a_connection_that_was_closed_as_the_question_came_costs_no_answer(end, 
         assert len(twice) == 6 and twice[::2] == twice[1::2] and len({first, *twice}) == 4
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_what_waits_at_the_end_of_a_connection_is_handed_on_in_turns(background, monkeypatch):
+    "100 000 chunks of one byte, and the end behind them: no turn of the loop is full of them, and no more is received while some wait."
+    hand, receive, pace = Paced._hand, Paced.data_received, floods.Pace(seconds=0)
+    turn, most, received = [], [], []
+
+    def counted(line, part):
+        if not turn:
+            asyncio.get_running_loop().call_soon(turn.clear)
+        turn.append(part)
+        most[:] = [max(len(turn), *most, 0)]
+        hand(line, part)
+
+    def receiving(line, data):
+        receive(line, data)
+        received.append(bool(line._rest) and line._transport.is_reading())
+
+    monkeypatch.setattr(Paced, "_hand", counted)
+    monkeypatch.setattr(Paced, "data_received", receiving)
+    monkeypatch.setattr(floods, "pace_here", lambda: pace)
+    body = json.dumps({"completion": 100_000 * "a"})
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunks = "".join(f"1\r\n{byte}\r\n" for byte in body).encode() + b"0\r\n\r\n"
+
+    with Answering() as miner, Dendrite(VALIDATOR, allow_private=True, require_signed=False) as dendrite:
+
+        def run():
+            line, _ = miner.socket.accept()
+            with line:
+                line.recv(65536)
+                line.sendall(head + chunks)
+
+        threading.Thread(target=run, daemon=True).start()
+        if background:
+            [answer] = dendrite.query(miner, "x", timeout=60)
+        else:
+
+            async def ask():
+                return await dendrite(miner, "x", timeout=60)
+
+            [answer] = asyncio.run(ask())
+    assert answer.completion == 100_000 * "a"
+    assert most[0] <= 3 and not any(received)
+
+
 def test_no_more_of_a_refusal_is_read_than_its_reason_takes():
     def refuse(size):
         body = json.dumps({"error": "busy", "more": [[]] * size}).encode()
@@ -1030,16 +1076,20 @@ def test_a_forked_child_asks_with_a_loop_of_its_own(axon):
 def test_what_is_relied_on_in_aiohttp():
     """`network.floods` stands between the connector and the protocol of aiohttp's client. These are the seams, in versions below 4:
     `connect` of the connector, `transport` of what it returns, whose protocol can be replaced; that has a length, the answers that wait
-    to be read, and `set_exception` and `force_close`."""
+    to be read, `set_exception` and `force_close`, and a `transport` that can be replaced, too."""
     settings = Path(__file__).resolve().parents[1] / "settings.ini"
     assert "aiohttp>=3.10,<4 " in settings.read_text()
-    seen, handed = [], []
+    seen, handed, used = [], [], set()
 
     class Between(asyncio.Protocol):
-        def __init__(self, inner):
+        def __init__(self, transport, inner):
             for name in ("eof_received", "connection_lost", "pause_writing", "resume_writing"):
                 setattr(self, name, getattr(inner, name))
-            self.inner = inner
+            self.transport, self.inner = transport, inner
+
+        def __getattr__(self, name):
+            used.add(name)
+            return getattr(self.transport, name)
 
         def data_received(self, data):
             handed.append(data)
@@ -1049,14 +1099,15 @@ def test_what_is_relied_on_in_aiohttp():
         async def connect(self, *args, **kwargs):
             connection = await super().connect(*args, **kwargs)
             transport = connection.transport
-            protocol = transport.get_protocol()
-            if isinstance(protocol, Between):
-                protocol = protocol.inner
-            else:
-                transport.set_protocol(Between(protocol))
-            seen.append((transport, protocol))
+            line = transport.get_protocol()
+            if not isinstance(line, Between):
+                line = Between(transport, line)
+                transport.set_protocol(line)
+                line.inner.transport = line
+            assert connection.transport is line
+            seen.append((line, line.inner))
             if len(seen) == 3:
-                protocol.force_close()
+                line.inner.force_close()
             return connection
 
     async def twice(reader, writer):
@@ -1083,6 +1134,7 @@ def test_what_is_relied_on_in_aiohttp():
                 seen[3][0].abort()
             closing = [transport.is_closing() for transport, _ in seen]
             assert closing == [True] * 4 and await get() == b"ok"
+            assert {"is_closing", "write", "close", "abort"} <= used
         server.close()
 
     asyncio.run(look())
