@@ -935,6 +935,72 @@ def test_what_waits_at_the_end_of_a_connection_is_handed_on_in_turns(background,
     assert most[0] <= 3 and not any(received)
 
 
+@pytest.mark.parametrize("kind", [Prompting, StreamPrompting])
+def test_large_answers_that_come_together_are_checked_one_in_a_turn_and_small_ones_first(kind, monkeypatch):
+    "Twenty miners hold back the last byte, and send it at one moment."
+    done, turn, most = [], [], []
+
+    def noted(work):
+        def noting(*args):
+            if not turn:
+                asyncio.get_running_loop().call_soon(turn.clear)
+            turn.append(args)
+            most[:] = [max(len(turn), *most, 0)]
+            done.append(max(len(each) for each in args if isinstance(each, bytes)))
+            return work(*args)
+
+        return noting
+
+    if kind is Prompting:
+        monkeypatch.setattr(dendrite_module.Sent, "check", noted(dendrite_module.Sent.check))
+        small, large = (json.dumps({"completion": size * "a"}).encode() for size in (5, 200_000))
+    else:
+        monkeypatch.setattr(dendrite_module, "read_event", noted(read_event))
+        small, large = (json.dumps({"piece": size * "a", "done": True}).encode() + b"\n" for size in (5, 200_000))
+    monkeypatch.setattr(dendrite_module, "pace_here", lambda pace=floods.Pace(seconds=0): pace)
+
+    async def ask(dendrite, miner):
+        miner.socket.settimeout(20)
+        asking = asyncio.ensure_future(dendrite([miner] * 20, kind.ask("x"), timeout=60))
+        lines = [await asyncio.to_thread(miner.socket.accept) for _ in range(20)]
+        for place, (line, _) in enumerate(lines):
+            line.settimeout(20)
+            await asyncio.to_thread(line.recv, 65536)
+            body = small if place == 13 else large
+            head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+            await asyncio.to_thread(line.sendall, head + body[:-1])
+        while sum(each._size for each in floods_of(dendrite)) < 19 * len(large):
+            await asyncio.sleep(0.01)
+        for place, (line, _) in enumerate(lines):  # the loop stands still: they come in one of its turns
+            line.sendall((small if place == 13 else large)[-1:])
+        answers = await asking
+        for line, _ in lines:
+            line.close()
+        return answers
+
+    def floods_of(dendrite):
+        [session] = dendrite._sessions._sessions.values()
+        return session.http.connector.lines
+
+    with Answering() as miner, Dendrite(VALIDATOR, allow_private=True, require_signed=False) as dendrite:
+        answers = asyncio.run(ask(dendrite, miner))
+    assert [a.dendrite.status_code for a in answers] == [200] * 20
+    assert len(done) == 20 and min(done) in done[:2] and most[0] <= 2
+
+
+@pytest.mark.parametrize("seconds, limit, more, status", [(2.5, 2, 60, 200), (0.5, 60, 0.01, 200), (60, 2, 0.01, 408)])
+def test_the_wait_until_an_answer_is_checked_is_not_the_miners_time(seconds, limit, more, status, axon, dendrite, monkeypatch):
+    class Busy:
+        async def do(self, size, work):
+            await asyncio.sleep(seconds)
+            return work()
+
+    monkeypatch.setattr(dendrite_module, "pace_here", Busy)
+    monkeypatch.setattr(dendrite_module, "_CHECKS", more)
+    [(found, message)] = said(dendrite.query([axon], QUESTION, timeout=limit))
+    assert (found, message) == (status, "Success" if status == 200 else "the answer came in time, but with too many to check it soon")
+
+
 def test_no_more_of_a_refusal_is_read_than_its_reason_takes():
     def refuse(size):
         body = json.dumps({"error": "busy", "more": [[]] * size}).encode()

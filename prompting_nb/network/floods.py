@@ -22,6 +22,7 @@ from ..show import arguments_in_help
 _PART = 1024  # bytes that are parsed at a time
 _MESSAGES = 16  # that may wait to be read; one is the answer
 _TURN = 0.001  # seconds of parsing in a turn of the loop, of all connections
+_BYTE = 1e-8  # seconds, about, that it takes to check and read a byte of an answer
 
 
 @arguments_in_help
@@ -56,6 +57,18 @@ class Pace:
         if self._began is None:
             self._begin()
 
+    async def do(
+        self,
+        size: int,  # bytes of what it works on
+        work: Callable[[], Any],  # without arguments, all that is done in one turn
+    ) -> Any:  # what it returns or raises
+        "Call a function, in a later turn if the time of this one is used up."
+        if not self.is_over:
+            return work()
+        done = asyncio.get_running_loop().create_future()
+        self.add((_BYTE * size, size), partial(_finish, done, work))
+        return await done
+
     def _begin(self) -> None:
         self._began = time.perf_counter()
         asyncio.get_running_loop().call_soon(self._next)
@@ -65,6 +78,16 @@ class Pace:
         self._began = None
         while self._waiting and not self.is_over:
             heapq.heappop(self._waiting)[-1]()
+
+
+def _finish(done: asyncio.Future, work: Callable[[], Any]) -> None:
+    "Have a future hold what a function returns or raises."
+    if done.cancelled():  # nobody waits any more
+        return
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)
 
 
 _paces: WeakKeyDictionary[asyncio.AbstractEventLoop, Pace] = WeakKeyDictionary()
