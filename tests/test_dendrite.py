@@ -28,11 +28,12 @@ from hypothesis import strategies as st
 
 from prompting_nb import protocol
 from prompting_nb.network import dendrite as dendrite_module
+from prompting_nb.network import floods
 from prompting_nb.network.addresses import find_addresses
 from prompting_nb.network.axon import Axon
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite, Question
-from prompting_nb.network.floods import PacedConnector
+from prompting_nb.network.floods import Paced, PacedConnector
 from prompting_nb.protocol import Prompting, StreamPrompting, read_body, read_event, read_reply
 from prompting_nb.validators.validator import Validator
 
@@ -889,6 +890,117 @@ def test_a_connection_that_was_closed_as_the_question_came_costs_no_answer(end, 
         assert len(twice) == 6 and twice[::2] == twice[1::2] and len({first, *twice}) == 4
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_what_waits_at_the_end_of_a_connection_is_handed_on_in_turns(background, monkeypatch):
+    "100 000 chunks of one byte, and the end behind them: no turn of the loop is full of them, and no more is received while some wait."
+    hand, receive, pace = Paced._hand, Paced.data_received, floods.Pace(seconds=0)
+    turn, most, received = [], [], []
+
+    def counted(line, part):
+        if not turn:
+            asyncio.get_running_loop().call_soon(turn.clear)
+        turn.append(part)
+        most[:] = [max(len(turn), *most, 0)]
+        hand(line, part)
+
+    def receiving(line, data):
+        receive(line, data)
+        received.append(bool(line._rest) and line._transport.is_reading())
+
+    monkeypatch.setattr(Paced, "_hand", counted)
+    monkeypatch.setattr(Paced, "data_received", receiving)
+    monkeypatch.setattr(floods, "pace_here", lambda: pace)
+    body = json.dumps({"completion": 100_000 * "a"})
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    chunks = "".join(f"1\r\n{byte}\r\n" for byte in body).encode() + b"0\r\n\r\n"
+
+    with Answering() as miner, Dendrite(VALIDATOR, allow_private=True, require_signed=False) as dendrite:
+
+        def run():
+            line, _ = miner.socket.accept()
+            with line:
+                line.recv(65536)
+                line.sendall(head + chunks)
+
+        threading.Thread(target=run, daemon=True).start()
+        if background:
+            [answer] = dendrite.query(miner, "x", timeout=60)
+        else:
+
+            async def ask():
+                return await dendrite(miner, "x", timeout=60)
+
+            [answer] = asyncio.run(ask())
+    assert answer.completion == 100_000 * "a"
+    assert most[0] <= 3 and not any(received)
+
+
+@pytest.mark.parametrize("kind", [Prompting, StreamPrompting])
+def test_large_answers_that_come_together_are_checked_one_in_a_turn_and_small_ones_first(kind, monkeypatch):
+    "Twenty miners hold back the last byte, and send it at one moment."
+    done, turn, most = [], [], []
+
+    def noted(work):
+        def noting(*args):
+            if not turn:
+                asyncio.get_running_loop().call_soon(turn.clear)
+            turn.append(args)
+            most[:] = [max(len(turn), *most, 0)]
+            done.append(max(len(each) for each in args if isinstance(each, bytes)))
+            return work(*args)
+
+        return noting
+
+    if kind is Prompting:
+        monkeypatch.setattr(dendrite_module.Sent, "check", noted(dendrite_module.Sent.check))
+        small, large = (json.dumps({"completion": size * "a"}).encode() for size in (5, 200_000))
+    else:
+        monkeypatch.setattr(dendrite_module, "read_event", noted(read_event))
+        small, large = (json.dumps({"piece": size * "a", "done": True}).encode() + b"\n" for size in (5, 200_000))
+    monkeypatch.setattr(dendrite_module, "pace_here", lambda pace=floods.Pace(seconds=0): pace)
+
+    async def ask(dendrite, miner):
+        miner.socket.settimeout(20)
+        asking = asyncio.ensure_future(dendrite([miner] * 20, kind.ask("x"), timeout=60))
+        lines = [await asyncio.to_thread(miner.socket.accept) for _ in range(20)]
+        for place, (line, _) in enumerate(lines):
+            line.settimeout(20)
+            await asyncio.to_thread(line.recv, 65536)
+            body = small if place == 13 else large
+            head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body)
+            await asyncio.to_thread(line.sendall, head + body[:-1])
+        while sum(each._size for each in floods_of(dendrite)) < 19 * len(large):
+            await asyncio.sleep(0.01)
+        for place, (line, _) in enumerate(lines):  # the loop stands still: they come in one of its turns
+            line.sendall((small if place == 13 else large)[-1:])
+        answers = await asking
+        for line, _ in lines:
+            line.close()
+        return answers
+
+    def floods_of(dendrite):
+        [session] = dendrite._sessions._sessions.values()
+        return session.http.connector.lines
+
+    with Answering() as miner, Dendrite(VALIDATOR, allow_private=True, require_signed=False) as dendrite:
+        answers = asyncio.run(ask(dendrite, miner))
+    assert [a.dendrite.status_code for a in answers] == [200] * 20
+    assert len(done) == 20 and min(done) in done[:2] and most[0] <= 2
+
+
+@pytest.mark.parametrize("seconds, limit, more, status", [(2.5, 2, 60, 200), (0.5, 60, 0.01, 200), (60, 2, 0.01, 408)])
+def test_the_wait_until_an_answer_is_checked_is_not_the_miners_time(seconds, limit, more, status, axon, dendrite, monkeypatch):
+    class Busy:
+        async def do(self, size, work):
+            await asyncio.sleep(seconds)
+            return work()
+
+    monkeypatch.setattr(dendrite_module, "pace_here", Busy)
+    monkeypatch.setattr(dendrite_module, "_CHECKS", more)
+    [(found, message)] = said(dendrite.query([axon], QUESTION, timeout=limit))
+    assert (found, message) == (status, "Success" if status == 200 else "the answer came in time, but with too many to check it soon")
+
+
 def test_no_more_of_a_refusal_is_read_than_its_reason_takes():
     def refuse(size):
         body = json.dumps({"error": "busy", "more": [[]] * size}).encode()
@@ -1030,16 +1142,20 @@ def test_a_forked_child_asks_with_a_loop_of_its_own(axon):
 def test_what_is_relied_on_in_aiohttp():
     """`network.floods` stands between the connector and the protocol of aiohttp's client. These are the seams, in versions below 4:
     `connect` of the connector, `transport` of what it returns, whose protocol can be replaced; that has a length, the answers that wait
-    to be read, and `set_exception` and `force_close`."""
+    to be read, `set_exception` and `force_close`, and a `transport` that can be replaced, too."""
     settings = Path(__file__).resolve().parents[1] / "settings.ini"
     assert "aiohttp>=3.10,<4 " in settings.read_text()
-    seen, handed = [], []
+    seen, handed, used = [], [], set()
 
     class Between(asyncio.Protocol):
-        def __init__(self, inner):
+        def __init__(self, transport, inner):
             for name in ("eof_received", "connection_lost", "pause_writing", "resume_writing"):
                 setattr(self, name, getattr(inner, name))
-            self.inner = inner
+            self.transport, self.inner = transport, inner
+
+        def __getattr__(self, name):
+            used.add(name)
+            return getattr(self.transport, name)
 
         def data_received(self, data):
             handed.append(data)
@@ -1049,14 +1165,15 @@ def test_what_is_relied_on_in_aiohttp():
         async def connect(self, *args, **kwargs):
             connection = await super().connect(*args, **kwargs)
             transport = connection.transport
-            protocol = transport.get_protocol()
-            if isinstance(protocol, Between):
-                protocol = protocol.inner
-            else:
-                transport.set_protocol(Between(protocol))
-            seen.append((transport, protocol))
+            line = transport.get_protocol()
+            if not isinstance(line, Between):
+                line = Between(transport, line)
+                transport.set_protocol(line)
+                line.inner.transport = line
+            assert connection.transport is line
+            seen.append((line, line.inner))
             if len(seen) == 3:
-                protocol.force_close()
+                line.inner.force_close()
             return connection
 
     async def twice(reader, writer):
@@ -1083,6 +1200,7 @@ def test_what_is_relied_on_in_aiohttp():
                 seen[3][0].abort()
             closing = [transport.is_closing() for transport, _ in seen]
             assert closing == [True] * 4 and await get() == b"ok"
+            assert {"is_closing", "write", "close", "abort"} <= used
         server.close()
 
     asyncio.run(look())

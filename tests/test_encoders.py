@@ -5,13 +5,15 @@ import gc
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings, strategies as st
-from toys import LETTERS, letter_tokenizer, save_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from toys import CountsCharacters, LETTERS, byte_tokenizer, letter_tokenizer, save_model
 
 from prompting_nb.config import InputError
 from prompting_nb.encoding.batches import in_batches, in_threads, micro_batches
@@ -19,7 +21,8 @@ from prompting_nb.encoding.batches import pad_rows
 from prompting_nb.encoding.encoder import check_encoder, Encoder
 from prompting_nb.encoding.pooling import last_token, last_window
 from prompting_nb.encoding.weights import frozen_model, own_weights, PRECISIONS
-from prompting_nb.encoding.windows import cut
+from prompting_nb.encoding import windows as windows_module
+from prompting_nb.encoding.windows import cut, shortened, windows
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +134,60 @@ def test_other_weights_are_seen(folder):
              for name, value in encoder.state_dict().items()}
     encoder.load_state_dict(state)
     assert not torch.allclose(encoder("a text"), before, atol=1e-3)
+
+
+def trained(kind):
+    "A tokenizer that has learnt from a few words and runs: its tokens cross blanks, or depend on the length of a run."
+    words = ["the rain in the plain ", "aaaaaaaa", "!!!!!!!! ", "-- --- ---- ", "abab cdcd "] * 20
+    if kind == "unigram":
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    else:
+        made = Tokenizer(models.BPE(unk_token="<unk>"))
+        if kind == "bytes":
+            made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>"], show_progress=False)
+    made.train_from_iterator(words, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+TOKENIZERS = {"minilm": lambda: Encoder("minilm").tokenizer, "letters": lambda: letter_tokenizer(bert=True), "byte": byte_tokenizer,
+              **{kind: partial(trained, kind) for kind in ("bytes", "characters", "unigram")}}  # fmt: skip
+PARTS = ["a", "the rain ", "ab", "!", "-", " ", "\n", "\u200b", "e\u0301", "\u4e00", "\U0001f600", "[SEP] ", "\ud83d", "Straße, "]
+PARTS += ["x" * 130 + " "]
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def any_tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 6_000)), min_size=1, max_size=8), first=st.integers(0, 600),
+       last=st.integers(0, 600))  # fmt: skip
+def test_what_is_left_out_of_a_long_text_changes_no_token_that_is_kept(any_tokenizer, parts, first, last):
+    "Runs, blanks, letters of many bytes: beginning and end are those of the whole text, here with a bound an eighth of the real one."
+    text = "".join(part * count for part, count in parts)[:60_000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows_module, "_WHOLE", 4_096)
+        short = shortened(any_tokenizer, text, first, last)
+    readable = text.encode("utf-8", "replace").decode()
+    ids, kept = (
+        any_tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"]
+        for each in (readable, short.encode("utf-8", "replace").decode())
+    )
+    assert kept[:first] == ids[:first] and kept[len(kept) - min(last, len(kept)) :] == ids[len(ids) - min(last, len(ids)) :]
+    assert short == text or first + last < len(kept) and len(short) < len(text)
+
+
+@pytest.mark.parametrize("text", ["!", "the rain ", "\u4e00"])
+def test_no_more_of_a_very_long_text_is_tokenised_than_is_kept(text, monkeypatch):
+    text, counting = (text * 300_000)[:300_000], CountsCharacters(Encoder("minilm").tokenizer)
+    found = windows(counting, [text, "short"], 256)
+    assert 0 < counting.characters < 150_000
+    monkeypatch.setattr(windows_module, "_WHOLE", 10**9)
+    assert windows(counting.tokenizer, [text, "short"], 256) == found and len(found[0]) == 16
 
 
 @pytest.mark.parametrize("pool", [{}, {"pool": last_token, "combine": last_window}], ids=["mean", "last"])

@@ -24,6 +24,7 @@ from toys import LETTERS, letter_tokenizer, save_model
 
 from prompting_nb.baseminer.miners import sentence_encoder
 from prompting_nb.config import InputError
+from prompting_nb.encoding import encoder as encoder_module
 from prompting_nb.encoding.encoder import check_encoder, Encoder
 from prompting_nb.encoding.pooling import last_token
 from prompting_nb.pretrained import is_sentence_model, minilm_path
@@ -100,6 +101,17 @@ def test_what_is_cut_is_said(make, caplog):
         encoder = Encoder(folder)
         same(encoder(TEXTS), library(folder))
     assert encoder.cut == 3 and "reads only 12 tokens of a text: 3 texts cut so far" in caplog.text
+
+
+@pytest.mark.parametrize("prompt", ["", "q: "])
+def test_of_a_very_long_text_only_what_counts_is_read(make, prompt, monkeypatch):
+    encoder = Encoder(make(length=12, prompts={"it": prompt}, default_prompt_name="it"))
+    given, embed = [], encoder_module.encode_sentences
+    monkeypatch.setattr(encoder_module, "encode_sentences", lambda model, texts, name: given.extend(texts) or embed(model, texts, name))
+    texts = ["which miner " * 30_000, "gate"]
+    found = encoder(texts)
+    assert sum(map(len, given)) < 40_000 and encoder.cut == 1
+    same(found, library(make(length=12, prompts={"it": prompt}, default_prompt_name="it"), texts))
 
 
 def test_precision_and_what_does_not_fit(make, bert):

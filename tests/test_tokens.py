@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from test_reward import CONFIGS, kind_words, toy, toys  # noqa: F401
-from toys import byte_tokenizer
+from toys import CountsCharacters, byte_tokenizer
 from transformers import BertConfig, LlamaConfig
 
 from prompting_nb.config import InputError
+from prompting_nb.encoding import windows as windows_module
 from prompting_nb.pretrained import word_tokenizer
 from prompting_nb.reward.conversations import Conversation, answer_of
-from prompting_nb.reward.tokens import LONGEST, Cuts, cuts_of, encode, length_limit
+from prompting_nb.reward.tokens import LONGEST, Cuts, cuts_of, cuts_text, encode, length_limit, length_of
 
 TEMPLATES = {  # as published, without what is not reached by plain conversations
     "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -143,6 +144,30 @@ def test_a_row_remembers_of_which_side_it_lost_tokens(toys):  # noqa: F811
     assert cuts == Cuts(3, 2, 2, sum(row.cut for row in rows), 20)
     assert str(cuts).startswith("of 3 texts, 2 (66.7%) lost the beginning of the prompt and 2 (66.7%) the end of the completion")
     assert str(cuts_of(encode(tokenizer, ["a"], ["b"], 20), 20)) == "none of 1 text was cut (at most 20 tokens)"
+
+
+@pytest.mark.parametrize("template", [None, "chatml"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_no_more_of_a_very_long_text_is_tokenised_than_is_kept(template, whole, monkeypatch):
+    "The rows are those of the whole texts, and the tokens of the middle are cut as before, but not all counted."
+    counting = CountsCharacters(byte_tokenizer())
+    counting.tokenizer.chat_template = template and TEMPLATES[template]
+    long = ["!" * 300_000, "It is a pear. " * 20_000]
+    if whole:
+        texts = [["fine", *long]]
+    else:
+        texts = [["What is this?", long[1], long[1]], [long[0], long[1], "A pear."]]
+    rows = encode(counting, *texts, max_length=512)
+    assert counting.characters < 400_000
+    monkeypatch.setattr(windows_module, "_WHOLE", 10**9)
+    uncut = encode(counting.tokenizer, *texts, max_length=512)
+    assert rows == uncut and [row.more for row in rows] == [length_of(row) > 600 for row in uncut]
+    assert all(0 <= length_of(row) <= length_of(other) for row, other in zip(rows, uncut))
+    short, full = cuts_of(rows, 512), cuts_of(uncut, 512)
+    assert (short.texts, short.prompts, short.completions) == (full.texts, full.prompts, full.completions)
+    assert short.more == sum(row.more for row in rows) > full.more == 0 and short.tokens < full.tokens
+    assert f", at least {short.tokens} tokens in all" in str(short) and str(short + short).count("at least") == 1
+    assert cuts_text(short.to_dict()) == str(short) and "at least" not in str(full)
 
 
 @pytest.mark.parametrize("own, limit", [(64, 64), (1024, 1024), (4096, LONGEST), (-1, LONGEST)])

@@ -21,6 +21,20 @@ def letter_tokenizer(bert: bool = False, letters: Iterable[str] = LETTERS):
     return word_tokenizer(letters, split, eos_token="<eos>")
 
 
+class CountsCharacters:
+    "A tokenizer that counts the characters which it is given."
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts: Any, *args: Any, **more: Any) -> Any:
+        self.characters += sum(map(len, [texts] if isinstance(texts, str) else texts))
+        return self.tokenizer(texts, *args, **more)
+
+
 def byte_tokenizer():
     "A byte-level tokenizer without merges, which knows every character; `<end>` begins and ends a text."
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

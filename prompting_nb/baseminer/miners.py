@@ -30,6 +30,7 @@ from .miner import Miner
 from .programs import ProcessMiner
 from ..config import InputError, NonNegativeFloat, PositiveInt, RunError
 from ..config import check_settings
+from ..encoding.windows import shortened
 from ..files import read_texts
 from ..pretrained import MINILM, known_device, load
 from ..protocol import Prompting
@@ -396,6 +397,7 @@ def tokenize(
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     # a template has written beginning and end itself
     marks = not getattr(tokenizer, "chat_template", None)
+    texts = [shortened(tokenizer, text, 0, length) for text in texts]
     long = [text for text in texts if len(text.encode()) + 8 > length]  # it may be
     ids = tokenizer(long, add_special_tokens=marks)["input_ids"] if long else []
     if cut := sum(len(row) > length for row in ids):

@@ -18,7 +18,7 @@ from .batches import ensure_pad_token, in_batches
 from .batches import micro_batches, pad_rows
 from .pooling import mean_direction, mean_pooling
 from .weights import frozen_model, own_weights
-from .windows import context_size, windows
+from .windows import context_size, shortened, windows
 from ..pretrained import count_cut, embedding_size, encode_sentences
 from ..pretrained import is_sentence_model, load, load_sentences
 from ..pretrained import reading_limit, resolve
@@ -158,9 +158,12 @@ class Encoder(torch.nn.Module):
 
     def _encode_sentences(self, texts: list[str]) -> dict[str, torch.Tensor]:
         "Embed texts with a sentence model, and say when it cuts them."
-        vectors = encode_sentences(self.model, texts, self.prompt_name)
+        most, read = self.window, texts
+        if most:
+            read = [shortened(self.tokenizer, text, most, most) for text in texts]
+        vectors = encode_sentences(self.model, read, self.prompt_name)
         found = {text: vector.clone() for text, vector in zip(texts, vectors)}
-        if cut := count_cut(self.model, texts, self.prompt_name):
+        if cut := count_cut(self.model, read, self.prompt_name):
             self.cut += cut
             text = "%s reads only %d tokens of a text: %s cut so far"
             so_far = count_of(self.cut, "text")

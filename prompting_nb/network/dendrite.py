@@ -420,9 +420,9 @@ class Question(NamedTuple):
             try:
                 start = time.monotonic() - waited
                 async with time_limit(left := limit - waited):
-                    completion, message = await self._post(
-                        session, where, receiver, left, emit
-                    )
+                    came = await self._post(session, where, receiver, left, emit)
+                left = start + limit - time.monotonic()
+                completion, message = await self._check(came, left)
             finally:
                 session.places.give(receiver)
         except _Failure as failure:
@@ -458,8 +458,8 @@ class Question(NamedTuple):
         receiver: str,  # hotkey
         left: float,  # seconds that the miner has
         emit: Callable,
-    ) -> tuple[str, str]:
-        "Send the request; return completion and status message, or raise."
+    ) -> "Came":
+        "Send the request; return what came, or raise."
         host, port = split_address(where.address or "")
         allowed = self.allow_private or where.ours
         addresses = await find_addresses(host, port, allowed, left)
@@ -483,29 +483,34 @@ class Question(NamedTuple):
         headers: dict,
         sent: "Sent",
         emit: Callable,
-    ) -> tuple[str, str]:
+    ) -> "Came":
         options = {"headers": headers, "allow_redirects": False}
         async with session.post(url, data=self.body, **options) as response:
             if isinstance(self.synapse, StreamPrompting) and response.status == 200:
                 completion, signature = await _read_stream(
                     response, self.max_answer, emit
                 )
-                signed = completion.encode()
-            else:
-                most = self.max_answer
-                if response.status != 200:
-                    most = min(most, _REFUSAL)
-                signed = await _read(response, most)
-                if response.status != 200:
-                    _completion(response.status, signed)  # a refusal is not signed
-                signature, completion = response.headers.get(SIGNATURE), None
-        # before an answer is read as JSON: it may be anybody's until then
-        message = sent.check(signature, signed, self.require_signed)
-        if completion is None:
-            completion = _completion(200, signed)
-        return completion, message
+                return Came(sent, signature, completion.encode(), completion)
+            most = self.max_answer
+            if response.status != 200:
+                most = min(most, _REFUSAL)
+            signed = await _read(response, most)
+            if response.status != 200:
+                _completion(response.status, signed)  # a refusal is not signed
+            return Came(sent, response.headers.get(SIGNATURE), signed)
+
+    async def _check(self, came: "Came", left: float) -> tuple[str, str]:
+        "Return completion and status message of an answer that came in time."
+        read = partial(came.read, self.require_signed)
+        try:
+            async with time_limit(left + _CHECKS):
+                return await pace_here().do(len(came.signed), read)
+        except asyncio.TimeoutError:
+            late = "the answer came in time, but with too many to check it soon"
+            raise _Failure(408, late) from None
 
 
+_CHECKS = 1.0  # seconds after the time limit in which large answers wait for their turn
 _ADDRESSES = 4  # of one name, that are tried
 
 
@@ -517,7 +522,7 @@ def _cause(error: Exception) -> str:
     return os.strerror(number) if number > 0 else str(error) or type(error).__name__
 
 
-async def _despite_stale(session: "Session", send: Callable) -> tuple[str, str]:
+async def _despite_stale(session: "Session", send: Callable) -> "Came":
     """Call `send` again, on another connection, if the one it got had been closed.
 
     It is called three times at most, at last with a connection that nobody has used.
@@ -699,10 +704,8 @@ async def _read_stream(
     "Return the completion and its signature; each piece goes to `emit` as it arrives."
     pieces, pace = [], pace_here()
     async for line in _lines(response, limit):
-        if pace.is_over:  # many lines may arrive at once, of many streams
-            await asyncio.sleep(0)
-        try:
-            event = read_event(line)
+        try:  # many lines may arrive at once, of many streams
+            event = await pace.do(len(line), partial(read_event, line))
         except ValueError as error:
             raise _Failure(422, f"not a piece of a completion: {error}") from None
         if event.error is not None:
@@ -741,6 +744,27 @@ class Sent(NamedTuple):
         ):
             raise _Failure(422, "the answer is not signed by the miner that was asked")
         return "Success"
+
+
+@arguments_in_help
+class Came(NamedTuple):
+    "An answer as it came, not checked yet."
+
+    sent: Sent  # what it must refer to
+    signature: str | None  # of the miner
+    signed: bytes  # what the signature is over
+    completion: str | None = None  # of a stream; None: `signed` is JSON
+
+    def read(
+        self,
+        required: bool,  # refuse an answer without signature
+    ) -> tuple[str, str]:  # completion and status message
+        "Check the signature, and then read the completion; `_Failure` if one is wrong."
+        # first: what is read as JSON may be anybody's until then
+        message = self.sent.check(self.signature, self.signed, required)
+        if self.completion is None:
+            return _completion(200, self.signed), message
+        return self.completion, message
 
 
 @arguments_in_help

@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import time
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Callable
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from ..show import arguments_in_help
 _PART = 1024  # bytes that are parsed at a time
 _MESSAGES = 16  # that may wait to be read; one is the answer
 _TURN = 0.001  # seconds of parsing in a turn of the loop, of all connections
+_BYTE = 1e-8  # seconds, about, that it takes to check and read a byte of an answer
 
 
 @arguments_in_help
@@ -55,6 +57,18 @@ class Pace:
         if self._began is None:
             self._begin()
 
+    async def do(
+        self,
+        size: int,  # bytes of what it works on
+        work: Callable[[], Any],  # without arguments, all that is done in one turn
+    ) -> Any:  # what it returns or raises
+        "Call a function, in a later turn if the time of this one is used up."
+        if not self.is_over:
+            return work()
+        done = asyncio.get_running_loop().create_future()
+        self.add((_BYTE * size, size), partial(_finish, done, work))
+        return await done
+
     def _begin(self) -> None:
         self._began = time.perf_counter()
         asyncio.get_running_loop().call_soon(self._next)
@@ -64,6 +78,16 @@ class Pace:
         self._began = None
         while self._waiting and not self.is_over:
             heapq.heappop(self._waiting)[-1]()
+
+
+def _finish(done: asyncio.Future, work: Callable[[], Any]) -> None:
+    "Have a future hold what a function returns or raises."
+    if done.cancelled():  # nobody waits any more
+        return
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)
 
 
 _paces: WeakKeyDictionary[asyncio.AbstractEventLoop, Pace] = WeakKeyDictionary()
@@ -80,7 +104,9 @@ class Flood(aiohttp.ClientPayloadError):
 
 @arguments_in_help
 class Paced(asyncio.Protocol):
-    "Hands what arrives on a connection to its protocol in parts, within bounds."
+    """Hands what arrives on a connection to its protocol in parts, within bounds.
+
+    It is the protocol of the transport, and the transport of the protocol."""
 
     def __init__(
         self,
@@ -91,11 +117,17 @@ class Paced(asyncio.Protocol):
         lost: Callable[["Paced"], None] | None = None,  # called when it is closed
     ):
         self._pace, self._lost = pace, lost
+        self._loop = asyncio.get_running_loop()
         self._transport, self._inner, self._most = transport, inner, most
         self._rest, self._size = bytearray(), 0
+        self._ends: list[Callable[[], object]] = []  # to be told after the rest
         self._took = 0.0  # seconds, since the request
-        self._stopped = False  # receiving, by us
+        self._held = False  # by the protocol, which wants no more for now
+        self._queued = False  # in the pace
         self._used = False  # for a request before the present one
+
+    def __getattr__(self, name: str) -> Any:  # what the protocol wants of a transport
+        return getattr(self._transport, name)
 
     def begin(self) -> None:
         "Count from now on what answers another request."
@@ -113,10 +145,8 @@ class Paced(asyncio.Protocol):
         "Take bytes, and hand on a few at once if there is time in this turn."
         self._size += len(data)
         if self._size > self._most:
-            self._close(f"more than {self._most} bytes came for one answer")
-        elif self._rest:
-            self._rest += data
-        elif len(data) > _PART or self._pace.is_over:
+            self._refuse(f"more than {self._most} bytes came for one answer")
+        elif self._rest or self._held or len(data) > _PART or self._pace.is_over:
             self._rest += data
             self._wait()
         else:
@@ -127,53 +157,79 @@ class Paced(asyncio.Protocol):
         self._inner.data_received(part)
         self._took += time.perf_counter() - began
         if len(self._inner) > _MESSAGES:
-            self._close(f"more than {_MESSAGES} answers came to one question")
+            self._refuse(f"more than {_MESSAGES} answers came to one question")
 
     def _hand_on(self) -> None:
         "Hand on some parts; if more waits, go on when its turn has come again."
-        if not self._rest:  # it was closed meanwhile
-            return
-        if self._stopped:  # before, so that the protocol may stop it for its reasons
-            self._stopped = False
-            self._transport.resume_reading()
+        self._queued = False
         until = self._took + self._pace.at_once
-        while self._rest and not self._transport.is_closing():
-            if self._took > until:
-                return self._wait()
+        while self._rest and not self._held and self._took <= until:
             part = bytes(self._rest[:_PART])
             del self._rest[:_PART]
             self._hand(part)
+        self._wait()
+        while self._ends and not self._rest:
+            self._ends.pop(0)()
 
     def _wait(self) -> None:
-        "Stop receiving until there is time."
-        if self._transport.is_reading():
-            self._stopped = True
-            self._transport.pause_reading()
-        self._pace.add((self._took, len(self._rest)), self._hand_on)
+        "Receive while nothing waits, and have what waits handed on in its turn."
+        reading = not (self._rest or self._held)
+        if reading != self._transport.is_reading() and not self._transport.is_closing():
+            if reading:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+        if self._rest and not (self._held or self._queued):
+            self._queued = True
+            self._pace.add((self._took, len(self._rest)), self._hand_on)
 
-    def _close(self, reason: str) -> None:
-        self._rest.clear()
+    def _refuse(self, reason: str) -> None:
         self._inner.set_exception(Flood(reason))
+        self.abort()
+
+    def pause_reading(self) -> None:
+        "Hand on nothing until the protocol wants more."
+        self._held = True
+        self._wait()
+
+    def resume_reading(self) -> None:
+        "Hand on again what comes, in its turn."
+        self._held = False
+        self._wait()
+
+    def close(self) -> None:
+        "Forget what waits, and close the connection."
+        self._forget()
+        self._transport.close()
+
+    def abort(self) -> None:
+        "Forget what waits, and close the connection at once."
+        self._forget()
         self._transport.abort()
 
-    def eof_received(self) -> Any:
-        "Hand on all that waits: nothing more will come."
-        rest = bytes(self._rest)
+    def _forget(self) -> None:
         self._rest.clear()
-        for start in range(0, len(rest), _PART):
-            if not self._transport.is_closing():
-                self._hand(rest[start : start + _PART])
-        return self._inner.eof_received()
+        while self._ends:
+            self._loop.call_soon(self._ends.pop(0))
+
+    def eof_received(self) -> None:
+        "Tell the protocol once it has all that waits: nothing more will come."
+        self._end(self._inner.eof_received)
 
     def connection_lost(
         self,
         exc: Exception | None,  # as for asyncio
     ) -> None:
-        "Forget what waits."
-        self._rest.clear()
+        "Tell the protocol once it has all that waits."
         if self._lost is not None:
             self._lost(self)
-        self._inner.connection_lost(exc)
+        self._end(partial(self._inner.connection_lost, exc))
+
+    def _end(self, tell: Callable[[], object]) -> None:
+        if self._rest:
+            self._ends.append(tell)
+        else:
+            tell()
 
     def pause_writing(self) -> None:
         "Pass the call on to the protocol."
@@ -216,15 +272,16 @@ class PacedConnector(aiohttp.TCPConnector):
         _line.set(None)
         connection = await super().connect(*args, **kwargs)
         if (transport := connection.transport) is not None:
-            inner: Any = transport.get_protocol()
-            if isinstance(inner, Paced):
-                inner.begin()
+            line: Any = transport.get_protocol()
+            if isinstance(line, Paced):
+                line.begin()
             else:
-                handler, lost = inner, self.lines.discard
-                inner = Paced(transport, handler, self.most_bytes, self.pace, lost)
-                transport.set_protocol(inner)
-                self.lines.add(inner)
+                handler, lost = line, self.lines.discard
+                line = Paced(transport, handler, self.most_bytes, self.pace, lost)
+                transport.set_protocol(line)
+                handler.transport = line
+                self.lines.add(line)
                 if len(self.lines) > self.kept:
                     handler.force_close()
-            _line.set(inner)
+            _line.set(line)
         return connection

@@ -28,6 +28,7 @@ from ..encoding.batches import evaluating, in_batches, micro_batches
 from ..encoding.batches import pad_rows
 from ..encoding.pooling import last_token, mean_pooling
 from ..encoding.weights import frozen_model, own_weights
+from ..encoding.windows import shortened
 from ..pretrained import known_device, load, resolve
 from prompting_nb.reward.classifiers import (
     Reader,
@@ -526,7 +527,9 @@ def embed(
     progress: bool = False,  # show a progress bar
 ) -> torch.Tensor:  # (len(texts), hidden_size) float32 on the CPU
     "Compute the vectors of texts without a partner, in eval mode."
-    tokens = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)
+    most = encoder.max_length
+    texts = [shortened(encoder.tokenizer, text, most, most) for text in texts]
+    tokens = encoder.tokenizer(texts, truncation=True, max_length=most)
     rows = tokens["input_ids"]
     groups = micro_batches([len(row) for row in rows], None, batch_size)
     features = lambda some: encoder.features(*pad_rows(some, encoder.device))

@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 
 from ..config import InputError
 from ..encoding.batches import pad_rows
+from ..encoding.windows import shortened
 from prompting_nb.reward.conversations import (
     Conversation,
     answer_of,
@@ -38,14 +39,15 @@ class Row(list):
         tokens: Iterable[int],  # what a model reads
         cut: int = 0,  # tokens of the text that were left out
         prompt_cut: int = 0,  # of these, those of the prompt; others: the completion's
+        more: bool = False,  # whether still more were cut off, which nobody counted
     ):
         super().__init__(tokens)
-        self.cut, self.prompt_cut = cut, prompt_cut
+        self.cut, self.prompt_cut, self.more = cut, prompt_cut, more
 
 
 def length_of(
     row: list[int],  # token ids, a `Row` or any list
-) -> int:  # tokens of the whole text, with those that were cut off
+) -> int:  # tokens of the whole text, with those that were cut off and counted
     "Count the tokens that a text had before it was cut."
     return len(row) + getattr(row, "cut", 0)
 
@@ -60,6 +62,7 @@ class Cuts:
     completions: int = 0  # texts whose completion, or end, was lost
     tokens: int = 0  # that were left out
     max_length: int = 0  # tokens of a text at most
+    more: int = 0  # texts so long that only some of their tokens were counted
 
     def __add__(self, other: "Cuts") -> "Cuts":
         return Cuts(
@@ -68,6 +71,7 @@ class Cuts:
             self.completions + other.completions,
             self.tokens + other.tokens,
             max(self.max_length, other.max_length),
+            self.more + other.more,
         )
 
     def to_dict(self) -> dict:
@@ -88,7 +92,8 @@ class Cuts:
         return (
             f"of {count_of(self.texts, 'text')}, {share(self.prompts)} lost the "
             f"beginning of the prompt and {share(self.completions)} the end of the "
-            f"completion, {count_of(self.tokens, 'token')} in all (at most "
+            f"completion, {'at least ' if self.more else ''}"
+            f"{count_of(self.tokens, 'token')} in all (at most "
             f"{self.max_length} a text)"
         )
 
@@ -97,7 +102,7 @@ def cuts_text(
     counts: dict,  # as `Cuts.to_dict` returns them
 ) -> str:
     "Write counts as a sentence."
-    names = ("texts", "prompts", "completions", "tokens", "max_length")
+    names = ("texts", "prompts", "completions", "tokens", "max_length", "more")
     return str(Cuts(**{name: counts.get(name, 0) for name in names}))
 
 
@@ -112,6 +117,7 @@ def cuts_of(
         found.texts, found.tokens = found.texts + 1, found.tokens + cut
         found.prompts += of_prompt > 0
         found.completions += cut > of_prompt
+        found.more += getattr(row, "more", False)
     return found
 
 # %% ../../nbs/reward/02_tokens.ipynb #t011
@@ -169,8 +175,8 @@ def encode(
     start, end = frame.alone if frame else _frame(tokenizer)[::2]
     room = _room(max_length, start + end)
     rows = [
-        Row(start + row[:room] + end, max(0, len(row) - room))
-        for row in _tokens(tokenizer, _texts(texts, "text", prompt_of))
+        Row(start + row[:room] + end, max(0, len(row) - room), more=row.more)
+        for row in _tokens(tokenizer, _texts(texts, "text", prompt_of), room)
     ]
     return _not_empty(rows)
 
@@ -437,7 +443,7 @@ def encode_pairs(
     rows: list[Row] = []
     marked = 0  # prompts that hold the mark at which a model parts the two texts
     for before, text in zip(
-        _tokens(tokenizer, prompts), _tokens(tokenizer, completions)
+        _tokens(tokenizer, prompts, 1, room), _tokens(tokenizer, completions, room, 1)
     ):
         # the template's first mark, without which some models read nothing right
         first = before[:1] if before and before[0] in begins else []
@@ -446,7 +452,8 @@ def encode_pairs(
         if not end:  # the template's last token, where a long completion was cut
             completion[-1:] = text[-1:]
         lost = len(before) - len(prompt), len(text) - len(completion)
-        rows.append(Row(start + prompt + middle + completion + end, sum(lost), lost[0]))
+        whole = start + prompt + middle + completion + end
+        rows.append(Row(whole, sum(lost), lost[0], before.more or text.more))
         marked += bool(frame and frame.segments and middle[-1] in prompt)
     if marked:
         mark = tokenizer.convert_ids_to_tokens(middle[-1])
@@ -468,12 +475,19 @@ def _is_conversation(prompts: Any) -> bool:
 _IDS: dict[int, int] = {}  # one object for each token id that occurs: rows share them
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def _tokens(
+    tokenizer: Any,
+    texts: Sequence[str],
+    first: int,  # tokens of the beginning, and of the end, that may be kept
+    last: int = 0,
+) -> list[Row]:
     "Make token ids of texts without special tokens, of each different text once."
     distinct, found = list(dict.fromkeys(map(str, texts))), {}
-    for first in range(0, len(distinct), 1024):  # what a tokenizer returns is large
-        some = distinct[first : first + 1024]
-        rows = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-        for text, row in zip(some, rows):
-            found[text] = [_IDS.setdefault(token, token) for token in row]
+    for start in range(0, len(distinct), 1024):  # what a tokenizer returns is large
+        some = distinct[start : start + 1024]
+        read = [shortened(tokenizer, text, first, last) for text in some]
+        rows = tokenizer(read, add_special_tokens=False, verbose=False)["input_ids"]
+        for text, short, row in zip(some, read, rows):
+            ids = (_IDS.setdefault(token, token) for token in row)
+            found[text] = Row(ids, more=len(short) < len(text))
     return [found[text] for text in texts]
