@@ -19,6 +19,7 @@ from prompting_nb.reward import pairwise
 from prompting_nb.reward.evaluation import evaluate
 from prompting_nb.reward.pairwise import PairwiseJudge, read_verdict
 from prompting_nb.reward.preferences import Ranking
+from prompting_nb.validators.judge import reward_answers
 
 ANSWERS = ["bb", "dddd", "a", "ccc"]
 RANKING = Ranking("which?", ANSWERS, [2.0, 4.0, 1.0, 3.0])
@@ -186,6 +187,14 @@ def test_prompts_and_answers_may_be_messages():
     for wrong in (["a", None], ["a", 3], ["a", [{"role": "assistant"}]]):
         with pytest.raises(InputError, match="a completion cannot be judged"):
             judge.score("which?", wrong)
+
+
+def test_a_miner_that_is_silent_earns_nothing_and_is_not_asked_about():
+    for answers, rewards in ((["bb", None, "dddd"], [0.0, 0.0, 1.0]), (["bb", None], [0.5, 0.0]), ([None, None], [0.0, 0.0])):
+        judge = PairwiseJudge(longer)
+        assert reward_answers(judge, "which?", answers, ["5"] * len(answers)) == (rewards, [], "")
+        assert judge(["which?"] * len(answers), answers).flatten().tolist() == rewards
+        assert judge.report()["questions"] == 2 * (len(answers) == 3)
 
 
 def test_as_many_questions_wait_as_there_are_threads():

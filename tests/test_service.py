@@ -45,6 +45,7 @@ from prompting_nb.loop.tasks import Worker
 from prompting_nb.network.chain_server import read_token
 from prompting_nb.network.command import find_chain
 from prompting_nb.network.wallets import local_wallet
+from prompting_nb.reward.pairwise import PairwiseJudge
 from prompting_nb.validators.audits import Audits
 from prompting_nb.validators.copies import Copies
 from prompting_nb.validators.event import Event
@@ -254,7 +255,7 @@ def test_a_judge_that_goes_away_while_answers_are_tried_refuses_nobody():
     def judge(prompt, completions):
         calls.append(completions)
         if len(calls) != 3:  # it is there for the plain answers, and then no more
-            raise ConnectionRefusedError("no server")
+            raise ConnectionResetError("no server")
         return [1.0 for _ in completions]
 
     with pytest.raises(JudgeError, match="no server"):
@@ -262,7 +263,62 @@ def test_a_judge_that_goes_away_while_answers_are_tried_refuses_nobody():
     assert len(calls) == 7
 
 
-@pytest.mark.parametrize("wrong", [lambda p, c: [1.0], lambda p, c: None, lambda p, c: [1e39] * len(c), lambda p, c: ["x"] * len(c)])
+def away_or_refusing(away, error=None):
+    "Make the `ask` of a pairwise judge whose server takes no long question, and may be away."
+    def ask(messages):
+        if away():
+            raise error or ConnectionResetError("gone")
+        if len(messages[0]["content"]) > 5000:
+            raise ValueError("400: too long")
+        return "[[A]]"
+
+    return ask
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError("gone"), ConnectionResetError("gone"), UpstreamError("gone", away=True)])
+def test_a_judge_that_is_away_is_not_hidden_by_its_cache(error):
+    "The plain answers were judged once, beside an answer that was too long."
+    away = threading.Event()
+    judge = Judge(PairwiseJudge(away_or_refusing(away.is_set, error)))
+    given = "Is it?", ["Yes, it is.", "No.", "x" * 9000], ["5", "6", "7"]
+    assert reward_answers(judge, *given) == ([0.5, 0.5, 0.0], [2], "the judge failed: ValueError: 400: too long")
+    away.set()
+    with pytest.raises(JudgeError, match="gone"):
+        reward_answers(judge, "Is it?", ["Yes indeed.", "Nope.", "Maybe."], ["5", "6", "7"])
+
+
+def test_a_judge_that_is_there_for_the_plain_answers_only_refuses_nobody():
+    questions = []
+    judge = Judge(PairwiseJudge(away_or_refusing(lambda: questions.append(1) or len(questions) not in (3, 4))))
+    with pytest.raises(JudgeError, match="gone"):
+        reward_answers(judge, "Is it?", ["Yes indeed.", "Nope.", "Maybe."], ["5", "6", "7"])
+    assert len(questions) > 4
+
+
+@pytest.mark.parametrize("left", [2, 19])
+def test_a_budget_that_is_spent_refuses_nobody(left):
+    judge = PairwiseJudge(away_or_refusing(lambda: False), budget=left)
+    with pytest.raises(JudgeError, match="20 questions needed, "):
+        reward_answers(Judge(judge), "Is it?", list("abcde"), list("56789"))
+    assert judge.counts.questions == 0
+
+
+def test_what_no_answer_can_bring_about_refuses_nobody():
+    def wrapped(prompt, texts):
+        calls.append(texts)
+        try:
+            raise ConnectionRefusedError("no server")
+        except OSError as error:
+            raise RuntimeError("cannot judge") from error
+
+    calls = []
+    with pytest.raises(JudgeError, match="cannot judge"):
+        reward_answers(wrapped, "x", ["a", "b"], ["5", "6"])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("wrong", [lambda p, c: [1.0], lambda p, c: None, lambda p, c: [1e39] * len(c), lambda p, c: [2e6] * len(c),
+                                   lambda p, c: ["x"] * len(c)])
 def test_a_judge_that_cannot_judge_is_an_error_of_its_own(wrong):
     with pytest.raises(JudgeError, match="the judge failed: (InputError|TypeError|ValueError): "):
         reward_answers(wrong, "x", ["a", "b"], ["5", "6"])
@@ -331,7 +387,7 @@ def test_a_step_that_hangs_is_a_problem_until_it_ends(network, tmp_path):
         hangs.set()
         until(service.problems)
         (problem,) = service.problems()
-        said = r"a step is under way for \d+ s, of which its miners have 0.5 s: the judge hangs, or takes too long"
+        said = r"a step is under way for \d+ s, of which its miners have 0.5 s: the judge or the gate hangs, or takes too long"
         assert re.fullmatch(said, problem)
         hangs.clear()
         over.set()
@@ -357,6 +413,41 @@ def test_no_two_steps_draw_with_one_ticket(network, tmp_path, monkeypatch):
     finally:
         sys.setswitchinterval(interval)
     assert len(tickets) == len(set(tickets)) >= 60
+
+
+def test_a_ticket_that_was_given_back_is_drawn_again_and_no_other(network, tmp_path, monkeypatch):
+    tickets, go = [], {prompt: threading.Event() for prompt in "ABCD"}
+    drawn = SimpleNamespace(Random=lambda ticket: tickets.append(ticket) or random.Random(ticket))
+    monkeypatch.setattr("prompting_nb.loop.service.random", drawn)
+    service = service_of(network, tmp_path, prompts=None)
+    ask = service.validator.ask
+
+    def waiting(round):
+        assert go[round.prompt].wait(SECONDS)
+        if round.prompt == "B":
+            raise OSError(24, "Too many open files")
+        ask(round)
+
+    def step(prompt):
+        with suppress(OSError):
+            service.step(prompt)
+
+    monkeypatch.setattr(service.validator, "ask", waiting)
+    steps = {prompt: threading.Thread(target=step, args=(prompt,), daemon=True) for prompt in "ABCD"}
+    with service:
+        for number, prompt in enumerate("ABC", 1):
+            steps[prompt].start()
+            until(lambda: len(tickets) == number)
+        for prompt in ("B", "C"):  # C ends before A, and keeps its ticket to itself
+            go[prompt].set()
+            steps[prompt].join(SECONDS)
+        steps["D"].start()
+        until(lambda: len(tickets) == 4)
+        service.route("E")  # which asks nobody, as D's would be asked after a stop
+        for prompt in "AD":
+            go[prompt].set()
+            steps[prompt].join(SECONDS)
+    assert tickets == ["0-0", "0-1", "0-2", "0-1", "0-3"]
 
 
 def test_who_was_asked_in_vain_is_no_newcomer_until_the_judge_works_again(network):
@@ -411,6 +502,19 @@ def test_a_batch_loses_only_what_failed(network):
         events, errors = found.value.events, found.value.errors
         assert [event and event.prompt for event in events] == ["one", None, "three", None] and list(errors) == [1, 3]
         assert validator.steps == 2 and sum(validator.averages.counts.values()) == 4
+
+
+def test_a_chain_that_is_away_for_a_moment_costs_no_step(network, caplog):
+    "The answers are there, and only their events have a block."
+    with Validator(network.wallet, network.client, by_length, policy=Policy(k=2, timeout=30)) as validator:
+        network.chain.step(4)
+        assert [event.block for event in validator.batch(PROMPTS[:2])] == [5, 5]
+        network.chain.fail(times=10**6)
+        found = [*validator.batch(PROMPTS[:4]), validator.step(PROMPTS[4])]
+        assert [event.block for event in found] == [validator.metagraph.block] * 5 and validator.steps == 7
+        network.chain.fail(times=0)
+        assert validator.step(PROMPTS[5]).block == 5
+    assert caplog.text.count("the chain is away") == 1
 
 
 @pytest.mark.parametrize("bad", ["", 7, "\ud800", None], ids=repr)
@@ -491,6 +595,88 @@ def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
             service.stop()
         assert service.join(0) and [e["completions"] for e in events(tmp_path)] == [["late"]]
         assert read_about(tmp_path)["step"] == 1
+
+
+HANGING = """
+import os, signal, sys, threading, time, urllib.request
+from prompting_nb.files import on_sigterm
+from prompting_nb.loop.endpoint import Endpoint
+from prompting_nb.loop.network import Network
+from prompting_nb.loop.service import Service, ServiceSettings
+from prompting_nb.loop.tasks import Worker
+from prompting_nb.reward.pairwise import PairwiseJudge
+from prompting_nb.validators.judge import Judge
+from prompting_nb.validators.validator import Policy, Validator
+
+begun = threading.Event()
+
+def hang(*given):
+    begun.set()
+    threading.Event().wait()
+
+def interrupted(work):
+    threading.Thread(target=lambda: begun.wait() and os.kill(os.getpid(), signal.SIGTERM), daemon=True).start()
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+
+how, folder = sys.argv[1:]
+judge = Judge(PairwiseJudge(hang, threads=2)) if how == "pairs" else hang
+with on_sigterm(), Network([Worker(name, lambda _, name=name: name) for name in "ab"]) as network:
+    validator = Validator(network.wallet, network.client, judge, policy=Policy(k=2, timeout=30))
+    if how == "batch":
+        interrupted(lambda: validator.batch(["a", "b"]))
+    elif how == "pairs":
+        interrupted(lambda: validator.step("a"))
+    else:
+        service = Service(validator, folder, None, ServiceSettings(no_set_weights=True))
+        service.start()
+        with Endpoint(service) as endpoint:
+            head = {"Content-Type": "application/json"}
+            request = urllib.request.Request(f"http://{endpoint.address}/prompt", b'{"prompt": "x"}', head)
+            threading.Thread(target=lambda: urllib.request.urlopen(request), daemon=True).start()
+            interrupted(lambda: time.sleep(10**6))
+        service.stop(0.1)
+"""
+
+
+@pytest.mark.parametrize("how", ["batch", "pairs", "prompt"])
+def test_a_process_ends_although_its_judge_hangs(tmp_path, how):
+    done = subprocess.run([sys.executable, "-c", HANGING, how, str(tmp_path)], capture_output=True, text=True, timeout=SECONDS)
+    assert done.stdout == "interrupted\n" and done.returncode == 0, done.stderr
+
+
+def test_a_gate_that_hangs_is_a_problem_and_keeps_no_stop_waiting(network, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("prompting_nb.loop.service._LAST", 0.1)
+    begun, over = threading.Event(), threading.Event()
+
+    def hang(prompt):
+        begun.set()
+        over.wait()
+
+    service = service_of(network, tmp_path, prompts=None, patience=0.5)
+    service.validator.policy = Policy(k=2, timeout=0.5)
+    service.start()
+    monkeypatch.setattr(service.validator.gate, "posterior", hang)
+
+    def late():
+        with pytest.raises(TypeError):
+            service.step("Is it?")
+
+    step = threading.Thread(target=late, daemon=True)
+    step.start()
+    try:
+        assert begun.wait(SECONDS)
+        until(lambda: any("the judge or the gate hangs" in problem for problem in service.problems()))
+        stop = threading.Thread(target=service.stop, args=(0.1,), daemon=True)
+        stop.start()
+        stop.join(SECONDS)
+        assert not stop.is_alive() and service._ended.is_set()
+        assert "the state could not be saved at the end: TimeoutError: the gate or the disk hangs" in caplog.text
+    finally:
+        over.set()
+        step.join(SECONDS)
 
 
 def test_a_prompt_that_is_late_at_the_stop_leaves_the_folder_to_the_next(tmp_path):
@@ -635,13 +821,48 @@ def test_a_metagraph_that_cannot_be_read_or_is_old_is_a_problem(network, tmp_pat
         stale.set()
         network.chain.step(50)
         until(lambda: service.problems())
-        assert service.problems() == ["the metagraph is of block 1, 100 blocks before the newest when it was read"]
+        assert service.problems() == ["the metagraph is of block 51, 50 blocks before the newest when it was read"]
         stale.clear()
         network.chain.step(5)
         until(lambda: not service.problems())
         service.runner.overdue = True
         assert service.problems() == ["one look at the chain takes longer than 450 s, the metagraph is of block 106"]
         service.runner.overdue = False
+
+
+def test_an_older_metagraph_makes_the_gate_forget_nothing(network, tmp_path, caplog):
+    client, stale, reads = network.client, threading.Event(), []
+    old = client.subnets.metagraph(1)
+
+    class Subnets:
+        def metagraph(self, netuid):
+            reads.append(stale.is_set())
+            return old if reads[-1] else client.subnets.metagraph(netuid)
+
+    class Node:
+        network, subnets, execute, block = "local", Subnets(), client.execute, property(lambda self: client.block)
+
+    validator = Validator(network.wallet, Node(), by_length, policy=Policy(k=2, timeout=30), allow_private=True)
+    settings = ServiceSettings(no_set_weights=True, sync_every=1, poll_interval=0.01)
+    with Service(validator, tmp_path, None, settings) as service:
+        network.replace(2, Worker("new", lambda _: "A new answer, which is long."))
+        network.chain.step(30)
+        hotkey = client.subnets.metagraph(1).hotkeys[2]
+        until(lambda: service.validator.metagraph.hotkeys[2] == hotkey)
+        for number in range(6):
+            service.step(f"Is {number} a number?")
+        known = validator.gate("Is 1 a number?").tolist()
+        stale.set()
+        for _ in range(2):
+            before = len(reads)
+            network.chain.step(1)
+            until(lambda: len(reads) > before)
+        stale.clear()
+        network.chain.step(1)
+        until(lambda: "metagraph: as usual again" in caplog.text or not reads[-1])
+        until(lambda: service._synced_at == service.chain.block == client.block)
+        assert validator.metagraph.hotkeys[2] == hotkey and validator.gate("Is 1 a number?").tolist() == known
+    assert caplog.text.count("a node has one of before block") == 1
 
 
 def test_a_node_that_shows_nobody_makes_the_gate_forget_nothing(network, monkeypatch):
@@ -1035,6 +1256,109 @@ def test_a_full_disk_is_over_without_another_prompt(network, tmp_path, monkeypat
         assert len(events(tmp_path)) == 1
 
 
+class Watched:
+    "A judge of one's own that has a `watch` of another kind."
+
+    watch = "/var/log/judge"
+
+    def __call__(self, prompt, completions):
+        return by_length(prompt, completions)
+
+
+def test_a_judge_may_have_a_watch_of_another_kind(network, tmp_path):
+    with service_of(network, tmp_path, Watched(), prompts=None) as service:
+        service.step("Is it?")
+    assert [e["watched"] for e in events(tmp_path)] == [None]
+
+
+def test_a_reward_that_no_gate_can_learn_from_costs_its_step_only(network, tmp_path):
+    huge = 3e38
+    with service_of(network, tmp_path, lambda p, texts: [huge] * len(texts), prompts=None) as service:
+        for wrong in (3e38, -2e6):
+            huge = wrong
+            with pytest.raises(JudgeError, match="from -1000000 to 1000000: that of answer 0 is "):
+                service.step("Is it?")
+        huge = 0.5
+        assert service.step("Is it?")[1].step == 0 and not service.problems()
+    with service_of(network, tmp_path, later, prompts=None) as service:
+        event = service.step("Is it?")[1]
+        for wrong in (1e38, -2e6):
+            with pytest.raises(InputError, match=rf"from -1000000 to 1000000: that of uid {event.uids[0]} is "):
+                service.reward(event.step, {event.uids[0]: wrong})
+        assert service.reward(event.step, {event.uids[0]: 1e6})["learned"] == 1
+        assert all(map(math.isfinite, service.step("Is it?")[1].scores))
+    with service_of(network, tmp_path, prompts=None) as service:
+        assert service.step("Is it?")[1].step == 3
+
+
+def test_an_interrupt_after_a_step_was_counted_loses_its_event_alone(network, tmp_path, monkeypatch, caplog):
+    "As a Ctrl-C in the main thread, which may take a step."
+    with service_of(network, tmp_path, prompts=None) as service:
+        service.step("Is 1 a number?")
+        observe = service.validator.observe
+
+        def interrupted(*given, **more):
+            observe(*given, **more)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service.validator, "observe", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                service.step("Is 2 a number?")
+        assert [service.step("Is 3 a number?")[1].step for _ in range(2)] == [2, 3] and not service.problems()
+    assert [e["step"] for e in events(tmp_path)] == [0, 2, 3]
+    assert "1 event before step 2: lost (the step was interrupted)" in caplog.text
+    with service_of(network, tmp_path, prompts=None) as again:
+        assert again.saved.step == 4 and again.step("Is 4 a number?")[1].step == 4
+
+
+def test_an_event_that_is_written_when_an_interrupt_comes_is_written_once(network, tmp_path, monkeypatch):
+    with service_of(network, tmp_path, prompts=None) as service:
+        append = service.journal.append
+
+        def interrupted(event):
+            append(event)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(service.journal, "append", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                service.step("Is 1 a number?")
+        service.step("Is 2 a number?")
+    assert [e["step"] for e in events(tmp_path)] == [0, 1]
+
+
+def test_an_event_that_no_line_can_hold_is_lost_and_the_steps_go_on(network, tmp_path, monkeypatch):
+    with service_of(network, tmp_path, prompts=None) as service:
+        with monkeypatch.context() as patch:
+            patch.setattr(service.validator.gate, "backward", lambda scores, rewards: torch.tensor(math.inf))
+            service.step("Is 1 a number?")
+            (problem,) = service.problems()
+            assert problem.startswith("1 event before step 1: lost (ValueError: Out of range float values")
+        service.step("Is 2 a number?")
+        assert not service.problems()
+        with monkeypatch.context() as patch:  # before anything learns from it
+            route = service.validator.route
+
+            def odd(*given):
+                round = route(*given)
+                return replace(round, scores=round.scores * math.nan)
+
+            patch.setattr(service.validator, "route", odd)
+            with pytest.raises(ValueError, match="Out of range float values"):
+                service.step("Is 3 a number?")
+        assert service.validator.steps == 2
+    assert [e["step"] for e in events(tmp_path)] == [1]
+    with service_of(network, tmp_path, prompts=None) as again:
+        assert again.saved.step == 2
+
+
+def test_a_stop_ends_whatever_the_saving_raises(network, tmp_path, monkeypatch, caplog):
+    with service_of(network, tmp_path, prompts=None) as service:
+        monkeypatch.setattr(service.validator.gate, "save", lambda path: json.dumps(math.nan, allow_nan=False))
+    assert service._ended.is_set() and "the state could not be saved at the end: ValueError: Out of range" in caplog.text
+
+
 def test_the_log_is_cut_back_where_the_disk_is_full(tmp_path):
     "A real limit on the size of files, in a process of its own."
     code = f"""
@@ -1387,6 +1711,29 @@ def test_rewards_are_posted(network, tmp_path):
             with pytest.raises(urllib.error.HTTPError) as error:
                 urllib.request.urlopen(urllib.request.Request(f"http://{endpoint.address}/reward", deep, head), timeout=60)
             assert error.value.code == 400
+
+
+def test_rewards_are_taken_while_prompts_hang(network, tmp_path):
+    hangs, over, waiting = threading.Event(), threading.Event(), []
+
+    def judge(prompt, completions):
+        if hangs.is_set():
+            waiting.append(prompt)
+            over.wait(SECONDS)
+        return later(prompt, completions)
+
+    with service_of(network, tmp_path, judge, prompts=None) as service, Endpoint(service) as endpoint:
+        answer = post(endpoint.address, {"prompt": "Is 1 a number?"})
+        hangs.set()
+        asking = [threading.Thread(target=post, args=(endpoint.address, {"prompt": "Is it?"})) for _ in range(8)]
+        for thread in asking:
+            thread.start()
+        until(lambda: len(waiting) == 8)
+        rewards = {str(row["uid"]): 0.5 for row in answer["answers"]}
+        assert post(endpoint.address, {"step": answer["step"], "rewards": rewards}, "/reward")["learned"] == 2
+        over.set()
+        for thread in asking:
+            thread.join(SECONDS)
 
 
 @pytest.mark.parametrize("error, code", [(ConnectionRefusedError("no server"), 503), (ValueError("no such model"), 500),

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Optional
 
 from aiohttp import web
@@ -20,6 +19,7 @@ from prometheus_client import generate_latest
 
 from ..config import InputError
 from .service import NotReady, Service, is_text
+from ..network.queue import Threads
 from ..show import arguments_in_help
 from ..validators.event import Event
 from ..validators.judge import JudgeError, findings_of
@@ -54,7 +54,9 @@ class Endpoint:
         self._thread: Optional[threading.Thread] = None
         most = 4 * service.settings.concurrent + 4  # prompts at the same time
         self._places = threading.BoundedSemaphore(most)
-        self._workers = ThreadPoolExecutor(most, "endpoint")
+        self._workers = Threads(most, "endpoint")
+        # rewards wait for no prompt
+        self._learning = Threads(1, "endpoint-reward")
 
     @property
     def address(self) -> str:
@@ -96,7 +98,8 @@ class Endpoint:
             self._thread.join(10)
             if not self._thread.is_alive():
                 loop.close()
-            self._workers.shutdown(wait=False)
+            self._workers.close(0)
+            self._learning.close(0)
 
     def __enter__(self) -> "Endpoint":
         self.start()
@@ -136,9 +139,8 @@ class Endpoint:
         if not self._places.acquire(blocking=False):
             return _refuse(503, "too many prompts at the same time", retry=1)
         try:
-            loop = asyncio.get_running_loop()
             work = self._route if route else self._ask
-            found = await loop.run_in_executor(self._workers, work, prompt)
+            found = await asyncio.wrap_future(self._workers.submit(work, prompt))
             return web.json_response(found)
         except (NotReady, OSError) as error:
             return _refuse(503, str(error), retry=1)
@@ -163,9 +165,8 @@ class Endpoint:
         if unknown := sorted(body.keys() - {"step", "rewards"}):
             return _refuse(400, f"unknown: {', '.join(unknown)}")
         try:
-            loop, work = asyncio.get_running_loop(), self.service.reward
-            found = await loop.run_in_executor(self._workers, work, step, given)
-            return web.json_response(found)
+            learning = self._learning.submit(self.service.reward, step, given)
+            return web.json_response(await asyncio.wrap_future(learning))
         except InputError as error:
             return _refuse(409, str(error))
         except NotReady as error:

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Optional, TypeGuard
@@ -48,6 +48,7 @@ _CALLS_OF_A_LOOK = 5  # that one look at the chain has time for
 _FAILURES = 3  # of the chain in a row, that are a problem
 _MOST_FAILED = 10  # steps in a row, that are a problem
 _LONGEST = 30.0  # seconds until the next prompt, when ever more are left out
+_LAST = 5.0  # seconds that a stop waits, beyond its time, to save the state
 _LATELY = 60.0  # seconds for which they are one: then others may try again
 _FAR = 3  # readings of the metagraph that it may be behind
 
@@ -138,9 +139,12 @@ class Service:
         self._done = self.prompts.taken  # prompts of the source with an event, or lost
         before = self.saved.about if self.saved else {}
         self._left_out = int(before.get("steps_left_out", 0))  # without an event, ever
+        # each step draws with a number of its own: new ones, and those given back
+        self._fresh, self._tickets = validator.steps + self._left_out, set[int]()
         # steps that failed in a row, and what became of the latest, why and when
         self._in_a_row, self._failed_at = 0, -math.inf
         self._fate, self._why = "", ""
+        self._lost_at = -math.inf  # when an event was, that has no line
         self._last_start = -math.inf
         self._synced_at, self._tried_at = 0.0, -math.inf  # blocks
         self._refused_at = -math.inf  # the block, of weights
@@ -184,7 +188,7 @@ class Service:
         "Wait for what is under way, and for no longer than that."
         deadline = time.monotonic() + timeout
         left = lambda: max(0.0, deadline - time.monotonic())
-        with self._lock:
+        with self._held(timeout):
             busy = [ended for ended in self._asking if ended not in self._idle]
         if late := sum(not ended.wait(left()) for ended in busy):
             late = count_of(late, "prompt")
@@ -194,17 +198,31 @@ class Service:
 
     def _close(self) -> None:
         "Save the state; who comes later than this finds the service closed."
-        with self._lock:
+        with self._held(_LAST) as held:
             if self._ended.is_set():  # by another thread meanwhile
                 return
             try:
+                if not held:
+                    raise TimeoutError("the gate or the disk hangs")
                 self._flush()
                 self._save()
-            except OSError as error:
-                _log.error("the state could not be saved at the end: %s", error)
+            except Exception as error:
+                text = "the state could not be saved at the end: %s"
+                _log.error(text, words_of(error))
             finally:
-                self.journal.close()
+                if held:
+                    self.journal.close()
                 self._ended.set()
+
+    @contextmanager
+    def _held(self, seconds: float) -> Iterator[bool]:
+        "Hold the lock, or go on without it after some seconds; say whether it is held."
+        held = self._lock.acquire(timeout=seconds)
+        try:
+            yield held
+        finally:
+            if held:
+                self._lock.release()
 
     def join(
         self,
@@ -233,7 +251,7 @@ class Service:
     ) -> Round:  # raises `NotReady`
         "Say whom a prompt would go to, and ask nobody."
         with self._lock:
-            return self._route(prompt)
+            return self._route(prompt, self._next_ticket())
 
     def reward(
         self,
@@ -275,6 +293,8 @@ class Service:
             found.append(
                 f"{count_of(len(self._unwritten), 'event')} could not be written"
             )
+        if time.monotonic() - self._lost_at < _LATELY:  # then others may try again
+            found.append(self._said.get("events", ""))
         lately = time.monotonic() - self._failed_at < _LATELY
         if self._in_a_row >= _MOST_FAILED and lately and self._why not in found:
             times = count_of(self._in_a_row, "step")
@@ -289,7 +309,7 @@ class Service:
             return ""
         return (
             f"a step is under way for {took:.0f} s, of which its miners have "
-            f"{limit:g} s: the judge hangs, or takes too long"
+            f"{limit:g} s: the judge or the gate hangs, or takes too long"
         )
 
     def _old(self) -> str:
@@ -380,25 +400,34 @@ class Service:
     def _step(self, prompt: str, listed: bool) -> tuple[Round, Event]:
         "Route, ask and learn; only the asking runs beside other prompts."
         step = threading.get_ident()  # a thread takes one at a time
+        ticket = None
         try:
+            self._under_way[step] = time.monotonic()  # a gate may hang under the lock
             with self._lock:
-                round = self._route(prompt)
-                self._under_way[step] = time.monotonic()
+                ticket = self._next_ticket()
+                self._tickets.discard(ticket)
+                self._fresh = max(self._fresh, ticket + 1)
+                round = self._route(prompt, ticket)
             self.validator.ask(round)
             with self._lock:
                 event = self._learn(round, listed)
-                # not before: no other step may draw with this one's ticket
                 del self._under_way[step]
             return round, event
         except BaseException as error:
             with self._lock:
                 self._under_way.pop(step, None)
-                self._note_failure(error)
+                self._note_failure(error, ticket)
             raise
 
-    def _note_failure(self, error: BaseException) -> None:
+    def _next_ticket(self) -> int:
+        "Return the number of the next step, by which its uids are drawn."
+        return min(self._tickets, default=self._fresh)
+
+    def _note_failure(self, error: BaseException, ticket: Optional[int]) -> None:
         "Count a step that failed; one that is to be asked again is not left out."
         again = isinstance(error, (NotReady, OSError))
+        if again and ticket is not None:
+            self._tickets.add(ticket)
         self._left_out += not again  # or the next step would ask the same uids again
         self._in_a_row, self._failed_at = self._in_a_row + 1, time.monotonic()
         self._fate = "could not be taken" if again else "were left out"
@@ -413,8 +442,8 @@ class Service:
             self._last_start = start
         self._stopping.wait(max(0.0, start - now))
 
-    def _route(self, prompt: str) -> Round:
-        "Choose whom to ask, with chance that depends on seed and step alone."
+    def _route(self, prompt: str, ticket: int) -> Round:
+        "Choose whom to ask, with chance that depends on seed and ticket alone."
         if not is_text(prompt):
             raise InputError("a prompt needs some text, of whole characters")
         self._flush()
@@ -427,7 +456,6 @@ class Service:
             )
         else:
             self._say("few", "")
-        ticket = self.validator.steps + len(self._under_way) + self._left_out
         chance = random.Random(f"{self.seed}-{ticket}").getrandbits(63)
         self.validator.generator.manual_seed(chance)
         return self.validator.route(prompt, min(serving, k))
@@ -453,9 +481,27 @@ class Service:
         "Write the events that are not on disk yet; raise OSError where that fails."
         self._check_open()
         while self._unwritten:
-            self.journal.append(self._unwritten[0])
+            event = self._unwritten[0]
+            self._pass_over(event.step, "the step was interrupted")
+            if event.step == self.journal.next_step:  # else it is there already
+                try:
+                    self.journal.append(event)
+                    self._say("events", "")
+                except OSError:
+                    raise
+                except Exception as error:  # no line can be made of it, now or later
+                    self._pass_over(event.step + 1, words_of(error))
             self._unwritten.popleft()
         self._say("disk", "")
+        self._pass_over(self.validator.steps, "the step was interrupted")
+
+    def _pass_over(self, step: int, why: str) -> None:
+        "Go on with the event of a step, where those before it are lost."
+        if lost := max(0, step - self.journal.next_step):
+            text = f"{count_of(lost, 'event')} before step {step}: lost ({why})"
+            self._say("events", text)
+            self._lost_at = time.monotonic()
+            self.journal.next_step = step
 
     def _check_open(self) -> None:
         "Raise `NotReady` after the end: the folder may be another validator's by now."
@@ -515,7 +561,13 @@ class Service:
         if not len(getattr(metagraph, "hotkeys", ())):  # a node that knows no subnet
             raise RuntimeError(f"the chain shows nobody on subnet {netuid}")
         with self._lock:
-            changed = self.validator.sync(metagraph)
+            held = block_of(self.validator.metagraph, -math.inf)
+            # it would make the gate forget the uids that changed hands since
+            old = block_of(metagraph, math.inf) < held
+            old = old and self._synced_at > -math.inf  # else the chain went back
+            text = f"a node has one of before block {held}, which is kept"
+            self._say("metagraph", text if old else "")
+            changed = [] if old else self.validator.sync(metagraph)
             self._synced_at = block
             if changed:
                 _log.info("block %d: uids that changed hands: %s", block, changed[:20])

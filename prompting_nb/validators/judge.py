@@ -9,7 +9,10 @@ __all__ = ['Judge', 'watched_by', 'findings_of', 'inner_judge', 'reward_with', '
 # %% ../../nbs/validators/05_judge.ipynb #j003
 import inspect
 import json
+import errno
 import logging
+import secrets
+import socket
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -263,7 +266,9 @@ def watched_by(
 ) -> Optional[list[int]]:  # all, below and above the fitted range; `None`: not counted
     "Return the counts of raw scores so far, for the log of events."
     watch = getattr(inner_judge(judge), "watch", None)
-    return None if watch is None else [watch.seen, watch.below, watch.above]
+    if not isinstance(watch, Watch):  # of this name a judge of one's own has anything
+        return None
+    return [watch.seen, watch.below, watch.above]
 
 
 def findings_of(
@@ -321,6 +326,8 @@ def reward_answers(
     try:
         return Rewarded(_twice(judge, *given), [])
     except JudgeError as error:
+        if _nobodys_fault(error):
+            raise
         trial = _uncounted(judge)
         taken = _taken(trial, *given)
         if taken is None:
@@ -335,7 +342,31 @@ def reward_answers(
     return Rewarded(rewards, refused, why if refused else "")
 
 
-_PLAIN = "I do not know.", "Yes."  # answers that any judge can take
+_PLAIN = "Yes."  # an answer that any judge can take
+
+
+def _plain_answers() -> list[str]:
+    "Return plain answers that are in no cache, which would hide that a judge is away."
+    mark = secrets.token_hex(4)
+    return [f"I do not know ({mark}).", f"Yes ({mark})."]
+
+
+_UNREACHED = (errno.ENETUNREACH, errno.EHOSTUNREACH)
+
+
+def _nobodys_fault(error: Optional[BaseException]) -> bool:
+    "Tell whether a judge failed by what no answer can bring about, as an error says."
+    for _ in range(20):  # causes of causes; they might go round in a circle
+        if error is None:
+            break
+        if isinstance(error, (ConnectionRefusedError, socket.gaierror)):
+            return True
+        if isinstance(error, OSError) and error.errno in _UNREACHED:
+            return True
+        if getattr(error, "nobodys_fault", False) is True:
+            return True
+        error = error.__cause__  # not the context, which may be the caller's
+    return False
 
 
 def _uncounted(judge: Callable) -> Callable:
@@ -361,19 +392,21 @@ def _taken(
         try:
             _twice(judge, prompt, [*kept, *beside], [*hotkeys, *nobody])
             return True
-        except JudgeError:
+        except JudgeError as error:
+            if _nobodys_fault(error):
+                raise
             return False
 
-    if not works([], _PLAIN):
+    if not works([], _plain_answers()):
         return None
     given = [i for i, text in enumerate(completions) if text]
     taken: list[int] = []
     size = lambda i: len((completions[i] or "").encode("utf-8", "surrogatepass"))
     for i in sorted(given, key=size):  # short ones leave most room for others
         # a judge that compares has no use for a single answer
-        if works([*taken, i], () if taken else _PLAIN[1:]):
+        if works([*taken, i], () if taken else [_PLAIN]):
             taken.append(i)
-        elif not works([], _PLAIN):  # it has gone away meanwhile
+        elif not works([], _plain_answers()):  # it has gone away meanwhile
             return None
     if len(given) - len(taken) > 1:  # perhaps one that was taken spoils all others
         rest = ([i for i in given if i != out] for out in taken)
@@ -395,7 +428,7 @@ def _rewards_of_kept(
         if sum(map(bool, kept)) > 1:
             raise
     # it takes none alone, but this one beside a plain one
-    return _twice(trial, prompt, [*kept, _PLAIN[1]], [*hotkeys, ""])[:-1]
+    return _twice(trial, prompt, [*kept, _PLAIN], [*hotkeys, ""])[:-1]
 
 
 def _twice(judge: Callable, *given: Any) -> list[Optional[float]]:
@@ -418,7 +451,7 @@ def _judged(
         rewards = [None if reward is None else float(reward) for reward in found]
         if len(rewards) != len(completions):
             raise InputError(f"{len(rewards)} rewards for {len(completions)} answers")
-        finite(dict(enumerate(rewards)))
+        finite(dict(enumerate(rewards)), "answer")
         return rewards
     except (KeyboardInterrupt, SystemExit):  # these are for the whole program
         raise

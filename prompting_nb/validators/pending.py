@@ -178,20 +178,24 @@ class Pending:
             self._place(held)
 
 
-_MOST = torch.finfo(torch.float32).max
+_MOST = 1e6  # its square has room in single precision, in which a gate learns
 
 
 def finite(
     rewards: Mapping[int, Optional[float]],  # by uid; `None`: not yet
+    what: str = "uid",  # that the numbers name, for the error
 ) -> dict[int, float]:  # those that are there; raises ValueError for NaN and inf
     """Check rewards before anything learns from them; JSON has uids as texts.
 
-    What single precision, in which a gate learns, cannot hold is infinite as well.
+    One beyond a million, either way, is refused as an infinite one is.
     """
     number = lambda uid: int(uid) if isinstance(uid, str) else operator.index(uid)
     given = {number(uid): float(r) for uid, r in rewards.items() if r is not None}
     if bad := [uid for uid, r in given.items() if not abs(r) <= _MOST]:
-        raise ValueError(f"rewards must be finite, that of uid {bad[0]} is not")
+        raise ValueError(
+            f"rewards must be finite, from {-_MOST:.0f} to {_MOST:.0f}: "
+            f"that of {what} {bad[0]} is not ({given[bad[0]]:g})"
+        )
     return given
 
 

@@ -8,7 +8,7 @@ __all__ = ['Rule', 'GATES', 'GATE', 'Validator', 'BatchError', 'Round', 'Policy'
 # %% ../../nbs/validators/07_validator.ipynb #v003
 import logging
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import (
@@ -35,10 +35,12 @@ from prompting_nb.config import (
     check_settings,
     merge,
 )
+from ..baseminer.subnet import block_of
 from ..files import words_of
 from ..network.chain import is_embedded
 from ..network.dendrite import Dendrite
 from ..network.limited import limited
+from ..network.queue import Threads
 from ..pretrained import MINILM
 from ..protocol import Prompting
 from .bayes import BayesianGatingModel
@@ -106,6 +108,7 @@ class Validator:
         self.dendrite = Dendrite(wallet, **bounds)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0  # taken so far
+        self._blind = False  # the chain was away when its block was read last
         self.refused = 0  # answers that the judge could not take
         # hotkey -> times asked while the judge failed, whatever it was given
         self.in_vain: Counter[str] = Counter()
@@ -169,13 +172,20 @@ class Validator:
         for i, prompt in enumerate(prompts):
             with _noted(errors, i):
                 rounds[i] = self.route(prompt)
-        with ThreadPoolExecutor(min(len(rounds), 16) or 1) as pool:
-            asked = {i: pool.submit(self.ask, round) for i, round in rounds.items()}
+        pool = Threads(min(len(rounds), 16) or 1, "batch")
+        asked = {i: pool.submit(self.ask, round) for i, round in rounds.items()}
+        try:
+            wait(asked.values())
+        finally:  # a Ctrl-C waits for none of them
+            for asking in asked.values():
+                asking.cancel()
+            pool.close(0)
         events: dict[int, Event] = {}
+        block = self._block() if asked else 0
         for i, asking in asked.items():
             with _noted(errors, i):
                 asking.result()
-                events[i] = self.learn(rounds[i])
+                events[i] = self.learn(rounds[i], block)
         if errors:
             found = [events.get(i) for i in range(len(prompts))]
             raise BatchError(found, dict(sorted(errors.items())))
@@ -233,12 +243,14 @@ class Validator:
         self,
         round: "Round",  # whose miners were asked
         block: Optional[int] = None,  # of the chain; `None` asks the chain for it
-    ) -> Event:  # raises ValueError, before any change, for rewards that are not finite
+    ) -> Event:  # raises ValueError, before any change, for what no event can hold
         "Let gate and averages learn from a round."
         hotkeys, step = [neuron.hotkey for neuron in round.neurons], self.steps
         # another round may have taught the gate since these scores were made
         scores = round.scores if round.step == step else None
-        block = int(self.client.block) if block is None else block
+        block = self._block() if block is None else block
+        event = self._event(round, hotkeys, block)
+        event.to_json()  # what is learned from must have a line in the log
         given = (round.prompt, round.uids, hotkeys, round.rewards)
         loss = self.observe(*given, scores=scores)
         if self.policy.distinct:
@@ -250,8 +262,24 @@ class Validator:
             text = "no reward for the answers of uids %s, which count as failed: %s; "
             text += "so far the judge could not take %s"
             _log.warning(text, uids, round.why_refused, count_of(many, "answer"))
+        return replace(event, loss=loss)
+
+    def _block(self) -> int:
+        "Read the block of the chain; take the metagraph's while the chain is away."
+        try:
+            block, self._blind = int(self.client.block), False
+        except Exception as error:  # the answers are there, and need no chain
+            block = block_of(self.metagraph, 0)
+            if not self._blind:
+                text = "the chain is away (%s): events get block %d, of the metagraph"
+                _log.warning(text, words_of(error), block)
+            self._blind = True
+        return block
+
+    def _event(self, round: "Round", hotkeys: list[str], block: int) -> Event:
+        "Write down a round from which nothing is learned yet."
         return Event(
-            step=step,
+            step=self.steps,
             block=block,
             watched=watched_by(self.judge),
             prompt=round.prompt,
@@ -265,7 +293,7 @@ class Validator:
             scores=_five_digits(round.scores.detach()[: len(self.metagraph)]),
             available=round.available,
             sd=round.sd,
-            loss=loss,
+            loss=0.0,
             completions=round.completions,
             statuses=[answer.dendrite.status_code or 0 for answer in round.answers],
             seconds=_five_digits([a.dendrite.process_time for a in round.answers]),
