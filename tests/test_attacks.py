@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -3667,7 +3667,8 @@ def test_sigterm_under_load(tmp_path):
         print("ended", flush=True)
     """
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], **pipes) as process, ExitStack() as last:
+        last.callback(process.kill)  # or a child that lives would be waited for without an end
         there = SimpleNamespace(hotkey=ME, axon=f"127.0.0.1:{int(process.stdout.readline())}")
         with Dendrite(VALIDATOR, allow_private=True) as dendrite, ThreadPoolExecutor(1) as pool:
             questions = [Prompting.ask(f"{i}", timeout=SECONDS) for i in range(300)]

@@ -987,18 +987,16 @@ def test_a_second_start_starts_nothing(make):
 
 def test_a_miner_that_runs_says_where_it_listens(make, capsys):
     "A class of one's own that is run from a file showed nothing at all."
-    miner, said = make(), []
-
-    def stop_at(line):
-        said.append((line, miner.axon.address))
-        miner.runner.stopping.set()
-
-    miner.run(stop_at)
-    [(line, address)] = said
-    assert line == f"Echo {miner.hotkey} is uid 2 of subnet 1 (ws://embedded) and listens on {address}"
+    miner, told = make(), threading.Thread(target=lambda: (wait_until(lambda: miner.axon.is_running), miner.runner.stopping.set()))
+    told.start()
+    miner.run()
+    told.join()
+    said = capsys.readouterr()
+    assert said.err == f"Echo {miner.hotkey} is uid 2 of subnet 1 (ws://embedded) and listens on {miner.axon.address}\n"
     with miner:
-        assert len(said) == 1, "in the background, it is its caller who says so"
-    assert capsys.readouterr().out == ""
+        assert miner.is_running
+    rest = capsys.readouterr()
+    assert said.out == rest.out == rest.err == "", "in the background, it is its caller who says so"
 
 
 def test_start_stop_start(make):

@@ -10,9 +10,9 @@ import abc
 import argparse
 import logging
 import math
+import sys
 import time
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, AsyncIterator, Awaitable, Callable, ClassVar
 from typing import Iterable, Iterator, Optional
 
@@ -89,7 +89,7 @@ class Miner(abc.ABC):
         # a client of our own has a limit for what a subclass asks, too; another one is
         # used as it is, and `_not_ready` tells of a look at the chain that hangs
         self.subtensor = self.subnet.client if opened else subtensor
-        self._say: Optional[Callable[[str], None]] = None  # told where it listens
+        self._alone = False  # `run` works in this thread, and nobody else says so
         self._unpublished = True  # since the start, or the latest epoch
         self._refused = 0  # failed attempts in a row to publish the address
         self._publish_at = -math.inf  # by `clock`: not before the end of a pause
@@ -238,8 +238,8 @@ class Miner(abc.ABC):
             self._isolated.start()
         try:
             self.axon.start()
-            if self._say is not None:
-                self._say(self.introduction())
+            if self._alone:  # on standard error: a program may read the other
+                print(self.introduction(), file=sys.stderr, flush=True)
         except BaseException:
             self._stop()
             raise
@@ -453,22 +453,19 @@ class Miner(abc.ABC):
         where = f"subnet {self.netuid} ({network})"
         return f"{who} of {where} and listens on {self.axon.address}"
 
-    def run(
-        self,
-        say: Callable[[str], None] = partial(print, flush=True),  # told where it is
-    ) -> None:
+    def run(self) -> None:
         """Listen for requests, publish the address and follow the chain until stopped.
 
-        Says who it is and where it listens. Raises `NotRegisteredError` when the hotkey
+        Says on standard error who it is and where it listens. Raises `NotRegisteredError` when the hotkey
         loses its uid, and the chain's own error when more than `--miner.retries`
         attempts in a row fail. However it ends, by Ctrl-C or SIGTERM as well, the axon
         is stopped.
         """
-        self._say = say
+        self._alone = True
         try:
             self.runner.run()
         finally:
-            self._say = None
+            self._alone = False
 
     def run_in_background_thread(self) -> None:
         """Do `run` in a background thread, and return when the axon listens.
