@@ -2466,7 +2466,8 @@ def test_process_that_stands_still(when, monkeypatch):
         assert status(axon, write_body(Prompting.ask("x" * 400_000, timeout=0.5))) == 504
         until(lambda: axon.health()["running"] == 0)
         monkeypatch.undo()
-        assert (status(axon), worker._process.is_running()) == (200, False)
+        assert status(axon) == 200
+        until(lambda: not worker._process.is_running())  # a killed one may take a moment
 
 
 def test_model_in_a_process():
