@@ -68,7 +68,7 @@ def shortened(
     first: int,  # tokens that are kept of its beginning
     last: int = 0,  # tokens that are kept of its end
 ) -> str:  # it has more tokens than are kept if it is not the text itself
-    "Leave the middle of a long text out, where no token that is kept depends on it."
+    "Leave the middle of a long text out, on which no token that is kept depends."
     head = tail = _WHOLE // 2
     while head + tail + 2 < len(text) and getattr(tokenizer, "is_fast", False):
         ids, spans = _read(tokenizer, short := text[:head] + text[-tail:])
