@@ -89,7 +89,7 @@ class Miner(abc.ABC):
         # a client of our own has a limit for what a subclass asks, too; another one is
         # used as it is, and `_not_ready` tells of a look at the chain that hangs
         self.subtensor = self.subnet.client if opened else subtensor
-        self._alone = False  # `run` works in this thread, and nobody else says so
+        self._alone = False  # in `run`, which says where it listens
         self._unpublished = True  # since the start, or the latest epoch
         self._refused = 0  # failed attempts in a row to publish the address
         self._publish_at = -math.inf  # by `clock`: not before the end of a pause
@@ -456,10 +456,10 @@ class Miner(abc.ABC):
     def run(self) -> None:
         """Listen for requests, publish the address and follow the chain until stopped.
 
-        Says on standard error who it is and where it listens. Raises `NotRegisteredError` when the hotkey
-        loses its uid, and the chain's own error when more than `--miner.retries`
-        attempts in a row fail. However it ends, by Ctrl-C or SIGTERM as well, the axon
-        is stopped.
+        Says on standard error who it is and where it listens. Raises
+        `NotRegisteredError` when the hotkey loses its uid, and the chain's own error
+        when more than `--miner.retries` attempts in a row fail. However it ends, by
+        Ctrl-C or SIGTERM as well, the axon is stopped.
         """
         self._alone = True
         try:
