@@ -169,13 +169,13 @@ class Axon:
             self._limits.write_timeout,
         )
         self._waiting = _Waiting(16 * self.max_body)
-        common = self._gate, self._waiting, self._signer, bounds
+        common = _Common(self._gate, self._waiting, self._signer, bounds)
         queue = WorkQueue(self.workers, self.max_queue, self.ageing)
         self._admission = _Admission(queue)
         self._threads = Threads(self.workers, f"axon-{self.port}-work")
         endpoints = {}
         for kind in (Prompting, StreamPrompting):
-            btauth, older = _Btauth(kind, *common), _Legacy(kind, *common)
+            btauth, older = _Btauth(kind, common), _Legacy(kind, common)
             most = self.max_answer
             worker = _Worker(kind, attached.forward, queue, self._threads, most)
             endpoints[kind.path] = _Endpoint(
@@ -845,7 +845,8 @@ class _Exchange:
         waiting = self.wire.waiting
         try:
             await self.read(self.wire.bounds)  # it may come meanwhile
-            waiting.enter(self, more or self.wire.patience, early=more > 0)
+            patience = self.wire.bounds.body_timeout
+            waiting.enter(self, more or patience, early=more > 0)
         except BaseException:
             if (end := getattr(awaitable, "close", None)) is not None:
                 end()  # or Python warns of a coroutine that nobody has awaited
@@ -864,7 +865,7 @@ class _Exchange:
         late = "the miner could not decide in time whether to answer"
         refusal = partial(Refusal, 503, late, "undecided", _AGAIN)
         # to listen for a hang-up in `receive` would take parts of a body
-        seconds = self.wire.patience + more
+        seconds = self.wire.bounds.body_timeout + more
         self.deadline.start(seconds, refusal, listen=self.deadline.hears)
         try:
             return await apart(awaitable)
@@ -942,22 +943,23 @@ class _Exchange:
         await self._send(message | {"more_body": True} if more else message)
 
 # %% ../../nbs/network/00_axon.ipynb #c011
+class _Common(NamedTuple):
+    "What both wire formats need."
+
+    gate: Gatekeeper
+    waiting: "_Waiting"
+    signer: Any  # of answers
+    bounds: _Bounds
+
+
 class _Btauth:
     "`btauth/1`: signed headers, bodies of JSON, signed answers."
 
     stream_type = (b"content-type", b"application/x-ndjson")
 
-    def __init__(
-        self,
-        kind: type[Prompting],
-        gate: Gatekeeper,
-        waiting: "_Waiting",
-        signer: Any,
-        bounds: _Bounds,
-    ):
-        self._kind, self._gate, self._signer = kind, gate, signer
-        self.waiting, self.bounds = waiting, bounds
-        self.patience = bounds.body_timeout  # seconds for what is waited for
+    def __init__(self, kind: type[Prompting], common: _Common):
+        self._kind = kind
+        self._gate, self.waiting, self._signer, self.bounds = common
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers the body, which is read for that."
@@ -1017,17 +1019,9 @@ class _Legacy:
 
     stream_type = (b"content-type", b"text/event-stream")
 
-    def __init__(
-        self,
-        kind: type[Prompting],
-        gate: Gatekeeper,
-        waiting: "_Waiting",
-        signer: Any,
-        bounds: _Bounds,
-    ):
-        self._kind, self._gate, self._signer = kind, gate, signer
-        self.waiting, self.bounds = waiting, bounds
-        self.patience = bounds.body_timeout  # seconds for what is waited for
+    def __init__(self, kind: type[Prompting], common: _Common):
+        self._kind = kind
+        self._gate, self.waiting, self._signer, self.bounds = common
 
     async def identify(self, request: _Exchange) -> Terminal:
         "Verify the caller. The signature covers a hash of the body's content."

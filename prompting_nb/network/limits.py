@@ -340,12 +340,12 @@ class Crowd:
         connection: Guest,  # whose answer is complete
     ) -> None:
         "Note that a connection is idle from now on."
+        if self.is_stranger(connection):
+            return self.demote(connection)
         group, now = self._group_of.get(connection), self._clock()
         if group is not None:
-            stranger = self.is_stranger(connection)
             for each in (group, self._all):
-                line = each.strangers if stranger else each.known
-                each.move(connection, line, now)
+                each.move(connection, each.known, now)
             if (caller := self._caller_of.get(connection)) is not None:
                 self._rest_of(caller, connection)
 
