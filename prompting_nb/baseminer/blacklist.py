@@ -12,7 +12,7 @@ import inspect
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from array import array
 from dataclasses import dataclass
 from typing import Any, Awaitable, Callable, Iterable, NamedTuple, Optional, Sequence
 
@@ -23,7 +23,7 @@ from ..show import arguments_in_help
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07043
 @arguments_in_help
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caller:
     "What the metagraph knows about a hotkey, which need not be registered."
 
@@ -223,10 +223,10 @@ class RateLimiter:
     ) -> bool:  # False: this request exceeds the quota, and is not counted
         "Count a request, unless it exceeds the quota."
         with self._lock:
-            now, times = self.clock(), self.log.line(hotkey)
+            now, times = self.clock(), self.log.times(hotkey)
             if len(times) == self.quota and now - times[0] < self.window:
                 return False
-            times.append(now)
+            self.log.add(hotkey, now)
             return True
 
     def retry_after(
@@ -234,10 +234,11 @@ class RateLimiter:
         hotkey: str,  # the caller's
     ) -> float:
         "Return the seconds until this caller's next request would be admitted."
-        times = self.log.times(hotkey)
-        if len(times) < self.quota:
-            return 0.0
-        return max(0.0, times[0] + self.window - self.clock())
+        with self._lock:
+            times = self.log.times(hotkey)
+            if len(times) < self.quota:
+                return 0.0
+            return max(0.0, times[0] + self.window - self.clock())
 
 
 def rate_limit(
@@ -264,7 +265,8 @@ class RequestLog:
         max_callers: int = 8192,  # hotkeys kept; twice what a large subnet has
     ):
         self.length, self.max_callers = length, max_callers
-        self._times: OrderedDict[str, deque] = OrderedDict()  # longest silent first
+        # plain types: little memory is read for each of thousands of callers
+        self._times: dict[str, array] = {}  # longest silent first
 
     def __len__(self) -> int:
         return len(self._times)
@@ -274,7 +276,8 @@ class RequestLog:
         hotkey: str,  # the caller's
     ) -> Sequence[float]:  # seconds
         "Return the times of this caller's latest requests, oldest first."
-        return self._times.get(written_alike(hotkey), ())
+        times = self._times.get(hotkey)  # as it is written
+        return self._times.get(written_alike(hotkey), ()) if times is None else times
 
     def add(
         self,
@@ -282,23 +285,16 @@ class RequestLog:
         now: float,  # seconds
     ) -> None:
         "Add the time of a request."
-        self.line(hotkey).append(now)
-
-    def line(
-        self,
-        hotkey: str,  # the caller's
-    ) -> deque:  # seconds
-        "Return the times of a caller who asks now, so that this one can be added."
-        if hotkey not in self._times:  # as it is written
+        if (times := self._times.pop(hotkey, None)) is None:  # as it is written
             hotkey = written_alike(hotkey)
-        times = self._times.get(hotkey)
-        if times is not None:
-            self._times.move_to_end(hotkey)
-            return times
-        times = self._times[hotkey] = deque(maxlen=self.length)
-        if len(self._times) > self.max_callers:
-            self._times.popitem(last=False)
-        return times
+            if (times := self._times.pop(hotkey, None)) is None:
+                times = array("d")
+                if len(self._times) == self.max_callers:
+                    del self._times[next(iter(self._times))]
+        self._times[hotkey] = times  # at the end
+        if len(times) == self.length:
+            del times[0]
+        times.append(now)
 
 # %% ../../nbs/baseminer/07_blacklist.ipynb #m07046
 def standard_rules(
@@ -306,13 +302,17 @@ def standard_rules(
     clock: Callable[[], float] = time.monotonic,  # for the rate limit
 ) -> list:  # of rules, in the order in which they are asked
     "Make the rules of a miner: lists of hotkeys, chain, rate limit."
-    rules = [
-        whitelist(settings.whitelist),
-        blacklist(settings.blacklist),
-        registration(settings.allow_non_registered),
-        validator_permit(settings.force_validator_permit),
-        minimum_stake(settings.minimum_stake_requirement),
-    ]
+    rules = []  # without those that would have no opinion on anybody
+    if settings.whitelist:
+        rules.append(whitelist(settings.whitelist))
+    if settings.blacklist:
+        rules.append(blacklist(settings.blacklist))
+    if not settings.allow_non_registered:
+        rules.append(registration())
+    if settings.force_validator_permit:
+        rules.append(validator_permit())
+    if settings.minimum_stake_requirement > 0:
+        rules.append(minimum_stake(settings.minimum_stake_requirement))
     if settings.quota:
         rules.append(rate_limit(RateLimiter(settings.quota, settings.window, clock)))
     return rules

@@ -456,10 +456,11 @@ class Miner(abc.ABC):
     def run(self) -> None:
         """Listen for requests, publish the address and follow the chain until stopped.
 
-        Says on standard error who it is and where it listens. Raises
-        `NotRegisteredError` when the hotkey loses its uid, and the chain's own error
-        when more than `--miner.retries` attempts in a row fail. However it ends, by
+        Says on standard error who it is and where it listens. However it ends, by
         Ctrl-C or SIGTERM as well, the axon is stopped.
+
+        Raises `NotRegisteredError` when the hotkey loses its uid, and the chain's own
+        error when more than `--miner.retries` attempts in a row fail.
         """
         self._alone = True
         try:
