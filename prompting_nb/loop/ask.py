@@ -35,7 +35,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from .follow import open_local, validator_address
-from .processes import is_locked
+from .processes import VALIDATOR_LOCK, is_locked
 from ..network.limited import CALL_TIMEOUT
 from ..help.usage import count_of
 from ..show import shortened
@@ -186,7 +186,7 @@ def _find_folder(
     for place in (folder / "validator", folder):
         if (place / "endpoint.json").exists() or list(place.glob("state-*")):
             return place
-        if is_locked(place / _LOCK):  # a validator that starts for the first time
+        if is_locked(place / VALIDATOR_LOCK):  # one starts for the first time
             return place
     if _is_supervised(folder / "validator"):  # a subnet that starts for the first time
         return folder / "validator"
@@ -257,7 +257,7 @@ def _post_when_up(
         rest, last = deadline - time.monotonic(), f"it is being started, {where}"
         try:
             found = post_prompt(folder, question, route, max(rest, 1.0))
-            starts = found is None and is_locked(folder / _LOCK)
+            starts = found is None and is_locked(folder / VALIDATOR_LOCK)
             if found is not None or not (starts or _is_supervised(folder)):
                 return found
         except NotNow as error:  # busy, without miners, or killed while it answered
@@ -282,9 +282,6 @@ def _post_when_up(
             late = f"the validator did not answer within {timeout:g} s"
             raise RunError(f"{late}: {last}; ask again, or wait longer with --timeout")
         time.sleep(0.2)
-
-
-_LOCK = "validator.lock"  # that a validator holds while it lives
 
 
 def _is_supervised(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from typing import IO, Any, Iterable, Iterator, NamedTuple, Optional, Sequence
 from ..config import InputError
 from ..files import event_files, read_json
 from ..help.usage import count_of
+from .processes import VALIDATOR_LOCK
 from ..show import arguments_in_help
 
 # %% ../../nbs/loop/28_follow.ipynb #flw009
@@ -380,7 +381,7 @@ def _state(folder: Path, place: Path, events: bool) -> str:
         return f"waiting: {place} holds no events yet, and no validator answers there"
     if (place / "summary.json").exists():
         return "the run is over"
-    if (place / "validator.lock").exists():
+    if (place / VALIDATOR_LOCK).exists():
         return "no validator runs there now: it was stopped, or it is starting"
     return "events only: whoever writes them cannot be asked how it is"
 

@@ -38,7 +38,7 @@ from prompting_nb.config import (
     settings_of,
 )
 from ..files import log_to_stderr, read_json, read_prompts, write_file
-from .processes import lock_folder
+from .processes import VALIDATOR_LOCK, lock_folder
 from .service import ServiceSettings
 from ..help.usage import count_of
 
@@ -319,7 +319,7 @@ def run_validator(
         taken = isinstance(error, FileExistsError)
         why = "there is a file of this name" if taken else error.strerror
         raise InputError(f"cannot make the folder {folder}: {why}") from None
-    lock = folder / "validator.lock"
+    lock = folder / VALIDATOR_LOCK
     with lock_folder(lock):  # two would spoil each other's log
         try:
             _run_alone(settings, say)
