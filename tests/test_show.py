@@ -250,6 +250,8 @@ def test_records_of_runs_do_not_grow_with_their_steps():
     assert repr(run) == "Run(50 epochs, validators ['ann'], miners ['good'])"
     steps = [{"step": n, "loss": 0.5} for n in range(50)]
     assert repr(History(steps)).startswith("History(50 steps in 1 epoch") and len(repr(History(steps))) < 250
+    cut = History(steps, stopped="patience", epochs=3)
+    assert cut.summary().startswith("50 steps, not all of 3 epochs (ended by patience), in batches of at most 4096 tokens")
     policies = {"always": lambda subnet, seed: Always([0, 1])}
     found = simulate(lambda seed: made_up(uids=4, topics=2, seed=seed), policies, seeds=2, steps=9, k=2)
     one = found.runs["always"][0]

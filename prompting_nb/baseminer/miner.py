@@ -56,7 +56,7 @@ class Miner(abc.ABC):
 
     clock: Callable[[], float] = staticmethod(time.monotonic)  # seconds
     longest_pause: float = 300.0  # seconds between two attempts to reach the chain
-    weight_tries: int = 10  # times that weights are set in an epoch, until they are
+    weight_tries: int = 10  # attempts to set weights in an epoch
     calls_of_a_look: int = 5  # that one look at the chain has time for
     Settings: ClassVar[Any] = None  # dataclass of what can be set on this kind of miner
     section: ClassVar[str] = ""  # of these settings; "": named after the dataclass

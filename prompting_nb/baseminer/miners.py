@@ -507,7 +507,10 @@ class OpenAICompatibleMiner(Miner):
 # %% ../../nbs/baseminer/01_miners.ipynb #m01044
 @arguments_in_help
 class UpstreamError(RunError):
-    "The model server gave no answer. The message is safe to pass on to a caller."
+    """The model server gave no answer.
+
+    For the log, not for callers: `OpenAICompatibleMiner` adds address and model.
+    """
 
     def __init__(
         self,
@@ -524,7 +527,7 @@ class ChatClient:
 
     def __init__(
         self,
-        settings: OpenAISettings,  # address, key, model, time limits
+        settings: OpenAISettings,  # address, key, model, longest answer
     ):  # raises `InputError` for a key that cannot be sent
         key = (settings.api_key or os.environ.get("OPENAI_API_KEY", "")).strip()
         if not (key.isascii() and key.isprintable()):

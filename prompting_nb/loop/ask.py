@@ -280,7 +280,8 @@ def _post_when_up(
             )
         elif now > deadline:
             late = f"the validator did not answer within {timeout:g} s"
-            raise RunError(f"{late}: {last}; ask again, or wait longer with --timeout")
+            longer = "" if route else ", or wait longer with --timeout"
+            raise RunError(f"{late}: {last}; ask again{longer}")
         time.sleep(0.2)
 
 

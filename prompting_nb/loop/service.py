@@ -49,7 +49,7 @@ _FAILURES = 3  # of the chain in a row, that are a problem
 _MOST_FAILED = 10  # steps in a row, that are a problem
 _LONGEST = 30.0  # seconds until the next prompt, when ever more are left out
 _LAST = 5.0  # seconds that a stop waits, beyond its time, to save the state
-_LATELY = 60.0  # seconds for which they are one: then others may try again
+_LATELY = 60.0  # seconds for which failed or lost steps are a problem
 _FAR = 3  # readings of the metagraph that it may be behind
 
 
@@ -64,7 +64,7 @@ class ServiceSettings:
         save_every: Steps after which the state is saved.
         sync_every: Blocks between two readings of the metagraph.
         weights_every: Blocks between two settings of weights; 0 for the subnet's tempo.
-        version_key: Version key of the weights; a subnet may require a least one.
+        version_key: Version key of the weights; a subnet may require a minimum.
         no_set_weights: Do not set weights.
         poll_interval: Seconds between two looks at the block number.
         patience: Seconds without news of the chain after which it counts as away; a

@@ -138,7 +138,7 @@ class SubnetProcesses:
 
     def __init__(
         self,
-        settings: SubnetSettings,  # folder, ports, miners, validators
+        settings: SubnetSettings,  # folder, miners, prompts, times
         say: Callable[[str], None] = print,  # told what happens
     ):  # raises `InputError` when another subnet runs in this folder
         self.settings, self.say = settings, say

@@ -751,7 +751,10 @@ _COLUMNS = {  # of the tables, each with its type
     "dropped": {"first": "integer", "last": "integer"},  # everybody is refused
     "callers": {"second": "integer", "hotkey": "text"},  # as in `Traces`
 }
-_NOW, _YEARS = 1_760_000_000, 10 * 366 * 24 * 3600  # seconds: the least; that it counts
+_NOW, _YEARS = (
+    1_760_000_000,
+    10 * 366 * 24 * 3600,
+)  # seconds: earliest now; how far ahead
 _IMPOSSIBLE = {  # of what no clock can have written; the parameter is a nanosecond
     "nonces": "nonce NOT BETWEEN 0 AND :latest",
     "floor": "nonce NOT BETWEEN 0 AND :latest",

@@ -36,7 +36,7 @@ from ..files import log_to_stderr, read_json, write_file
 from ..help.usage import count_of
 
 # %% ../../nbs/network/29_command.ipynb #dac008
-_TAO = 21_000_000  # all that there will be; blocks have 16 bits, as on a real chain
+_TAO = 21_000_000  # all that there will be, as on a real chain
 
 
 @dataclass(frozen=True)

@@ -406,7 +406,7 @@ class _Clock:
 
 # %% ../../nbs/network/13_connection.ipynb #h012
 _FIELDS = 128  # headers of a request, with trailers
-_CHUNKS, _SMALL = 1024, 64  # chunks of which none is too small; bytes on average
+_CHUNKS, _SMALL = 1024, 64  # chunks of any size; of more, bytes on average
 
 
 class _Reader:

@@ -888,7 +888,7 @@ _NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=None)
 
 
 def _new_session(on_wire: int, kept: int, **options: Any) -> aiohttp.ClientSession:
-    "Make a session that keeps connections at most: no cookies, no proxies."
+    "Make a session that keeps at most `kept` connections: no cookies, no proxies."
     return aiohttp.ClientSession(
         connector=PacedConnector(
             on_wire,

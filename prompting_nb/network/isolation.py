@@ -52,7 +52,7 @@ class Isolated:
         self._idle: deque[_Worker] = deque()
         self._templates: list[_Template] = []  # the first makes workers
         self._making = threading.Lock()  # held while a process is made
-        self._shortage = -math.inf, ""  # when a process could last not be made, and why
+        self._shortage = -math.inf, ""  # when a process last could not be made, and why
         self._end: Optional[Callable[[], Any]] = None  # ends all processes
         if start:
             self.start()

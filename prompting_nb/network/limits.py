@@ -30,7 +30,7 @@ class Limits:
     idle_timeout: float = 75.0  # seconds between requests; more than our client's
     write_timeout: float = 20.0  # seconds for a caller to take what was written
     max_connections: int = 4096  # open at a time
-    max_per_address: Optional[int] = None  # of one address; None: a quarter of all
+    max_per_address: Optional[int] = None  # an address; None: a quarter, at least 64
     max_waiting: int = 64_000_000  # bytes of all unfinished requests together
     max_pipelined: int = 16  # requests sent ahead of the answers on one connection
     refused: Optional[Callable[[str], None]] = None  # is told why one was closed
@@ -225,7 +225,7 @@ class Crowd:
 
     @property
     def strangers(self) -> int:
-        "Count the connections on which no request was permitted yet."
+        "Count the connections that are not of a known caller."
         return len(self._all.strangers) + len(self._all.asking)
 
     @property
@@ -384,7 +384,7 @@ class Crowd:
         self,
         connection: Guest,  # that is open
     ) -> bool:
-        "Tell whether no request on this connection was permitted yet."
+        "Tell whether this connection is not of a known caller."
         return connection in self._all.strangers or connection in self._all.asking
 
     def count(
@@ -415,7 +415,7 @@ class Crowd:
 # %% ../../nbs/network/12_limits.ipynb #t017
 @arguments_in_help
 class Turns:
-    "Calls a few functions at a time in the running event loop; in between are others."
+    "Calls a few functions at a time in the event loop, which goes on in between."
 
     def __init__(
         self,

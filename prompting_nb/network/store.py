@@ -417,7 +417,7 @@ _numbers = itertools.count(1)  # of the miners of this process
 
 @arguments_in_help
 class StoredMetrics:
-    "The metrics of all processes, each as it was last heard of."
+    "The metrics of all processes, each as it was last heard from."
 
     def __init__(
         self,

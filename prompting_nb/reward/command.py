@@ -58,7 +58,7 @@ class DataSettings:
         data: Rankings or pairs to learn from: a folder, a hub name, or files, separated
             by commas.
         eval_data: Rankings or pairs to evaluate on.
-        skip_bad: Rows that cannot be read and are passed over, at most.
+        skip_bad: Unreadable rows to pass over, at most; one more is an error.
         held_out: Share of the prompts to evaluate on, or 0 for none.
     """
 
@@ -128,7 +128,7 @@ class ScoringSettings:
         data: Completions: a folder, a hub name, files, separated by commas, or - for
             stdin.
         batch_size: Texts that are scored together.
-        skip_bad: Rows that cannot be read and are passed over, at most.
+        skip_bad: Unreadable rows to pass over, at most; one more is an error.
     """
 
     model: str

@@ -195,7 +195,7 @@ def read_rankings(
     path: Any,  # a source of `sources.read_rows`: a file, a folder, several ...
     report: Report | None = None,  # filled in with what was read and dropped
     keep_all: bool = False,  # keep empty and repeated completions and single answers
-    skip_bad: int = 0,  # rows that cannot be read and are passed over, at most
+    skip_bad: int = 0,  # unreadable rows to pass over, at most
 ) -> list[Ranking]:  # raises `InputError` with file and line of a malformed row
     "Read the rankings in a file, without empty and repeated completions."
     report = report if report is not None else Report()
@@ -206,7 +206,7 @@ def rankings_from(
     rows: Iterable[dict],  # a list, a generator, a `datasets.Dataset`
     report: Report | None = None,  # filled in with what was read and dropped
     keep_all: bool = False,  # keep empty and repeated completions and single answers
-    skip_bad: int = 0,  # rows that cannot be read and are passed over, at most
+    skip_bad: int = 0,  # unreadable rows to pass over, at most
 ) -> list[Ranking]:  # raises `InputError` with the number, from 0, of a malformed row
     "Make rankings from rows, without empty and repeated completions."
     report = report if report is not None else Report()

@@ -228,10 +228,12 @@ class History:
 
     def summary(self) -> str:
         "Say how many steps there were, and whether the loss went down."
-        size = (
-            f"{count_of(len(self.steps), 'step')} in {count_of(self.epochs, 'epoch')}"
-        )
-        size += f" of batches of at most {self.tokens_per_batch} tokens"
+        steps = count_of(len(self.steps), "step")
+        epochs = count_of(self.epochs, "epoch")
+        size = f"{steps} in {epochs} of"
+        if self.stopped != "finished":
+            size = f"{steps}, not all of {epochs} (ended by {self.stopped}), in"
+        size += f" batches of at most {self.tokens_per_batch} tokens"
         if (found := self.trend()) is None:
             return f"{size}: too few to say whether the loss went down"
         first, last = found

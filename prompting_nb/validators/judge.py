@@ -298,7 +298,7 @@ def reward_with(
     return judge(prompt, completions)
 
 # %% ../../nbs/validators/05_judge.ipynb #j037
-class JudgeError(RunError, ValueError):  # as an endless reward alone always was
+class JudgeError(RunError, ValueError):  # an infinite reward always raised the latter
     "A judge failed, whatever it raised; no error of the network."
 
 

@@ -452,7 +452,7 @@ class Validator:
         weights: Optional[
             dict[int, float]
         ] = None,  # uid -> weight; `None`: `weights()`
-        version_key: int = 0,  # of this program; a subnet may require a least one
+        version_key: int = 0,  # of this program; a subnet may require a minimum
     ) -> dict[int, float]:  # as given; raises RuntimeError when the chain refuses
         "Put the moving averages on the chain, or nothing while all of them are zero."
         from bittensor import SetWeights
