@@ -49,7 +49,7 @@ from prompting_nb.loop.tasks import Worker
 from prompting_nb.network import addresses, auth, connection, isolation, legacy
 from prompting_nb.network import dendrite as dendrite_page
 from prompting_nb.network.auth import FORGOTTEN, FileNonces, MemoryNonces, Refusal, sign_request
-from prompting_nb.network.axon import Axon
+from prompting_nb.network.axon import Axon, _Waiting
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite, _discard, _read_stream
 from prompting_nb.network.isolation import Isolated
@@ -473,21 +473,23 @@ def test_long_questions_beside_a_clock_that_is_far_ahead():
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_long_questions_while_the_miner_decides(older):
-    """Strangers send long questions while the miner waits for its own blacklist, or for a store of nonces.
+@pytest.mark.parametrize("waits", ["blacklist", "check"])
+def test_long_questions_while_the_miner_decides(waits, older):
+    """Callers send long questions while the miner waits for its own blacklist or check, or for a store of nonces or of prompts.
     Older server: sets no limit."""
     body, lines = OLD if older else BODY, []
     body += b" " * (900 - len(body))
     decide, allow = asyncio.Event(), only(VALIDATOR)
 
-    async def blacklist(synapse):
+    async def wait(synapse):
         await decide.wait()
-        return allow(synapse)
+        return allow(synapse) if waits == "blacklist" else None
 
     def asked(wallet):
         return request(body, old(wallet=wallet) if older else sign(body, wallet))
 
-    with Axon(MINER, max_body=1000).attach(echo, blacklist) as axon, connect(axon) as line:
+    functions = {f"{waits}_fn": wait}
+    with Axon(MINER, max_body=1000, workers=20).attach(echo, **functions) as axon, connect(axon) as line:
         for _ in range(17):
             lines.append(connect(axon))
             lines[-1].sendall(asked(STRANGER))
@@ -501,9 +503,31 @@ def test_long_questions_while_the_miner_decides(older):
         axon._server.loop.call_soon_threadsafe(decide.set)
         assert read_status(line) == 200
         until(lambda: axon._waiting.size == 0)
-        assert sorted(read_status(other) for other in lines) == [403] * 17 + [503]
+        told = 403 if waits == "blacklist" else 200
+        assert sorted(read_status(other) for other in lines) == [told] * 17 + [503]
         for other in lines:
             other.close()
+
+
+def test_large_question_beside_many_small_ones(monkeypatch):
+    """While thousands of small questions wait, a large one comes that waits for a moment only, so that many of them have to go.
+    Older server: sets no limit."""
+    weighed, weigh = [], _Waiting._weight
+    monkeypatch.setattr(_Waiting, "_weight", lambda *args, **more: weighed.append(1) or weigh(*args, **more))
+    waiting, gone = _Waiting(1_000_000), []
+
+    class Question:
+        deadline = SimpleNamespace(cancel=gone.append)
+
+        def __init__(self, size):
+            self.body = b"x" * size
+
+    for _ in range(1000):
+        waiting.enter(Question(999), 2.0, early=True)
+    assert not gone and not weighed
+    waiting.enter(Question(500_000), 0.001, early=True)
+    assert len(gone) == 500 and {refusal.status for refusal in gone} == {503}
+    assert len(weighed) == 1001 and waiting.size == 500 * 999 + 500_000  # each is looked at once: no wait for the others
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -898,6 +922,37 @@ def test_caller_that_does_not_read(then):
         server.stop(nothing_more, SECONDS)
 
 
+def test_garbage_behind_an_answer_that_is_not_read_yet(caplog):
+    """A caller sends garbage before it has read a large answer, and reads then.
+    Older server: -"""
+
+    async def long_answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"600000")]})
+        await send({"type": "http.response.body", "body": b"x" * 600_000})
+        answered.set()
+
+    async def nothing_more():
+        pass
+
+    answered, refused, sock = threading.Event(), [], listen("127.0.0.1", 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    server = Server(long_answer, sock, Limits(), refused.append).start()
+    try:
+        with socket.socket() as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.connect(sock.getsockname())
+            line.sendall(b"PUT / HTTP/1.1\r\nhost: x\r\n\r\n")
+            until(lambda: any(c._transport.get_write_buffer_size() for c in server.crowd))
+            line.sendall(b"garbage\r\n\r\n")
+            until(lambda: refused)
+            line.settimeout(SECONDS)
+            data = b"".join(iter(lambda: line.recv(65_536), b""))
+        assert data.count(b"HTTP/1.1 200") == data.count(b"HTTP/1.1 400") == 1 and data.count(b"HTTP/1.1") == 2
+    finally:
+        server.stop(nothing_more, SECONDS)
+    assert not [row for row in caplog.records if row.levelno >= logging.ERROR]
+
+
 def test_many_bodies_that_are_not_completed():
     """Large bodies on many connections, none of them completed.
     Older server: sets no limit."""
@@ -1159,6 +1214,48 @@ def test_permitted_callers_that_hold_on_to_their_connections(what):
         finally:
             for line in lines:
                 line.close()
+
+
+def test_permitted_callers_that_hang_up_by_half_and_do_not_read():
+    """Permitted callers ask for streams, read nothing, and say that they send no more, but keep the connections.
+    Older server: -"""
+    told = []
+
+    async def forward(synapse):
+        for _ in range(100):
+            yield "word " * 8_000
+            await asyncio.sleep(0.01)
+
+    limits = Limits(write_timeout=0.5, max_connections=3, refused=told.append)
+    with Axon(MINER, workers=8, limits=limits).attach(forward) as axon:
+        axon._server._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that a part waits in the miner
+        lines = []
+        for _ in range(9):
+            lines.append(unread(axon, "/StreamPrompting"))
+            name = lines[-1].getsockname()
+            until(lambda: any(c.client == name and c._transport.get_write_buffer_size() for c in axon._server.crowd))
+            lines[-1].shutdown(socket.SHUT_WR)
+        until(lambda: axon._server.connections == 0)
+        assert told.count("connections") >= 5 and "unread" in told  # they make room, and the last are closed in time
+        for line in lines:
+            line.close()
+
+
+def test_request_behind_a_permitted_one_whose_body_does_not_come():
+    """A permitted caller sends a second head ahead on each of its connections, and never its body.
+    Older server: -"""
+    few = dict(workers=2, max_queue=4, limits=Limits(max_connections=8))
+    with Axon(MINER, **few).attach(echo, only(REGISTERED, VALIDATOR)) as axon:
+        lines = [connect(axon) for _ in range(8)]
+        for n in range(30):
+            body = BODY + b" " * n
+            lines.append(connect(axon))
+            lines[-1].sendall(request(body, sign(body, REGISTERED)) + request(BODY, sign(BODY, REGISTERED))[:-3])
+            assert read_status(lines[-1]) == 200
+            assert axon._server.connections <= 8 + 2
+        assert status(axon) == 200
+        for line in lines:
+            line.close()
 
 
 def test_idle_time_is_short_when_nearly_all_places_are_taken():

@@ -174,6 +174,14 @@ def test_memory_is_bounded_for_each_caller_and_overall():
     assert len(log) == 3 and log.times("b") == () and list(log.times("a")) == [4, 6]
     assert RequestLog(1).max_callers == RateLimiter(1, 1.0).log.max_callers == 8192
     assert RateLimiter(7, 1.0, max_callers=5).log.length == 7
+    with pytest.raises(TypeError):
+        RequestLog(2.5)
+
+
+def test_a_caller_that_is_refused_is_not_silent():
+    limiter = RateLimiter(1, 60.0, Clock(), max_callers=2)
+    assert limiter.admit("busy") and limiter.admit("b") and not limiter.admit("busy")
+    assert limiter.admit("c") and not limiter.admit("busy") and limiter.admit("b")  # it was "b" that was forgotten
 
 
 @pytest.mark.parametrize("result, blacklisted, reason", [

@@ -14,6 +14,7 @@ import threading
 import time
 from array import array
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Awaitable, Callable, Iterable, NamedTuple, Optional, Sequence
 
 from ..config import InputError
@@ -223,10 +224,10 @@ class RateLimiter:
     ) -> bool:  # False: this request exceeds the quota, and is not counted
         "Count a request, unless it exceeds the quota."
         with self._lock:
-            now, times = self.clock(), self.log.times(hotkey)
+            now, times = self.clock(), self.log.line(hotkey)
             if len(times) == self.quota and now - times[0] < self.window:
                 return False
-            self.log.add(hotkey, now)
+            self.log.push(times, now)
             return True
 
     def retry_after(
@@ -264,7 +265,7 @@ class RequestLog:
         length: int,  # times kept for each hotkey
         max_callers: int = 8192,  # hotkeys kept; twice what a large subnet has
     ):
-        self.length, self.max_callers = length, max_callers
+        self.length, self.max_callers = index(length), max_callers
         # plain types: little memory is read for each of thousands of callers
         self._times: dict[str, array] = {}  # longest silent first
 
@@ -285,6 +286,13 @@ class RequestLog:
         now: float,  # seconds
     ) -> None:
         "Add the time of a request."
+        self.push(self.line(hotkey), now)
+
+    def line(
+        self,
+        hotkey: str,  # the caller's
+    ) -> array:  # seconds, for `push`
+        "Return the times of a caller who asks now, and is the last to be dropped."
         if (times := self._times.pop(hotkey, None)) is None:  # as it is written
             hotkey = written_alike(hotkey)
             if (times := self._times.pop(hotkey, None)) is None:
@@ -292,6 +300,14 @@ class RequestLog:
                 if len(self._times) == self.max_callers:
                     del self._times[next(iter(self._times))]
         self._times[hotkey] = times  # at the end
+        return times
+
+    def push(
+        self,
+        times: array,  # from `line`
+        now: float,  # seconds
+    ) -> None:
+        "Add a time to those of a caller, and drop the oldest above the length."
         if len(times) == self.length:
             del times[0]
         times.append(now)

@@ -47,9 +47,9 @@ class StakePriority:
         if caller is None or not caller.registered:
             return float(self.default)
         with self._lock:
-            now, times = self.clock(), self.log.times(caller.hotkey)
+            now, times = self.clock(), self.log.line(caller.hotkey)
             rested = restedness(times, now, self.rest)
-            self.log.add(caller.hotkey, now)
+            self.log.push(times, now)
         return caller.stake * (1 + self.idle_factor * rested)
 
 # %% ../../nbs/baseminer/08_priority.ipynb #m08009

@@ -444,9 +444,9 @@ class _Endpoint:
             synapse = await request.wire.parse(request, caller)
         except ValueError as error:
             raise Refusal(400, str(error), "malformed") from None
-        request.body = b""  # it takes no memory while it is worked on
         if self._attached.check is not None:
-            await _call(self._attached.check, synapse, request.wait)
+            await _call(self._attached.check, synapse, request.hold)
+        request.body = b""  # it takes no memory while it is worked on
         return synapse
 
 
@@ -844,7 +844,7 @@ class _Exchange:
         """
         waiting = self.wire.waiting
         try:
-            await self.read(self.wire.bounds)  # it may come meanwhile
+            await self.read(self.wire.bounds)  # so that it can be counted
             patience = self.wire.bounds.body_timeout
             waiting.enter(self, more or patience, early=more > 0)
         except BaseException:
@@ -1100,8 +1100,17 @@ class _Waiting:
         size, now = len(request.body or b""), time.monotonic()
         self._held[request] = size, now + seconds, early
         self.size += size
-        while self.size > self._most:
-            last = max(self._held, key=lambda held: self._weight(held, now))
+        if self.size > self._most:
+            self._make_room(request, now)
+
+    def _make_room(self, request: _Exchange, now: float) -> None:
+        "Refuse those that weigh most; `Refusal` if the newest, `request`, is of them."
+        # sorted once, for thousands of small ones may have to go for a large one
+        for last in sorted(
+            self._held, key=partial(self._weight, now=now), reverse=True
+        ):
+            if self.size <= self._most:
+                return
             refusal = _too_many(self._held[last][2])
             self.leave(last)
             if last is request:

@@ -116,6 +116,9 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> None:
         "Close the connection: the caller hangs up or sends no more."
         self._hung_up()
+        self._serving = None  # nothing more is written, and what waits has to be taken
+        self._clock.write()
+        self._crowd.rest(self)
 
     def connection_lost(
         self,
@@ -259,11 +262,10 @@ class Connection(asyncio.Protocol):
     def _next(self) -> None:
         "Serve the next request, or wait for one."
         self._serving = None
-        if self._transport.is_closing():
+        if self._closed or self._transport.is_closing():
             return
         if self._ahead:
-            if self._crowd.is_stranger(self):
-                self._crowd.rest(self)  # only a first request is spared
+            self._crowd.rest(self)  # nobody has permitted the next one yet
             if self._full is None:
                 self._serve(self._ahead.popleft())
                 self._uncount()
@@ -317,9 +319,9 @@ class Connection(asyncio.Protocol):
     def permit(self) -> None:
         "Keep the connection as long as the present request is worked on."
         serving = self._serving
-        if serving is not None:
+        if serving is not None:  # else the caller has hung up
             serving.permitted = True
-        self._crowd.permit(self, serving and serving.caller)
+            self._crowd.permit(self, serving.caller)
 
     # Called by the server and the crowd
 
