@@ -215,6 +215,8 @@ def replacing_folder(
             _on_disk(path)
         _take_place(draft, folder, old)
         _on_disk(folder.parent)
+        # even if `folder` is away for a moment: somebody else keeps ours meanwhile
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         if folder.exists():  # else the old one is all that there is

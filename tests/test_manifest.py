@@ -377,6 +377,23 @@ def test_what_is_pushed_does_not_need_a_folder_of_this_machine(bases, tmp_path, 
     torch.testing.assert_close(scores(RewardModel.from_pretrained(tmp_path / "pushed", device="cpu")), wanted)
 
 
+def test_an_old_folder_goes_while_another_one_replaces_the_new_one(tmp_path, monkeypatch):
+    from prompting_nb import files
+
+    take_place = files._take_place
+
+    def and_another(draft, folder, old):  # between its two renames
+        take_place(draft, folder, old)
+        folder.rename(tmp_path / ".o.7.8.old")
+
+    (tmp_path / "o").mkdir()
+    monkeypatch.setattr(files, "_take_place", and_another)
+    with files.replacing_folder(tmp_path / "o") as draft:
+        (draft / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == [".o.7.8.old"]
+    assert (tmp_path / ".o.7.8.old" / "a").read_text() == "new"
+
+
 def test_two_that_replace_one_folder_leave_a_whole_one(tmp_path):
     "In threads, as often as it takes to meet; what a killed process left behind goes after an hour."
     import os
