@@ -277,8 +277,7 @@ class RequestLog:
         hotkey: str,  # the caller's
     ) -> Sequence[float]:  # seconds
         "Return the times of this caller's latest requests, oldest first."
-        times = self._times.get(hotkey)  # as it is written
-        return self._times.get(written_alike(hotkey), ()) if times is None else times
+        return self._times.get(written_alike(hotkey), ())
 
     def add(
         self,

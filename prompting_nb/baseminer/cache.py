@@ -51,15 +51,12 @@ class PromptCache:
         block: int,  # the present block
     ) -> bool:  # False: it was claimed at most `span` blocks ago, and stays as it was
         "Claim a prompt in order to answer it, unless that was done recently."
-        claims, oldest = self._claims, block - self.span
         with self._lock:
-            if (claimed := claims.get(key)) is not None:
-                if claimed >= oldest:
-                    return False
-                del claims[key]  # it stands further ahead
-            claims[key] = block
-            while len(claims) > self.max_entries or claims[next(iter(claims))] < oldest:
-                claims.popitem(last=False)
+            if self.recent(key, block):
+                return False
+            self._claims.pop(key, None)  # a claim that is too old stands further ahead
+            self._claims[key] = block
+            self._evict(block)
             return True
 
     def release(
@@ -71,6 +68,12 @@ class PromptCache:
         with self._lock:
             if block is None or self._claims.get(key) == block:
                 self._claims.pop(key, None)
+
+    def _evict(self, block: int) -> None:
+        "Drop claims that are older than the span, and the oldest above `max_entries`."
+        claims, oldest = self._claims, block - self.span
+        while len(claims) > self.max_entries or claims[next(iter(claims))] < oldest:
+            claims.popitem(last=False)
 
 # %% ../../nbs/baseminer/09_cache.ipynb #m09011
 def prompt_key(

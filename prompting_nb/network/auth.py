@@ -751,10 +751,8 @@ _COLUMNS = {  # of the tables, each with its type
     "dropped": {"first": "integer", "last": "integer"},  # everybody is refused
     "callers": {"second": "integer", "hotkey": "text"},  # as in `Traces`
 }
-_NOW, _YEARS = (
-    1_760_000_000,
-    10 * 366 * 24 * 3600,
-)  # seconds: earliest now; how far ahead
+_NOW = 1_760_000_000  # seconds: the earliest that a clock may show
+_YEARS = 10 * 366 * 24 * 3600  # seconds beyond it that a clock may be
 _IMPOSSIBLE = {  # of what no clock can have written; the parameter is a nanosecond
     "nonces": "nonce NOT BETWEEN 0 AND :latest",
     "floor": "nonce NOT BETWEEN 0 AND :latest",
