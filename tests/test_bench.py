@@ -65,6 +65,18 @@ def test_figures_of_the_miner_say_what_disturbed_them(monkeypatch):
     assert told == {"quiet": 0.2, "tries": 4, "most": 0.7, "measured_again": 6, "disturbed": ["closed, ours, 16"]}
 
 
+def test_what_takes_microseconds_is_shown_at_the_least_and_in_the_middle():
+    row = lambda slow, others, again: {name: slow * value for name, value in zip(
+        ("blacklist", "priority", "cache", "sign", "verify"), (4.0, 3.0, 5.0, 20.0, 40.0))} | {"others": others, "again": again}
+    decisions = import_module("miner").Decisions.__new__(import_module("miner").Decisions)
+    decisions.hotkeys, decisions.rows = ["a"] * 15, [row(2.0, 0.1, 0), row(1.0, None, 3), row(1.5, 0.2, 1)]
+    policy, signatures = decisions.figures().values()
+    assert policy["least"] == {"blacklist": 4, "priority": 3, "cache": 5, "total": 12}
+    assert policy["median"]["total"] == 18 and policy["greatest"] == 24 and policy["of_signatures"] == pytest.approx(0.2)
+    assert (policy["repetitions"], policy["hotkeys"], policy["others"], policy["again"]) == (3, 16, 0.2, 4)
+    assert (signatures["sign"], signatures["least_verify"], signatures["again"]) == (30, 40, 4)
+
+
 def test_a_run_goes_on_where_it_stopped(tmp_path):
     args, asked = SimpleNamespace(pairs=4, threads=2, keep=str(tmp_path), minutes=None), []
     measure = lambda: asked.append(1) or {"rate": 1.5}

@@ -61,5 +61,5 @@ def restedness(
     "Rate how seldom a caller asks."
     if not times:
         return 0.0
-    gap = (now - times[0]) / len(times)
-    return min(1.0, max(0.0, gap / rest))
+    share = (now - times[0]) / len(times) / rest
+    return share if 0 <= share <= 1 else float(share > 1)  # faster than min and max
