@@ -386,10 +386,15 @@ def same_course(one, other):
     assert other["score"] == pytest.approx(one["score"], abs=1e-3)
 
 
+def rest(*values):
+    "A case of `make test-long`."
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, how, packed", [
-    ("bert", "ddp", True), ("gpt2", "ddp", True), ("gpt_neo", "ddp", False),
-    ("gpt2", "fsdp", True), ("llama", "fsdp by layers", False), ("bert", "fsdp by layers", False)])
+    ("bert", "ddp", True), rest("gpt2", "ddp", True), rest("gpt_neo", "ddp", False),
+    rest("gpt2", "fsdp", True), ("llama", "fsdp by layers", False), rest("bert", "fsdp by layers", False)])
 def test_two_processes_learn_what_one_learns(toys, tmp_path, kind, how, packed):
     one, two = (launch(which, toys[kind], tmp_path / f"{n}.json", "packed" if packed else "plain") for n, which in enumerate(("one", how)))
     assert (one["processes"], two["processes"], two["packed"], two["sharded"]) == (1, 2, packed, "fsdp" in how)
@@ -397,7 +402,7 @@ def test_two_processes_learn_what_one_learns(toys, tmp_path, kind, how, packed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["xlnet", "longformer"])
+@pytest.mark.parametrize("kind", ["xlnet", rest("longformer")])
 def test_weights_that_no_reward_depends_on_do_not_stop_two_processes(tmp_path, kind):
     tokenizer = word_tokenizer(WORDS, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
     name = save_model(tmp_path / "base", tiny(kind, vocab_size=40), tokenizer)
@@ -407,7 +412,7 @@ def test_weights_that_no_reward_depends_on_do_not_stop_two_processes(tmp_path, k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how, then", [("fsdp", "fsdp"), ("fsdp by layers", "one"), ("ddp", "fsdp")])
+@pytest.mark.parametrize("how, then", [rest("fsdp", "fsdp"), ("fsdp by layers", "one"), rest("ddp", "fsdp")])
 def test_a_run_goes_on_with_other_processes(toys, tmp_path, how, then):
     whole = launch("one", toys["llama"], tmp_path / "whole.json", "plain")
     assert launch(how, toys["llama"], tmp_path / "cut.json", "plain", tmp_path / "points", 3) is None
