@@ -16,7 +16,7 @@ import re
 import sys
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, lru_cache
 from numbers import Integral, Real
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Literal, TypeVar
@@ -169,6 +169,12 @@ def _reader(kind: Any) -> jsonargparse.ArgumentParser:
 
 def _read(kind: Any, value: Any) -> Any:
     "Read a value as its type has it. Raises `argparse.ArgumentError` if it cannot."
+    if isinstance(value, (bool, int, float, str, NoneType)):
+        return _read_again(kind, value)
+    return _read_anew(kind, value)
+
+
+def _read_anew(kind: Any, value: Any) -> Any:
     if kind is Any or value is None and kind is NoneType:
         return value
     # the types of a union one by one, or jsonargparse reads the text "null" as None
@@ -184,6 +190,10 @@ def _read(kind: Any, value: Any) -> Any:
     if not same or found != value or found in (math.inf, -math.inf):
         raise argparse.ArgumentError(None, "it was read as another value")
     return found if isinstance(found, float) else value
+
+
+# a program makes the same settings again and again, and jsonargparse takes its time
+_read_again = lru_cache(4096, typed=True)(_read_anew)
 
 
 def _checked(flag: str, kind: Any, value: Any) -> Any:

@@ -246,6 +246,15 @@ def test_whole_numbers_will_do_for_a_rate():
     assert typed(learning_rate=1).learning_rate == 1.0 and type(typed(learning_rate=1).learning_rate) is float
 
 
+def test_a_value_that_was_read_before_says_nothing_about_one_of_another_type():
+    "Values that were read are remembered, and 1 == 1.0 == True."
+    assert type(typed(num_uids=1).num_uids) is int and typed(frozen=True).frozen is True
+    for wrong in ({"num_uids": True}, {"num_uids": 1.0}, {"frozen": 1}):
+        with pytest.raises(InputError):
+            typed(**wrong)
+    assert [type(typed(cut=value).cut) for value in (1, 1.0, 1)] == [float] * 3
+
+
 # Unknown names
 
 WORDS = st.text(string.ascii_lowercase + "_", min_size=1, max_size=12)

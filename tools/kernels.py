@@ -4,6 +4,7 @@ Each page runs in a process of its own, as ever; what is saved are the seconds i
 transformers and bittensor once more. The package itself is imported by the page.
 """
 
+import gc
 import json
 import os
 import signal
@@ -16,7 +17,11 @@ from jupyter_client.manager import AsyncKernelManager
 
 # not pyplot and the inline backend: as they are imported they look for the kernel that shows their pictures
 LIBRARIES = ("ipykernel.kernelapp", "matplotlib.figure", "matplotlib.backends.backend_agg", "torch", "transformers", "bittensor",
-             "jsonargparse", "scipy.stats", "sklearn.isotonic", "httpx", "tqdm.auto")
+             "jsonargparse", "docstring_parser", "scipy.stats", "sklearn.isotonic", "httpx", "tqdm.auto",
+             "torch._dynamo",  # which the first step of a torch optimiser imports, with sympy
+             "accelerate", "torchtyping", "safetensors.torch", "tokenizers", "transformers.models.auto.modeling_auto",
+             "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2",
+             "aiohttp", "redis.asyncio", "starlette.applications", "uvloop", "httptools", "prometheus_client")
 
 
 class Forked:
@@ -95,6 +100,7 @@ def serve() -> None:
     sys.path[:] = [place for place in sys.path if os.path.abspath(place) != os.path.dirname(os.path.abspath(__file__))]
     for name in LIBRARIES:
         import_module(name)
+    gc.freeze()  # what is here already is no garbage of a page
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a kernel ended
     for line in sys.stdin:
         ready, tell = os.pipe()
