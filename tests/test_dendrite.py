@@ -896,16 +896,16 @@ def test_what_waits_at_the_end_of_a_connection_is_handed_on_in_turns(background,
     hand, receive, pace = Paced._hand, Paced.data_received, floods.Pace(seconds=0)
     turn, most, received = [], [], []
 
-    def counted(line, part):
+    def counted(line, part, waited):
         if not turn:
             asyncio.get_running_loop().call_soon(turn.clear)
         turn.append(part)
         most[:] = [max(len(turn), *most, 0)]
-        hand(line, part)
+        hand(line, part, waited)
 
     def receiving(line, data):
         receive(line, data)
-        received.append(bool(line._rest) and line._transport.is_reading())
+        received.append(len(line._inlet) > 0 and line._transport.is_reading())
 
     monkeypatch.setattr(Paced, "_hand", counted)
     monkeypatch.setattr(Paced, "data_received", receiving)

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 import httptools
 
 from .limits import Crowd, Limits, Turns, share_of
+from .pace import Inlet, Pace
 from ..help.usage import count_of
 from ..show import arguments_in_help
 
@@ -28,6 +29,8 @@ from ..show import arguments_in_help
 _log = logging.getLogger(__name__)
 _HIGH = 262_144  # bytes of an answer that wait to be taken before its maker waits
 _BODY = 65_536  # bytes of a body that wait to be read before no more are received
+_PART = 4096  # bytes that are parsed at a time
+_HEADER = 160  # bytes that a header takes in memory besides its own
 
 
 @arguments_in_help
@@ -40,9 +43,11 @@ class Connection(asyncio.Protocol):
         crowd: Crowd,  # of the server, with its limits
         tasks: Optional[set] = None,  # the server's, to which those of requests go
         turns: Optional[Turns] = None,  # for requests of strangers; None: at once
+        pace: Optional[Pace] = None,  # at which all are read; None: all at once
     ):
         self._app, self._crowd, self._limits = app, crowd, crowd.limits
         self._tasks, self._turns = set() if tasks is None else tasks, turns
+        self._pace, self._inlet = pace, None
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()  # in which each request begins
         self._transport: Any = None
@@ -74,6 +79,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         "Begin to wait for a request."
         self._transport = transport
+        later = partial(self._crowd.is_stranger, self)
+        self._inlet = Inlet(transport, self._read, self._pace, _PART, later)
         transport.set_write_buffer_limits(high=_HIGH)
         peer, here = (transport.get_extra_info(n) for n in ("peername", "sockname"))
         if isinstance(peer, tuple):
@@ -88,21 +95,23 @@ class Connection(asyncio.Protocol):
         data: bytes,  # as they came, any number
     ) -> None:
         "Read bytes, and check the limits."
+        if not self._ending:
+            idle = not self._reader.part and self._serving is None
+            if idle and self._clock.state != "head":
+                self._clock.wait("head")
+            self._crowd.stir(self)
+        if self._inlet.take(data):
+            self._crowd.count(self, len(data))
+
+    def _read(self, data: bytes, waited: bool) -> None:
         if self._ending:
             self._dropped += len(data)
             if self._dropped > self._limits.max_message:
-                self._transport.abort()
+                self._abort()
             return
         reader = self._reader
-        if not reader.part and self._serving is None and self._clock.state != "head":
-            self._clock.wait("head")
-        self._crowd.stir(self)
         reader.feed(data)
         if self._ending:
-            return
-        if not reader.part:
-            if self._waits or self._ahead:  # as a whole, and it stays in memory
-                self._crowd.count(self, len(data))
             return
         if reader.part == "head" and reader.size > self._limits.max_head:
             longest = self._limits.max_head
@@ -110,11 +119,14 @@ class Connection(asyncio.Protocol):
         elif reader.size > self._limits.max_message:
             self._crowd.refused("message")
             self.evict("message")
-        else:
+        elif waited and not reader.begun:  # it was counted when it came
+            self._uncount()
+        elif reader.part or self._waits or self._ahead:
             self._crowd.count(self, len(data))
 
     def eof_received(self) -> None:
         "Close the connection: the caller hangs up or sends no more."
+        self._inlet.clear()
         self._hung_up()
         self._serving = None  # nothing more is written, and what waits has to be taken
         self._clock.write()
@@ -128,6 +140,7 @@ class Connection(asyncio.Protocol):
         self._crowd.leave(self)
         if self._turns is not None:
             self._turns.drop(self)
+        self._inlet.close()
         self._hung_up()
         self.resume_writing()
         self._reader.close()
@@ -168,11 +181,13 @@ class Connection(asyncio.Protocol):
             self._serve(exchange)
         elif len(self._ahead) < self._limits.max_pipelined:
             self._ahead.append(exchange)
-            self._transport.pause_reading()
+            self._inlet.hold()
         else:
             most = self._limits.max_pipelined
             reason = f"more than {count_of(most, 'request')} sent ahead of the answers"
-            self.refuse(400, reason, "pipelined")
+            return self.refuse(400, reason, "pipelined")
+        if self._waits or self._ahead:
+            self._crowd.count(self, _HEADER * exchange.headers)
 
     def received(
         self,
@@ -181,6 +196,8 @@ class Connection(asyncio.Protocol):
         "Take a request that is complete."
         if not (self._waits or self._ahead):
             self._crowd.forget(self)
+            if left := len(self._inlet):
+                self._crowd.count(self, left)
         if exchange.answered and self._serving is exchange:
             self._next()
         elif not self._again:
@@ -197,6 +214,7 @@ class Connection(asyncio.Protocol):
             return
         self._ending = True
         self._reader.stop()
+        self._inlet.clear()
         self._crowd.refused(word)
         self._crowd.forget(self)
         self._last = _error(status, reason)
@@ -228,7 +246,7 @@ class Connection(asyncio.Protocol):
 
     def _uncount(self) -> None:
         "Stop counting bytes, unless some of them are still to come or wait their turn."
-        if not (self._waits or self._ahead or self._reader.part):
+        if not (self._waits or self._ahead or self._reader.part or self._inlet):
             self._crowd.forget(self)
 
     def _start(self, exchange: "_Exchange") -> None:
@@ -257,7 +275,7 @@ class Connection(asyncio.Protocol):
         else:
             self._clock.wait("rest")  # the rest of a body that nobody reads
             self._crowd.rest(self)
-            self._transport.resume_reading()
+            self._inlet.go_on()
 
     def _next(self) -> None:
         "Serve the next request, or wait for one."
@@ -277,7 +295,7 @@ class Connection(asyncio.Protocol):
             return self._end(linger=True)
         self._clock.wait("head" if self._reader.part else "idle")
         self._crowd.rest(self)
-        self._transport.resume_reading()
+        self._inlet.go_on()
 
     def _end(self, linger: bool) -> None:
         """Close when everything is sent.
@@ -289,9 +307,10 @@ class Connection(asyncio.Protocol):
         self._crowd.rest(self)
         if linger and self._transport.can_write_eof():
             self._clock.wait("end")
-            self._transport.resume_reading()
+            self._inlet.go_on()
             self._transport.write_eof()
         else:
+            self._inlet.clear()
             self._transport.close()
 
     async def write(
@@ -310,11 +329,11 @@ class Connection(asyncio.Protocol):
     def resume_reading(self) -> None:
         "Receive more of a body that is read by the application."
         if not self._ahead:
-            self._transport.resume_reading()
+            self._inlet.go_on()
 
     def pause_reading(self) -> None:
         "Receive no more of a body until the application has read it."
-        self._transport.pause_reading()
+        self._inlet.hold()
 
     def permit(self) -> None:
         "Keep the connection as long as the present request is worked on."
@@ -330,6 +349,10 @@ class Connection(asyncio.Protocol):
         reason: str,  # ignored here: the crowd counts it
     ) -> None:
         "Close at once."
+        self._abort()
+
+    def _abort(self) -> None:
+        self._inlet.clear()
         self._transport.abort()
 
     def tick(
@@ -338,23 +361,24 @@ class Connection(asyncio.Protocol):
     ) -> None:
         "Close the connection if its caller takes too long."
         clock = self._clock
-        if self._ahead and _has_hung_up(self.fileno()):  # behind what is not read yet
-            self._transport.abort()
+        unread = self._ahead or self._inlet
+        if unread and _has_hung_up(self.fileno()):  # behind what is not read yet
+            self._abort()
         if clock.write_due <= now:
             if self._transport.get_write_buffer_size():
                 self._crowd.refused("unread")
-                self._transport.abort()
+                self._abort()
             else:
                 clock.written()
         if clock.state == "idle" and self._crowd.nearly_full:
             patience = min(self._limits.head_timeout, self._limits.idle_timeout)
             if self._crowd.is_stranger(self) and clock.since + patience <= now:
-                self._transport.abort()
+                self._abort()
         if clock.due <= now:
             if clock.state == "head":
                 self.refuse(408, "the headers did not arrive in time", "slow")
             else:  # close() would wait for a peer that does not read
-                self._transport.abort()
+                self._abort()
 
     def leave(self) -> None:
         "Close after the answer that is being made."
@@ -420,7 +444,8 @@ class _Reader:
         self._parser: Any = httptools.HttpRequestParser(self)
         self.part = ""  # of an unfinished request that is received: "head" or "body"
         self.size = 0  # bytes of it, of which those that came first may be missing
-        self._begun, self._deaf, self._stopped = 0, False, False
+        self.begun = 0  # requests that began in the bytes that were read last
+        self._deaf = self._stopped = False
         self._fields = self._chunks = self._received = 0  # of the present request
         self._url, self._headers, self._hosts = b"", [], 0
         self._coding, self._continue = b"", False
@@ -429,7 +454,7 @@ class _Reader:
 
     def feed(self, data: bytes) -> None:
         "Read bytes. The connection is told of requests and of errors."
-        alone, self._begun = not self.part, 0
+        alone, self.begun = not self.part, 0
         rest = data
         try:
             while rest:
@@ -445,10 +470,10 @@ class _Reader:
         except httptools.HttpParserError:
             if not self._deaf:
                 self._refuse("this is not HTTP")
-        if self._begun == 0:
+        if self.begun == 0:
             self.size += len(data)
         else:  # the parser does not say where in `data` a request began
-            self.size = len(data) if alone and self._begun == 1 else 0
+            self.size = len(data) if alone and self.begun == 1 else 0
 
     def _ignore_upgrade(self, rest: bytes) -> bytes:
         """Replace the parser, since the old one leaves the body to another protocol.
@@ -484,7 +509,7 @@ class _Reader:
             raise _Stop
         if not self._deaf:
             self._fields = self._chunks = self._received = 0
-            self.part, self._begun = "head", self._begun + 1
+            self.part, self.begun = "head", self.begun + 1
             self._url, self._headers, self._hosts = b"", [], 0
             self._coding, self._continue = b"", False
 
@@ -620,6 +645,7 @@ class _Exchange:
         "_scope",
         "_method",
         "_version",
+        "headers",
         "keep_alive",
         "_continue",
         "_body",
@@ -645,6 +671,7 @@ class _Exchange:
         asks: bool,  # whether the caller waits to be told to go on with its body
     ):
         self._connection, self._scope = connection, scope
+        self.headers = len(scope["headers"])
         self._method, self._version = scope["method"], scope["http_version"]
         self._on_leave: Optional[Callable[[], None]] = None
         scope["extensions"] |= {

@@ -7,14 +7,13 @@ __all__ = ['Flood', 'Paced', 'was_stale', 'PacedConnector']
 
 # %% ../../nbs/network/32_floods.ipynb #fl03
 import asyncio
-import time
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Callable
 
 import aiohttp
 
-from .pace import Pace, pace_here
+from .pace import Inlet, Pace, pace_here
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/32_floods.ipynb #fl09
@@ -40,14 +39,10 @@ class Paced(asyncio.Protocol):
         pace: Pace,  # of the loop
         lost: Callable[["Paced"], None] | None = None,  # called when it is closed
     ):
-        self._pace, self._lost = pace, lost
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._lost = asyncio.get_running_loop(), lost
         self._transport, self._inner, self._most = transport, inner, most
-        self._rest, self._size = bytearray(), 0
+        self._inlet, self._size = Inlet(transport, self._hand, pace, _PART), 0
         self._ends: list[Callable[[], object]] = []  # to be told after the rest
-        self._took = 0.0  # seconds, since the request
-        self._held = False  # by the protocol, which wants no more for now
-        self._queued = False  # in the pace
         self._used = False  # for a request before the present one
 
     def __getattr__(self, name: str) -> Any:  # what the protocol wants of a transport
@@ -55,7 +50,7 @@ class Paced(asyncio.Protocol):
 
     def begin(self) -> None:
         "Count from now on what answers another request."
-        self._size, self._took, self._used = 0, 0.0, True
+        self._size, self._inlet.took, self._used = 0, 0.0, True
 
     @property
     def is_stale(self) -> bool:
@@ -70,42 +65,15 @@ class Paced(asyncio.Protocol):
         self._size += len(data)
         if self._size > self._most:
             self._refuse(f"more than {self._most} bytes came for one answer")
-        elif self._rest or self._held or len(data) > _PART or self._pace.is_over:
-            self._rest += data
-            self._wait()
         else:
-            self._hand(data)
+            self._inlet.take(data)
 
-    def _hand(self, part: bytes) -> None:
-        began = time.perf_counter()
+    def _hand(self, part: bytes, waited: bool) -> None:
         self._inner.data_received(part)
-        self._took += time.perf_counter() - began
         if len(self._inner) > _MESSAGES:
             self._refuse(f"more than {_MESSAGES} answers came to one question")
-
-    def _hand_on(self) -> None:
-        "Hand on some parts; if more waits, go on when its turn has come again."
-        self._queued = False
-        until = self._took + self._pace.at_once
-        while self._rest and not self._held and self._took <= until:
-            part = bytes(self._rest[:_PART])
-            del self._rest[:_PART]
-            self._hand(part)
-        self._wait()
-        while self._ends and not self._rest:
+        while self._ends and not self._inlet:
             self._ends.pop(0)()
-
-    def _wait(self) -> None:
-        "Receive while nothing waits, and have what waits handed on in its turn."
-        reading = not (self._rest or self._held)
-        if reading != self._transport.is_reading() and not self._transport.is_closing():
-            if reading:
-                self._transport.resume_reading()
-            else:
-                self._transport.pause_reading()
-        if self._rest and not (self._held or self._queued):
-            self._queued = True
-            self._pace.add((self._took, len(self._rest)), self._hand_on)
 
     def _refuse(self, reason: str) -> None:
         self._inner.set_exception(Flood(reason))
@@ -113,13 +81,11 @@ class Paced(asyncio.Protocol):
 
     def pause_reading(self) -> None:
         "Hand on nothing until the protocol wants more."
-        self._held = True
-        self._wait()
+        self._inlet.hold()
 
     def resume_reading(self) -> None:
         "Hand on again what comes, in its turn."
-        self._held = False
-        self._wait()
+        self._inlet.go_on()
 
     def close(self) -> None:
         "Forget what waits, and close the connection."
@@ -132,7 +98,7 @@ class Paced(asyncio.Protocol):
         self._transport.abort()
 
     def _forget(self) -> None:
-        self._rest.clear()
+        self._inlet.clear()
         while self._ends:
             self._loop.call_soon(self._ends.pop(0))
 
@@ -147,10 +113,14 @@ class Paced(asyncio.Protocol):
         "Tell the protocol once it has all that waits."
         if self._lost is not None:
             self._lost(self)
-        self._end(partial(self._inner.connection_lost, exc))
+        self._end(partial(self._over, exc))
+
+    def _over(self, exc: Exception | None) -> None:
+        self._inner.connection_lost(exc)
+        self._inlet.close()
 
     def _end(self, tell: Callable[[], object]) -> None:
-        if self._rest:
+        if self._inlet:
             self._ends.append(tell)
         else:
             tell()

@@ -23,6 +23,7 @@ from typing import Any, Callable, Coroutine, Optional
 from .connection import Connection
 from ..help.usage import count_of
 from .limits import Crowd, Limits, Turns
+from .pace import Pace
 from ..show import arguments_in_help
 
 # %% ../../nbs/network/06_server.ipynb #c015
@@ -82,7 +83,7 @@ class Server:
             self.loop.close()
 
     async def _serve(self) -> None:
-        parts = self._app, self.crowd, self._tasks, Turns()
+        parts = self._app, self.crowd, self._tasks, Turns(), Pace()
         door = Door(self._sock, partial(Connection, *parts), self._make_room)
         door.open()
         self._failed = False
