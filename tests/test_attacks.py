@@ -653,7 +653,7 @@ def test_nonce_file_that_is_lost(what, tmp_path):
             other = sqlite3.connect(path, isolation_level=None)
             db = axon._gate.nonces._file.db
             with ThreadPoolExecutor(4) as pool:
-                for patience in (3 * SECONDS, 0):  # for the lock, in seconds
+                for patience in (SECONDS, 0):  # for the lock, in seconds
                     db.execute(f"PRAGMA busy_timeout = {1000 * patience}")
                     other.execute("BEGIN EXCLUSIVE")
                     waiting = [pool.submit(status, axon, BODY, sign()) for _ in range(4)]
@@ -2229,10 +2229,11 @@ def test_handler_that_fails(forward, caplog):
 
 def until_it_hangs(axon, begun, timeout=0.2, path="/Prompting"):
     "Ask for a short time, until the handler has begun before it was over: a machine may stand still for so long."
-    body = write_body(Prompting.ask("x", timeout=timeout))
+    body, before = write_body(Prompting.ask("x", timeout=timeout)), axon.health()["running"]
 
     def asked():
         assert post(axon, body, sign(body, path=path), path)[0] == 504
+        until(lambda: begun() or axon.health()["running"] == before)  # its thread may be about to begin
         return begun()
 
     until(asked)

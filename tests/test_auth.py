@@ -355,7 +355,7 @@ def test_a_locked_file_does_not_hold_up_the_loop(tmp_path, clock, caplog):
             other.execute("ROLLBACK")
         return await asyncio.gather(*waiting, return_exceptions=True)
 
-    assert asyncio.run(asked(60)) == [True] * 5
+    assert asyncio.run(asked(10)) == [True] * 5
     assert {(error.status, error.kind) for error in asyncio.run(asked(0))} == {(503, "nonces")}
     other.execute("ROLLBACK")
     assert any(thread.name.startswith("nonces_") for thread in threading.enumerate())

@@ -83,6 +83,18 @@ def until(condition):
         time.sleep(0.005)
 
 
+def until_begun(axon, begun, text="hello"):
+    "Ask for a tenth of a second, until the handler has begun before it was over: a machine may stand still for so long."
+    before = axon.health()["running"]
+
+    def asked():
+        assert ask(axon, text, timeout=0.1)[0] == 504
+        until(lambda: begun() or axon.health()["running"] == before)
+        return begun()
+
+    until(asked)
+
+
 def threads_of(owner):
     "Names of the threads that still belong to an axon, or to dendrites."
     name = f"axon-{owner.port}" if isinstance(owner, Axon) else owner
@@ -568,14 +580,14 @@ def test_an_asynchronous_handler_is_cancelled_when_the_time_is_up():
             raise
 
     with Axon(MINER, workers=1).attach(slow) as axon:
-        until(lambda: ask(axon, timeout=0.1)[0] == 504 and cancelled.is_set())  # begun before its time was up
+        until_begun(axon, cancelled.is_set)
         until(lambda: axon.health()["running"] == 0)
 
 
 def test_a_thread_that_hangs_keeps_its_worker_and_no_more():
     held = Held()
     with Axon(MINER, workers=2).attach(held) as axon:
-        until(lambda: ask(axon, "hold", timeout=0.1)[0] == 504 and held.entered.is_set())  # begun before its time was up
+        until_begun(axon, held.entered.is_set, "hold")
         assert axon.health()["running"] == 1  # honest: the thread still runs
         assert ask(axon, "free")[0] == 200
         held.free.set()
