@@ -333,26 +333,27 @@ def completion_of(isolated):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_processes_that_make_workers_are_kept_when_both_are_late(monkeypatch):
-    monkeypatch.setattr(isolation, "_ANSWER_TIME", 0.5)
+def test_processes_that_make_workers_are_kept_when_both_are_late():
     with Isolated(echo) as isolated:
         until(lambda: completion_of(isolated) == "hello" and len(isolated._templates) == 2)
-        processes = [template._process for template in isolated._templates]
-        for process in processes:
+        templates, processes = [*isolated._templates], [template._process for template in isolated._templates]
+        for template, process in zip(templates, processes):
+            template._orders.settimeout(0.5)  # for those that do not answer: others have their time
             process.suspend()  # as in a cgroup that is frozen
         assert [completion_of(isolated) for _ in range(4)] == [503] * 4
         assert all(template.alive for template in isolated._templates) and len(isolated._templates) == 2
-        for process in processes:
+        for template, process in zip(templates, processes):
+            template._orders.settimeout(isolation._ANSWER_TIME)
             process.resume()
         until(lambda: completion_of(isolated) == "hello")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_process_that_makes_workers_and_stays_silent_is_replaced_by_its_twin(monkeypatch):
-    monkeypatch.setattr(isolation, "_ANSWER_TIME", 0.5)
+def test_a_process_that_makes_workers_and_stays_silent_is_replaced_by_its_twin():
     with Isolated(echo) as isolated:
         until(lambda: completion_of(isolated) == "hello" and len(isolated._templates) == 2)
         silent = isolated._templates[0]._process
+        isolated._templates[0]._orders.settimeout(0.5)  # its twin has its time
         silent.suspend()
         assert completion_of(isolated) == 503
         until(lambda: completion_of(isolated) == "hello" and len(isolated._templates) == 2)
