@@ -1,5 +1,6 @@
 """What several files of tests share."""
 
+import http.client
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
                  if os.access(p, os.X_OK)), None)
+
+
+class OnePiece(http.client.HTTPConnection):
+    "Sends the head and the body of a request in one piece: no pause of the machine comes between them, and no time limit of a body."
+
+    def send(self, data):
+        self.pieces.append(data)
+
+    def request(self, *args, **more):
+        self.pieces = []
+        super().request(*args, **more)
+        self.connect()
+        self.sock.sendall(b"".join(self.pieces))
 
 
 def alive(pid):

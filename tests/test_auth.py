@@ -343,17 +343,20 @@ def test_only_damage_is_damage():
 def test_a_locked_file_does_not_hold_up_the_loop(tmp_path, clock, caplog):
     store = FileNonces(tmp_path / "nonces", clock)
     other = sqlite3.connect(tmp_path / "nonces", isolation_level=None)
-    other.execute("BEGIN EXCLUSIVE")
 
-    async def asked():
-        turns, waiting = 0, [asyncio.ensure_future(store.accept("a", START + i)) for i in range(5)]
-        while not all(task.done() for task in waiting):
-            await asyncio.sleep(0.01)
-            turns += 1
-        return turns, [task.exception() for task in waiting]
+    async def asked(patience):
+        store._file.db.execute(f"PRAGMA busy_timeout = {1000 * patience}")
+        other.execute("BEGIN EXCLUSIVE")
+        waiting = [asyncio.ensure_future(store.accept("b", START + i)) for i in range(5)]
+        if patience:
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            assert not any(task.done() for task in waiting)
+            other.execute("ROLLBACK")
+        return await asyncio.gather(*waiting, return_exceptions=True)
 
-    turns, errors = asyncio.run(asked())
-    assert turns > 20 and {(error.status, error.kind) for error in errors} == {(503, "nonces")}
+    assert asyncio.run(asked(10)) == [True] * 5
+    assert {(error.status, error.kind) for error in asyncio.run(asked(0))} == {(503, "nonces")}
     other.execute("ROLLBACK")
     assert any(thread.name.startswith("nonces_") for thread in threading.enumerate())
     assert [asyncio.run(store.accept("a", START)) for _ in range(2)] == [True, False]

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -394,9 +395,15 @@ def test_epochs_are_read_and_waited_for_as_on_a_real_chain():
         status = client.epochs.epoch_status(1)
         assert (status["epoch_index"], status["last_epoch_block"], status["blocks_remaining"]) == (1, 21, 15)
         assert client.query(("SubtensorModule", "LastEpochBlock"), [1], block=5) == 1
-        timer = threading.Timer(0.2, chain.step, [TEMPO])
-        timer.start()
-        assert client.wait_for_epoch(1, timeout=20).block == 41
+
+
+        def turn():
+            while not chain.substrate.listeners:  # until somebody waits
+                time.sleep(0.005)
+            chain.step(TEMPO)
+
+        threading.Thread(target=turn, daemon=True).start()
+        assert client.wait_for_epoch(1, timeout=30).block == 41
 
 
 @pytest.mark.parametrize("wrong", [

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import select
 import signal
 import socket
 import struct
@@ -174,10 +175,11 @@ def test_an_unknown_name_and_one_that_takes_long(internet, monkeypatch):
     look = lambda host, *_, **__: free.wait(20) and [] if host == "slow.example" else internet.look_up(host, 0)
     monkeypatch.setattr(socket, "getaddrinfo", look)
     with Dendrite(VALIDATOR) as dendrite:
-        answers = said(dendrite.query([at("gone.example:80"), at("slow.example:80")], QUESTION, timeout=0.2))
+        answers = [*said(dendrite.query([at("slow.example:80")], QUESTION, timeout=0.2)),
+                   *said(dendrite.query([at("gone.example:80")], QUESTION, timeout=30))]
         free.set()
-    assert answers[0] == (503, "gone.example:80 cannot be reached: [Errno -2] Name or service not known")
-    assert answers[1] == (408, "no answer within 0.2 s") and internet.connected == []
+    assert answers[0] == (408, "no answer within 0.2 s") and internet.connected == []
+    assert answers[1] == (503, "gone.example:80 cannot be reached: [Errno -2] Name or service not known")
 
 
 def test_names_that_nobody_answers_for_do_not_hold_up_the_others(internet, monkeypatch):
@@ -186,8 +188,8 @@ def test_names_that_nobody_answers_for_do_not_hold_up_the_others(internet, monke
     monkeypatch.setattr(socket, "getaddrinfo", look)
     internet.names["miner.example"] = [["8.8.8.8"]]
     with Dendrite(VALIDATOR) as dendrite:
-        names = [*(f"slow{i}.example" for i in range(40)), "miner.example"]
-        answers = said(dendrite.query([at(f"{name}:80") for name in names], QUESTION, timeout=2))
+        answers = said(dendrite.query([at(f"slow{i}.example:80") for i in range(40)], QUESTION, timeout=0.5))
+        answers += said(dendrite.query([at("miner.example:80")], QUESTION, timeout=10))  # while they still hang
         free.set()
     assert [status for status, _ in answers] == [408] * 40 + [503]
     assert [call[0] for call in internet.connected] == ["8.8.8.8"]
@@ -387,11 +389,17 @@ def silent():
 
 def test_silent_miners_do_not_make_an_honest_one_late(axon, silent):
     with Dendrite(VALIDATOR, allow_private=True, connections=20) as dendrite:
-        answers = dendrite.query([*silent, axon], QUESTION, timeout=0.3)
-        session = next(iter(dendrite._sessions._sessions.values()))
-    assert [a.dendrite.status_code for a in answers] == [408] * 60 + [200]
-    assert all(a.dendrite.process_time >= 0.29 for a in answers[:60])
-    assert answers[-1].dendrite.process_time < answers[0].dendrite.process_time  # the wait was not its time
+
+
+        async def ask():
+            late, [honest] = await asyncio.gather(dendrite(silent, QUESTION, timeout=0.3), dendrite(axon, QUESTION, timeout=30))
+            return late, honest, time.monotonic(), dendrite._sessions.here()
+
+        began = time.monotonic()
+        late, honest, ended, session = asyncio.run(ask())
+    assert {a.dendrite.status_code for a in late} == {408} and honest.is_success
+    assert all(a.dendrite.process_time >= 0.29 for a in late)
+    assert ended - began - honest.dendrite.process_time >= 0.29  # the wait for a place was not its time
     assert len(session.places) == 0 and session.places._own == session.places._users == {}
 
 
@@ -450,17 +458,21 @@ def test_one_target_cannot_have_all_places(axon, silent):
     with Dendrite(VALIDATOR, allow_private=True, connections=4, per_target=2) as dendrite:
 
         async def ask():
-            hog = [asyncio.ensure_future(dendrite(silent[0], QUESTION, timeout=0.4)) for _ in range(8)]
+            hog = [asyncio.ensure_future(dendrite(silent[0], QUESTION, timeout=60)) for _ in range(8)]
             await asyncio.sleep(0.05)
-            began = time.monotonic()
             [answer] = await dendrite(axon, QUESTION)
-            return answer, time.monotonic() - began, [answer for [answer] in await asyncio.gather(*hog)]
+            assert not any(task.done() for task in hog)  # there was a place for it
+            for task in hog:
+                task.cancel()
+            await asyncio.gather(*hog, return_exceptions=True)
+            hog = [dendrite(silent[0], QUESTION, timeout=0.4) for _ in range(8)]
+            return answer, [answer for [answer] in await asyncio.gather(*hog)]
 
-        answer, seconds, late = asyncio.run(ask())
-    assert answer.completion == "hello" and seconds < 0.3  # there was a place for it
+        answer, late = asyncio.run(ask())
+    assert answer.completion == "hello"
     assert {a.dendrite.status_code for a in late} == {408}
     waited = [a for a in late if "the 2 requests before this one" in a.dendrite.status_message]
-    assert len(waited) >= 4 and all(a.dendrite.process_time < 0.9 for a in late)
+    assert len(waited) >= 4  # those have not had their time after that of all others
 
 
 def test_a_place_is_given_back_when_the_question_is_given_up(axon, silent):
@@ -653,7 +665,7 @@ def test_a_reader_goes_on_after_ctrl_c(read, dendrite):
 
 
 def until(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
@@ -759,7 +771,7 @@ IS_CLOSED = repr(RuntimeError("this dendrite is closed; make a new one"))
 def test_a_question_is_told_that_another_thread_closed_the_dendrite():
     with Answering() as miner, Dendrite(VALIDATOR, allow_private=True) as dendrite:
         asking, got = result_in_a_thread(lambda: dendrite.query([miner] * 2, QUESTION))
-        time.sleep(0.2)  # the miner says nothing
+        select.select([miner.socket], [], [], 30)  # it has been called, and says nothing
         dendrite.close()
         asking.join(10)
     assert got == [WAS_CLOSED]
@@ -768,7 +780,7 @@ def test_a_question_is_told_that_another_thread_closed_the_dendrite():
 def test_a_question_in_a_loop_of_its_own_is_told_so_as_well(caplog):
     with Answering() as miner, Dendrite(VALIDATOR, allow_private=True) as dendrite:
         asking, got = result_in_a_thread(lambda: asyncio.run(dendrite([miner] * 2, QUESTION)))
-        time.sleep(0.2)
+        select.select([miner.socket], [], [], 30)
         dendrite.close()
         asking.join(10)
     assert got == [WAS_CLOSED] and not caplog.records

@@ -317,12 +317,14 @@ def test_a_slow_server_does_not_block_others_and_hears_when_the_caller_leaves(pl
         return JSONResponse({"choices": [{"message": {"content": word}}]})
 
     with served(handle) as url, remote_miner(url, place) as miner, Dendrite(VALIDATOR, allow_private=True) as dendrite:
-        with ThreadPoolExecutor(1) as other:
-            slow = other.submit(dendrite.query, [miner.axon], Prompting.ask("slow", timeout=2.0))
+        with ThreadPoolExecutor(1) as other, Dendrite(VALIDATOR, allow_private=True) as leaving:
+            slow = other.submit(leaving.query, [miner.axon], Prompting.ask("slow", timeout=SECONDS))
             assert arrived.wait(SECONDS)
             quick = [dendrite.query([miner.axon], Prompting.ask(f"quick {i}"))[0].completion for i in range(12)]
             assert not slow.done() and quick == [f"quick {i}" for i in range(12)]
-            assert slow.result()[0].completion is None
+            assert not left.is_set()
+            leaving.close()
+            assert isinstance(slow.exception(SECONDS), RuntimeError)
         assert left.wait(SECONDS)
 
 
@@ -505,7 +507,10 @@ def test_a_late_line_of_a_kept_program_answers_no_other_prompt(caplog):
                 said.append(program.answer(Prompting.ask(prompt, timeout=30)))
             except ProgramFailed as error:
                 said.append(str(error))
-            time.sleep(0.5)  # what is too many has come by then
+            end = time.monotonic() + SECONDS
+            while prompt == "ab" and program._kept and program._kept.lines.qsize() < 2:  # what is too many has yet to come
+                assert time.monotonic() < end
+                time.sleep(0.01)
         program.close()
     assert said[:2] == ['the program did not write {"completion": text}: loading'] * 2
     assert said[3] == "dc" and "lines more than it was asked for" in caplog.text

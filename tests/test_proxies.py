@@ -216,8 +216,8 @@ def test_an_upgrade_smuggles_no_request_through_a_proxy(proxy):
     with socket.create_connection(("127.0.0.1", proxy.plain), SECONDS) as line:
         head = f"POST /Prompting HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nconnection: upgrade\r\ncontent-length: {len(smuggled)}"
         line.sendall(head.encode() + b"\r\n\r\n" + smuggled)
+        answers = line.recv(65536)
         line.settimeout(1.0)
-        answers = b""
         try:
             while more := line.recv(65536):
                 answers += more

@@ -98,6 +98,16 @@ class Redis:
         self.process.wait()
 
 
+def a_minute_later(nonces):
+    "Let a minute pass for a store of nonces: what it keeps for so long is gone, and the rest is older."
+    redis, key = nonces.store._sync, nonces.store.key
+    for name in redis.keys(key("nonce", "*")):
+        redis.delete(name)
+    for name in (key("seconds"), key("callers")):
+        for member, since in redis.zrange(name, 0, -1, withscores=True):
+            redis.zadd(name, {member: since - 60_000})
+
+
 @pytest.fixture
 def redis(tmp_path):
     server = Redis(tmp_path)
@@ -105,8 +115,8 @@ def redis(tmp_path):
     server.kill()
 
 
-def stored(redis, **more):
-    return Axon(MINER, nonces=StoredNonces(Store(redis.url, ME, timeout=0.3)), **more).attach(echo)
+def stored(redis, timeout=SECONDS):
+    return Axon(MINER, nonces=StoredNonces(Store(redis.url, ME, timeout=timeout))).attach(echo)
 
 
 def test_a_request_is_good_once_at_all_processes(redis):
@@ -191,8 +201,8 @@ def test_a_redis_that_takes_no_writes_makes_a_miner_unready(redis):
 
 
 def test_a_redis_that_hangs_does_not_hold_up_the_loop(redis):
-    with stored(redis) as axon:
-        assert status(axon) == 200
+    with stored(redis, timeout=0.3) as axon:
+        until(lambda: status(axon) == 200)
         redis.process.send_signal(signal.SIGSTOP)
         try:
             assert status(axon) == 503
@@ -253,7 +263,7 @@ def test_of_too_many_callers_the_store_remembers_when_somebody_asked(redis, monk
     monkeypatch.setattr(store_module, "_PAIRS", 8)
     begin = time.time_ns() // 10**10 * 10**10
     now = [begin]
-    nonces = StoredNonces(Store(redis.url, ME, clock=lambda: now[0]), kept=0.2)
+    nonces = StoredNonces(Store(redis.url, ME, clock=lambda: now[0], timeout=SECONDS))
     nonces.begin()
 
     def taken(ten, caller):
@@ -265,11 +275,11 @@ def test_of_too_many_callers_the_store_remembers_when_somebody_asked(redis, monk
             return "forgotten"
 
     assert all(taken(1, f"5x{i}") for i in range(5)) and all(taken(ten, "5x0") for ten in range(2, 6))
-    time.sleep(0.25)
+    a_minute_later(nonces)
     assert taken(1, "5y") == "forgotten"  # crowded
     assert [taken(ten, "5x0") for ten in range(1, 6)] == ["forgotten"] * 5
     assert [taken(ten, "5y") for ten in range(2, 6)] == [True] * 4  # now there are too many
-    time.sleep(0.25)
+    a_minute_later(nonces)
     assert [taken(ten, "5x0") for ten in range(1, 6)] == ["forgotten"] * 5
     assert taken(2, "5z") in (True, "forgotten") and taken(5, "5z") is True
     assert nonces.store._sync.zcard(nonces.store.key("callers")) <= 8
@@ -278,12 +288,15 @@ def test_of_too_many_callers_the_store_remembers_when_somebody_asked(redis, monk
 
 def test_a_quota_is_for_all_processes_and_ends_with_its_window(redis):
     async def admitted():
-        store, other = Store(redis.url, ME), Store(redis.url, ME)
-        quotas = StoredQuota(store, 2, 0.4), StoredQuota(other, 2, 0.4)
+        store, other = (Store(redis.url, ME, timeout=SECONDS) for _ in range(2))
+        quotas = StoredQuota(store, 2, 60.0), StoredQuota(other, 2, 60.0)
         waits = [await quotas[i % 2].wait("5x") for i in range(4)]
-        assert waits[:2] == [0, 0] and all(0 < w <= 0.4 for w in waits[2:])
+        assert waits[:2] == [0, 0] and all(0 < w <= 60.0 for w in waits[2:])
         assert await quotas[0].wait("5y") == 0  # another hotkey
-        await asyncio.sleep(max(waits) + 0.05)
+        key = store.key("quota", "5x")
+        assert 0 < store._sync.pttl(key) <= 60_000
+        for member, since in store._sync.zrange(key, 0, -1, withscores=True):
+            store._sync.zadd(key, {member: since - 1000 * max(waits)})  # the window passes
         assert await quotas[1].wait("5x") == 0
         store.close(), other.close()
 
