@@ -56,6 +56,7 @@ from prompting_nb.network.chain import EmbeddedChain, make_wallet
 from prompting_nb.network.dendrite import Dendrite, _discard, _read_stream
 from prompting_nb.network.isolation import Isolated
 from prompting_nb.network.legacy import legacy_headers
+from prompting_nb.network.pace import Pace
 from prompting_nb.network.server import Door, Limits, Server, listen
 from prompting_nb.network.store import Store, StoredNonces
 from prompting_nb.protocol import Prompting, StreamPrompting, write_body
@@ -1588,6 +1589,78 @@ def test_answered_request_leaves_nothing_in_memory():
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+def of_a_server(app, *parts):
+    "A connection as a server makes it."
+    line = connection.Connection(app, *parts)
+    line.connection_made(Nowhere())
+    return line
+
+
+async def empty(scope, receive, send):
+    "An application that reads all and answers with nothing; who asks for /known is permitted."
+    if scope["path"] == "/known":
+        scope["extensions"]["connection.permit"]()
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
+def test_many_bytes_of_many_strangers_in_one_moment(monkeypatch):
+    """Twenty strangers send sixteen requests of a thousand chunks each in one moment, and after them a known caller asks: a few of
+    these bytes are parsed in each turn of the loop, and those of the known caller first.
+    Older server: parses all that has arrived, while others wait."""
+    feed, turn, most, order = connection._Reader.feed, [], [0], []
+
+    def counted(reader, data):
+        if not turn:
+            asyncio.get_running_loop().call_soon(turn.clear)
+        turn.append(len(data))
+        order.append(reader)
+        most[0] = max(most[0], sum(turn))
+        feed(reader, data)
+
+    async def check():
+        tasks, crowd, turns, pace = set(), connection.Crowd(Limits()), connection.Turns(), Pace(seconds=0)
+        parts = empty, crowd, tasks, turns, pace
+        known, *strangers = (of_a_server(*parts) for _ in range(21))
+        known.data_received(b"GET /known HTTP/1.1\r\nhost: x\r\n\r\n")
+        while tasks or len(turns):
+            await asyncio.sleep(0)
+        monkeypatch.setattr(connection._Reader, "feed", counted)
+        sent = 16 * (CHUNKED + 1000 * b"1\r\nx\r\n" + b"0\r\n\r\n")
+        for line in strangers:
+            line.data_received(sent)
+        size = 3 * connection._PART
+        known.data_received(b"POST /known HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + size * b"x")
+        assert crowd.size == 20 * len(sent) + len(known._inlet) and not order
+        while tasks or len(turns) or any(len(line._inlet) for line in (known, *strangers)):
+            await asyncio.sleep(0)
+        assert order[:4] == 4 * [known._reader] and most[0] <= 3 * connection._PART
+        assert crowd.size == 0 and order.count(strangers[0]._reader) == -(-len(sent) // connection._PART)
+
+    asyncio.run(check())
+    with Axon(MINER).attach(echo) as axon, connect(axon):
+        until(lambda: len(axon._server.crowd) == 1)
+        assert isinstance(next(iter(axon._server.crowd))._pace, Pace)
+
+
+def test_headers_of_requests_that_wait_are_counted():
+    """A stranger sends requests ahead with a hundred short headers each, which take more memory than they have bytes.
+    Older server: -"""
+
+    async def check():
+        tasks, crowd, turns = set(), connection.Crowd(Limits()), connection.Turns()
+        line = of_a_server(empty, crowd, tasks, turns)
+        line.data_received(16 * (b"GET / HTTP/1.1\r\nhost: x\r\n" + 100 * b"ab:cd\r\n" + b"\r\n"))
+        assert 16 * 100 * 100 < crowd.size < 16 * 100 * 300
+        while tasks or len(turns):
+            await asyncio.sleep(0)
+        assert crowd.size == 0
+
+    asyncio.run(check())
 
 
 def test_strangers_who_all_ask_at_once():
