@@ -89,7 +89,7 @@ def test_the_tutorial_runs_in_jupyterlab_to_its_last_cell(lab, browser, name):
             expect(prompt(cells.last)).to_have_text(re.compile(r"\[[*\d]+\]:"), timeout=20_000)  # it is in the queue
             break
     # the last cell has its number once everything before it has run
-    expect(prompt(cells.last)).to_have_text(re.compile(r"\[\d+\]:"), timeout=400_000)
+    expect(prompt(cells.last)).to_have_text(re.compile(r"\[\d+\]:"), timeout=900_000)
     assert page.locator('.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]:has-text("Traceback")').count() == 0
     pictures = page.locator(".jp-NotebookPanel .jp-RenderedImage img")
     assert shown > 0 or name != "the_whole_loop"
