@@ -33,7 +33,7 @@ def a_run(folder: Path, seed: int, file: Path, **gating) -> Path:
     flags = merge({"seed": seed, "out": str(folder), "prompts": str(file), "gating": gating})
     recorder = Recorder(make_folder(folder), command=f"prompting-nb loop --seed {seed}", settings=flags, files=[file])
     gate = lambda metagraph, seed: default_gate(metagraph, seed, {"gating": gating})
-    loop = Loop(arena, judge, Policy(k=1, timeout=5), gate, seed, recorder.event)
+    loop = Loop(arena, judge, Policy(k=1, timeout=30), gate, seed, recorder.event)
     loop.run(progress=False)
     recorder.close(loop)
     return folder

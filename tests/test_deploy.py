@@ -84,7 +84,7 @@ def started(name, tmp_path, config):
 def stopped(name, process):
     "Stop as systemd does; the status must count as success for it."
     process.terminate()
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     accepted = {0, int(unit(name)["Service"]["SuccessExitStatus"])}
     assert process.returncode in accepted and "Traceback" not in err, err
     return out
@@ -109,7 +109,7 @@ def test_the_command_of_the_miner_runs(tmp_path):
 def test_a_wrong_setting_ends_with_the_status_that_prevents_a_restart(tmp_path):
     config = settings_for("miner", tmp_path, "ws://127.0.0.1:9", axon={"port": -1})
     process = started("miner", tmp_path, config)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == int(unit("miner")["Service"]["RestartPreventExitStatus"]) and "port" in err
 
 
@@ -131,9 +131,9 @@ def test_the_command_of_the_validator_runs(tmp_path):
             more = dict(dir=str(tmp_path / "validator"), reward=str(tmp_path / "reward"), top_k=1, port=0)
             validator = started("validator", tmp_path, settings_for("validator", tmp_path, server.address, **more))
             address = line_of(validator, r"POST to (http://\S+)/prompt")[1]
-            deadline, steps = time.monotonic() + 120, 0
+            deadline, steps = time.monotonic() + 300, 0
             while steps < 2 and time.monotonic() < deadline:
-                with urllib.request.urlopen(f"{address}/status", timeout=10) as answer:
+                with urllib.request.urlopen(f"{address}/status", timeout=60) as answer:
                     steps = json.load(answer)["step"]
                 time.sleep(0.5)
             assert steps >= 2

@@ -26,12 +26,12 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 """
 COMMAND = "from prompting_nb.cli import main; main(['doctor', *sys.argv[1:]])"
-ASKING = "from prompting_nb.loop.doctor import check_chain; check_chain('ws://127.0.0.1:9')"
+ASKING = "from prompting_nb.loop.doctor import check_chain; check_chain('ws://127.0.0.1:9', timeout=250)"
 
 
 def blocked(code, *arguments):
     command = [sys.executable, "-c", BLOCKED + code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_nothing_is_contacted_without_a_network(tmp_path):
@@ -51,7 +51,7 @@ def test_a_chain_is_asked_when_it_is_named(tmp_path):
     wallet = local_wallet(tmp_path, "mine")
     with ChainServer(chain) as server:
         network = server.address
-        states = lambda: {check.name: check.state for check in check_chain(network, 1, wallet.hotkey.ss58_address)}
+        states = lambda: {check.name: check.state for check in check_chain(network, 1, wallet.hotkey.ss58_address, timeout=120)}
         assert states() == {"chain": "ok", "registration": "problem"}
         chain.register(wallet)
         assert states() == {"chain": "ok", "registration": "ok"}

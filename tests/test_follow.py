@@ -14,7 +14,7 @@ from prompting_nb.config import InputError
 from prompting_nb.loop.follow import Follower
 from prompting_nb.loop.journal import Journal
 
-SECONDS = 60.0
+SECONDS = 300.0
 # writes events as a validator does, in small pieces, into files that are soon full; `kill` ends it within a line
 WRITER = textwrap.dedent("""
     import json, os, sys, time

@@ -39,7 +39,7 @@ def lab(tmp_path):
                "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
     with open(tmp_path / "lab.log", "w+") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as server:
         try:
-            deadline, found = time.monotonic() + 120, None
+            deadline, found = time.monotonic() + 300, None
             while not found and time.monotonic() < deadline and server.poll() is None:
                 found = re.search(r"http://127\.0\.0\.1:(\d+)/", (tmp_path / "lab.log").read_text())
                 time.sleep(0.2)  # the server has no other sign of being ready
@@ -89,13 +89,14 @@ def test_the_tutorial_runs_in_jupyterlab_to_its_last_cell(lab, browser, name):
             expect(prompt(cells.last)).to_have_text(re.compile(r"\[[*\d]+\]:"), timeout=20_000)  # it is in the queue
             break
     # the last cell has its number once everything before it has run
-    expect(prompt(cells.last)).to_have_text(re.compile(r"\[\d+\]:"), timeout=400_000)
+    expect(prompt(cells.last)).to_have_text(re.compile(r"\[\d+\]:"), timeout=900_000)
     assert page.locator('.jp-NotebookPanel [data-mime-type="application/vnd.jupyter.stderr"]:has-text("Traceback")').count() == 0
     pictures = page.locator(".jp-NotebookPanel .jp-RenderedImage img")
-    assert pictures.count() >= shown > 0 if name == "the_whole_loop" else pictures.count() >= shown
+    assert shown > 0 or name != "the_whole_loop"
     if shown:
+        pictures.nth(shown - 1).wait_for(state="attached")  # a cell has its number before its picture is there
         pictures.last.scroll_into_view_if_needed()
-        assert pictures.last.evaluate("picture => picture.naturalWidth") > 300
+        page.wait_for_function("picture => picture.naturalWidth > 300", arg=pictures.last.element_handle())
     page.close()
 
 
@@ -107,7 +108,7 @@ def kernel():
     manager.start_kernel(env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)})
     client = manager.client()
     client.start_channels()
-    client.wait_for_ready(timeout=60)
+    client.wait_for_ready(timeout=300)
     yield manager, client
     client.stop_channels()
     manager.shutdown_kernel(now=True)
@@ -127,7 +128,7 @@ def said(client, code: str, until: str) -> str:
     mine = client.execute(code, stop_on_error=False)  # an interrupt is no reason to forget what comes next
     text = ""
     while until not in text:
-        message = client.get_iopub_msg(timeout=120)
+        message = client.get_iopub_msg(timeout=300)
         if message["parent_header"].get("msg_id") != mine:
             continue  # the end of what ran before
         assert message["msg_type"] != "error", "\n".join(message["content"]["traceback"])
@@ -140,7 +141,7 @@ def listens(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-def stops(port: int, seconds: float = 30.0) -> bool:
+def stops(port: int, seconds: float = 200.0) -> bool:
     "Does the port fall silent? (Another process ends: there is nothing to wait for but the port.)"
     deadline = time.monotonic() + seconds
     while listens(port) and time.monotonic() < deadline:
@@ -155,9 +156,9 @@ def test_shift_tab_shows_arguments_and_shapes(kernel):
 
     def inspected(code):
         client.inspect(code, len(code))
-        text = client.get_shell_msg(timeout=60)["content"]
+        text = client.get_shell_msg(timeout=300)["content"]
         while "data" not in text:  # the answer to what ran before
-            text = client.get_shell_msg(timeout=60)["content"]
+            text = client.get_shell_msg(timeout=300)["content"]
         return re.sub(r"\x1b\[[0-9;]*m", "", text["data"]["text/plain"])
 
     shown = inspected("RewardModel")
@@ -173,7 +174,7 @@ def test_interrupt_leaves_no_server_behind(kernel):
     assert listens(port)
     manager.interrupt_kernel()
     assert stops(port)
-    assert said(client, "print('alive', miner.axon.is_running, '.')", " .") == "alive False .\n"
+    assert said(client, "print('alive', miner.axon.is_running, '.')", " .").strip() == "alive False ."
 
 
 def test_restart_leaves_no_server_behind(kernel):

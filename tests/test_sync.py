@@ -33,7 +33,7 @@ def test_export_clean_and_readme_change_nothing(tmp_path):
         shutil.copy(ROOT / part, copy / part)
     before = _files(copy)
     for command in ([BIN / "nbdev_export"], [BIN / "nbdev_clean"], [sys.executable, "tools/readme.py"]):
-        subprocess.run(command, cwd=copy, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, cwd=copy, check=True, capture_output=True, timeout=600)
     after = _files(copy)
     assert sorted(before) == sorted(after)
     assert [name for name in before if before[name] != after[name]] == []

@@ -51,7 +51,8 @@ def run(path: Path, timeout: int = 600):
         if cell.cell_type == "code" and re.search(r"^#\|\s*eval:\s*false", cell.source, re.M):
             cell.metadata["tags"] = [SKIPPED]
     manager = ForkedKernelManager if sys.platform == "linux" else AsyncKernelManager
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", skip_cells_with_tag=SKIPPED,
+    patient = dict(startup_timeout=300, iopub_timeout=120)  # else a busy machine loses outputs that come after their cell
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", skip_cells_with_tag=SKIPPED, **patient,
                             kernel_manager_class=manager, resources={"metadata": {"path": str(path.parent)}})
     client.execute(env={**os.environ, **ENVIRONMENT, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     return notebook

@@ -220,12 +220,16 @@ def lock_folder(
     except OSError as error:
         why = f"{path.parent} cannot be used: {error.strerror}"
         raise InputError(f"{why}; give another --dir") from None
-    for pause in (0.1, 0.0):  # `is_locked` takes it as well, for a moment
-        try:
+    for _ in range(50):
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
+        try:  # who only looks, in `is_locked`, shares it for a moment
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            time.sleep(pause)
+            break
+        fcntl.flock(file, fcntl.LOCK_UN)
+        time.sleep(0.1)
     file.close()
     raise InputError(
         f"another process works in {path.parent}: stop it, or give another --dir"
