@@ -1608,6 +1608,12 @@ async def empty(scope, receive, send):
     await send({"type": "http.response.body"})
 
 
+async def until_idle(*lines):
+    "Wait until everything that came on these connections is answered."
+    while any(line._serving or line._ahead or len(line._inlet) for line in lines):
+        await asyncio.sleep(0)
+
+
 def test_many_bytes_of_many_strangers_in_one_moment(monkeypatch):
     """Twenty strangers send sixteen requests of a thousand chunks each in one moment, and after them a known caller asks: a few of
     these bytes are parsed in each turn of the loop, and those of the known caller first.
@@ -1623,12 +1629,11 @@ def test_many_bytes_of_many_strangers_in_one_moment(monkeypatch):
         feed(reader, data)
 
     async def check():
-        tasks, crowd, turns, pace = set(), connection.Crowd(Limits()), connection.Turns(), Pace(seconds=0)
-        parts = empty, crowd, tasks, turns, pace
+        crowd = connection.Crowd(Limits())
+        parts = empty, crowd, set(), connection.Turns(), Pace(seconds=0)
         known, *strangers = (of_a_server(*parts) for _ in range(21))
         known.data_received(b"GET /known HTTP/1.1\r\nhost: x\r\n\r\n")
-        while tasks or len(turns):
-            await asyncio.sleep(0)
+        await until_idle(known)
         monkeypatch.setattr(connection._Reader, "feed", counted)
         sent = 16 * (CHUNKED + 1000 * b"1\r\nx\r\n" + b"0\r\n\r\n")
         for line in strangers:
@@ -1636,8 +1641,7 @@ def test_many_bytes_of_many_strangers_in_one_moment(monkeypatch):
         size = 3 * connection._PART
         known.data_received(b"POST /known HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + size * b"x")
         assert crowd.size == 20 * len(sent) + len(known._inlet) and not order
-        while tasks or len(turns) or any(len(line._inlet) for line in (known, *strangers)):
-            await asyncio.sleep(0)
+        await until_idle(known, *strangers)
         assert order[:4] == 4 * [known._reader] and most[0] <= 3 * connection._PART
         assert crowd.size == 0 and order.count(strangers[0]._reader) == -(-len(sent) // connection._PART)
 
@@ -1652,12 +1656,11 @@ def test_headers_of_requests_that_wait_are_counted():
     Older server: -"""
 
     async def check():
-        tasks, crowd, turns = set(), connection.Crowd(Limits()), connection.Turns()
-        line = of_a_server(empty, crowd, tasks, turns)
+        crowd = connection.Crowd(Limits())
+        line = of_a_server(empty, crowd, set(), connection.Turns())
         line.data_received(16 * (b"GET / HTTP/1.1\r\nhost: x\r\n" + 100 * b"ab:cd\r\n" + b"\r\n"))
         assert 16 * 100 * 100 < crowd.size < 16 * 100 * 300
-        while tasks or len(turns):
-            await asyncio.sleep(0)
+        await until_idle(line)
         assert crowd.size == 0
 
     asyncio.run(check())
