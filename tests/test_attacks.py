@@ -2793,6 +2793,27 @@ def test_answer_that_comes_before_its_question(dendrite, kind):
         line.close()
 
 
+@pytest.mark.parametrize("evil_first", [True, False])
+def test_another_hotkey_at_the_address_of_a_miner(evil_first):
+    """Somebody publishes an honest miner's address beside another hotkey, for which that miner refuses to answer.
+    Older client: -"""
+    with Axon(MINER).attach(echo) as axon, Dendrite(VALIDATOR, allow_private=True) as dendrite:
+        honest, evil = (SimpleNamespace(hotkey=hotkey, axon=axon.address) for hotkey in (ME, STRANGER.hotkey.ss58_address))
+
+        def asked():
+            "Statuses of one after the other, and the miner's known connections after that."
+            order = [evil, honest] if evil_first else [honest, evil]
+            statuses = {target.hotkey: ask(dendrite, target, timeout=SECONDS).dendrite.status_code for target in order}
+            crowd = axon._server.crowd
+            until(lambda: len(crowd._all.known) == 1 and crowd.strangers == 1)  # both are idle
+            return statuses[ME], statuses[evil.hotkey], list(crowd._all.known)
+
+        assert ask(dendrite, honest, timeout=SECONDS).dendrite.status_code == 200
+        until(lambda: len(axon._server.crowd._all.known) == 1)
+        [known] = axon._server.crowd._all.known
+        assert [asked() for _ in range(3)] == 3 * [(200, 401, [known])]  # no answer waits among strangers
+
+
 def test_stream_of_pieces_without_text(dendrite):
     """A miner streams a megabyte of empty pieces as fast as it can, while others are asked.
     Older client: -"""
