@@ -2291,6 +2291,35 @@ def test_stop_with_a_handler_that_does_not_end(caplog):
         begun.clear()
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "is about to wait"])
+@pytest.mark.parametrize("body, signed", [(BODY, sign), (OLD, old)], ids=["btauth/1", "older format"])
+def test_stop_while_a_check_is_awaited(waits, body, signed):
+    """A miner is stopped while its asynchronous check has an admitted question before it.
+    Older server: -"""
+    begun, decide, said = threading.Event(), threading.Event(), []
+
+    async def look():
+        while not decide.is_set():
+            begun.set()
+            await asyncio.sleep(0.001)
+
+    def check(synapse):
+        if not waits:
+            axon._waiting.stop()  # as when the stop comes in the moment before
+        return look()
+
+    axon = Axon(MINER).attach(echo, check_fn=check).start()
+    asking = threading.Thread(target=lambda: said.append(status(axon, body, signed())))
+    stopping = threading.Thread(target=axon.stop)
+    asking.start()
+    until(lambda: begun.is_set() or said)
+    stopping.start()
+    until(lambda: axon._waiting._stopped)
+    decide.set()
+    asking.join(SECONDS), stopping.join(SECONDS)
+    assert said == [200] and not axon.is_running
+
+
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "coroutine"])
 def test_handler_that_cancels_itself(plain):
     """A handler that raises `CancelledError`.

@@ -445,7 +445,8 @@ class _Endpoint:
         except ValueError as error:
             raise Refusal(400, str(error), "malformed") from None
         if self._attached.check is not None:
-            await _call(self._attached.check, synapse, request.hold)
+            hold = partial(request.hold, admitted=True)
+            await _call(self._attached.check, synapse, hold)
         request.body = b""  # it takes no memory while it is worked on
         return synapse
 
@@ -837,16 +838,19 @@ class _Exchange:
         finally:
             self.deadline.stop()
 
-    async def hold(self, awaitable: Awaitable, more: float = 0.0) -> Any:
-        """Await what decides whether the request is admitted; its body is counted.
+    async def hold(
+        self, awaitable: Awaitable, more: float = 0.0, admitted: bool = False
+    ) -> Any:
+        """Await what decides about the request; its body is counted.
 
-        `Refusal` as of `wait`, and 503 when too many bodies wait.
+        `Refusal` as of `wait`, 503 when too many bodies wait, and 503 at a stop of the
+        miner unless the request is `admitted`.
         """
         waiting = self.wire.waiting
         try:
             await self.read(self.wire.bounds)  # so that it can be counted
             patience = self.wire.bounds.body_timeout
-            waiting.enter(self, more or patience, early=more > 0)
+            waiting.enter(self, more or patience, more > 0, admitted)
         except BaseException:
             if (end := getattr(awaitable, "close", None)) is not None:
                 end()  # or Python warns of a coroutine that nobody has awaited
@@ -1091,15 +1095,20 @@ class _Waiting:
     def __init__(self, most: int):
         self.size, self._most = 0, most  # bytes of bodies
         self._held: dict[_Exchange, tuple[int, float, bool]] = {}
+        self._admitted: set[_Exchange] = set()  # of these, which finish after a stop
         self._stopped = False
 
-    def enter(self, request: _Exchange, seconds: float, early: bool) -> None:
+    def enter(
+        self, request: _Exchange, seconds: float, early: bool, admitted: bool = False
+    ) -> None:
         "Count a body that may wait so long; `Refusal` 503 if there is no room for it."
-        if self._stopped:
+        if self._stopped and not admitted:
             raise _stopping()
         size, now = len(request.body or b""), time.monotonic()
         self._held[request] = size, now + seconds, early
         self.size += size
+        if admitted:
+            self._admitted.add(request)
         if self.size > self._most:
             self._make_room(request, now)
 
@@ -1125,12 +1134,14 @@ class _Waiting:
         "Count a body no more."
         size, _, _ = self._held.pop(request, (0, 0.0, False))
         self.size -= size
+        self._admitted.discard(request)
 
     def stop(self) -> None:
-        "Refuse those that wait, now and from now on."
+        "Refuse those that wait to be admitted, now and from now on."
         self._stopped = True
         for request in self._held:
-            request.deadline.cancel(_stopping())
+            if request not in self._admitted:  # it may finish, and `drain` ends it
+                request.deadline.cancel(_stopping())
 
 
 def _too_many(early: bool) -> Refusal:
