@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +49,7 @@ from prompting_nb.loop.network import Network
 from prompting_nb.loop.tasks import Worker
 from prompting_nb.network import addresses, auth, connection, isolation, legacy
 from prompting_nb.network import dendrite as dendrite_page
+from prompting_nb.network import server as server_page
 from prompting_nb.network.auth import FORGOTTEN, FileNonces, MemoryNonces, Refusal, sign_request
 from prompting_nb.network.axon import Axon, _Waiting
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
@@ -1754,6 +1756,71 @@ def test_error_in_the_care_for_a_connection(what, monkeypatch, caplog):
             until(lambda: not axon._server.connections)
         assert status(axon) == 200
     assert caplog.text.count("RuntimeError: away") == 1
+
+
+def test_connections_by_the_hundred_each_second():
+    """Strangers open connections by the hundred each second, while others ask again and again; who is new has to be let in first.
+    Older server: -"""
+
+    async def check():
+        turns, asked, inside = connection.Turns(), [], []
+
+        class Guest(asyncio.Protocol):
+            def connection_made(self, transport):
+                inside.append(transport)
+
+        def ask_again(name):
+            asked.append(name)
+            turns.add(name, partial(ask_again, name), again=True)
+
+        for name in range(50):
+            ask_again(name)
+        sock = listen("127.0.0.1", 0)
+        door, callers = Door(sock, Guest), [socket.create_connection(sock.getsockname()) for _ in range(200)]
+        asked.clear()
+        door.open()
+        end = time.monotonic() + SECONDS
+        while len(inside) < 200 and time.monotonic() < end:
+            await asyncio.sleep(0)
+        assert len(inside) == 200 and 20 < len(asked) < 60  # they come on as well, but the others need not wait for them
+        await door.close()
+        for line in (*callers, *inside):
+            line.close()
+        for name in range(50):
+            turns.drop(name)
+        await asyncio.sleep(0)
+
+    asyncio.run(check())
+
+
+def test_no_more_are_let_in_than_can_be_answered(monkeypatch):
+    """Strangers connect and ask at once, more of them than can be answered: those wait outside whom nobody can answer yet.
+    Older server: sets no limit."""
+    most = [0]
+
+    class Noting(connection.Turns):
+        def add(self, *args, **more):
+            super().add(*args, **more)
+            most[0] = max(most[0], len(self))
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def nothing():
+        pass
+
+    monkeypatch.setattr(server_page, "Turns", Noting)
+    sock = listen("127.0.0.1", 0)
+    lines = [socket.create_connection(sock.getsockname(), timeout=SECONDS) for _ in range(300)]
+    for line in lines:
+        line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    server = Server(app, sock).start()
+    assert [read_status(line) for line in lines] == [401] * 300
+    server.stop(nothing, SECONDS)
+    assert 0 < most[0] < 60  # as many as came while nobody waited
+    for line in lines:
+        line.close()
 
 
 def test_system_without_connections(caplog, monkeypatch):
