@@ -511,25 +511,51 @@ def test_long_questions_while_the_miner_decides(waits, older):
             other.close()
 
 
-def test_large_question_beside_many_small_ones(monkeypatch):
+class Body:
+    "A question that waits, of which only the size matters."
+
+    def __init__(self, size, gone):
+        self.body, self.deadline = b"x" * size, SimpleNamespace(cancel=lambda refusal: gone.append((self, refusal.status)))
+
+
+@pytest.fixture
+def weighed(monkeypatch):
+    "Grows by one for each question that is looked at to find which has to go."
+    looks, weigh = [], _Waiting._weight
+    monkeypatch.setattr(_Waiting, "_weight", lambda *args, **more: looks.append(1) or weigh(*args, **more))
+    return looks
+
+
+def test_large_question_beside_many_small_ones(weighed):
     """While thousands of small questions wait, a large one comes that waits for a moment only, so that many of them have to go.
     Older server: sets no limit."""
-    weighed, weigh = [], _Waiting._weight
-    monkeypatch.setattr(_Waiting, "_weight", lambda *args, **more: weighed.append(1) or weigh(*args, **more))
     waiting, gone = _Waiting(1_000_000), []
-
-    class Question:
-        deadline = SimpleNamespace(cancel=gone.append)
-
-        def __init__(self, size):
-            self.body = b"x" * size
-
     for _ in range(1000):
-        waiting.enter(Question(999), 2.0, early=True)
+        waiting.enter(Body(999, gone), 2.0, early=True)
     assert not gone and not weighed
-    waiting.enter(Question(500_000), 0.001, early=True)
-    assert len(gone) == 500 and {refusal.status for refusal in gone} == {503}
-    assert len(weighed) == 1001 and waiting.size == 500 * 999 + 500_000  # each is looked at once: no wait for the others
+    waiting.enter(Body(500_000, gone), 0.001, early=True)
+    assert len(gone) == 500 and {status for _, status in gone} == {503}
+    assert len(weighed) < 1100 and waiting.size == 500 * 999 + 500_000  # no wait for the others
+
+
+def test_small_questions_where_no_room_is_left(weighed):
+    """While so many questions wait that no other has room, more of them come, all of different sizes and signed for different times.
+    Older server: sets no limit."""
+    waiting, gone, kept = _Waiting(1_000_000), [], []
+    for number in range(1000):
+        kept.append(Body(900 + number % 100, gone))
+        waiting.enter(kept[-1], 1000.0 + 100 * (number % 7), early=True)
+    while waiting.size < 999_000:
+        waiting.enter(Body(900, gone), 900.0, early=True)
+    weighed.clear()
+    for number in range(200):
+        waiting.enter(Body(1000, gone), 1.0 + number % 7 / 10, early=True)
+    assert len(weighed) < 2000  # a few are looked at for each of them, not all that wait
+    assert {kept.index(body) % 7 for body, _ in gone[:140]} == {6}  # who would wait longest
+    for body in kept:
+        waiting.leave(body), waiting.leave(body)
+    assert sum(size for size, *_ in waiting._held.values()) == waiting.size
+    assert sum(map(len, waiting._lines.values())) == len(waiting._held)
 
 
 @pytest.mark.parametrize("restart", [False, True])
