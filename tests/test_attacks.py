@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,7 @@ from prompting_nb.loop.tasks import Worker
 from prompting_nb.network import addresses, auth, connection, isolation, legacy, limits
 from prompting_nb.network import axon as axon_page
 from prompting_nb.network import dendrite as dendrite_page
+from prompting_nb.network import server as server_page
 from prompting_nb.network.auth import FORGOTTEN, FileNonces, MemoryNonces, Refusal, sign_request
 from prompting_nb.network.axon import Axon, _Waiting
 from prompting_nb.network.chain import EmbeddedChain, make_wallet
@@ -545,25 +547,51 @@ def test_long_questions_while_the_miner_decides(waits, older):
             other.close()
 
 
-def test_large_question_beside_many_small_ones(monkeypatch):
+class Body:
+    "A question that waits, of which only the size matters."
+
+    def __init__(self, size, gone):
+        self.body, self.deadline = b"x" * size, SimpleNamespace(cancel=lambda refusal: gone.append((self, refusal.status)))
+
+
+@pytest.fixture
+def weighed(monkeypatch):
+    "Grows by one for each question that is looked at to find which has to go."
+    looks, weigh = [], _Waiting._weight
+    monkeypatch.setattr(_Waiting, "_weight", lambda *args, **more: looks.append(1) or weigh(*args, **more))
+    return looks
+
+
+def test_large_question_beside_many_small_ones(weighed):
     """While thousands of small questions wait, a large one comes that waits for a moment only, so that many of them have to go.
     Older server: sets no limit."""
-    weighed, weigh = [], _Waiting._weight
-    monkeypatch.setattr(_Waiting, "_weight", lambda *args, **more: weighed.append(1) or weigh(*args, **more))
     waiting, gone = _Waiting(1_000_000), []
-
-    class Question:
-        deadline = SimpleNamespace(cancel=gone.append)
-
-        def __init__(self, size):
-            self.body = b"x" * size
-
     for _ in range(1000):
-        waiting.enter(Question(999), 2.0, early=True)
+        waiting.enter(Body(999, gone), 2.0, early=True)
     assert not gone and not weighed
-    waiting.enter(Question(500_000), 0.001, early=True)
-    assert len(gone) == 500 and {refusal.status for refusal in gone} == {503}
-    assert len(weighed) == 1001 and waiting.size == 500 * 999 + 500_000  # each is looked at once: no wait for the others
+    waiting.enter(Body(500_000, gone), 0.001, early=True)
+    assert len(gone) == 500 and {status for _, status in gone} == {503}
+    assert len(weighed) < 1100 and waiting.size == 500 * 999 + 500_000  # no wait for the others
+
+
+def test_small_questions_where_no_room_is_left(weighed):
+    """While so many questions wait that no other has room, more of them come, all of different sizes and signed for different times.
+    Older server: sets no limit."""
+    waiting, gone, kept = _Waiting(1_000_000), [], []
+    for number in range(1000):
+        kept.append(Body(900 + number % 100, gone))
+        waiting.enter(kept[-1], 1000.0 + 100 * (number % 7), early=True)
+    while waiting.size < 999_000:
+        waiting.enter(Body(900, gone), 900.0, early=True)
+    weighed.clear()
+    for number in range(200):
+        waiting.enter(Body(1000, gone), 1.0 + number % 7 / 10, early=True)
+    assert len(weighed) < 2000  # a few are looked at for each of them, not all that wait
+    assert {kept.index(body) % 7 for body, _ in gone[:140]} == {6}  # who would wait longest
+    for body in kept:
+        waiting.leave(body), waiting.leave(body)
+    assert sum(size for size, *_ in waiting._held.values()) == waiting.size
+    assert sum(map(len, waiting._lines.values())) == len(waiting._held)
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -1882,6 +1910,71 @@ def test_error_in_the_care_for_a_connection(what, later, caplog):
     assert caplog.text.count("RuntimeError: away") == 1
 
 
+def test_connections_by_the_hundred_each_second():
+    """Strangers open connections by the hundred each second, while others ask again and again; who is new has to be let in first.
+    Older server: -"""
+
+    async def check():
+        turns, asked, inside = connection.Turns(), [], []
+
+        class Guest(asyncio.Protocol):
+            def connection_made(self, transport):
+                inside.append(transport)
+
+        def ask_again(name):
+            asked.append(name)
+            turns.add(name, partial(ask_again, name), again=True)
+
+        for name in range(50):
+            ask_again(name)
+        sock = listen("127.0.0.1", 0)
+        door, callers = Door(sock, Guest), [socket.create_connection(sock.getsockname()) for _ in range(200)]
+        asked.clear()
+        door.open()
+        end = time.monotonic() + SECONDS
+        while len(inside) < 200 and time.monotonic() < end:
+            await asyncio.sleep(0)
+        assert len(inside) == 200 and 20 < len(asked) < 60  # they come on as well, but the others need not wait for them
+        await door.close()
+        for line in (*callers, *inside):
+            line.close()
+        for name in range(50):
+            turns.drop(name)
+        await asyncio.sleep(0)
+
+    asyncio.run(check())
+
+
+def test_no_more_are_let_in_than_can_be_answered(monkeypatch):
+    """Strangers connect and ask at once, more of them than can be answered: those wait outside whom nobody can answer yet.
+    Older server: sets no limit."""
+    most = [0]
+
+    class Noting(connection.Turns):
+        def add(self, *args, **more):
+            super().add(*args, **more)
+            most[0] = max(most[0], len(self))
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def nothing():
+        pass
+
+    monkeypatch.setattr(server_page, "Turns", Noting)
+    sock = listen("127.0.0.1", 0)
+    lines = [socket.create_connection(sock.getsockname(), timeout=SECONDS) for _ in range(300)]
+    for line in lines:
+        line.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    server = Server(app, sock).start()
+    assert [read_status(line) for line in lines] == [401] * 300
+    server.stop(nothing, SECONDS)
+    assert 0 < most[0] < 60  # as many as came while nobody waited
+    for line in lines:
+        line.close()
+
+
 def test_system_without_connections(caplog, monkeypatch):
     """The system has no file left for another connection, for a while: it is said once, and all come in later.
     Older server: the loop stands still while thousands are let in"""
@@ -2435,6 +2528,35 @@ def test_stop_with_a_handler_that_does_not_end(caplog):
         begun.clear()
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "is about to wait"])
+@pytest.mark.parametrize("body, signed", [(BODY, sign), (OLD, old)], ids=["btauth/1", "older format"])
+def test_stop_while_a_check_is_awaited(waits, body, signed):
+    """A miner is stopped while its asynchronous check has an admitted question before it.
+    Older server: -"""
+    begun, decide, said = threading.Event(), threading.Event(), []
+
+    async def look():
+        while not decide.is_set():
+            begun.set()
+            await asyncio.sleep(0.001)
+
+    def check(synapse):
+        if not waits:
+            axon._waiting.stop()  # as when the stop comes in the moment before
+        return look()
+
+    axon = Axon(MINER).attach(echo, check_fn=check).start()
+    asking = threading.Thread(target=lambda: said.append(status(axon, body, signed())))
+    stopping = threading.Thread(target=axon.stop)
+    asking.start()
+    until(lambda: begun.is_set() or said)
+    stopping.start()
+    until(lambda: axon._waiting._stopped)
+    decide.set()
+    asking.join(SECONDS), stopping.join(SECONDS)
+    assert said == [200] and not axon.is_running
+
+
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "coroutine"])
 def test_handler_that_cancels_itself(plain):
     """A handler that raises `CancelledError`.
@@ -2951,6 +3073,27 @@ def test_answer_that_comes_before_its_question(dendrite, kind):
     assert len(lines) == 1 and answer.dendrite.status_code == 408
     for line in lines:
         line.close()
+
+
+@pytest.mark.parametrize("evil_first", [True, False])
+def test_another_hotkey_at_the_address_of_a_miner(evil_first):
+    """Somebody publishes an honest miner's address beside another hotkey, for which that miner refuses to answer.
+    Older client: -"""
+    with Axon(MINER).attach(echo) as axon, Dendrite(VALIDATOR, allow_private=True) as dendrite:
+        honest, evil = (SimpleNamespace(hotkey=hotkey, axon=axon.address) for hotkey in (ME, STRANGER.hotkey.ss58_address))
+
+        def asked():
+            "Statuses of one after the other, and the miner's known connections after that."
+            order = [evil, honest] if evil_first else [honest, evil]
+            statuses = {target.hotkey: ask(dendrite, target, timeout=SECONDS).dendrite.status_code for target in order}
+            crowd = axon._server.crowd
+            until(lambda: len(crowd._all.known) == 1 and crowd.strangers == 1)  # both are idle
+            return statuses[ME], statuses[evil.hotkey], list(crowd._all.known)
+
+        assert ask(dendrite, honest, timeout=SECONDS).dendrite.status_code == 200
+        until(lambda: len(axon._server.crowd._all.known) == 1)
+        [known] = axon._server.crowd._all.known
+        assert [asked() for _ in range(3)] == 3 * [(200, 401, [known])]  # no answer waits among strangers
 
 
 def test_stream_of_pieces_without_text(dendrite):

@@ -16,6 +16,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from bisect import bisect_left, insort
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -445,7 +446,8 @@ class _Endpoint:
         except ValueError as error:
             raise Refusal(400, str(error), "malformed") from None
         if self._attached.check is not None:
-            await _call(self._attached.check, synapse, request.hold)
+            hold = partial(request.hold, admitted=True)
+            await _call(self._attached.check, synapse, hold)
         request.body = b""  # it takes no memory while it is worked on
         return synapse
 
@@ -837,16 +839,19 @@ class _Exchange:
         finally:
             self.deadline.stop()
 
-    async def hold(self, awaitable: Awaitable, more: float = 0.0) -> Any:
-        """Await what decides whether the request is admitted; its body is counted.
+    async def hold(
+        self, awaitable: Awaitable, more: float = 0.0, admitted: bool = False
+    ) -> Any:
+        """Await what decides about the request; its body is counted.
 
-        `Refusal` as of `wait`, and 503 when too many bodies wait.
+        `Refusal` as of `wait`, 503 when too many bodies wait, and 503 at a stop of the
+        miner unless the request is `admitted`.
         """
         waiting = self.wire.waiting
         try:
             await self.read(self.wire.bounds)  # so that it can be counted
             patience = self.wire.bounds.body_timeout
-            waiting.enter(self, more or patience, early=more > 0)
+            waiting.enter(self, more or patience, more > 0, admitted)
         except BaseException:
             if (end := getattr(awaitable, "close", None)) is not None:
                 end()  # or Python warns of a coroutine that nobody has awaited
@@ -1085,52 +1090,67 @@ class _Waiting:
 
     They wait until the time of their nonce, for a store of nonces, or for a function of
     the miner. When they are too many, those are refused that would take most memory for
-    longest, in bytes times seconds: an honest request is small, or soon decided.
+    longest, in bytes times seconds: an honest request is small, or soon decided. They
+    stand in lines of about the same size, from one power of two to the next, so that
+    nobody has to look at all of them.
     """
 
     def __init__(self, most: int):
         self.size, self._most = 0, most  # bytes of bodies
-        self._held: dict[_Exchange, tuple[int, float, bool]] = {}
+        self._held: dict[_Exchange, tuple[int, tuple, bool]] = {}
+        # by the bits of the size; a place is until when, a number, and the request
+        self._lines: dict[int, list[tuple]] = {}
+        self._entered = 0  # so far
+        self._admitted: set[_Exchange] = set()  # of these, which finish after a stop
         self._stopped = False
 
-    def enter(self, request: _Exchange, seconds: float, early: bool) -> None:
+    def enter(
+        self, request: _Exchange, seconds: float, early: bool, admitted: bool = False
+    ) -> None:
         "Count a body that may wait so long; `Refusal` 503 if there is no room for it."
-        if self._stopped:
+        if self._stopped and not admitted:
             raise _stopping()
         size, now = len(request.body or b""), time.monotonic()
-        self._held[request] = size, now + seconds, early
+        self._entered += 1
+        place = now + seconds, self._entered, request
+        self._held[request] = size, place, early
+        insort(self._lines.setdefault(size.bit_length(), []), place)
         self.size += size
+        if admitted:
+            self._admitted.add(request)
         if self.size > self._most:
             self._make_room(request, now)
 
     def _make_room(self, request: _Exchange, now: float) -> None:
         "Refuse those that weigh most; `Refusal` if the newest, `request`, is of them."
-        # sorted once, for thousands of small ones may have to go for a large one
-        for last in sorted(
-            self._held, key=partial(self._weight, now=now), reverse=True
-        ):
-            if self.size <= self._most:
-                return
+        while self.size > self._most:
+            longest = [line[-1] for line in self._lines.values() if line]
+            *_, last = max(longest, key=partial(self._weight, now=now))
             refusal = _too_many(self._held[last][2])
             self.leave(last)
             if last is request:
                 raise refusal
             last.deadline.cancel(refusal)
 
-    def _weight(self, request: _Exchange, now: float) -> tuple[float, float]:
-        size, until, _ = self._held[request]
-        return size * max(0.0, until - now), until
+    def _weight(self, place: tuple, now: float) -> tuple[float, float]:
+        until, _, request = place
+        return self._held[request][0] * max(0.0, until - now), until
 
     def leave(self, request: _Exchange) -> None:
         "Count a body no more."
-        size, _, _ = self._held.pop(request, (0, 0.0, False))
-        self.size -= size
+        if request in self._held:
+            size, place, _ = self._held.pop(request)
+            self.size -= size
+            line = self._lines[size.bit_length()]
+            del line[bisect_left(line, place)]
+            self._admitted.discard(request)
 
     def stop(self) -> None:
-        "Refuse those that wait, now and from now on."
+        "Refuse those that wait to be admitted, now and from now on."
         self._stopped = True
         for request in self._held:
-            request.deadline.cancel(_stopping())
+            if request not in self._admitted:  # it may finish, and `drain` ends it
+                request.deadline.cancel(_stopping())
 
 
 def _too_many(early: bool) -> Refusal:

@@ -485,6 +485,8 @@ class Question(NamedTuple):
         emit: Callable,
     ) -> "Came":
         options = {"headers": headers, "allow_redirects": False}
+        # connections are kept by it as well; without TLS nothing else is done with it
+        options["server_hostname"] = sent.miner
         async with session.post(url, data=self.body, **options) as response:
             if isinstance(self.synapse, StreamPrompting) and response.status == 200:
                 completion, signature = await _read_stream(

@@ -432,7 +432,7 @@ class Turns:
         self,
         whose: Any,  # who waits, for `drop`; has one function at a time
         call: Callable[[], object],  # without arguments
-        again: bool = False,  # has had a turn before: three in four are of others
+        again: bool = False,  # has had a turn before: one such a turn of the loop
     ) -> None:
         "Call a function when those that came before have been called."
         (self._again if again else self._first)[whose] = call
@@ -446,18 +446,23 @@ class Turns:
         self._first.pop(whose, None)
         self._again.pop(whose, None)
 
+    def behind(self) -> bool:
+        "Tell whether more of those who had no turn yet wait than have one at once."
+        return len(self._first) > self.at_once
+
     def _begin(self) -> None:
         if len(self) and not self._goes_on:
             self._goes_on = True
             self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        for number in range(min(self.at_once, len(self))):
-            line = self._first or self._again
-            if number == 0 and self._again:  # they come on as well, but slowly
-                line = self._again
-            _, call = line.popitem(last=False)
-            self._loop.call_soon(call)  # an error is one's own
+        for number in range(self.at_once):
+            line = self._first
+            if number == 0 and self._again:
+                line = self._again  # no more of them: who is new may wait for the loop
+            if line:
+                _, call = line.popitem(last=False)
+                self._loop.call_soon(call)  # an error is one's own
         self._goes_on = False
         self._begin()
 

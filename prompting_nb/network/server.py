@@ -83,8 +83,9 @@ class Server:
             self.loop.close()
 
     async def _serve(self) -> None:
-        parts = self._app, self.crowd, self._tasks, Turns(), Pace()
-        door = Door(self._sock, partial(Connection, *parts), self._make_room)
+        turns, parts = Turns(), (self._app, self.crowd, self._tasks)
+        make = partial(Connection, *parts, turns, Pace())
+        door = Door(self._sock, make, self._make_room, turns.behind)
         door.open()
         self._failed = False
         self._ready.set()
@@ -184,7 +185,8 @@ def _number(connection: Any) -> int:
     return connection.fileno()
 
 # %% ../../nbs/network/06_server.ipynb #s026
-_AT_ONCE = 2  # accepted before others have a turn: fewer than `Turns` begins
+_AT_ONCE = 8  # accepted before others have a turn, which takes about 2 ms
+_FEW = 2  # as long as requests wait: fewer than `Turns` begins
 _SOON = 0.001  # seconds until a connection that made room is closed
 _PAUSE = 0.1  # seconds until the next attempt where the system gives no connection
 _MINUTE = 60.0  # seconds between two words about it in the log
@@ -199,8 +201,10 @@ class Door:
         sock: socket.socket,  # that listens
         make: Callable[[], asyncio.Protocol],  # makes the protocol of a connection
         make_room: Optional[Callable[[bool], bool]] = None,  # a known one if True
+        behind: Callable[[], bool] = lambda: False,  # many wait inside already
     ):
         self._sock, self._make, self._make_room = sock, make, make_room
+        self._behind = behind
         self._loop = asyncio.get_running_loop()
         self._entering: set[asyncio.Task] = set()
         self._later: Optional[asyncio.TimerHandle] = None
@@ -226,7 +230,7 @@ class Door:
 
     def _accept(self) -> None:
         "Accept a few of those who wait; the loop calls again while there are more."
-        for _ in range(_AT_ONCE):
+        for _ in range(_FEW if self._behind() else _AT_ONCE):
             try:
                 line, _ = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
