@@ -1679,6 +1679,106 @@ def test_many_bytes_of_many_strangers_in_one_moment(monkeypatch):
         assert isinstance(next(iter(axon._server.crowd))._pace, Pace)
 
 
+def test_somebody_new_while_strangers_come_and_go():
+    """In each turn of the loop another stranger sends a little and is never heard of again, and somebody new has a longer question.
+    Older server: -"""
+
+    async def check():
+        served = []
+
+        async def app(scope, receive, send):
+            while (await receive()).get("more_body"):
+                pass
+            served.append(scope["path"])
+            await empty(scope, receive, send)
+
+        parts = app, connection.Crowd(Limits()), set(), connection.Turns(), Pace(seconds=0)
+        lines, little = [], b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+        def another(data):
+            lines.append(of_a_server(*parts))
+            lines[-1].data_received(data)
+
+        for _ in range(20):
+            another(little)
+        size = 2 * connection._PART  # three parts, with the headers
+        another(b"POST /new HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % size + size * b"x")
+        for turn in range(120):
+            another(little)
+            await asyncio.sleep(0)
+            if "/new" in served:
+                break
+        assert "/new" in served
+        for line in lines:
+            line.connection_lost(None)
+
+    asyncio.run(check())
+
+
+def test_who_has_hung_up_is_not_read():
+    """A stranger sends a lot, and closes before it is its turn: nothing of that is parsed.
+    Older server: -"""
+    here, there = socket.socketpair()
+
+    class Closed(Line):
+        get_extra_info = lambda self, name, default=None: here if name == "socket" else default
+
+    async def check():
+        pace = Pace(seconds=0)
+        lines = [connection.Connection(empty, connection.Crowd(Limits()), set(), None, pace) for _ in range(2)]
+        for line in lines:
+            line.connection_made(Closed())
+        there.close()
+        lines[0].data_received(b"GET / HTTP/1.1\r\nhost: x\r\n")  # there is time at once
+        lines[1].data_received(b"GET / HTTP/1.1\r\nhost: x\r\n")
+        while len(lines[1]._inlet):
+            await asyncio.sleep(0)
+        assert [line._reader.part for line in lines] == ["head", ""] and lines[1]._transport.is_closing()
+
+    asyncio.run(check())
+    here.close()
+
+
+def test_half_a_head_behind_requests():
+    """Half a head comes in one piece with the requests before it: it has the time of a head, and not of an idle connection.
+    Older server: -"""
+
+    async def check():
+        line = of_a_server(empty, connection.Crowd(Limits()), set(), connection.Turns(), Pace(seconds=0))
+        start = b"GET / HTTP/1.1\r\nhost: x\r\nx: "
+        whole = start + (connection._PART - len(start) - 4) * b"x" + b"\r\n\r\n"
+        line.data_received(whole + b"GET / HTTP/1.1\r\nhost")
+        await until_idle(line)
+        assert (line._reader.part, line._clock.state) == ("head", "head")
+
+    asyncio.run(check())
+
+
+def test_headers_of_half_a_head_are_counted():
+    """A stranger sends a hundred short headers and no end of them; another goes on sending after a refusal.
+    Older server: -"""
+
+    async def check():
+        head = b"GET / HTTP/1.1\r\nhost: x\r\n" + 100 * b"ab:cd\r\n"
+        for pace in (None, Pace(seconds=0)):
+            crowd = connection.Crowd(Limits())
+            line = of_a_server(empty, crowd, set(), connection.Turns(), pace)
+            if pace is not None:
+                assert not pace.is_over  # it begins, so that the head has to wait
+            line.data_received(head)
+            while len(line._inlet):
+                await asyncio.sleep(0)
+            assert crowd.size == len(head) + 100 * connection._HEADER  # the last one may go on
+            line.data_received(b"no header\r\n\r\n")
+            for _ in range(20):
+                line.data_received(1000 * b"what nobody reads")
+                assert crowd.size == 0 or not line._ending
+                await asyncio.sleep(0)
+            assert line._ending and crowd.size == 0
+
+    asyncio.run(check())
+
+
 def test_headers_of_requests_that_wait_are_counted():
     """A stranger sends requests ahead with a hundred short headers each, which take more memory than they have bytes.
     Older server: -"""

@@ -60,6 +60,7 @@ class Connection(asyncio.Protocol):
         self._ending = False  # no request is taken any more
         self._closed = False  # nothing is written any more
         self._again = False  # a request has been answered
+        self._forgot = False  # so has one whose bytes were counted, in this part
         self._dropped = 0  # bytes that came after that
         self._full: Optional[asyncio.Future] = None  # until written data is taken
         self.client: Optional[tuple[str, int]] = None
@@ -79,8 +80,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         "Begin to wait for a request."
         self._transport = transport
-        later = partial(self._crowd.is_stranger, self)
-        self._inlet = Inlet(transport, self._read, self._pace, _PART, later)
+        self._inlet = Inlet(transport, self._read, self._pace, _PART, self._rank)
         transport.set_write_buffer_limits(high=_HIGH)
         peer, here = (transport.get_extra_info(n) for n in ("peername", "sockname"))
         if isinstance(peer, tuple):
@@ -100,26 +100,35 @@ class Connection(asyncio.Protocol):
             if idle and self._clock.state != "head":
                 self._clock.wait("head")
             self._crowd.stir(self)
-        if self._inlet.take(data):
+        if self._inlet.take(data) and not self._ending:
             self._crowd.count(self, len(data))
 
+    def _rank(self) -> tuple:
+        return (self._crowd.is_stranger(self),)
+
     def _read(self, data: bytes, waited: bool) -> None:
+        if waited and self._crowd.is_stranger(self) and _has_hung_up(self.fileno()):
+            return self._abort()  # who comes and goes takes no time of others
         if self._ending:
             self._dropped += len(data)
             if self._dropped > self._limits.max_message:
                 self._abort()
             return
-        reader = self._reader
+        reader, self._forgot = self._reader, False
         reader.feed(data)
         if self._ending:
             return
+        if reader.part == "head":
+            if self._clock.state == "idle":
+                self._clock.wait("head")
+            self._crowd.count(self, _HEADER * reader.seen)
         if reader.part == "head" and reader.size > self._limits.max_head:
             longest = self._limits.max_head
             self.refuse(431, f"the headers are longer than {longest} bytes", "headers")
         elif reader.size > self._limits.max_message:
             self._crowd.refused("message")
             self.evict("message")
-        elif waited and not reader.begun:  # it was counted when it came
+        elif waited and not self._forgot:  # it was counted when it came
             self._uncount()
         elif reader.part or self._waits or self._ahead:
             self._crowd.count(self, len(data))
@@ -196,6 +205,7 @@ class Connection(asyncio.Protocol):
         "Take a request that is complete."
         if not (self._waits or self._ahead):
             self._crowd.forget(self)
+            self._forgot = True
             if left := len(self._inlet):
                 self._crowd.count(self, left)
         if exchange.answered and self._serving is exchange:
@@ -293,7 +303,7 @@ class Connection(asyncio.Protocol):
             self._clock.write()
         if self._ending:
             return self._end(linger=True)
-        self._clock.wait("head" if self._reader.part else "idle")
+        self._clock.wait("head" if self._reader.part or self._inlet else "idle")
         self._crowd.rest(self)
         self._inlet.go_on()
 
@@ -304,6 +314,7 @@ class Connection(asyncio.Protocol):
         closed with bytes unread is reset, and the answer is lost on its way.
         """
         self._ending, self._closed, self._serving = True, True, None
+        self._crowd.forget(self)
         self._crowd.rest(self)
         if linger and self._transport.can_write_eof():
             self._clock.wait("end")
@@ -444,7 +455,8 @@ class _Reader:
         self._parser: Any = httptools.HttpRequestParser(self)
         self.part = ""  # of an unfinished request that is received: "head" or "body"
         self.size = 0  # bytes of it, of which those that came first may be missing
-        self.begun = 0  # requests that began in the bytes that were read last
+        # in the bytes that were read last: requests, and headers of the latest one
+        self.begun = self.seen = 0
         self._deaf = self._stopped = False
         self._fields = self._chunks = self._received = 0  # of the present request
         self._url, self._headers, self._hosts = b"", [], 0
@@ -454,7 +466,7 @@ class _Reader:
 
     def feed(self, data: bytes) -> None:
         "Read bytes. The connection is told of requests and of errors."
-        alone, self.begun = not self.part, 0
+        alone, self.begun, self.seen = not self.part, 0, 0
         rest = data
         try:
             while rest:
@@ -508,7 +520,7 @@ class _Reader:
         if self._stopped:
             raise _Stop
         if not self._deaf:
-            self._fields = self._chunks = self._received = 0
+            self._fields = self._chunks = self._received = self.seen = 0
             self.part, self.begun = "head", self.begun + 1
             self._url, self._headers, self._hosts = b"", [], 0
             self._coding, self._continue = b"", False
@@ -517,7 +529,7 @@ class _Reader:
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields += 1
+        self._fields, self.seen = self._fields + 1, self.seen + 1
         if self._fields > _FIELDS:  # each of them takes time, however short it is
             self._refuse(f"there are more than {_FIELDS} headers", 431)
             raise _Stop

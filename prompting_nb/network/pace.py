@@ -61,7 +61,7 @@ class Pace:
         if not self.is_over:
             return work()
         done = asyncio.get_running_loop().create_future()
-        self.add((False, _BYTE * size, size), partial(_finish, done, work))
+        self.add((_BYTE * size, size), partial(_finish, done, work))
         return await done
 
     def _begin(self) -> None:
@@ -103,9 +103,9 @@ class Inlet:
         read: Callable[[bytes, bool], object],  # a part, and whether it has waited
         pace: Optional[Pace],  # of all connections; None: everything is read at once
         part: int,  # bytes that are read at a time
-        later: Callable[[], bool] = lambda: False,  # whether others go first
-    ):
-        self._transport, self._read, self._later = transport, read, later
+        rank: Optional[Callable[[], tuple]] = None,  # the least goes first, then who
+    ):  # has waited longest; None: who took least time, then who has least to say
+        self._transport, self._read, self._rank = transport, read, rank
         self._pace, self._part = pace, part
         self._rest = bytearray()
         self.took = 0.0  # seconds that it took to read what came so far
@@ -147,7 +147,7 @@ class Inlet:
     def close(self) -> None:
         "Let go of the reader, which refers to this object: a circle."
         self.clear()
-        self._read = self._later = _nothing
+        self._read, self._rank = _nothing, None
 
     def _read_now(self, part: bytes, waited: bool) -> None:
         began = time.perf_counter()
@@ -175,9 +175,9 @@ class Inlet:
                 self._transport.pause_reading()
         if self._rest and not (self._held or self._queued):
             self._queued = True
-            rank = self._later(), self.took, len(self._rest)
+            rank = self._rank() if self._rank else (self.took, len(self._rest))
             self._pace.add(rank, self._read_on)
 
 
-def _nothing(*_: Any) -> bool:
-    return False
+def _nothing(part: bytes, waited: bool) -> None:
+    pass
