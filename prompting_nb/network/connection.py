@@ -47,7 +47,8 @@ class Connection(asyncio.Protocol):
     ):
         self._app, self._crowd, self._limits = app, crowd, crowd.limits
         self._tasks, self._turns = set() if tasks is None else tasks, turns
-        self._pace, self._inlet = pace, None
+        self._pace = pace
+        self._inlet: Any = None  # of the transport
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()  # in which each request begins
         self._transport: Any = None

@@ -106,7 +106,8 @@ class Inlet:
         rank: Optional[Callable[[], tuple]] = None,  # the least goes first, then who
     ):  # has waited longest; None: who took least time, then who has least to say
         self._transport, self._read, self._rank = transport, read, rank
-        self._pace, self._part = pace, part
+        self._part = part
+        self._pace: Any = pace
         self._rest = bytearray()
         self.took = 0.0  # seconds that it took to read what came so far
         self._held = False  # by its reader, which wants no more for now
