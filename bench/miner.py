@@ -254,9 +254,13 @@ def figures(result: dict, server_cpu: float) -> dict:
 def middle(rows: list[dict]) -> dict:
     "The median of each figure over repetitions, with the least and greatest rate, and what may have disturbed them."
     found = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name not in ("others", "again")}
+    return {**found, "rate_range": [min(row["rate"] for row in rows), max(row["rate"] for row in rows)], **disturbed(rows)}
+
+
+def disturbed(rows: list[dict]) -> dict:
+    "What others used at most, and how often rows were measured again."
     used = [row["others"] for row in rows if row["others"] is not None]  # unknown where the system does not tell
-    return {**found, "rate_range": [min(row["rate"] for row in rows), max(row["rate"] for row in rows)],
-            "others": max(used, default=None), "again": sum(row["again"] for row in rows)}
+    return {"others": max(used, default=None), "again": sum(row["again"] for row in rows)}
 
 
 def poisson(rate: float, seconds: float, seed: int) -> list:
@@ -474,15 +478,15 @@ class Decisions:
         total = lambda row, names: sum(row[name] for name in names)
         middle = lambda *names: {name: statistics.median(row[name] for row in self.rows) for name in names}
         signed, totals = ("sign", "verify"), [total(row, self.parts) for row in self.rows]
-        used = [row["others"] for row in self.rows if row["others"] is not None]
-        disturbed = {"others": max(used, default=None), "again": sum(row["again"] for row in self.rows)}
         quickest = min(self.rows, key=lambda row: total(row, self.parts))
         return {
             "policy": {"hotkeys": len(self.hotkeys) + 1, "repetitions": len(totals), "greatest": max(totals),
                        "least": {**{name: quickest[name] for name in self.parts}, "total": min(totals)},
                        "median": {**middle(*self.parts), "total": statistics.median(totals)},
-                       "of_signatures": statistics.median(part / total(row, signed) for part, row in zip(totals, self.rows)), **disturbed},
-            "signatures": {**middle(*signed), **{f"least_{name}": min(row[name] for row in self.rows) for name in signed}, **disturbed}}
+                       "of_signatures": statistics.median(part / total(row, signed) for part, row in zip(totals, self.rows)),
+                       **disturbed(self.rows)},
+            "signatures": {**middle(*signed), **{f"least_{name}": min(row[name] for row in self.rows) for name in signed},
+                           **disturbed(self.rows)}}
 
 
 # The report
@@ -594,9 +598,8 @@ def disturbance(found: dict) -> dict:
     for kind in ("overload", "overload_rising"):
         parts |= {f"{kind}, {row['load']}": row for row in found[kind]["rows"]}
     parts |= {f"held, {row['what']}": row for row in found["held"]["rows"]}
-    used = [part["others"] for part in parts.values() if part["others"] is not None]
-    return {"quiet": QUIET, "tries": TRIES, "most": max(used, default=None),
-            "measured_again": sum(part["again"] for part in parts.values()),
+    told = disturbed(list(parts.values()))
+    return {"quiet": QUIET, "tries": TRIES, "most": told["others"], "measured_again": told["again"],
             "disturbed": [name for name, part in parts.items() if (part["others"] or 0) > QUIET]}
 
 

@@ -56,12 +56,12 @@ class Connection(asyncio.Protocol):
         self._reader = _Reader(self, self._limits)
         self._serving: Optional[_Exchange] = None  # what the application works on
         self._ahead: deque[_Exchange] = deque()  # requests that wait their turn
+        self._forgot = False  # in the part that is read, bytes were counted no more
         self._waits = False  # so does the one that is served next, in `turns`
         self._last = b""  # the error that is sent when they are answered
         self._ending = False  # no request is taken any more
         self._closed = False  # nothing is written any more
         self._again = False  # a request has been answered
-        self._forgot = False  # so has one whose bytes were counted, in this part
         self._dropped = 0  # bytes that came after that
         self._full: Optional[asyncio.Future] = None  # until written data is taken
         self.client: Optional[tuple[str, int]] = None
@@ -120,8 +120,6 @@ class Connection(asyncio.Protocol):
         if self._ending:
             return
         if reader.part == "head":
-            if self._clock.state == "idle":
-                self._clock.wait("head")
             self._crowd.count(self, _HEADER * reader.seen)
         if reader.part == "head" and reader.size > self._limits.max_head:
             longest = self._limits.max_head
@@ -185,6 +183,7 @@ class Connection(asyncio.Protocol):
     def request(
         self,
         exchange: "_Exchange",  # with method, path and headers
+        headers: int,  # their number
     ) -> None:
         "Start a request, whose headers are complete."
         if self._serving is None and self._full is None:
@@ -197,7 +196,7 @@ class Connection(asyncio.Protocol):
             reason = f"more than {count_of(most, 'request')} sent ahead of the answers"
             return self.refuse(400, reason, "pipelined")
         if self._waits or self._ahead:
-            self._crowd.count(self, _HEADER * exchange.headers)
+            self._crowd.count(self, _HEADER * headers)
 
     def received(
         self,
@@ -456,8 +455,8 @@ class _Reader:
         self._parser: Any = httptools.HttpRequestParser(self)
         self.part = ""  # of an unfinished request that is received: "head" or "body"
         self.size = 0  # bytes of it, of which those that came first may be missing
-        # in the bytes that were read last: requests, and headers of the latest one
-        self.begun = self.seen = 0
+        self._begun = 0  # requests that began in the bytes that were read last
+        self.seen = 0  # headers of the latest one in these bytes
         self._deaf = self._stopped = False
         self._fields = self._chunks = self._received = 0  # of the present request
         self._url, self._headers, self._hosts = b"", [], 0
@@ -467,7 +466,7 @@ class _Reader:
 
     def feed(self, data: bytes) -> None:
         "Read bytes. The connection is told of requests and of errors."
-        alone, self.begun, self.seen = not self.part, 0, 0
+        alone, self._begun, self.seen = not self.part, 0, 0
         rest = data
         try:
             while rest:
@@ -483,10 +482,10 @@ class _Reader:
         except httptools.HttpParserError:
             if not self._deaf:
                 self._refuse("this is not HTTP")
-        if self.begun == 0:
+        if self._begun == 0:
             self.size += len(data)
         else:  # the parser does not say where in `data` a request began
-            self.size = len(data) if alone and self.begun == 1 else 0
+            self.size = len(data) if alone and self._begun == 1 else 0
 
     def _ignore_upgrade(self, rest: bytes) -> bytes:
         """Replace the parser, since the old one leaves the body to another protocol.
@@ -522,7 +521,7 @@ class _Reader:
             raise _Stop
         if not self._deaf:
             self._fields = self._chunks = self._received = self.seen = 0
-            self.part, self.begun = "head", self.begun + 1
+            self.part, self._begun = "head", self._begun + 1
             self._url, self._headers, self._hosts = b"", [], 0
             self._coding, self._continue = b"", False
 
@@ -572,7 +571,7 @@ class _Reader:
         asked = self._continue and version == "1.1"
         exchange = _Exchange(self._connection, scope, stays, asked)
         self._exchange = exchange
-        self._connection.request(exchange)
+        self._connection.request(exchange, len(self._headers))
 
     def _wrong(self, method: bytes, version: str) -> tuple:
         "Return reason and status of a refusal; empty if the request is valid."
@@ -658,7 +657,6 @@ class _Exchange:
         "_scope",
         "_method",
         "_version",
-        "headers",
         "keep_alive",
         "_continue",
         "_body",
@@ -684,7 +682,6 @@ class _Exchange:
         asks: bool,  # whether the caller waits to be told to go on with its body
     ):
         self._connection, self._scope = connection, scope
-        self.headers = len(scope["headers"])
         self._method, self._version = scope["method"], scope["http_version"]
         self._on_leave: Optional[Callable[[], None]] = None
         scope["extensions"] |= {
