@@ -11,6 +11,7 @@ import http.client
 import json
 import logging
 import os
+import pickle
 import select
 import shutil
 import signal
@@ -2808,6 +2809,23 @@ def test_killed_makers_of_processes():
         code, text = http_get(axon, "/ready")
         assert (code, json.loads(text)["reason"]) == (503, isolated.problem())
         assert status(axon) == 503
+
+
+def test_maker_of_processes_killed_while_another_process_stands_still():
+    """The process that makes the workers is killed while one of these stands still: the others go on.
+    Older server: -"""
+    with Isolated(echo, grace=5.0) as isolated, Axon(MINER, workers=1).attach(isolated) as axon:
+        still, other = workers = [isolated._take(), isolated._take()]
+        question = pickle.dumps((Prompting.ask("hello"), time.monotonic() + SECONDS))
+        assert [worker.call(question, time.monotonic() + SECONDS)[0] for worker in workers] == [None, None]
+        still._process.suspend()
+        first, twin = isolated._templates
+        first._process.kill()
+        until(lambda: not first.alive)
+        isolated._idle.append(other)
+        assert status(axon) == 200 and list(isolated._idle) == [other]
+        isolated._idle.clear()
+        assert status(axon) == 200 and isolated._templates[0] is twin
 
 
 @pytest.mark.parametrize("how", ["killed", "in order"])

@@ -71,8 +71,6 @@ class Isolated:
                 here.close()
                 _be_template(there, self.fn)
             there.close()
-            with suppress(OSError):  # the child does the same, whoever is first
-                os.setpgid(group, group)
             self._end = weakref.finalize(self, _end_group, group, os.getpid())
             self._templates.append(_Template(group, here))
             self._complete()
@@ -214,8 +212,9 @@ def _end_group(group: int, owner: int) -> None:
     if os.getpid() != owner:
         return
     _kill([process for process in psutil.process_iter() if _in_group(process, group)])
-    with suppress(OSError):
-        os.killpg(group, signal.SIGKILL)
+    for kill in (os.killpg, os.kill):  # the first of them may not have made it yet
+        with suppress(OSError):
+            kill(group, signal.SIGKILL)
     with suppress(ChildProcessError):
         os.waitpid(group, 0)  # until then the number is not given to another
 
@@ -453,7 +452,9 @@ def _be_template(orders: socket.socket, fn: Callable) -> None:
     is busy does not notice it.
     """
     try:
-        os.setpgid(0, 0)  # a group of processes of their own
+        # a group and a session of their own: in the parent's session, all would be sent
+        # SIGHUP when this process ends while one of them stands still
+        os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
             signal.signal(number, _go_on)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies
