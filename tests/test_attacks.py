@@ -16,6 +16,7 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import struct
 import subprocess
@@ -645,6 +646,47 @@ def test_replay_from_a_shared_store_that_has_forgotten(tmp_path):
         assert taken(nonces, now[0]) is True
     finally:
         redis.kill()
+
+
+class NoRedis(socketserver.StreamRequestHandler):
+    "Answers what comes first like a Redis, and each script with the next of the server's `answers`."
+
+    def handle(self):
+        while line := self.rfile.readline():
+            parts = []
+            for _ in range(int(line[1:])):
+                parts.append(self.rfile.read(int(self.rfile.readline()[1:])))
+                self.rfile.readline()
+            answer = self.server.answers.pop(0) if parts[0] == b"EVAL" else b"+OK\r\n"
+            if parts[0] == b"HELLO":
+                answer = b"%1\r\n$5\r\nproto\r\n:3\r\n"
+            self.wfile.write(answer.replace(b"NUMBER", b"$%d\r\n%s" % (len(parts[-1]), parts[-1])))
+
+
+def test_store_that_is_no_redis():
+    """What answers in place of the shared store is no Redis, or gives the answers to other questions.
+    Older server: -"""
+    good = b"*2\r\nNUMBER\r\n:1\r\n"
+    wrong = [b":1\r\n", b"+OK\r\n", b"*0\r\n", b"$3\r\nfoo\r\n", b"$2\r\n\xff\xff\r\n", b"$-5\r\n", good + b":1\r\n"]
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), NoRedis) as server, ExitStack() as stack:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack.callback(server.shutdown)
+        store = Store(f"redis://127.0.0.1:{server.server_address[1]}/0", ME, timeout=SECONDS)
+        server.answers = [good]  # to `begin`
+        with Axon(MINER, nonces=StoredNonces(store)).attach(echo) as axon:
+            for answer in wrong:
+                server.answers = [answer]
+                first = status(axon)
+                assert first == (200 if answer.startswith(good) else 503)
+                if first == 200:  # the answer that is left over is none to the next question
+                    server.answers = [good]
+                    assert status(axon) == 503
+                code, text = http_get(axon, "/ready")
+                assert (code, json.loads(text)["reason"]) == (503, "the store of this miner does not answer")
+                store._away_until = 0.0  # later
+                server.answers = [good]
+                assert status(axon) == 200
 
 
 @pytest.mark.skipif(REDIS is None, reason="redis-server is not installed (apt-get install redis-server)")

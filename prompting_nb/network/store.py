@@ -78,9 +78,13 @@ class Store:
             client = self._loops[loop] = _Client(self.url, self._settings)
         async with client.places:
             self._check()  # it may have failed meanwhile
+            question = _Question(script, keys, arguments)
             try:
-                found = await client.redis.eval(script, len(keys), *keys, *arguments)
-            except (redis.RedisError, OSError, asyncio.TimeoutError) as error:
+                found = question.read(await client.redis.eval(*question.asked))
+            except Exception as error:  # what answers need not be a Redis
+                with suppress(Exception):
+                    pool = client.redis.connection_pool
+                    await pool.disconnect(inuse_connections=False)
                 raise self._failed(error) from None
         return self._back(found)
 
@@ -92,9 +96,12 @@ class Store:
     ) -> Any:
         "Run a script from a thread, which waits for it."
         self._check()
+        question = _Question(script, keys, arguments)
         try:
-            found = self._sync.eval(script, len(keys), *keys, *arguments)
-        except (redis.RedisError, OSError) as error:
+            found = question.read(self._sync.eval(*question.asked))
+        except Exception as error:
+            with suppress(Exception):
+                self._sync.connection_pool.disconnect(inuse_connections=False)
             raise self._failed(error) from None
         return self._back(found)
 
@@ -132,6 +139,26 @@ class Store:
         for client in self._loops.values():  # of loops that may have ended
             client.redis.connection_pool.reset()
         self._loops.clear()
+
+
+class _Question:
+    "A script with what it is given, and with a number that its answer has to repeat."
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, script: str, keys: list[str], arguments: list):
+        self._number = str(next(self._numbers))
+        script = f"local found = (function()\n{script}\nend)()\n{_REPEAT}"
+        self.asked = script, len(keys), *keys, *arguments, self._number
+
+    def read(self, answer: Any) -> Any:
+        "Return what the script found; `ValueError` if something else is answered."
+        if not (isinstance(answer, list) and answer[:1] == [self._number]):
+            raise ValueError(f"it answers something else: {answer!r:.40}")
+        return answer[1] if len(answer) > 1 else None
+
+
+_REPEAT = "return {ARGV[#ARGV], found}"
 
 
 class _Client:
