@@ -766,6 +766,20 @@ def test_nonce_file_that_another_locks(tmp_path):
         assert status(axon) == 200
 
 
+def test_nonce_file_whose_place_is_taken(tmp_path, caplog):
+    """Something else takes the place of the file of nonces while the miner runs: it is said once, not for each request.
+    Older server: has no file."""
+    path = tmp_path / "nonces"
+    with Axon(MINER, nonces=path).attach(echo) as axon:
+        assert status(axon) == 200
+        path.unlink()
+        path.mkdir()
+        assert [status(axon) for _ in range(5)] == [503] * 5
+        assert [record.levelname for record in caplog.records if str(path) in record.message] == ["ERROR"] * 2
+        path.rmdir()
+        until(lambda: status(axon) == 200)
+
+
 @pytest.fixture
 def store_of(tmp_path):
     "Makes a store of nonces of a kind."

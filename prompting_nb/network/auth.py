@@ -713,7 +713,8 @@ class FileNonces:
                 self._file.check_there()
                 return outcomes
             except FileNotFoundError as error:
-                _log.error("%s; it is made anew", error)
+                if not self._problem:  # once, since every request comes here
+                    _log.error("%s; it is made anew", error)
                 self._file = self._file.again(self.clock(), without=stored)
             except sqlite3.DatabaseError as error:
                 if not is_damage(error):

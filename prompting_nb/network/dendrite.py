@@ -166,6 +166,8 @@ class Dendrite:
         if not _is_limit(limit):
             wanted = "a positive number of seconds"
             raise ValueError(f"timeout must be {wanted}, not {limit!r:.70}")
+        if not isinstance(limit, (int, float)):  # of another library, not for JSON
+            limit = float(limit)
         if stream and not isinstance(synapse, StreamPrompting):
             synapse = StreamPrompting(
                 roles=synapse.roles, messages=synapse.messages, timeout=limit
