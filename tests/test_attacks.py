@@ -3069,6 +3069,28 @@ def test_programs_of_a_handler_that_hangs():
         os.close(end)
 
 
+def test_handler_that_forks():
+    """A handler in a process of its own forks, and the copy returns as well, while the next question is worked on.
+    Older server: -"""
+    go_on, copies = os.pipe(), []
+
+    def fork(synapse):
+        if synapse.prompt == "first":
+            copies.append(os.fork())
+            if copies == [0]:
+                os.read(go_on[0], 1)
+        else:
+            os.write(go_on[1], b".")
+            os.waitpid(copies[0], 0)
+        return echo(synapse)
+
+    with Isolated(fork, grace=0.1) as isolated:
+        found = [isolated(Prompting.ask(text, timeout=SECONDS)).completion for text in ("first", "second")]
+        assert found == ["first", "second"]
+    for end in go_on:
+        os.close(end)
+
+
 def test_no_more_processes(monkeypatch):
     """The system allows no more processes when a handler needs one.
     Older server: -"""

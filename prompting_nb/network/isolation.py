@@ -346,6 +346,7 @@ _LONGEST = 1e6  # seconds; a socket cannot wait much longer
 
 def _be_worker(connection: socket.socket, fn: Callable) -> None:
     "Call the function for each synapse that is sent."
+    own = os.getpid()
     try:
         if torch := sys.modules.get("torch"):  # its threads are not in the copy
             torch.set_num_threads(1)
@@ -356,6 +357,8 @@ def _be_worker(connection: socket.socket, fn: Callable) -> None:
                 answer = pickle.dumps((None, fn(synapse)))
             except BaseException as error:  # an exit ends the call, not the worker
                 answer = _packed(error)
+            if os.getpid() != own:  # a copy that the function has made is to say nothing
+                break
             _send(connection, answer, math.inf)
     except (EOFError, OSError):
         pass  # the process that asks has ended
@@ -455,7 +458,8 @@ def _be_template(orders: socket.socket, fn: Callable) -> None:
         # a group and a session of their own: in the parent's session, all would be sent
         # SIGHUP when this process ends while one of them stands still
         os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them
+        # the parent handles them; the function may send them to its group
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _go_on)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers leave no zombies
         while True:
