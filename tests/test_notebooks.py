@@ -25,6 +25,7 @@ def test_there_are_notebooks():
 def test_only_last_digits_may_differ():
     assert same_text("loss 0.1234 after 10 steps", "loss 0.1235 after 10 steps")
     assert not same_text("loss 0.1234 after 10 steps", "loss 0.1234 after 11 steps")
+    assert same_text("tensor([-0., 1.])", "tensor([0., 1.])") and not same_text("tensor([-0., 1.])", "tensor([-0., -1.])")
     assert not same_text("loss 0.12", "loss 0.22") and not same_text("a 1.0", "b 1.0") and not same_text("1.0", "1.0 2.0")
 
 
