@@ -1851,6 +1851,63 @@ def test_headers_of_requests_that_wait_are_counted():
     asyncio.run(check())
 
 
+class Recorded(Nowhere):
+    "Keeps what is written, and how the connection ends."
+
+    def __init__(self):
+        super().__init__()
+        self.written, self.ends = b"", []
+
+    can_write_eof = lambda self: True
+    write_eof = lambda self: self.ends.append("eof")
+    close = lambda self: self.ends.append("close")
+
+    def write(self, data):
+        self.written += data
+
+
+def test_what_is_sent_behind_an_answer_that_closes():
+    """A caller sends more behind the request that is the last one, and is answered: what is not read does not reset the connection.
+    Older server: -"""
+
+    async def check():
+        last = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        ahead = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+        for sent, ends in ((last, ["close"]), (last + 9000 * b"x", ["eof"])):
+            line = connection.Connection(empty, connection.Crowd(Limits()), set(), connection.Turns(), Pace(seconds=0))
+            line.connection_made(Recorded())
+            line.data_received(sent)
+            await until_idle(line)
+            assert (line._transport.ends, line._transport.written[:15]) == (ends, b"HTTP/1.1 200 OK")
+        line = connection.Connection(empty, connection.Crowd(Limits()), set(), connection.Turns())
+        line.connection_made(Recorded())
+        line.data_received(3 * ahead)
+        line.leave()  # the server stops
+        await until_idle(line)
+        assert (line._transport.ends, line._transport.written.count(b"HTTP/1.1 200")) == (["eof"], 1)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("headers", [[(b"x", b"a\r\nb: c")], [(b"content-length", b"7"), (b"x", b"a\nb")], [(b"content-length", b"x")]])
+def test_answer_whose_head_is_invalid(headers):
+    """An application starts an answer with a header that holds the end of a line, or a length that is none: the 500 can be read.
+    Older server: -"""
+
+    async def wrong(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def check():
+        line = connection.Connection(wrong, connection.Crowd(Limits()))
+        line.connection_made(Recorded())
+        line.data_received(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await until_idle(line)
+        head, _, body = line._transport.written.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 500") and b"chunked" not in head and json.loads(body) == {"error": "internal error"}
+
+    asyncio.run(check())
+
+
 def test_strangers_who_all_ask_at_once():
     """Strangers who all ask at once are served a few at a time, and in between a caller who is known.
     Older server: -"""

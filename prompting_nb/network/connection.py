@@ -278,8 +278,10 @@ class Connection(asyncio.Protocol):
         if not exchange.permitted and exchange.caller is None:
             self._crowd.demote(self)
         if not exchange.keep_alive:
+            behind = self._ahead or self._inlet or self._last
+            linger = bool(behind) or not exchange.complete
             self._ahead.clear()
-            self._end(linger=not exchange.complete)
+            self._end(linger)
         elif exchange.complete or self._ending:
             self._next()
         else:
@@ -840,6 +842,7 @@ class _Exchange:
         if self._head is not None:
             raise RuntimeError("the answer has begun already")
         status, method = message["status"], self._method
+        self._chunked, self._left = False, -1  # another start may have failed
         closes, lines = False, [_STATUS.get(status) or _status_line(status)]
         for name, value in message.get("headers", ()):
             name = name.lower()

@@ -9,6 +9,7 @@ __all__ = ['Pace', 'pace_here', 'Inlet']
 import asyncio
 import heapq
 import time
+from collections import OrderedDict
 from functools import partial
 from typing import Any, Callable, Optional
 from weakref import WeakKeyDictionary
@@ -18,6 +19,7 @@ from ..show import arguments_in_help
 # %% ../../nbs/network/33_pace.ipynb #pa09
 _TURN = 0.001  # seconds of parsing in a turn of the loop, of all connections
 _BYTE = 1e-8  # seconds, about, that it takes to check and read a byte of an answer
+_EACH = 8  # functions, of which one is the one that has waited longest
 
 
 @arguments_in_help
@@ -30,8 +32,9 @@ class Pace:
     ):
         self.seconds, self.at_once = seconds, seconds / 5  # of one connection
         self._began: float | None = None  # the present turn; None: nobody has asked
-        self._waiting: list[tuple] = []  # heap of rank, number and function
-        self._added = 0  # functions so far
+        self._heap: list[tuple] = []  # rank and number of those who wait
+        self._waiting: OrderedDict[int, Callable] = OrderedDict()  # by number
+        self._added = self._called = 0  # functions so far
 
     @property
     def is_over(self) -> bool:
@@ -48,7 +51,8 @@ class Pace:
     ) -> None:
         "Call a function in a later turn."
         self._added += 1  # of equal rank, who came first
-        heapq.heappush(self._waiting, (rank, self._added, call))
+        heapq.heappush(self._heap, (rank, self._added))
+        self._waiting[self._added] = call
         if self._began is None:
             self._begin()
 
@@ -72,7 +76,19 @@ class Pace:
         "Begin another turn with those who wait."
         self._began = None
         while self._waiting and not self.is_over:
-            heapq.heappop(self._waiting)[-1]()
+            self._first()()
+
+    def _first(self) -> Callable[[], object]:
+        "Take out the function that comes next: the first of the heap, or of all."
+        self._called += 1
+        if self._called % _EACH == 0:
+            return self._waiting.popitem(last=False)[1]
+        if len(self._heap) > 2 * len(self._waiting) + _EACH:  # most have been called
+            self._heap = [each for each in self._heap if each[1] in self._waiting]
+            heapq.heapify(self._heap)
+        while (number := heapq.heappop(self._heap)[1]) not in self._waiting:
+            pass
+        return self._waiting.pop(number)
 
 
 def _finish(done: asyncio.Future, work: Callable[[], Any]) -> None:
