@@ -7,7 +7,7 @@ LEGACY := .venv-legacy
 PEERS  := .venv-trl
 ARGS   ?=
 K      ?=
-WORKERS ?= 2
+WORKERS ?= 3
 # pages that show what is stored in bench/results
 FIGURES := measured/ about/03_a_thousand_subnets network/09_consensus
 PICKED  = $(if $(K),-k "$(K)") $(ARGS)
