@@ -2924,7 +2924,7 @@ def test_killed_makers_of_processes():
         assert status(axon) == 503
 
 
-def test_maker_of_processes_killed_while_another_process_stands_still():
+def test_killed_maker_of_processes_while_one_stands_still():
     """The process that makes the workers is killed while one of these stands still: the others go on.
     Older server: -"""
     with Isolated(echo, grace=5.0) as isolated, Axon(MINER, workers=1).attach(isolated) as axon:
