@@ -56,13 +56,13 @@ class Connection(asyncio.Protocol):
         self._reader = _Reader(self, self._limits)
         self._serving: Optional[_Exchange] = None  # what the application works on
         self._ahead: deque[_Exchange] = deque()  # requests that wait their turn
-        self._forgot = False  # in the part that is read, bytes were counted no more
         self._waits = False  # so does the one that is served next, in `turns`
         self._last = b""  # the error that is sent when they are answered
         self._ending = False  # no request is taken any more
+        self._dropped = 0  # bytes that came after that
         self._closed = False  # nothing is written any more
         self._again = False  # a request has been answered
-        self._dropped = 0  # bytes that came after that
+        self._forgot = False  # in the part that is read, bytes were counted no more
         self._full: Optional[asyncio.Future] = None  # until written data is taken
         self.client: Optional[tuple[str, int]] = None
         self.server: Optional[tuple] = None

@@ -357,9 +357,7 @@ def _be_worker(connection: socket.socket, fn: Callable) -> None:
                 answer = pickle.dumps((None, fn(synapse)))
             except BaseException as error:  # an exit ends the call, not the worker
                 answer = _packed(error)
-            if (
-                os.getpid() != own
-            ):  # a copy that the function has made is to say nothing
+            if os.getpid() != own:  # a copy that the function made says nothing
                 break
             _send(connection, answer, math.inf)
     except (EOFError, OSError):
